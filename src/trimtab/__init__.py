@@ -1,0 +1,45 @@
+"""Steer a frozen large language model with a small, detachable aligner.
+
+    from trimtab import AlignedModel, SamplingParams
+
+    model = AlignedModel.from_pretrained("big-model", "small-aligner")
+    print(model.generate(["Hello"], SamplingParams(max_tokens=64, seed=0))[0].text)
+
+The method is the Residual Alignment Model, P ∝ P_M·Q (arXiv 2505.19700). Importing this package is cheap: torch and
+transformers are imported with the first name that needs them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["AlignedModel", "Aligner", "Completion", "SamplingParams", "Score", "TokenEvent", "TokenLogprobs", "TrimtabError"]
+
+_HOMES = {
+    "AlignedModel": "trimtab.decode.aligned",
+    "Aligner": "trimtab.models.aligner",
+    "Completion": "trimtab.decode.request",
+    "SamplingParams": "trimtab.decode.request",
+    "Score": "trimtab.decode.scoring",
+    "TokenEvent": "trimtab.decode.request",
+    "TokenLogprobs": "trimtab.decode.request",
+    "TrimtabError": "trimtab.errors",
+}
+
+if TYPE_CHECKING:
+    from trimtab.decode.aligned import AlignedModel
+    from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
+    from trimtab.decode.scoring import Score
+    from trimtab.errors import TrimtabError
+    from trimtab.models.aligner import Aligner
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,151 @@
+"""Rows of log-probabilities: normalise them, warp them, look things up in them.
+
+A *row* is a tensor `[..., V]` of natural-log weights over a vocabulary of V tokens. `logp` names a normalised row, `logw` an
+unnormalised one, `log_z` a normaliser. −inf is an ordinary value: a token that cannot be drawn. No function here writes to
+its arguments, draws random numbers or waits for the device.
+
+The nucleus has one definition, used everywhere: a token belongs to the top-p nucleus of a row if and only if the total
+probability of the tokens *strictly* more probable than it is below p. Tied tokens are in or out together, and the most
+probable token is always in.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Warp",
+    "entropy",
+    "gather",
+    "in_nucleus",
+    "kl_divergence",
+    "log_normalize",
+    "nucleus_mask",
+    "row_from_logits",
+    "warp",
+]
+
+_INT_VIEW = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def log_normalize(logw: Tensor) -> Tensor:
+    """Normalise rows `[..., V]`; a row that is −inf throughout becomes NaN, which whoever draws from it reports."""
+    return torch.log_softmax(logw, dim=-1)
+
+
+def row_from_logits(logits: Tensor, vocab_size: int) -> Tensor:
+    """Turn a model's logits `[..., W]`, W ≥ `vocab_size`, into log-probabilities `[..., V]` in float32 or better.
+
+    Columns from `vocab_size` on are padding of the embedding matrix: no tokenizer produces them, so they get no mass.
+    """
+    logits = logits[..., :vocab_size]
+    return log_normalize(logits if logits.dtype == torch.float64 else logits.float())
+
+
+def gather(rows: Tensor, tokens: Tensor) -> Tensor:
+    """The entries of `rows` `[..., V]` at `tokens` `[...]`."""
+    return rows.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logp: Tensor) -> Tensor:
+    """Entropy of each row in nats, `[...]`."""
+    return -torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)
+
+
+def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p‖q) of each row in nats, `[...]`; +inf where p has mass that q lacks."""
+    return (logp.exp() * torch.where(logp.isneginf(), 0.0, logp - logq)).sum(-1)
+
+
+class Warp(NamedTuple):
+    """How a row is reshaped before use; each field is one number for every row, or a tensor with one per row `[...]`.
+
+    Applied in the order of the fields. `None` leaves a step out, and so do the neutral values 1, 0, 1 and 0: a row with
+    them comes through bit for bit, whatever its neighbours want. Temperatures are above 0; `top_k` 0 keeps all tokens.
+    `max_top_k` bounds a `top_k` tensor, so that the largest of them need not be fetched from the device.
+    """
+
+    temperature: float | Tensor | None = None
+    top_k: int | Tensor | None = None
+    top_p: float | Tensor | None = None
+    min_p: float | Tensor | None = None
+    max_top_k: int = 0
+
+
+def warp(logp: Tensor, how: Warp) -> Tensor:
+    """Apply temperature, top-k, top-p and min-p to rows `[..., V]` and normalise again.
+
+    A top-k or top-p cut never separates tied tokens, so it may keep a few more than k.
+    """
+    if how.temperature is not None:
+        temperature = _per_row(how.temperature, logp)
+        logp = torch.where(temperature == 1, logp, log_normalize(logp / temperature))
+    if how.top_k is not None:
+        top_k = how.top_k if isinstance(how.top_k, Tensor) else torch.tensor(how.top_k, device=logp.device)
+        logp = _keep(logp, _top_k_mask(logp, top_k, max(how.max_top_k, how.top_k if isinstance(how.top_k, int) else 0)))
+    if how.top_p is not None:
+        logp = _keep(logp, nucleus_mask(logp, how.top_p))
+    if how.min_p is not None:
+        floor = _per_row(how.min_p, logp).log()
+        logp = _keep(logp, logp >= logp.amax(-1, keepdim=True) + floor)
+    return logp
+
+
+def nucleus_mask(logp: Tensor, top_p: float | Tensor) -> Tensor:
+    """Which tokens of each row `[..., V]` are in its top-p nucleus, without sorting.
+
+    The nucleus is every token at or above some log-probability, so we bisect for that threshold over the bit patterns of
+    the floats, which are ordered like the floats: 31 passes for float32, 63 for float64, each the sum that `in_nucleus`
+    takes. The answer is therefore exactly `in_nucleus` of every token, and no value has to come back from the device.
+    """
+    ranks = _rank(logp)
+    probs = logp.exp()
+    goal = _per_row(top_p, logp)
+    # Invariant: the mass ranked before `low` is below top_p, the mass ranked before `high` is not (or `high` is past the end).
+    low = torch.zeros_like(ranks[..., :1])
+    high = torch.full_like(low, torch.iinfo(ranks.dtype).max)
+    for _ in range(torch.iinfo(ranks.dtype).bits - 1):
+        middle = low + ((high - low) >> 1)
+        inside = _mass(probs, ranks < middle) < goal
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return ((ranks <= low) | (goal >= 1)) & ~logp.isneginf()  # top_p = 1 keeps all, however the sum was rounded
+
+
+def in_nucleus(logp: Tensor, tokens: Tensor, top_p: float | Tensor) -> Tensor:
+    """Whether `tokens` `[...]` are in the top-p nucleus of rows `logp` `[..., V]`: one sum a row, no sort."""
+    ranks = _rank(logp)
+    own = ranks.gather(-1, tokens.unsqueeze(-1))
+    goal = _per_row(top_p, logp)
+    inside = (_mass(logp.exp(), ranks < own) < goal) | (goal >= 1)
+    return inside.squeeze(-1) & ~gather(logp, tokens).isneginf()
+
+
+def _rank(logp: Tensor) -> Tensor:
+    """Integers `[..., V]` that order tokens from most to least probable; equal log-probabilities share a rank."""
+    distance = (logp.amax(-1, keepdim=True) - logp).abs()  # ≥ 0, and the bits of a float ≥ 0 are ordered as it is
+    return distance.view(_INT_VIEW[logp.dtype])
+
+
+def _mass(probs: Tensor, which: Tensor) -> Tensor:
+    return torch.where(which, probs, 0.0).sum(-1, keepdim=True)
+
+
+def _top_k_mask(logp: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
+    best = logp.topk(min(max(max_top_k, 1), logp.shape[-1]), dim=-1).values
+    last = top_k.unsqueeze(-1).expand(*logp.shape[:-1], 1).clamp(1, best.shape[-1]) - 1
+    return (logp >= best.gather(-1, last)) | (top_k.unsqueeze(-1) == 0)
+
+
+def _per_row(value: float | Tensor, logp: Tensor) -> Tensor:
+    """One number for every row, or one for each, as `[..., 1]` in the rows' precision."""
+    if isinstance(value, Tensor):
+        return value.to(logp.dtype).unsqueeze(-1)
+    return torch.full((1,), value, dtype=logp.dtype, device=logp.device)
+
+
+def _keep(logp: Tensor, which: Tensor) -> Tensor:
+    """Cut to some tokens and normalise; a row that keeps all it had is left as it is."""
+    unchanged = (which | logp.isneginf()).all(-1, keepdim=True)
+    return torch.where(unchanged, logp, log_normalize(torch.where(which, logp, -math.inf)))

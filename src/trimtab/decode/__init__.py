@@ -1,0 +1,1 @@
+"""Decode two models as one: requests in, text and log-probabilities out."""

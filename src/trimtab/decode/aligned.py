@@ -1,0 +1,332 @@
+"""`AlignedModel`: a frozen proposal and its aligners, as the one model that users hold."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from trimtab.core.logprobs import Warp
+from trimtab.core.noise import fresh_seed
+from trimtab.core.rules import Rule, parse_rule
+from trimtab.decode.prompts import as_list, encode_completion, encode_prompt
+from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, check_shaping
+from trimtab.decode.scoring import Score, score_tokens
+from trimtab.decode.sequence import Sequence as Growing
+from trimtab.decode.shaping import Shaping
+from trimtab.decode.tokenwise import decode_tokenwise
+from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
+from trimtab.models.aligner import Aligner, Manifest
+from trimtab.models.base import LanguageModel
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.vocabulary import check_same_vocabulary, vocabulary_size
+
+__all__ = ["AlignedModel"]
+
+AlignerLike = Any
+"""A folder, a hub id, an `Aligner`, a transformers or PEFT model, or a `LanguageModel`."""
+
+
+class AlignedModel:
+    """P ∝ P_M·Q: generate from it, stream from it, score with it. Make one with `from_pretrained`.
+
+    Args:
+        proposal: P_M, frozen.
+        aligners: Q_1 … Q_n over the same vocabulary; none for the bare proposal.
+        tokenizer: the shared tokenizer, or None to work with token ids alone.
+        eos_token_ids: ids that end a completion.
+        manifests: how each aligner wants to be decoded; None for one that does not say.
+        rule, weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature: as in `SamplingParams`,
+            which overrides them for a request; they override the manifests.
+        max_num_seqs: the most completions decoded at once.
+    """
+
+    def __init__(
+        self,
+        proposal: LanguageModel,
+        aligners: Sequence[LanguageModel] = (),
+        tokenizer: Any = None,
+        eos_token_ids: Sequence[int] = (),
+        *,
+        manifests: Sequence[Manifest | None] | None = None,
+        rule: str | Rule | None = None,
+        weight: float | Sequence[float] | None = None,
+        proposal_temperature: float | None = None,
+        proposal_top_k: int | None = None,
+        proposal_top_p: float | None = None,
+        aligner_temperature: float | None = None,
+        max_num_seqs: int = 32,
+    ) -> None:
+        for i, aligner in enumerate(aligners):
+            if aligner.vocab_size != proposal.vocab_size:
+                sizes = f"{aligner.vocab_size} tokens, the proposal {proposal.vocab_size}"
+                raise VocabularyMismatch(f"aligner {i} has {sizes}; they must share one vocabulary")
+        if max_num_seqs < 1:
+            raise InvalidOption(f"max_num_seqs must be at least 1, not {max_num_seqs}")
+        self.proposal, self.aligners, self.tokenizer = proposal, list(aligners), tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_num_seqs = max_num_seqs
+        lengths = [model.max_length for model in (proposal, *aligners) if model.max_length is not None]
+        self.max_length = min(lengths, default=None)
+        self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
+        check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
+        self.defaults = SamplingParams(
+            rule=None if rule is None else parse_rule(rule),
+            weight=weight,
+            proposal_temperature=proposal_temperature,
+            proposal_top_k=proposal_top_k,
+            proposal_top_p=proposal_top_p,
+            aligner_temperature=aligner_temperature,
+        )
+        self.shaping(self.defaults)  # contradictions show now, not with the first request
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        proposal: Any,
+        aligner: AlignerLike | Sequence[AlignerLike] | None = None,
+        *,
+        rule: str | Rule | None = None,
+        weight: float | Sequence[float] | None = None,
+        tokenizer: Any = None,
+        eos_token_ids: Sequence[int] | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load a proposal and its aligners.
+
+        Args:
+            proposal: a folder, a hub id, a loaded transformers model, or any `LanguageModel`.
+            aligner: one of the same, an `Aligner`, a list of them, or None for the bare proposal. A folder may be an
+                aligner's, a plain transformers model's or a PEFT adapter's.
+            rule: decoding rule; default: what the manifests say, or `product`.
+            weight: λ, or one for each aligner; default: what the manifests say, or the rule's own.
+            tokenizer: a tokenizer or where to load it; default: the proposal's. Loaded models have none of their own:
+                give it, or work with token ids.
+            eos_token_ids: default: those of the proposal's generation config and of the tokenizer.
+            dtype: of what is loaded here: a torch dtype, its name, or `"auto"` for the checkpoint's own.
+            device: where to put what is loaded here; default: the first GPU, or the CPU.
+            revision: hub revision of the proposal.
+            settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
+
+        Raises:
+            ModelError: something cannot be loaded, see `trimtab.errors`.
+            VocabularyMismatch: an aligner's tokenizer is not the proposal's.
+        """
+        unknown = set(settings) - {*SHAPING_NAMES, "max_num_seqs"}
+        if unknown:
+            raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
+        if isinstance(proposal, (str, Path)):
+            tokenizer = load_tokenizer(proposal, revision=revision) if tokenizer is None else tokenizer
+            proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(tokenizer)
+        given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
+        aligners = [_as_aligner(item, dtype, device) for item in given]
+        for item in aligners:
+            if isinstance(item, Aligner) and tokenizer is not None:
+                check_same_vocabulary(tokenizer, item.tokenizer, item.name)
+        models = [proposal, *(item.model if isinstance(item, Aligner) else item for item in aligners)]
+        size = vocabulary_size(tokenizer) if tokenizer is not None else None
+        if eos_token_ids is None:
+            eos_token_ids = find_eos_token_ids(proposal, tokenizer)
+        backends = [HuggingFaceLM(model, size) if isinstance(model, torch.nn.Module) else model for model in models]
+        return cls(
+            backends[0],
+            backends[1:],
+            tokenizer,
+            eos_token_ids,
+            manifests=[item.manifest if isinstance(item, Aligner) else None for item in aligners],
+            rule=rule,
+            weight=weight,
+            **settings,
+        )
+
+    def generate(
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Complete prompts.
+
+        Args:
+            prompts: texts, chat message lists or id lists, of any lengths; or just one of them.
+            params: one for all prompts, or a list with one for each.
+
+        Returns:
+            A flat list in the order of the prompts, with `n` consecutive completions for each.
+
+        Raises:
+            InvalidRequest: a prompt or parameter cannot be decoded; nothing has been computed then.
+            DeadRow: a distribution is NaN or has no mass.
+        """
+        sequences = self._sequences(prompts, params)
+        done = {(e.prompt_index, e.index): e.completion for e in self._decode(sequences) if e.completion is not None}
+        return [done[s.prompt_index, s.index] for s in sequences]
+
+    def stream(
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """Complete a prompt, or several at once, yielding an event for each token as soon as it is drawn.
+
+        The arguments and the tokens are those of `generate`. Closing the iterator stops the work.
+        """
+        return self._decode(self._sequences(prompts, params))
+
+    def score(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        completions: Any,
+        params: SamplingParams | None = None,
+    ) -> list[Score]:
+        """The exact log-probability of each token of given completions under proposal, aligners and aligned model.
+
+        Args:
+            prompts: as in `generate`.
+            completions: one for each prompt: a text or a message, to which the end of sequence is added and counted, or
+                token ids, which are scored as they are.
+            params: `rule`, `weight` and the warps of the rule's inputs are taken from it; sampling knobs play no part.
+
+        Raises:
+            InvalidRequest: a pair cannot be scored; nothing has been computed then.
+            InvalidOption: the rule has no closed form.
+        """
+        items = as_list(prompts)
+        answers = [completions] if isinstance(completions, str) else list(completions)
+        if len(items) == 1 and answers and isinstance(answers[0], int):
+            answers = [answers]
+        if len(items) != len(answers):
+            raise InvalidRequest(f"there are {len(items)} prompts, but {len(answers)} completions")
+        pairs = [self._pair(i, prompt, answer) for i, (prompt, answer) in enumerate(zip(items, answers, strict=True))]
+        shaping = self.shaping(params or self.defaults)
+        scores = []
+        for start in range(0, len(pairs), self.max_num_seqs):
+            batch = pairs[start : start + self.max_num_seqs]
+            ids = [(prompt, completion) for prompt, completion, _ in batch]
+            for (_, completion, num_bytes), row in zip(
+                batch, score_tokens(self.proposal, self.aligners, shaping, ids), strict=True
+            ):
+                scores.append(Score(row.proposal, row.aligner, row.aligned, completion, num_bytes))
+        return scores
+
+    def shaping(self, params: SamplingParams) -> Shaping:
+        """How a request's aligned row comes about: its own settings, else the model's, else the manifests', else neutral.
+
+        A manifest's weight belongs to the manifest's rule: under another rule, that rule's default weight counts.
+        """
+        count = len(self.aligners)
+        rule = self._setting("rule", params) or "product"
+        rule = parse_rule(rule)
+        weight = params.weight if params.weight is not None else self.defaults.weight
+        if weight is None:
+            fallback = rule.default_weights(count)
+            weights = tuple(
+                m.weight if m is not None and m.weight is not None and parse_rule(m.rule) == rule else default
+                for m, default in zip(self._manifests, fallback, strict=True)
+            )
+        else:
+            weights = (float(weight),) if isinstance(weight, (int, float)) else tuple(map(float, weight))
+        if len(weights) != count and (count or params.weight is not None):
+            raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
+        temperature = params.aligner_temperature or self.defaults.aligner_temperature
+        warps = tuple(Warp(temperature or (m.aligner_temperature if m else 1.0)) for m in self._manifests)
+        proposal = Warp(
+            self._setting("proposal_temperature", params) or 1.0,
+            max(self._setting("proposal_top_k", params) or 0, 0),
+            self._setting("proposal_top_p", params) or 1.0,
+        )
+        return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, warps)
+
+    def _setting(self, name: str, params: SamplingParams) -> Any:
+        """A setting that all aligners of a request share."""
+        for source in (params, self.defaults):
+            if getattr(source, name) is not None:
+                return getattr(source, name)
+        wanted = {getattr(m, name, None) for m in self._manifests if m is not None} - {None}
+        if len(wanted) > 1:
+            values = " and ".join(sorted(map(str, wanted)))
+            raise InvalidOption(f"the aligners' manifests disagree on {name}: {values}; say which with {name}=")
+        return next(iter(wanted), None)
+
+    def _sequences(
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Growing]:
+        items = as_list(prompts)
+        each = (
+            [params or SamplingParams()] * len(items) if params is None or isinstance(params, SamplingParams) else list(params)
+        )
+        if len(each) != len(items):
+            raise InvalidRequest(f"there are {len(items)} prompts, but {len(each)} sampling parameters")
+        return [sequence for i, (item, p) in enumerate(zip(items, each, strict=True)) for sequence in self._request(i, item, p)]
+
+    def _request(self, i: int, item: Prompt, params: SamplingParams) -> list[Growing]:
+        """The `n` sequences of one request, checked."""
+        prompt = encode_prompt(self.tokenizer, item, self.proposal.vocab_size, f"prompts[{i}]")
+        limit = params.max_tokens
+        if self.max_length is not None:
+            if len(prompt) >= self.max_length:
+                room = f"the context holds {self.max_length} with at least one new one"
+                raise InvalidRequest(f"prompts[{i}] has {len(prompt)} tokens, but {room}: shorten it")
+            limit = min(limit, self.max_length - len(prompt))
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop needs a tokenizer; use stop_token_ids")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if outside := [token for token in ids if token >= self.proposal.vocab_size]:
+                raise InvalidRequest(f"{name}: there is no token {outside[0]}; ids end at {self.proposal.vocab_size - 1}")
+        shaping = self.shaping(params)
+        if not shaping.rule.has_row:
+            _refuse_row_settings(params, shaping)
+        seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
+        return [
+            Growing(i, index, prompt, seeded, shaping, limit, self.eos_token_ids, self.tokenizer) for index in range(params.n)
+        ]
+
+    def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
+        for start in range(0, len(sequences), self.max_num_seqs):
+            yield from decode_tokenwise(self.proposal, self.aligners, sequences[start : start + self.max_num_seqs])
+
+    def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
+        """Ids of a prompt and its completion, and the completion's length in bytes."""
+        prompt = encode_prompt(self.tokenizer, item, self.proposal.vocab_size, f"prompts[{i}]")
+        name = f"completions[{i}]"
+        if isinstance(answer, (list, tuple)) and all(isinstance(token, int) for token in answer):
+            completion, num_bytes = encode_prompt(self.tokenizer, list(answer), self.proposal.vocab_size, name), None
+        else:
+            completion = encode_completion(self.tokenizer, item, answer, self.eos_token_ids, name)
+            text = self.tokenizer.decode(completion[:-1], skip_special_tokens=True) if not isinstance(answer, str) else answer
+            num_bytes = len(text.encode(errors="replace"))
+        if self.max_length is not None and len(prompt) + len(completion) > self.max_length:
+            total = f"{len(prompt)} + {len(completion)} tokens"
+            raise InvalidRequest(f"prompts[{i}] and {name} have {total}, but the context holds {self.max_length}")
+        return prompt, completion, num_bytes
+
+
+SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
+
+
+def find_eos_token_ids(proposal: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's own first, then those of the model's generation config."""
+    found = [getattr(tokenizer, "eos_token_id", None)]
+    for config in (getattr(proposal, "generation_config", None), getattr(proposal, "config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            found += ids if isinstance(ids, (list, tuple)) else [ids]
+            break
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def _as_aligner(item: AlignerLike, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
+    return Aligner.from_pretrained(item, dtype=dtype, device=device) if isinstance(item, (str, Path)) else item
+
+
+def _refuse_row_settings(params: SamplingParams, shaping: Shaping) -> None:
+    """Without an aligned row there is nothing for the sampling knobs to act on; say so instead of dropping them."""
+    plain = SamplingParams()
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "logprobs"):
+        if getattr(params, name) != getattr(plain, name):
+            raise InvalidRequest(
+                f"{name} acts on the aligned row, which rule '{shaping.rule}' does not have: leave it at "
+                f"{getattr(plain, name)!r}, or use proposal_temperature, proposal_top_p and aligner_temperature"
+            )

@@ -1,0 +1,194 @@
+"""What a user asks for and what comes back: `SamplingParams` in, `Completion` and `TokenEvent` out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from trimtab.core.rules import Rule, parse_rule
+from trimtab.errors import InvalidOption, InvalidRequest
+
+__all__ = ["Completion", "Message", "Prompt", "SamplingParams", "TokenEvent", "TokenLogprobs"]
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+"""A text, a list of chat messages (`{"role": …, "content": …}`), or token ids."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to decode one request.
+
+    The first group acts on the aligned row, as it would on the row of any single model. The second group replaces, for
+    this request, the model's own settings of how the row comes about; None keeps them.
+
+    Attributes:
+        max_tokens: the most tokens to generate, end of sequence included.
+        n: completions of the same prompt.
+        temperature: 0 is greedy; otherwise aligned log-probabilities are divided by it.
+        top_p: keep the most probable tokens up to this mass, 0 < p ≤ 1; see `trimtab.core.logprobs` for ties.
+        top_k: keep the k most probable tokens; 0 or −1 keeps all.
+        min_p: keep tokens at least this fraction as probable as the best one.
+        repetition_penalty: multiplies the log-probability of every token of the prompt and of the text so far: above 1
+            makes them rarer. (Models apart from ours apply it to logits, whose sign depends on the model; an aligned row
+            has no logits, and its log-probabilities are never above 0.)
+        logit_bias: added to the log-probability of token ids.
+        stop: texts that end the completion; they are cut from `text`. They may start and end anywhere inside a token.
+        stop_token_ids: further ids that end it, as an end of sequence does.
+        ignore_eos: go on after an end of sequence.
+        seed: any integer; the same seed gives the same tokens whatever else is in the batch. None draws a fresh one.
+        logprobs: also return the log-probability of each token under proposal, aligner and aligned model.
+        rule: a decoding rule, by name or as an object: `"product"`, `"candidates(n=8)"`, `Geometric()`.
+        weight: λ of the aligner, or one for each aligner.
+        proposal_temperature, proposal_top_k, proposal_top_p: shape the proposal's row before the rule sees it.
+        aligner_temperature: shapes each aligner's row before the rule sees it.
+    """
+
+    max_tokens: int = 128
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: bool = False
+    rule: str | Rule | None = None
+    weight: float | Sequence[float] | None = None
+    proposal_temperature: float | None = None
+    proposal_top_k: int | None = None
+    proposal_top_p: float | None = None
+    aligner_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field that can be checked without a model."""
+        _integer("max_tokens", self.max_tokens, 1)
+        _integer("n", self.n, 1)
+        _integer("top_k", self.top_k, -1)
+        _number("temperature", self.temperature, low=0)
+        _number("top_p", self.top_p, above=0, high=1)
+        _number("min_p", self.min_p, low=0, high=1)
+        _number("repetition_penalty", self.repetition_penalty, above=0)
+        if self.seed is not None:
+            _integer("seed", self.seed)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InvalidRequest(f"stop must be a text or a list of texts, none of them empty, not {self.stop!r}")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0)
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias", token, 0)
+            _number(f"logit_bias[{token}]", bias)
+        if self.rule is not None:
+            try:
+                object.__setattr__(self, "rule", parse_rule(self.rule))
+            except InvalidOption as error:
+                raise InvalidRequest(str(error)) from None
+        check_shaping(
+            self.weight, self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities of each token of a completion.
+
+    Attributes:
+        proposal: under the proposal alone, as it is: no temperature, no truncation.
+        aligner: under the aligner alone, as it is; with several aligners, one such list for each.
+        aligned: under the decoding rule, with the warps of its inputs, before `temperature` and the knobs after it.
+    """
+
+    proposal: list[float]
+    aligner: list[float] | list[list[float]]
+    aligned: list[float]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    Attributes:
+        text: without special tokens, cut before the stop text that ended it.
+        tokens: generated ids, with the end-of-sequence id if it was drawn.
+        finish_reason: `"stop"` (end of sequence, stop text or stop id) or `"length"`.
+        index: which of the request's `n` completions this is.
+        seed: the request's seed, also when it was drawn fresh: with it, the completion can be had again.
+        prompt_tokens: length of the prompt in tokens.
+        logprobs: if asked for.
+        fallbacks: under `kl_gate`, how many tokens the gate left to the proposal; None under other rules.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    index: int
+    seed: int
+    prompt_tokens: int
+    logprobs: TokenLogprobs | None = None
+    fallbacks: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one completion while it is being generated.
+
+    Attributes:
+        prompt_index, index: which prompt, and which of its completions.
+        token: the id just drawn.
+        text: new text that is now certain. Text that might turn out to be part of a stop text, or of a character whose
+            bytes are not complete, is held back; the events' texts join to the completion's.
+        finish_reason: None until the last event.
+        completion: the whole, on the last event.
+        proposal, aligner, aligned: log-probabilities of the token, if asked for.
+    """
+
+    prompt_index: int
+    index: int
+    token: int
+    text: str
+    finish_reason: str | None = None
+    completion: Completion | None = None
+    proposal: float | None = None
+    aligner: float | list[float] | None = None
+    aligned: float | None = None
+
+
+def check_shaping(
+    weight: float | Sequence[float] | None,
+    proposal_temperature: float | None,
+    proposal_top_k: int | None,
+    proposal_top_p: float | None,
+    aligner_temperature: float | None,
+) -> None:
+    """Check the settings that shape the rows before the rule; None is always right."""
+    if weight is not None:
+        for i, number in enumerate([weight] if isinstance(weight, (int, float)) else weight):
+            _number("weight" if isinstance(weight, (int, float)) else f"weight[{i}]", number)
+    if proposal_temperature is not None:
+        _number("proposal_temperature", proposal_temperature, above=0)
+    if proposal_top_k is not None:
+        _integer("proposal_top_k", proposal_top_k, -1)
+    if proposal_top_p is not None:
+        _number("proposal_top_p", proposal_top_p, above=0, high=1)
+    if aligner_temperature is not None:
+        _number("aligner_temperature", aligner_temperature, above=0)
+
+
+def _integer(name: str, value: Any, low: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+        floor = "" if low is None else f" of at least {low}"
+        raise InvalidRequest(f"{name} must be an integer{floor}, not {value!r}")
+
+
+def _number(name: str, value: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
+    fits = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if not fits or value < low or value <= above or value > high:
+        limits = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+        limits += [f"at most {high:g}"] * (high < math.inf)
+        raise InvalidRequest(f"{name} must be a number {' and '.join(limits) or 'that is finite'}, not {value!r}")

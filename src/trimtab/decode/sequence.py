@@ -1,0 +1,100 @@
+"""The bookkeeping of one completion while it grows."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any
+
+from trimtab.core.rules import KLGate
+from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
+from trimtab.decode.shaping import Shaping
+from trimtab.decode.text import TextStream
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """One of a request's `n` completions.
+
+    Args:
+        prompt_index: the request's place among the prompts.
+        index: which of its completions this is.
+        prompt: the prompt's ids.
+        params: what was asked for, with a seed.
+        shaping: how its aligned row comes about.
+        limit: the most tokens it may get, by `max_tokens` and by the context.
+        eos_token_ids: ids that end it.
+        tokenizer: for its text, or None.
+    """
+
+    def __init__(
+        self,
+        prompt_index: int,
+        index: int,
+        prompt: Seq[int],
+        params: SamplingParams,
+        shaping: Shaping,
+        limit: int,
+        eos_token_ids: Seq[int],
+        tokenizer: Any,
+    ) -> None:
+        assert params.seed is not None
+        self.prompt_index, self.index, self.prompt = prompt_index, index, list(prompt)
+        self.params, self.shaping, self.limit, self.seed = params, shaping, limit, params.seed
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
+        self._text = TextStream(tokenizer, params.stop)
+        self._rows: list[Seq[float]] = []
+        self._fallbacks = 0
+
+    @property
+    def next_input(self) -> int:
+        """The newest token, which the models have not read yet."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
+
+    def accept(self, token: int, logprobs: Seq[float], fell_back: bool) -> TokenEvent:
+        """Take the next token.
+
+        Args:
+            token: its id.
+            logprobs: its log-probability under proposal, each aligner, and the aligned model; empty if nobody asked.
+            fell_back: whether a `kl_gate` left it to the proposal.
+        """
+        self.tokens.append(token)
+        self._fallbacks += fell_back
+        if self.params.logprobs:
+            self._rows.append(logprobs)
+        ended = token in self._ends
+        text = "" if ended else self._text.push(token)
+        if ended or self._text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            text += self._text.close()
+            if self._text.stopped:
+                self.finish_reason = "stop"
+        completion = self._completion() if self.finish_reason else None
+        event = TokenEvent(self.prompt_index, self.index, token, text, self.finish_reason, completion)
+        if not self.params.logprobs:
+            return event
+        proposal, *aligners, aligned = logprobs
+        aligner = aligners[0] if len(aligners) == 1 else aligners
+        return replace(event, proposal=proposal, aligner=aligner, aligned=aligned)
+
+    def _completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(
+            text=self._text.text,
+            tokens=self.tokens,
+            finish_reason=self.finish_reason,
+            index=self.index,
+            seed=self.seed,
+            prompt_tokens=len(self.prompt),
+            logprobs=self._logprobs(self._rows) if self.params.logprobs else None,
+            fallbacks=self._fallbacks if isinstance(self.shaping.rule, KLGate) else None,
+        )
+
+    def _logprobs(self, rows: Seq[Seq[float]]) -> TokenLogprobs:
+        proposal, *aligners, aligned = (list(column) for column in zip(*rows, strict=True))
+        return TokenLogprobs(proposal, aligners[0] if len(aligners) == 1 else aligners, aligned)

@@ -1,0 +1,112 @@
+"""From the models' rows to the aligned row: warps, then the rule, for a batch of requests that differ in both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import Warp, warp
+from trimtab.core.rules import KLGate, Rule
+
+__all__ = ["BatchShaping", "Inputs", "Shaping", "stack_warps"]
+
+Inputs = tuple[Tensor, list[Tensor]]
+"""The rule's inputs log p̃ and log q_1 … log q_n, each `[B, K, V]`."""
+
+
+NEUTRAL = Warp()
+"""The warp that changes nothing."""
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How one request's aligned row comes about.
+
+    Attributes:
+        rule: the decoding rule, bound to the model's end-of-sequence ids.
+        weights: one λ for each aligner.
+        proposal: the warp of the proposal's row, in plain numbers.
+        aligners: the warp of each aligner's row.
+    """
+
+    rule: Rule
+    weights: tuple[float, ...] = ()
+    proposal: Warp = NEUTRAL
+    aligners: tuple[Warp, ...] = ()
+
+
+class BatchShaping:
+    """The shapings of B requests, laid out as tensors; all rows are `[B, K, V]`.
+
+    Args:
+        shapings: one for each request, all with the same number of aligners.
+        device: where the rows are.
+    """
+
+    def __init__(self, shapings: Sequence[Shaping], device: torch.device) -> None:
+        self._proposal = stack_warps([s.proposal for s in shapings], device)
+        self._aligners = [stack_warps(warps, device) for warps in zip(*(s.aligners for s in shapings), strict=True)]
+        self._weights = torch.tensor([s.weights for s in shapings], dtype=torch.float64, device=device)[:, None, :]
+        members: dict[Rule, list[int]] = {}
+        for row, shaping in enumerate(shapings):
+            members.setdefault(shaping.rule, []).append(row)
+        self._groups = [(rule, torch.tensor(rows, device=device)) for rule, rows in members.items()]
+
+    def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:
+        """The warped rows that the rules see, from the models' own."""
+        return warp(logp, self._proposal), [warp(logq, how) for logq, how in zip(logqs, self._aligners, strict=True)]
+
+    def target(self, inputs: Inputs) -> Tensor:
+        """The aligned rows; rows of a rule without a closed form keep log p̃, and rows without mass are NaN."""
+        logp, _ = inputs
+        if len(self._groups) == 1 and self._groups[0][0].has_row:
+            return self._groups[0][0].target(*self._part(inputs, None))
+        rows = logp.clone()
+        for rule, index in self._groups:
+            if rule.has_row:
+                rows[index] = rule.target(*self._part(inputs, index))
+        return rows
+
+    def sample(self, inputs: Inputs, uniforms: Tensor, tokens: Tensor) -> Tensor:
+        """Replace `tokens` `[B, K]` by draws in the rows whose rule can only sample; `uniforms` `[B, K, draws]`."""
+        for rule, index in self._groups:
+            if not rule.has_row:
+                drawn = rule.sample(*self._part(inputs, index), uniforms[index])
+                tokens = tokens.index_copy(0, index, drawn)
+        return tokens
+
+    def fallbacks(self, inputs: Inputs) -> Tensor:
+        """Which positions `[B, K]` a `kl_gate` leaves to the proposal; False under other rules."""
+        fallen = torch.zeros(inputs[0].shape[:-1], dtype=torch.bool, device=inputs[0].device)
+        for rule, index in self._groups:
+            if isinstance(rule, KLGate) and inputs[1]:
+                fallen[index] = rule.falls_back(*self._part(inputs, index))
+        return fallen
+
+    def _part(self, inputs: Inputs, index: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Some requests' inputs and weights, as a rule takes them; all of them without an index."""
+        logp, logqs = inputs
+        weights = self._weights.to(logp.dtype)
+        if index is None:
+            return logp, logqs, weights
+        return logp[index], [logq[index] for logq in logqs], weights[index]
+
+
+def stack_warps(warps: Sequence[Warp], device: torch.device) -> Warp:
+    """One warp for B requests from their plain ones: columns `[B, 1]`, and None for a step that no request wants."""
+
+    def column(values: list[float | int | Tensor | None], neutral: float) -> Tensor | None:
+        numbers = [neutral if value is None else value for value in values]
+        if all(number == neutral for number in numbers):
+            return None
+        return torch.tensor(numbers, dtype=torch.float64, device=device).unsqueeze(-1)
+
+    top_k = column([w.top_k for w in warps], 0)
+    return Warp(
+        temperature=column([w.temperature for w in warps], 1.0),
+        top_k=None if top_k is None else top_k.long(),
+        top_p=column([w.top_p for w in warps], 1.0),
+        min_p=column([w.min_p for w in warps], 0.0),
+        max_top_k=max((w.top_k for w in warps if isinstance(w.top_k, int)), default=0),
+    )

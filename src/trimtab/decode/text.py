@@ -1,0 +1,73 @@
+"""From tokens to text, as it grows: whole characters only, and nothing that might turn out to be a stop text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["TextStream"]
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """Decode one completion incrementally.
+
+    A token may end inside a character (byte-level vocabularies), and its text may depend on the token before it. So each
+    step decodes the last settled stretch together with what is new, and waits while the end is an incomplete character.
+
+    Args:
+        tokenizer: a transformers tokenizer, or None where there is no text.
+        stops: texts that end the completion.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._tokens: list[int] = []
+        self._settled = self._read = 0
+        self._held = ""
+        self.text = ""
+        """All text that is certain."""
+        self.stopped = False
+        """Whether a stop text was met."""
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that has become certain."""
+        if self._tokenizer is None:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._settled, self._read)
+        after = self._decode(self._settled, len(self._tokens))
+        if len(after) <= len(before) or after.endswith(_BROKEN):
+            return ""
+        self._settled, self._read = self._read, len(self._tokens)
+        return self._emit(after[len(before) :], last=False)
+
+    def close(self) -> str:
+        """Return what was held back, because nothing follows."""
+        if self._tokenizer is None or self.stopped:
+            return ""
+        before = self._decode(self._settled, self._read)
+        return self._emit(self._decode(self._settled, len(self._tokens))[len(before) :], last=True)
+
+    def _decode(self, start: int, end: int) -> str:
+        text = self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _emit(self, new: str, last: bool) -> str:
+        pending = self._held + new
+        found = min((at for stop in self._stops if (at := pending.find(stop)) >= 0), default=-1)
+        if found >= 0:
+            self.stopped, self._held, certain = True, "", pending[:found]
+        else:
+            keep = 0 if last else self._possible_stop(pending)
+            certain, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += certain
+        return certain
+
+    def _possible_stop(self, pending: str) -> int:
+        """Length of the longest end of `pending` with which some stop text begins."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(pending)), 0, -1):
+            if any(stop.startswith(pending[-length:]) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,236 @@
+"""`Aligner`: the small model that turns the proposal, with a manifest that says how to decode with it.
+
+On disk an aligner is an ordinary transformers or PEFT repository (safetensors, tokenizer, model card) plus `trimtab.json`.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from trimtab.core.rules import parse_rule
+from trimtab.errors import CheckpointError, InvalidOption, ManifestError, VocabularyMismatch
+from trimtab.files import atomic_folder, write_json
+from trimtab.models.loading import check_finite, load_model, load_tokenizer, readable
+from trimtab.models.vocabulary import fingerprint_vocabulary
+
+__all__ = ["MANIFEST_NAME", "Aligner", "Manifest"]
+
+MANIFEST_NAME = "trimtab.json"
+FORMAT_VERSION = 1
+OBJECTIVES = ("likelihood", "sft", "ram", "preference")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How an aligner wants to be decoded. Explicit options override it.
+
+    Attributes:
+        vocabulary: fingerprint of the tokenizer it was trained with.
+        proposal: `{"id": …, "revision": …}` of the proposal it was trained against, if any.
+        rule: a decoding rule as `parse_rule` reads it.
+        weight: λ; None stands for the rule's default.
+        proposal_temperature, proposal_top_p, aligner_temperature: the warps before the rule.
+        objective: what it was trained with, if we know.
+    """
+
+    vocabulary: str
+    proposal: dict[str, str | None] | None = None
+    rule: str = "product"
+    weight: float | None = None
+    proposal_temperature: float = 1.0
+    proposal_top_p: float = 1.0
+    aligner_temperature: float = 1.0
+    objective: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Check every field, for a manifest may come from anywhere."""
+        if self.format_version != FORMAT_VERSION:
+            raise ManifestError(f"format_version is {self.format_version!r}, but this Trimtab reads {FORMAT_VERSION}")
+        try:
+            parse_rule(self.rule)
+        except (InvalidOption, AttributeError) as error:
+            raise ManifestError(str(error)) from None
+        for name in ("weight", "proposal_temperature", "proposal_top_p", "aligner_temperature"):
+            value = getattr(self, name)
+            if value is None and name == "weight":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ManifestError(f"{name} must be a finite number, not {value!r}")
+            if name != "weight" and value <= 0:
+                raise ManifestError(f"{name} must be above 0, not {value}")
+        if self.proposal_top_p > 1:
+            raise ManifestError(f"proposal_top_p must be at most 1, not {self.proposal_top_p}")
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise ManifestError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
+            raise ManifestError(f"vocabulary must be a fingerprint 'sha256:…', not {self.vocabulary!r}")
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str) -> Self:
+        """Read what `trimtab.json` holds; unknown keys are errors."""
+        if not isinstance(values, Mapping):
+            raise ManifestError(f"{source}: must hold one JSON object")
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ManifestError(f"{source}: unknown key '{unknown[0]}'; known are {', '.join(names)}")
+        if missing := sorted({"vocabulary", "format_version"} - set(values)):
+            raise ManifestError(f"{source}: key '{missing[0]}' is missing")
+        try:
+            return cls(**values)
+        except ManifestError as error:
+            raise ManifestError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `trimtab.json` holds."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class Aligner:
+    """A small causal language model, full or as a PEFT adapter, that shares a vocabulary with its proposals.
+
+    Attributes:
+        model: the transformers model, or the PEFT model around it.
+        tokenizer: its tokenizer.
+        manifest: how it wants to be decoded.
+        name: what to call it in messages.
+    """
+
+    model: Any
+    tokenizer: Any
+    manifest: Manifest
+    name: str = "aligner"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load an aligner from a folder or a hub id; a plain transformers or PEFT repository gets a default manifest.
+
+        Raises:
+            ManifestError: `trimtab.json` has unknown keys or bad values.
+            VocabularyMismatch: the tokenizer in the folder is not the one the manifest was written for.
+            CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights.
+        """
+        folder = _fetch(path, revision)
+        adapter = (folder / "adapter_config.json").is_file()
+        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not adapter else _base_of(folder))
+        fingerprint = fingerprint_vocabulary(tokenizer)
+        manifest = Manifest(vocabulary=fingerprint)
+        if (folder / MANIFEST_NAME).is_file():
+            source = str(Path(path) / MANIFEST_NAME)
+            try:
+                values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ManifestError(f"{source}: not JSON ({error})") from None
+            manifest = Manifest.from_dict(values, source)
+            if manifest.vocabulary != fingerprint:
+                raise VocabularyMismatch(f"{source}: the tokenizer beside it has another vocabulary than the manifest says")
+        model = _load_adapter(folder, dtype, device) if adapter else load_model(folder, dtype=dtype, device=device)
+        return cls(model, tokenizer, manifest, name=str(path))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the aligner's folder; what stood there before stays whole until everything new is on disk."""
+        with atomic_folder(path, superseded=_WEIGHT_FILES) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+            write_json(folder / MANIFEST_NAME, self.manifest.to_dict())
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Upload the aligner's folder to the hub and return its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision))
+
+
+def model_card(aligner: Aligner) -> str:
+    """The README.md of an aligner's folder."""
+    manifest = aligner.manifest
+    proposal = (manifest.proposal or {}).get("id")
+    weight = parse_rule(manifest.rule).default_weights(1)[0] if manifest.weight is None else manifest.weight
+    base = f"base_model: {proposal}\nbase_model_relation: adapter\n" if proposal and not Path(proposal).is_absolute() else ""
+    return f"""---
+library_name: trimtab
+tags: [trimtab, residual-alignment-model, alignment]
+{base}---
+
+# A Trimtab aligner
+
+This small language model steers a frozen one at decoding time: it is an aligner Q in P ∝ P_M·Q
+([arXiv 2505.19700](https://arxiv.org/abs/2505.19700)), not a model to be used alone.
+
+| | |
+|---|---|
+| proposal it was trained against | {proposal or "not recorded"} |
+| objective | {manifest.objective or "not recorded"} |
+| rule, weight | `{manifest.rule}`, {weight} |
+| proposal temperature, top-p | {manifest.proposal_temperature}, {manifest.proposal_top_p} |
+| aligner temperature | {manifest.aligner_temperature} |
+
+```python
+from trimtab import AlignedModel, SamplingParams
+
+model = AlignedModel.from_pretrained({proposal or "PROPOSAL"!r}, "THIS_FOLDER")
+print(model.generate(["..."], SamplingParams(max_tokens=64, seed=0))[0].text)
+```
+
+It works with any proposal of the same vocabulary.
+"""
+
+
+def _fetch(path: str | Path, revision: str | None) -> Path:
+    """The local folder of a path or hub id."""
+    folder = Path(path).expanduser()
+    with readable(path, "aligner"):
+        if folder.is_dir():
+            return folder
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+
+
+def _base_of(folder: Path) -> str:
+    """The model under a PEFT adapter."""
+    with readable(folder, "aligner"):
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"'{folder}': adapter_config.json names no base model")
+    return str(base)
+
+
+def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = " (adapter_model.bin is pickled and not loaded)" if (folder / "adapter_model.bin").is_file() else ""
+        raise CheckpointError(f"'{folder}' holds no adapter_model.safetensors{pickled}")
+    base = load_model(_base_of(folder), dtype=dtype, device=device)
+    with readable(folder, "aligner"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), use_safetensors=True).eval()
+        except UserWarning as warning:
+            raise CheckpointError(f"'{folder}' does not fill the adapter: {str(warning)[:120]}") from None
+    check_finite(model, folder)
+    return model

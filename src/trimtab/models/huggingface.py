@@ -1,0 +1,124 @@
+"""The transformers backend: a stock causal language model as a `LanguageModel` over ragged slots.
+
+The model is used as it is: we pass a cache, positions and a ready 4-D mask, which transformers hands on untouched. That is
+right only for plain full attention with positions that do not depend on the batch, so an architecture is accepted when it is
+known to be of that kind and passes the contract suite, and refused otherwise.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import row_from_logits
+from trimtab.errors import UnsupportedModel
+from trimtab.models.base import State
+from trimtab.models.slots import SlotState
+
+__all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported"]
+
+SUPPORTED = ("gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+"""`model_type` of the architectures that pass the contract suite; tests/models/test_contract.py runs each of them."""
+
+
+def check_supported(config: Any) -> None:
+    """Refuse a configuration that ragged slots would decode wrongly.
+
+    Raises:
+        UnsupportedModel: the architecture is not on the list, or a setting takes it off plain full attention.
+    """
+    name = config.model_type
+    if name not in SUPPORTED:
+        raise UnsupportedModel(
+            f"model type '{name}' has not passed Trimtab's contract suite; supported are {', '.join(SUPPORTED)}. "
+            "See docs/models.md for how to add one"
+        )
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if layers != {"full_attention"} or windowed:
+        raise UnsupportedModel(f"this '{name}' model uses a sliding attention window; only full attention is supported")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UnsupportedModel(f"rope type '{rope}' makes positions depend on the rest of the batch; it is not supported")
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModel(f"this '{name}' model has cross-attention; only decoders are supported")
+
+
+class HuggingFaceLM:
+    """A transformers causal language model, or a PEFT model around one, over ragged slots.
+
+    Args:
+        model: the loaded model; it is put into evaluation mode and otherwise never changed. Its dtype and device are used.
+        vocab_size: V; logits beyond it are padding and dropped. Default: all of the model's columns.
+    """
+
+    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        check_supported(inner.config)
+        self._attention = inner.config._attn_implementation
+        if self._attention not in ("sdpa", "eager"):
+            raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")
+        self.model = inner.eval()
+        columns = inner.get_output_embeddings().weight.shape[0]
+        self.vocab_size = vocab_size or columns
+        if columns < self.vocab_size:
+            raise UnsupportedModel(
+                f"the model has {columns} output columns, but its tokenizer {self.vocab_size} tokens: resize its embeddings"
+            )
+        self.max_length: int | None = inner.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in; on a model spread over devices, its first."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def new_state(self, slots: int, capacity: int) -> SlotState:
+        """Empty slots; the buffers are allocated by the first step."""
+        return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
+
+    def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append to every slot; log-probabilities `[B, K, V]`, float32 (float64 for a float64 model)."""
+        return row_from_logits(self._forward(state, tokens, counts, logits_to_keep=0), self.vocab_size)
+
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
+        """Append to every slot without computing K rows of logits."""
+        self._forward(state, tokens, counts, logits_to_keep=1)
+
+    def rollback(self, state: State, counts: Sequence[int]) -> None:
+        """Forget the last tokens of each slot by lowering its length."""
+        state.check_rollback(counts)
+        state.lengths = [length - count for length, count in zip(state.lengths, counts, strict=True)]
+
+    def select(self, state: State, rows: Sequence[int]) -> SlotState:
+        """Copies of the given slots."""
+        assert isinstance(state, SlotState)
+        return state.select(rows)
+
+    @torch.no_grad()
+    def _forward(self, state: State, tokens: Tensor, counts: Sequence[int], logits_to_keep: int) -> Tensor:
+        assert isinstance(state, SlotState)
+        state.check_room(tokens, counts)
+        last_position = (self.max_length or state.capacity) - 1
+        state.step = step = state.plan(counts, tokens.shape[1], last_position, self.device)
+        try:
+            logits: Tensor = self.model(
+                input_ids=tokens.to(self.device),
+                attention_mask=self._mask(step.mask),
+                position_ids=step.position_ids,
+                past_key_values=state.cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            ).logits
+        finally:
+            state.step = None
+        state.lengths = [length + count for length, count in zip(state.lengths, counts, strict=True)]
+        return logits
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """What this attention wants: SDPA takes booleans, the eager one adds its mask to the scores."""
+        if self._attention == "sdpa":
+            return seen
+        dtype = self.model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

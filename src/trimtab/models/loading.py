@@ -1,0 +1,121 @@
+"""Load models and tokenizers from folders and hub ids, refusing in one clear sentence what cannot be used.
+
+Weights come from safetensors only: nothing is unpickled, and no code of a repository is run. A checkpoint that would leave some
+weight at its random initial value, or that contains a NaN, is an error.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from trimtab.errors import CheckpointError, InvalidOption, ModelError
+from trimtab.models.huggingface import check_supported
+
+__all__ = ["check_finite", "load_model", "load_tokenizer", "pick_device", "readable"]
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The named device, or the first GPU if there is one, or the CPU."""
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InvalidOption(f"device: {str(error).splitlines()[0]}") from None
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A causal language model in evaluation mode.
+
+    Args:
+        source: a folder, or a hub id.
+        dtype: `"auto"` takes the checkpoint's own; otherwise a torch dtype or its name.
+        device: where to put it; `"auto"` spreads a large model with accelerate. Default: the first GPU, or the CPU.
+        revision: a hub revision.
+
+    Raises:
+        CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights.
+        UnsupportedModel: an architecture that has not passed the contract suite.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InvalidOption(f"dtype: '{dtype}' is none of torch's; say auto, float32, bfloat16 or float16")
+    with readable(source, "model"):
+        check_supported(AutoConfig.from_pretrained(source, revision=revision))
+        placement = {"device_map": "auto"} if device == "auto" else {"device_map": {"": pick_device(device)}}
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **placement,
+        )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report.get(problem):
+            example = sorted(str(key) for key in report[problem])[0]
+            raise CheckpointError(f"'{source}' does not fill the model: {len(report[problem])} {problem}, such as {example}")
+    check_finite(model, source)
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or hub id."""
+    from transformers import AutoTokenizer
+
+    with readable(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def check_finite(model: Any, source: str | Path) -> None:
+    """Refuse weights with NaN or infinity, naming the first such tensor."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise CheckpointError(f"'{source}' contains NaN or infinite weights in {name}")
+
+
+@contextlib.contextmanager
+def readable(source: str | Path, what: str) -> Iterator[None]:
+    """Check that a local folder can hold `what`, and turn the libraries' many errors into one sentence."""
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        raise ModelError(f"'{source}' is a file; give the folder that holds the {what}")
+    if folder.is_dir():
+        _check_folder(folder, source, what)
+    elif len(folder.parts) > 2 or folder.is_absolute() or str(source).startswith((".", "~")):
+        raise ModelError(f"'{source}' does not exist")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if not folder.is_dir():
+            raise ModelError(f"'{source}' is no folder here, and the hub gave no {what} of that name: {first}") from error
+        kind = CheckpointError if isinstance(error, SafetensorError) else ModelError
+        raise kind(f"cannot read the {what} in '{source}': {first}") from error
+
+
+def _check_folder(folder: Path, source: str | Path, what: str) -> None:
+    needed = "config.json" if what == "model" else "tokenizer_config.json"
+    if what == "aligner":
+        return
+    if not (folder / needed).is_file():
+        raise ModelError(f"'{source}' holds no {what}: {needed} is missing")
+    try:
+        json.loads((folder / needed).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"'{source}': {needed} is not JSON ({error})") from None
+    if what == "model" and not any(folder.glob("*.safetensors")):
+        pickled = sorted(item.name for item in folder.iterdir() if item.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        why = f"; {pickled[0]} is pickled, which is never loaded: save the model again as safetensors" if pickled else ""
+        raise CheckpointError(f"'{source}' holds no safetensors weights{why}")

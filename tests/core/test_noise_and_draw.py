@@ -1,0 +1,82 @@
+"""Random numbers are a pure function of seed, completion, position and draw; draws follow their rows."""
+
+import math
+
+import pytest
+import torch
+
+from statistics_of import chi_square
+from trimtab.core.draw import NO_TOKEN, greedy, inverse_cdf
+from trimtab.core.noise import fresh_seed, philox, uniforms
+
+ONES = 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, words):
+    """The known-answer vectors of Random123, the authors' own library."""
+    got = philox(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
+    assert tuple(int(word) for word in got) == words
+
+
+def test_noise_does_not_depend_on_neighbours_blocks_or_number_of_draws():
+    whole = uniforms([5, -1, 2**70], [0, 3, 1], [0, 0, 0], 100, 5)
+    assert torch.equal(uniforms([-1], [3], [40], 10, 2), whole[1:2, 40:50, :2])
+    assert torch.equal(uniforms([2**70, 5], [1, 0], [99, 7], 1, 5)[:, 0], torch.stack([whole[2, 99], whole[0, 7]]))
+
+
+def test_seed_index_position_and_draw_all_matter():
+    values = uniforms([1, 2, 1 + 2**32], [0, 0, 0], [0, 0, 0], 50, 4).flatten().tolist()
+    values += uniforms([1], [1], [0], 50, 4).flatten().tolist()
+    assert len(set(values)) == len(values)
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    u = uniforms(list(range(500)), [0] * 500, [0] * 500, 100, 2)
+    assert u.min() >= 0
+    assert u.max() < 1
+    counts = torch.bincount((u[..., 0].flatten() * 50).long(), minlength=50).tolist()
+    assert chi_square(dict(enumerate(counts)), dict.fromkeys(range(50), 1 / 50)) > 1e-3
+    pairs = torch.corrcoef(torch.stack([u[:, :-1, 0].flatten(), u[:, 1:, 0].flatten(), u[:, 1:, 1].flatten()]))
+    assert pairs.triu(1).abs().max() < 5 / math.sqrt(500 * 99)
+
+
+def test_fresh_seeds_differ():
+    assert len({fresh_seed() for _ in range(100)}) == 100
+
+
+def test_inverse_cdf_follows_its_row_and_never_draws_the_impossible():
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0], dtype=torch.float64)
+    draws = inverse_cdf(probs.log(), uniforms([3], [0], [0], 20_000, 1)[0, :, 0])
+    counts = torch.bincount(draws, minlength=6).tolist()
+    assert chi_square(dict(enumerate(counts)), dict(enumerate(probs.tolist()))) > 1e-3
+
+
+def test_inverse_cdf_at_its_edges():
+    logp = torch.tensor([-math.inf, 0.0, -math.inf]).expand(3, 3)
+    edges = torch.tensor([[0.0, 0.5, 1 - 2.0**-53]], dtype=torch.float64).expand(3, 3)
+    assert inverse_cdf(logp, edges).tolist() == [[1, 1, 1]] * 3
+    long = torch.full((200_000,), -math.log(200_000))
+    assert inverse_cdf(long, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 199_999
+
+
+def test_rows_without_mass_give_no_token():
+    rows = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [math.nan, 0.0]])
+    half = torch.full((3, 2), 0.5, dtype=torch.float64)
+    assert inverse_cdf(rows, half).tolist() == [[0, 0], [NO_TOKEN, NO_TOKEN], [NO_TOKEN, NO_TOKEN]]
+    assert greedy(rows).tolist() == [0, NO_TOKEN, NO_TOKEN]
+
+
+def test_greedy_takes_the_first_of_tied_tokens():
+    assert greedy(torch.tensor([[0.1, 0.4, 0.1, 0.4]]).log()).tolist() == [1]

@@ -1,0 +1,101 @@
+"""Each objective against its definition, and the two that have an exact optimum against it."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trimtab.core.logprobs import gather, log_normalize
+from trimtab.core.objectives import likelihood, preference, ram, sequence_logprob, sft
+from trimtab.core.rules import Geometric, Product, Rule
+from trimtab.models.table import TableLM
+
+V = 5
+
+
+def random_rows(seed: int, *shape: int) -> torch.Tensor:
+    return log_normalize(torch.randn(*shape, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+def test_only_masked_in_tokens_count_whatever_stands_elsewhere():
+    logp, logq = random_rows(0, 2, 4), random_rows(1, 2, 4).requires_grad_()
+    tokens = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 0]])
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    expected = [-sum(Product()(logp[b], [logq[b]], [0.7])[t, tokens[b, t]] for t in range(n)) for b, n in ((0, 3), (1, 2))]
+    rubbish = torch.where(mask.unsqueeze(-1), logp, math.nan)
+    losses = likelihood(Product(), rubbish, logq, 0.7, tokens, mask)
+    assert_close(losses, torch.stack(expected))
+    losses.sum().backward()
+    assert logq.grad is not None
+    assert logq.grad.isfinite().all()
+    assert (logq.grad[1, 2:] == 0).all()
+    token_logq = gather(logq.detach(), tokens)
+    assert_close(sft(token_logq, mask)[1], -(token_logq[1, 0] + token_logq[1, 1]))
+    assert_close(sequence_logprob(token_logq, mask), -sft(token_logq, mask))
+
+
+@pytest.mark.parametrize(("rule", "weight"), [(Product(), 1.0), (Product(), 0.5), (Geometric(), 0.4)])
+def test_likelihood_reaches_the_token_level_optimum(rule: Rule, weight: float):
+    """The aligned model can be any distribution with p's support, so maximum likelihood makes it the data's.
+
+    A free table q is trained on the exact law of a target model after every context. At the optimum the rule's row equals
+    the target's row, and for `product` at λ that means q ∝ (target/p)^(1/λ).
+    """
+    proposal, target = TableLM.random(V, seed=1).table, TableLM.random(V, seed=2).table
+    logits = torch.zeros(V + 1, V, dtype=torch.float64, requires_grad=True)
+    contexts = V + 1
+    # One example per context and token, weighted by the target's probability: the population's loss, not a sample's.
+    logp = proposal.repeat_interleave(V, 0).unsqueeze(1)
+    tokens = torch.arange(V).repeat(contexts).unsqueeze(1)
+    chance = target.exp().flatten()
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    optimiser = torch.optim.LBFGS(
+        [logits], lr=1, max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        logq = log_normalize(logits).repeat_interleave(V, 0).unsqueeze(1)
+        total = (chance * likelihood(rule, logp, logq, weight, tokens, mask)).sum()
+        total.backward()
+        return total
+
+    optimiser.step(loss)
+    logq = log_normalize(logits.detach())
+    assert_close(rule(proposal, [logq], [weight]), target, atol=1e-5, rtol=0)
+    if isinstance(rule, Product):
+        assert_close(logq, log_normalize((target - proposal) / weight), atol=1e-5, rtol=0)
+
+
+def test_likelihood_of_an_unaligned_proposal_is_its_own():
+    logp = random_rows(3, 1, 3)
+    tokens, mask = torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool)
+    own = -gather(logp, tokens).sum(-1)
+    assert_close(likelihood(Product(), logp, torch.full_like(logp, -math.log(V)), 1.0, tokens, mask), own)
+    assert_close(likelihood(Geometric(), logp, random_rows(4, 1, 3), 0.0, tokens, mask), own)
+
+
+def test_ram_is_supervised_learning_plus_alpha_times_the_samples():
+    wanted, sampled = torch.tensor([-3.0, -2.0]), torch.tensor([-5.0, -1.0])
+    assert ram(wanted, sampled, 0.5).tolist() == [0.5, 1.5]
+    assert torch.equal(ram(wanted, sampled, 0.0), -wanted)
+
+
+def test_preference_is_dpo_of_the_sequence_level_product_against_the_proposal():
+    """DPO's loss is −log σ(β[log π(y_w)/ref(y_w) − log π(y_l)/ref(y_l)]) (arXiv 2305.18290, eq. 7).
+
+    With π(y|x) = P_M(y|x)·Q(y|x)/Z(x) over whole sequences, enumerated here with its Z, and ref = P_M, the ratio is Q/Z and Z
+    cancels between the two answers to one prompt.
+    """
+    proposal, aligner, beta = TableLM.random(3, order=2, seed=5), TableLM.random(3, order=1, seed=6), 0.7
+    p, q = proposal.enumerate([], 3, eos=[0]), aligner.enumerate([], 3, eos=[0])
+    log_z = torch.tensor([p[y] + q[y] for y in p], dtype=torch.float64).logsumexp(0).item()
+    policy = {y: p[y] + q[y] - log_z for y in p}
+    assert math.isclose(sum(map(math.exp, policy.values())), 1.0)
+    answers = list(p)
+    for chosen, rejected in ((answers[0], answers[7]), (answers[9], answers[2])):
+        margin = beta * ((policy[chosen] - p[chosen]) - (policy[rejected] - p[rejected]))
+        dpo = -math.log(1 / (1 + math.exp(-margin)))
+        ours = preference(torch.tensor([q[chosen]]).double(), torch.tensor([q[rejected]]).double(), beta)
+        assert_close(ours.item(), dpo)

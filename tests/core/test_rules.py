@@ -1,0 +1,245 @@
+"""The contract of every rule, and the law of each, worked out independently on small rows."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from statistics_of import chi_square
+from trimtab.core.logprobs import Warp, kl_divergence, log_normalize, warp
+from trimtab.core.noise import uniforms
+from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, parse_rule
+from trimtab.errors import DeadRow, InvalidOption
+
+V = 6
+
+
+def rows(seed: int, *shape: int, zeros: float = 0.0) -> torch.Tensor:
+    """Random log-probabilities `[*shape, V]` in float64, some of them −inf."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, V, generator=generator, dtype=torch.float64) * 2
+    gone = (torch.rand(*shape, V, generator=generator) < zeros) & (logits < logits.amax(-1, keepdim=True))
+    return log_normalize(logits.masked_fill(gone, -math.inf))
+
+
+ROW_RULES: list[Rule] = [rule() for rule in RULES.values() if rule.has_row]
+ROW_RULES += [KLGate(tau=1.0), KLGate(tau=math.inf), Nucleus(force_eos=True, eos_token_ids=(1, 2))]
+
+
+@pytest.fixture(params=ROW_RULES, ids=str)
+def rule(request: pytest.FixtureRequest) -> Rule:
+    return request.param
+
+
+# ---- the contract of all rules
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.4], [0.7, 0.2], [1.5, -0.5]])
+def test_target_is_normalised_within_the_support_and_row_by_row(rule, weights):
+    logp, logqs = rows(1, 3, 4, zeros=0.3), [rows(2 + i, 3, 4) for i in range(len(weights))]
+    before = [logp.clone(), *(logq.clone() for logq in logqs)]
+    target = rule(logp, logqs, weights)
+    assert_close(target.exp().sum(-1), torch.ones(3, 4, dtype=torch.float64))
+    assert target[logp.isneginf()].isneginf().all()
+    for b, k in itertools.product(range(3), range(4)):
+        assert_close(rule(logp[b, k], [logq[b, k] for logq in logqs], weights), target[b, k], atol=0, rtol=0)
+    assert all(torch.equal(old, new) for old, new in zip(before, [logp, *logqs], strict=True)), "inputs were changed"
+
+
+def test_weights_may_differ_by_row(rule):
+    logp, logqs = rows(3, 2, 3), [rows(4, 2, 3), rows(5, 2, 3)]
+    weights = torch.tensor([[[1.0, 0.5]], [[0.2, -0.1]]], dtype=torch.float64)
+    together = rule(logp, logqs, weights)
+    for b in range(2):
+        assert_close(together[b], rule(logp[b], [logq[b] for logq in logqs], weights[b, 0].tolist()), atol=0, rtol=0)
+
+
+def test_without_aligners_every_rule_is_the_proposal(rule):
+    logp = rows(6, 4, zeros=0.3)
+    assert torch.equal(rule(logp, [], []), logp)
+
+
+def test_rows_without_common_support_are_an_error(rule):
+    logp = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    logq = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]]).log()
+    if isinstance(rule, KLGate) and rule.tau < math.inf:
+        assert torch.equal(rule(logp, [logq], [1.0])[1], logp[1])  # infinitely far: the gate is shut
+    elif isinstance(rule, Nucleus) and rule.force_eos:
+        pass  # has its own test
+    else:
+        with pytest.raises(DeadRow, match="leaves no token"):
+            rule(logp, [logq], [1.0])
+
+
+def test_nan_is_an_error_and_not_a_distribution(rule):
+    logp = rows(7, 2)
+    with pytest.raises(DeadRow):
+        rule(torch.where(logp < -3, math.nan, logp), [rows(8, 2)], [1.0])
+
+
+def test_rules_are_values_that_read_as_they_are_written():
+    for name in RULES:
+        assert str(parse_rule(name)) == name
+        assert parse_rule(name) == RULES[name]()
+    assert parse_rule("candidates(n=8)") == Candidates(n=8)
+    assert parse_rule(" kl_gate( tau = 1 ) ") == KLGate(tau=1.0)
+    assert parse_rule("nucleus(force_eos=true)") == Nucleus(force_eos=True)
+    for rule in (Candidates(n=3), KLGate(tau=0.5), Nucleus(force_eos=True), Geometric()):
+        assert parse_rule(str(rule)) == rule
+        assert parse_rule(rule) is rule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("par", "there is no rule 'par'; choose one of candidates, geometric"),
+        ("candidates(n=8", "closing bracket"),
+        ("candidates(m=8)", "'candidates' has no setting 'm'; it has: n"),
+        ("product(n=8)", "'product' has no setting 'n'; it has: none"),
+        ("candidates(n=many)", "wants n as int"),
+        ("candidates(n=2.5)", "wants n as int"),
+        ("nucleus(eos_token_ids=(1,))", "has no setting 'eos_token_ids'"),
+        ("candidates(n=0)", "n must be at least 1"),
+        ("kl_gate(tau=-1)", "tau must be at least 0"),
+    ],
+)
+def test_what_is_no_rule_is_named(text, message):
+    with pytest.raises(InvalidOption, match=message.replace("(", r"\(").replace(")", r"\)")):
+        parse_rule(text)
+
+
+# ---- product
+
+
+def test_product_is_the_renormalised_product():
+    p, q1, q2 = rows(10, 5, zeros=0.3), rows(11, 5), rows(12, 5)
+    raw = p.exp() * q1.exp() ** 0.8 * q2.exp() ** -0.3
+    assert_close(Product()(p, [q1, q2], [0.8, -0.3]).exp(), raw / raw.sum(-1, keepdim=True))
+
+
+def test_product_with_weight_zero_or_a_uniform_aligner_is_the_proposal():
+    p, q = rows(13, 5, zeros=0.3), rows(14, 5, zeros=0.5)  # weight 0 also where the aligner says never
+    assert_close(Product()(p, [q], [0.0]), p)
+    uniform = torch.full_like(p, -math.log(V))
+    for weight in (1.0, 0.3, -2.0):
+        assert_close(Product()(p, [uniform], [weight]), p)
+
+
+def test_product_survives_what_underflows_outside_log_space():
+    p = log_normalize(torch.tensor([-500.0, -600.0, -2000.0]))
+    q = log_normalize(torch.tensor([-3000.0, -800.0, 0.0]))
+    assert_close(Product()(p, [q], [1.0]), log_normalize(torch.tensor([-3500.0, -1400.0, -2000.0])))
+
+
+def test_an_expert_against_an_antiexpert_is_proxy_tuning():
+    p, tuned, base = rows(15, 4), rows(16, 4), rows(17, 4)
+    assert_close(Product()(p, [tuned, base], [1.0, -1.0]), log_normalize(p + tuned - base))
+
+
+# ---- geometric
+
+
+def test_geometric_interpolates_from_proposal_to_aligner():
+    p, q = rows(20, 5), rows(21, 5)
+    assert_close(Geometric()(p, [q], [0.0]), p)
+    assert_close(Geometric()(p, [q], [1.0]), q)
+    assert_close(Geometric()(p, [q], [0.3]), log_normalize(0.7 * p + 0.3 * q))
+    assert_close(Geometric()(p, [p], [0.3]), p)
+
+
+def test_geometric_stays_in_the_support_when_the_proposal_has_no_weight_left():
+    p, q = rows(22, 5, zeros=0.4), rows(23, 5)
+    assert_close(Geometric()(p, [q], [1.0]), log_normalize(torch.where(p.isneginf(), -math.inf, q)))
+
+
+def test_default_weights_share_equally_under_geometric_and_are_one_elsewhere():
+    assert Geometric().default_weights(1) == (0.5,)
+    assert Geometric().default_weights(3) == (0.25,) * 3
+    assert Product().default_weights(2) == (1.0, 1.0)
+
+
+# ---- nucleus and kl_gate
+
+
+def test_nucleus_is_the_aligner_on_the_proposals_support():
+    p, q = warp(rows(30, 5), Warp(top_p=0.8)), rows(31, 5)
+    inside = (~p.isneginf()).double()
+    raw = q.exp() * inside
+    assert_close(Nucleus()(p, [q], [1.0]).exp(), raw / raw.sum(-1, keepdim=True))
+
+
+def test_nucleus_of_one_token_is_that_token():
+    p = warp(rows(32, 5), Warp(top_p=1e-9))
+    assert_close(Nucleus()(p, [rows(33, 5)], [1.0]), p)
+
+
+def test_force_eos_ends_where_the_proposals_best_token_ends():
+    rule = Nucleus(force_eos=True).bind([1, 2])
+    q = rows(34, 3)
+    p = torch.tensor([[0.1, 0.7, 0.2, 0, 0, 0], [0.4, 0.3, 0.3, 0, 0, 0], [0.1, 0.2, 0.7, 0, 0, 0]]).double().log()
+    target = rule(p, [q], [1.0]).exp()
+    assert target[0].tolist() == [0, 1, 0, 0, 0, 0]
+    assert_close(target[1], Nucleus()(p, [q], [1.0])[1].exp())
+    assert target[2].tolist() == [0, 0, 1, 0, 0, 0]
+    assert Nucleus().bind([1, 2]) == Nucleus()
+
+
+def test_kl_gate_is_nucleus_below_tau_and_the_proposal_above():
+    p, q = rows(35, 40, zeros=0.2), rows(36, 40)
+    tau = 1.5
+    near = kl_divergence(p, q) <= tau
+    assert 0 < near.sum() < 40
+    target = KLGate(tau=tau)(p, [q], [1.0])
+    assert_close(target[near], Nucleus()(p, [q], [1.0])[near])
+    assert_close(target[~near], p[~near])
+    assert torch.equal(KLGate(tau=tau).falls_back(p, [q], torch.ones(1)), ~near)
+
+
+# ---- candidates
+
+
+def candidates_law(p: torch.Tensor, q: torch.Tensor, n: int, weight: float) -> torch.Tensor:
+    """The exact law by running through all V^n draws: weight each by q^λ, normalise, draw one; multiplicity is kept."""
+    law = torch.zeros(V, dtype=torch.float64)
+    for draw in itertools.product(range(V), repeat=n):
+        chance = math.prod(p[v].item() for v in draw)
+        weights = [q[v].item() ** weight for v in draw]
+        for v, w in zip(draw, weights, strict=True):
+            law[v] += chance * w / sum(weights)
+    return law
+
+
+def draw_candidates(
+    rule: Candidates, p: torch.Tensor, logqs: list[torch.Tensor], weights: list[float], count: int
+) -> list[int]:
+    noise = uniforms([4], [0], [0], count, rule.draws)[0]
+    expand = [row.expand(count, V) for row in (p, *logqs)]
+    return rule.sample(expand[0], expand[1:], torch.tensor(weights, dtype=torch.float64), noise).tolist()
+
+
+@pytest.mark.parametrize(("n", "weight"), [(1, 1.0), (2, 1.0), (3, 0.5), (4, 1.0)])
+def test_candidates_follow_their_enumerated_law(n, weight):
+    p, q = rows(40, zeros=0.2), rows(41)
+    law = candidates_law(p.exp(), q.exp(), n, weight)
+    counts = torch.bincount(torch.tensor(draw_candidates(Candidates(n=n), p, [q], [weight], 30_000)), minlength=V)
+    assert chi_square(dict(enumerate(counts.tolist())), dict(enumerate(law.tolist()))) > 1e-3
+
+
+def test_candidates_law_starts_at_the_proposal_and_approaches_product():
+    """n = 1 is p̃. The distance to `product` falls like 1/n, and it falls towards `product`, not towards q."""
+    p, q = rows(42).exp(), rows(43).exp()
+    assert_close(candidates_law(p, q, 1, 1.0), p)
+    product = p * q / (p * q).sum()
+    gaps = [(candidates_law(p, q, n, 1.0) - product).abs().sum().item() / 2 for n in (1, 2, 4, 6)]
+    assert gaps == sorted(gaps, reverse=True)
+    many = draw_candidates(Candidates(n=200), p.log(), [q.log()], [1.0], 10_000)
+    shares = torch.bincount(torch.tensor(many), minlength=V) / 10_000
+    assert (shares - product).abs().sum() / 2 < 0.03
+    assert (q - product).abs().sum() / 2 > 0.1
+
+
+def test_candidates_have_no_row():
+    with pytest.raises(InvalidOption, match="closed form"):
+        Candidates()(rows(44), [rows(45)], [1.0])

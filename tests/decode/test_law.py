@@ -1,0 +1,137 @@
+"""The law of what `AlignedModel` generates, against enumeration written here from the definitions, on tables and models.
+
+Nothing in `expected_row` comes from `trimtab`: it is the specification of each rule in plain Python.
+"""
+
+import math
+
+import pytest
+import torch
+
+from statistics_of import fits
+from tiny import tiny_model
+from trimtab import AlignedModel, SamplingParams
+from trimtab.models.table import TableLM, enumerate_sequences
+
+V = 5
+EOS = 0
+SAMPLES = 6000
+
+
+def tempered(row: list[float], temperature: float, top_p: float = 1.0) -> list[float]:
+    weights = [p ** (1 / temperature) for p in row]
+    probs = [w / math.fsum(weights) for w in weights]
+    if top_p < 1:
+        probs = [p if math.fsum(q for q in probs if q > p) < top_p else 0.0 for p in probs]
+    return [p / math.fsum(probs) for p in probs]
+
+
+def expected_row(rule: str, p: list[float], qs: list[list[float]], weights: list[float]) -> list[float]:
+    """The decoding rules of the specification, in plain Python on probabilities."""
+    q = [math.prod(row[v] ** w for row, w in zip(qs, weights, strict=True)) for v in range(len(p))]
+    if rule == "product":
+        raw = [a * b for a, b in zip(p, q, strict=True)]
+    elif rule == "geometric":
+        raw = [a ** (1 - sum(weights)) * b if a else 0.0 for a, b in zip(p, q, strict=True)]
+    else:
+        raw = [b if a else 0.0 for a, b in zip(p, q, strict=True)]
+    if rule.startswith("kl_gate"):
+        unit = [b / math.fsum(q) for b in q]
+        tau = float(rule.removeprefix("kl_gate(tau=").removesuffix(")"))
+        if math.fsum(a * math.log(a / b) for a, b in zip(p, unit, strict=True) if a) > tau:
+            raw = p
+    return [r / math.fsum(raw) for r in raw]
+
+
+def probabilities(model, prefix) -> list[float]:
+    state = model.new_state(1, len(prefix))
+    return model.extend(state, torch.tensor([list(prefix)]), [len(prefix)])[0, -1].double().exp().tolist()
+
+
+def expected_law(proposal, aligners, rule, weights, prompt, length, *, warps=(1.0, 1.0, 1.0), temperature=1.0):
+    proposal_temperature, proposal_top_p, aligner_temperature = warps
+
+    def row(prefix):
+        p = tempered(probabilities(proposal, prefix), proposal_temperature, proposal_top_p)
+        qs = [tempered(probabilities(q, prefix), aligner_temperature) for q in aligners]
+        target = tempered(expected_row(rule, p, qs, weights), temperature)
+        return torch.tensor(target, dtype=torch.float64).log()
+
+    return enumerate_sequences(row, prompt, length, [EOS])
+
+
+def sampled(model: AlignedModel, prompt: list[int], **settings) -> list[tuple[int, ...]]:
+    return [tuple(c.tokens) for c in model.generate([prompt], SamplingParams(n=SAMPLES, seed=7, **settings))]
+
+
+def tables(aligners: int):
+    return [TableLM.random(V, order=2, seed=seed, zeros=0.15 if seed == 0 else 0.0) for seed in range(aligners + 1)]
+
+
+RULES = ["product", "geometric", "nucleus", "kl_gate(tau=0.3)"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weights", [[1.0], [0.4, 0.3]], ids=["one", "two"])
+def test_tables_follow_the_rule(rule, weights):
+    proposal, *aligners = tables(len(weights))
+    model = AlignedModel(proposal, aligners, eos_token_ids=[EOS], rule=rule, weight=weights, max_num_seqs=500)
+    law = expected_law(proposal, aligners, rule, weights, [3], 3)
+    assert fits(sampled(model, [3], max_tokens=3), law) > 1e-3
+
+
+def test_the_warps_shape_the_inputs_and_the_temperature_the_result():
+    proposal, aligner = tables(1)
+    model = AlignedModel(
+        proposal,
+        [aligner],
+        eos_token_ids=[EOS],
+        proposal_temperature=0.7,
+        proposal_top_p=0.8,
+        aligner_temperature=1.5,
+        max_num_seqs=500,
+    )
+    law = expected_law(proposal, [aligner], "product", [1.0], [1], 2, warps=(0.7, 0.8, 1.5), temperature=1.3)
+    assert fits(sampled(model, [1], max_tokens=2, temperature=1.3), law) > 1e-3
+    wrong = expected_law(proposal, [aligner], "product", [1.0], [1], 2, temperature=1.3)
+    assert fits(sampled(model, [1], max_tokens=2, temperature=1.3), wrong) < 1e-6, "the test cannot tell laws apart"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("rule", ["product", "nucleus"])
+def test_transformers_pairs_follow_the_rule(kind, rule):
+    loaded = [tiny_model(kind, V, seed=0, spread=0.3), tiny_model("llama", V, seed=1, spread=0.3)]
+    model = AlignedModel.from_pretrained(loaded[0], loaded[1], rule=rule, proposal_top_p=0.9, max_num_seqs=500)
+    law = expected_law(model.proposal, model.aligners, rule, [1.0], [2, 3], 3, warps=(1.0, 0.9, 1.0))
+    assert fits(sampled(model, [2, 3], max_tokens=3), law) > 1e-3
+
+
+def test_a_mixed_batch_follows_each_requests_own_rule():
+    proposal, *aligners = tables(2)
+    model = AlignedModel(proposal, aligners, eos_token_ids=[EOS], max_num_seqs=700)
+    requests = [("product", [1.0, 0.5]), ("geometric", [0.2, 0.3]), ("nucleus", [1.0, 0.0]), ("kl_gate(tau=0.5)", [0.5, 0.5])]
+    params = [SamplingParams(max_tokens=2, n=3000, seed=i, rule=rule, weight=w) for i, (rule, w) in enumerate(requests)]
+    out = model.generate([[i + 1] for i in range(4)], params)
+    for i, (rule, weights) in enumerate(requests):
+        law = expected_law(proposal, aligners, rule, weights, [i + 1], 2)
+        assert fits([tuple(c.tokens) for c in out[3000 * i : 3000 * (i + 1)]], law) > 1e-3
+
+
+def test_candidates_are_sampled_in_the_batch_with_their_own_law():
+    """One candidate is the proposal; many are the product."""
+    proposal, aligner = tables(1)
+    model = AlignedModel(proposal, [aligner], eos_token_ids=[EOS], max_num_seqs=600)
+    settings = {"max_tokens": 2, "n": 1500}
+    params = [SamplingParams(seed=1, rule=rule, **settings) for rule in ("candidates(n=1)", "candidates(n=150)", "geometric")]
+    out = model.generate([[2], [2], [2]], params)
+    only = expected_law(proposal, [aligner], "geometric", [0.0], [2], 2)
+    product = expected_law(proposal, [aligner], "product", [1.0], [2], 2)
+    assert fits([tuple(c.tokens) for c in out[:1500]], only) > 1e-3
+    assert fits([tuple(c.tokens) for c in out[1500:3000]], product) > 1e-3
+    assert fits([tuple(c.tokens) for c in out[:1500]], product) < 1e-6
+
+
+def test_the_bare_proposal_is_the_proposal():
+    proposal = tables(0)[0]
+    model = AlignedModel(proposal, eos_token_ids=[EOS], max_num_seqs=500)
+    assert fits(sampled(model, [1], max_tokens=3), proposal.enumerate([1], 3, [EOS])) > 1e-3

@@ -1,0 +1,63 @@
+"""Tiny random models and tokenizers for tests: no weights are downloaded, every seed gives the same ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+_GPT2_SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gemma": _SHAPE,
+    "gpt2": _GPT2_SHAPE,
+    "gpt_neox": {k: v for k, v in _SHAPE.items() if k not in ("num_key_value_heads", "head_dim")},
+    "granite": {k: v for k, v in _SHAPE.items() if k != "head_dim"},
+    "llama": _SHAPE,
+    "mistral": _SHAPE | {"sliding_window": None},
+    "olmo2": {k: v for k, v in _SHAPE.items() if k != "head_dim"},
+    "qwen2": {k: v for k, v in _SHAPE.items() if k != "head_dim"},
+    "qwen3": _SHAPE,
+}
+EOS = 0
+"""The id of `<eos>` in every tiny tokenizer."""
+
+
+def tiny_model(kind: str = "llama", vocab_size: int = 32, *, seed: int = 0, spread: float = 0.5, **settings: Any) -> Any:
+    """A random model of an architecture, whose rows are far from uniform."""
+    config = CONFIG_MAPPING[kind](
+        vocab_size=vocab_size, **{**SHAPES[kind], "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": None, **settings}
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, spread, generator=generator)
+    return model.eval()
+
+
+def tiny_tokenizer(letters: str = "abcdefghijklmnopqrstuvwxyz ", **settings: Any) -> PreTrainedTokenizerFast:
+    """One token for each character, plus `<eos>` with id 0."""
+    vocab = {"<eos>": EOS} | {letter: i + 1 for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **settings)
+
+
+def save_tiny(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """A folder that transformers loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
