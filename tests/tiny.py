@@ -1,12 +1,16 @@
 """Tiny random models and tokenizers for tests: no weights are downloaded, every seed gives the same ones."""
 
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from trimtab.models.table import TableLM
 
 _SHAPE = {
     "hidden_size": 32,
@@ -54,6 +58,33 @@ def tiny_tokenizer(letters: str = "abcdefghijklmnopqrstuvwxyz ", **settings: Any
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **settings)
+
+
+def bpe_tokenizer(texts: Iterable[str], merges: int = 60, **settings: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on texts: every byte has a token, so a token may be a part of a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1 + len(alphabet) + merges, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **settings)
+
+
+class ScriptedLM(TableLM):
+    """After a prompt of one token, exactly the tokens of a script, and then `<eos>` for ever."""
+
+    def __init__(self, script: Sequence[int], vocab_size: int) -> None:
+        super().__init__(torch.zeros(vocab_size, dtype=torch.float64))
+        self.script = list(script)
+
+    def row(self, prefix: Sequence[int]) -> torch.Tensor:
+        """All mass on the script's next token."""
+        row = torch.full((self.vocab_size,), -math.inf, dtype=torch.float64)
+        row[self.script[len(prefix) - 1] if len(prefix) <= len(self.script) else EOS] = 0.0
+        return row
 
 
 def save_tiny(folder: Path, model: Any, tokenizer: Any) -> Path:

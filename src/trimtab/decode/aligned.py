@@ -40,6 +40,7 @@ class AlignedModel:
         manifests: how each aligner wants to be decoded; None for one that does not say.
         rule, weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature: as in `SamplingParams`,
             which overrides them for a request; they override the manifests.
+        num_speculative_tokens: tokens to draft ahead; only 0, token by token, exists so far.
         max_num_seqs: the most completions decoded at once.
     """
 
@@ -57,8 +58,13 @@ class AlignedModel:
         proposal_top_k: int | None = None,
         proposal_top_p: float | None = None,
         aligner_temperature: float | None = None,
+        num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
     ) -> None:
+        if num_speculative_tokens:
+            raise InvalidOption(
+                f"num_speculative_tokens must be 0: this version does not speculate, not {num_speculative_tokens}"
+            )
         for i, aligner in enumerate(aligners):
             if aligner.vocab_size != proposal.vocab_size:
                 sizes = f"{aligner.vocab_size} tokens, the proposal {proposal.vocab_size}"
@@ -117,7 +123,7 @@ class AlignedModel:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        unknown = set(settings) - {*SHAPING_NAMES, "max_num_seqs"}
+        unknown = set(settings) - {*SHAPING_NAMES, "num_speculative_tokens", "max_num_seqs"}
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         if isinstance(proposal, (str, Path)):
@@ -210,6 +216,10 @@ class AlignedModel:
             ):
                 scores.append(Score(row.proposal, row.aligner, row.aligned, completion, num_bytes))
         return scores
+
+    def check_pair(self, prompt: Prompt, completion: Any) -> None:
+        """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
+        self._pair(0, prompt, completion)
 
     def shaping(self, params: SamplingParams) -> Shaping:
         """How a request's aligned row comes about: its own settings, else the model's, else the manifests', else neutral.

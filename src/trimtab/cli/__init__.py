@@ -1,0 +1,107 @@
+"""The `trimtab` command: parse → options → one library call → print.
+
+Each subcommand is a module with `Options` (a dataclass: its fields are the flags), `run(options)` that returns a JSON-able
+report, and `render(report)` for people. What is imported to show `--help` is no more than that.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from trimtab import __version__
+from trimtab.cli.options import UsageError, add_options, read_options
+from trimtab.errors import InvalidOption, TrimtabError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "the whole path on text that every Python has: pretrain, align, evaluate, report",
+    "propose": "draw completions from a proposal for every prompt of a data set",
+    "train": "train an aligner against a frozen proposal",
+    "generate": "write aligned text",
+    "score": "held-out negative log-likelihood of proposal, aligner and aligned model",
+    "env": "versions and hardware, for a bug report",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0 done, 1 failed, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments[0] if arguments else None)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        return _run(parser, arguments)
+    except (UsageError, InvalidOption) as error:
+        return _complain(arguments[0], error, 2)
+    except (TrimtabError, OSError) as error:
+        return _complain(arguments[0], error, 1)
+    except KeyboardInterrupt:
+        return _complain(arguments[0], "interrupted", 130)
+    except Exception as error:  # the last line of defence: a user gets a sentence, a developer asks for the traceback
+        if os.environ.get("TRIMTAB_DEBUG"):
+            raise
+        hint = "TRIMTAB_DEBUG=1 shows the traceback"
+        return _complain(arguments[0], f"{type(error).__name__}: {error} ({hint})", 1)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    namespace = vars(parser.parse_args(arguments))
+    command = importlib.import_module(f"trimtab.cli.{namespace.pop('command')}")
+    as_json = namespace.pop("json", False)
+    options = read_options(command.Options, namespace)
+    _log_to_stderr()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is for the result alone
+        report = command.run(options)
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False) if as_json else command.render(report)
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)  # noqa: T201 - this is the command's output
+    return 0
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trimtab", description="Steer a frozen large language model with a small, detachable aligner.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == chosen:  # only this command's module is imported
+            sub.add_argument("--config", metavar="FILE", help="a YAML file of options; flags override it")
+            sub.add_argument("--json", action="store_true", help="print one JSON object to standard output")
+            add_options(sub, importlib.import_module(f"trimtab.cli.{name}").Options)
+    return parser
+
+
+def _complain(command: str, error: object, status: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"trimtab {command}: error: {message}", file=sys.stderr)  # noqa: T201 - the command's one line
+    return status
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("trimtab").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def quiet_loading() -> None:
+    """Hide transformers' bar for each checkpoint it loads."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,81 @@
+"""Flags that several commands share, and what they become."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trimtab.cli.options import option
+from trimtab.errors import InvalidOption, InvalidRequest
+
+__all__ = ["ModelOptions", "SamplingOptions", "load_aligned_model", "make_sampling_params"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which models, and how their rows are combined."""
+
+    proposal: str = option("", "the frozen model: a folder or a hub id", required=True, metavar="P")
+    aligner: tuple[str, ...] = option(
+        (), "an aligner: a folder or a hub id; may repeat; none for the bare proposal", metavar="A"
+    )
+    rule: str | None = option(None, "decoding rule, such as product or 'candidates(n=8)' [default: the manifest's, or product]")
+    weight: tuple[float, ...] = option((), "weight of each --aligner, in order [default: the manifest's, or the rule's]")
+    proposal_temperature: float | None = option(None, "temperature of the proposal's row, before the rule")
+    proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")
+    proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
+    aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
+    num_speculative_tokens: int | None = option(None, "tokens to draft ahead; 0 decodes token by token")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
+    max_num_seqs: int = option(32, "most completions decoded at once")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw from the aligned row."""
+
+    max_tokens: int = option(128, "most tokens of a completion")
+    n: int = option(1, "completions of each prompt")
+    temperature: float = option(1.0, "0 is greedy")
+    top_p: float = option(1.0, "keep the most probable tokens up to this mass")
+    top_k: int = option(0, "keep the k most probable tokens; 0 keeps all")
+    min_p: float = option(0.0, "keep tokens at least this fraction as probable as the best")
+    repetition_penalty: float = option(1.0, "above 1 makes tokens of the prompt and the text so far rarer")
+    stop: tuple[str, ...] = option((), "text that ends a completion; may repeat")
+    seed: int | None = option(None, "the same seed gives the same text [default: a fresh one]")
+
+
+def load_aligned_model(options: ModelOptions) -> Any:
+    """The models that the flags name, ready to decode."""
+    from trimtab.cli import quiet_loading
+    from trimtab.decode.aligned import AlignedModel
+
+    if options.weight and len(options.weight) != len(options.aligner):
+        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
+    quiet_loading()
+    try:
+        return AlignedModel.from_pretrained(
+            options.proposal,
+            list(options.aligner),
+            rule=options.rule,
+            weight=list(options.weight) or None,
+            dtype=options.dtype,
+            device=options.device,
+            proposal_temperature=options.proposal_temperature,
+            proposal_top_k=options.proposal_top_k,
+            proposal_top_p=options.proposal_top_p,
+            aligner_temperature=options.aligner_temperature,
+            num_speculative_tokens=options.num_speculative_tokens,
+            max_num_seqs=options.max_num_seqs,
+        )
+    except InvalidRequest as error:
+        raise InvalidOption(str(error)) from error
+
+
+def make_sampling_params(options: SamplingOptions, **more: Any) -> Any:
+    """The sampling parameters that the flags ask for; a bad one is wrong usage."""
+    from trimtab.decode.request import SamplingParams
+
+    try:
+        return SamplingParams(**{f.name: getattr(options, f.name) for f in fields(SamplingOptions)} | more)
+    except InvalidRequest as error:
+        raise InvalidOption(str(error)) from error

@@ -1,0 +1,79 @@
+"""`trimtab generate`: aligned text for prompts on the command line or in a file."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.cli.common import ModelOptions, SamplingOptions, load_aligned_model, make_sampling_params
+from trimtab.cli.options import UsageError, option
+
+__all__ = ["Options", "render", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options(SamplingOptions, ModelOptions):
+    """Flags of `trimtab generate`."""
+
+    prompt: tuple[str, ...] = option((), "a prompt; may repeat")
+    input: str | None = option(None, "a data set whose 'prompt' (or 'messages') to complete", metavar="FILE")
+    out: str | None = option(None, "write JSON Lines here, resuming an interrupted run", metavar="FILE")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Complete every prompt."""
+    if bool(options.prompt) == bool(options.input):
+        raise UsageError("give either --prompt or --input")
+    params = make_sampling_params(options)
+    prompts: list[Any] = list(options.prompt)
+    if options.input:
+        from trimtab.train.records import read_records
+
+        prompts = [record.prompt for record in read_records(options.input, need="prompt")]
+    model = load_aligned_model(options)
+    report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
+    if options.out is None:
+        return report | {"completions": _rows(prompts, model.generate(prompts, params), params.n)}
+    return report | {"out": options.out, "rows": _write(options, model, prompts, params)}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The texts, or where they went."""
+    if "out" in report:
+        return f"{report['rows']} completions in {report['out']}"
+    return "\n\n".join(row["completion"] for row in report["completions"])
+
+
+def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int:
+    from trimtab.jsonlines import ResumableLines
+
+    assert options.out is not None
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    lines = ResumableLines(options.out, settings | {"prompts": digest}, params.n)
+    with lines:
+        for start in range(lines.done, len(prompts), options.max_num_seqs):
+            part = prompts[start : start + options.max_num_seqs]
+            lines.write(_rows(part, model.generate(part, params), params.n))
+            logger.info("completed %d of %d prompts", start + len(part), len(prompts))
+    return len(prompts) * options.n
+
+
+def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, Any]]:
+    """One row for each completion."""
+    rows = []
+    for i, c in enumerate(completions):
+        row = {
+            "prompt": prompts[i // n],
+            "completion": c.text,
+            "finish_reason": c.finish_reason,
+            "seed": c.seed,
+            "index": c.index,
+        }
+        row |= {"prompt_tokens": c.prompt_tokens, "completion_tokens": len(c.tokens)}
+        rows.append(row if c.fallbacks is None else row | {"fallbacks": c.fallbacks})
+    return rows

@@ -1,0 +1,47 @@
+"""`trimtab score`: held-out negative log-likelihood of proposal, aligner and aligned model."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.cli.common import ModelOptions, load_aligned_model
+from trimtab.cli.options import option
+
+__all__ = ["Options", "render", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
+    """Flags of `trimtab score`."""
+
+    dataset: str = option("", "data in a TRL layout; 'completion' or 'chosen' is scored", required=True, metavar="D")
+    dataset_split: str = option("train", "split of a hub data set")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Score every record of the data set."""
+    from trimtab.evaluate.likelihood import held_out
+    from trimtab.train.records import read_records
+
+    records = read_records(options.dataset, split=options.dataset_split)
+    model = load_aligned_model(options)
+    return held_out(model, [r.prompt for r in records], [r.chosen for r in records], [r.source for r in records])
+
+
+def render(report: dict[str, Any]) -> str:
+    """A small table."""
+    lines = [f"{report['sequences']} sequences, {report['tokens']} tokens (end of sequence counted)", ""]
+    lines.append(f"{'nats per':12}{'token':>10}{'byte':>10}")
+    for name, value in report["nll"].items():
+        per_byte = report["nll_per_byte"][name]
+        pairs = zip(value, per_byte, strict=True) if isinstance(value, list) else [(value, per_byte)]
+        lines += [f"{name:12}{_number(token)}{_number(byte)}" for token, byte in pairs]
+    if report["impossible_tokens"]:
+        lines.append(f"{report['impossible_tokens']} tokens are impossible under the rule, so its likelihood is zero")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return f"{'inf' if value is None else format(value, '.4f'):>10}"

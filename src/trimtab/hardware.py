@@ -1,0 +1,25 @@
+"""What this machine is, in words that can stand beside a measurement."""
+
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["describe_hardware"]
+
+
+def describe_hardware() -> str:
+    """The first GPU, or the processor with the number of threads that torch uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

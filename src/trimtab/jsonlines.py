@@ -1,0 +1,82 @@
+"""A JSON Lines file that is written as results come, survives a kill, and appears under its name only when it is whole."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from trimtab.errors import InvalidOption
+from trimtab.files import atomic_write
+
+__all__ = ["ResumableLines"]
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableLines:
+    """Rows in groups of equal size (the samples of one prompt, say), written group by group to `FILE.partial`.
+
+    The partial file's first line describes the run; only a run with the same description goes on with it. A torn last line,
+    or part of a group, is dropped. A target that is no regular file is written at the end, from the partial file.
+
+    Args:
+        out: the file to be.
+        header: what the rows depend on.
+        group: rows in a group.
+
+    Raises:
+        InvalidOption: the partial file is of another run.
+    """
+
+    def __init__(self, out: str | Path, header: Mapping[str, Any], group: int = 1) -> None:
+        self._out = Path(out)
+        special = self._out.exists() and not self._out.is_file()
+        self._partial = Path(f"{self._out.name}.partial") if special else self._out.with_name(self._out.name + ".partial")
+        self._header = json.loads(json.dumps(header, default=str))
+        self.done = self._resume(group)
+        """Groups that an earlier run has written."""
+
+    def __enter__(self) -> Self:
+        self._stream = open(self._partial, "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stream.close()
+        if kind is None:
+            with atomic_write(self._out, "wb") as target, open(self._partial, "rb") as source:
+                source.readline()
+                for line in source:
+                    target.write(line)
+            self._partial.unlink()
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add whole groups; they are on disk when this returns."""
+        for row in rows:
+            self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _resume(self, group: int) -> int:
+        if not self._partial.exists():
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+            return 0
+        data = self._partial.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        found: Any = None
+        with contextlib.suppress(ValueError, IndexError):
+            found = json.loads(lines[0])
+        if found != self._header:
+            changed = [key for key in self._header if not isinstance(found, dict) or found.get(key) != self._header[key]]
+            what = ", ".join(changed)
+            raise InvalidOption(f"{self._partial} is left from a run with other {what}: finish that one, or delete it")
+        done = (len(lines) - 1) // group
+        kept = sum(map(len, lines[: 1 + done * group]))
+        if kept != len(data):
+            os.truncate(self._partial, kept)
+        if done:
+            logger.info("resuming %s after %d prompts", self._out, done)
+        return done

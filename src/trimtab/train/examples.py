@@ -1,0 +1,88 @@
+"""From records to token ids, and the split into training and development prompts."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from trimtab.decode.prompts import encode_completion, encode_prompt
+from trimtab.errors import DataError, InvalidRequest
+from trimtab.models.vocabulary import vocabulary_size
+from trimtab.train.records import Record
+
+__all__ = ["Example", "encode_records", "fingerprint_examples", "split_by_prompt"]
+
+logger = logging.getLogger(__name__)
+
+
+class Example(NamedTuple):
+    """A record as token ids; answers end with the end of sequence unless they were cut."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    """Empty where the record has none."""
+
+
+def encode_records(records: Sequence[Record], tokenizer: Any, eos_token_ids: Sequence[int], max_length: int) -> list[Example]:
+    """Encode prompts and answers with the tokenizer, chats by its template.
+
+    Answers are cut at `max_length` tokens, prompt included. A prompt that leaves no room for an answer is left out, and the
+    number of either is logged.
+
+    Raises:
+        DataError: a record cannot be encoded, or no record is left.
+    """
+    examples, cut, dropped = [], 0, 0
+    size = vocabulary_size(tokenizer)
+    for record in records:
+        try:
+            prompt = encode_prompt(tokenizer, record.prompt, size, "prompt")
+            answers = [
+                [] if answer is None else encode_completion(tokenizer, record.prompt, answer, eos_token_ids, name)
+                for name, answer in (("chosen", record.chosen), ("rejected", record.rejected))
+            ]
+        except InvalidRequest as error:
+            raise DataError(f"{record.source}: {error}") from error
+        room = max_length - len(prompt)
+        if room < 1:
+            dropped += 1
+            continue
+        cut += any(len(answer) > room for answer in answers)
+        examples.append(Example(prompt, *(answer[:room] for answer in answers)))
+    if cut or dropped:
+        logger.warning(
+            "of %d records, %d had an answer cut at max_length=%d and %d a longer prompt, left out",
+            len(records), cut, max_length, dropped,
+        )  # fmt: skip
+    if not examples:
+        raise DataError(f"no record is left: every prompt has {max_length} tokens or more; raise max_length")
+    return examples
+
+
+def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and development records; all answers to one prompt stay on one side.
+
+    The prompts with the smallest hashes go to development: about `fraction` of the distinct ones, at least one on each side.
+
+    Raises:
+        DataError: there is only one prompt.
+    """
+    keys = [_hash(f"{seed} {json.dumps(record.prompt, sort_keys=True)}") for record in records]
+    distinct = sorted(set(keys))
+    if len(distinct) < 2:
+        raise DataError("all records share one prompt: none can be kept for development; give --eval_dataset")
+    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    held_out = set(distinct[:count])
+    train = [record for key, record in zip(keys, records, strict=True) if key not in held_out]
+    return train, [record for key, record in zip(keys, records, strict=True) if key in held_out]
+
+
+def fingerprint_examples(examples: Sequence[Example]) -> str:
+    """A hash of prompts and wanted answers, in order."""
+    return _hash(json.dumps([(example.prompt, example.chosen) for example in examples]))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,117 @@
+"""What `trimtab train` can be told, checked before any work is done."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab.core.rules import Geometric, Product, Rule, parse_rule
+from trimtab.errors import InvalidOption
+from trimtab.models.aligner import OBJECTIVES
+
+__all__ = ["TrainOptions"]
+
+logger = logging.getLogger(__name__)
+
+MATCHES = {
+    "likelihood": ("product", "geometric"),
+    "sft": ("nucleus", "geometric", "kl_gate"),
+    "ram": ("product", "candidates", "nucleus", "kl_gate"),
+    "preference": ("product", "candidates"),
+}
+"""The rules that decode what each objective trains."""
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything but what `transformers.TrainingArguments` already has; those go into `training`."""
+
+    proposal: str = _option("", "the frozen model: a folder or a hub id", required=True)
+    aligner: str = _option("", "the model to train, of the same vocabulary: a folder or a hub id", required=True)
+    dataset: str = _option("", "training data in a TRL layout: JSONL(.gz), Parquet or a hub id", required=True)
+    output_dir: str = _option("", "where checkpoints and the finished aligner go", required=True)
+    objective: str = _option("likelihood", "what to minimise", choices=OBJECTIVES)
+    rule: str = _option("product", "the decoding rule to train for; goes into the manifest")
+    weight: float | None = _option(None, "the rule's weight while training [default: the rule's own]")
+    alpha: float = _option(1e-4, "ram: weight of the proposal's samples")
+    beta: float = _option(0.1, "preference: inverse temperature of the reward")
+    proposal_temperature: float = _option(1.0, "temperature of the proposal's rows; goes into the manifest")
+    proposal_top_p: float = _option(1.0, "for the manifest; training sees the whole distribution")
+    aligner_temperature: float = _option(1.0, "temperature of the aligner's rows; goes into the manifest")
+    start: str = _option(
+        "auto",
+        "where to start: 'pretrained' keeps the aligner's output layer, 'uniform' zeroes it so that the aligned model starts"
+        " at the proposal, 'auto' is 'uniform' for likelihood with product",
+        choices=("auto", "pretrained", "uniform"),
+    )
+    eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")
+    dev_fraction: float = _option(0.1, "share of the prompts kept aside for development")
+    dataset_split: str = _option("train", "split of a hub data set")
+    max_length: int = _option(1024, "longest prompt and answer together, in tokens")
+    cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
+    proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
+    use_peft: bool = _option(False, "train a LoRA adapter instead of all weights")
+    lora_r: int = _option(16, "LoRA rank")
+    lora_alpha: int = _option(32, "LoRA scale")
+    lora_dropout: float = _option(0.05, "LoRA dropout")
+    lora_target_modules: tuple[str, ...] = _option((), "modules to adapt; repeat the flag [default: all linear layers]")
+    dtype: str = _option("auto", "dtype of the proposal; the aligner's master weights are float32")
+    device: str | None = _option(None, "device of the proposal [default: the first GPU, or the CPU]")
+    overwrite_output_dir: bool = _option(False, "discard what an earlier run left in OUTPUT_DIR instead of resuming it")
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions, and warn where objective and rule do not fit."""
+        for name in ("proposal", "aligner", "dataset", "output_dir"):
+            if not getattr(self, name):
+                raise InvalidOption(f"--{name} is required")
+        if self.objective not in OBJECTIVES:
+            raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
+        if self.start not in ("auto", "pretrained", "uniform"):
+            raise InvalidOption(f"start must be auto, pretrained or uniform, not '{self.start}'")
+        for name, low, high in (
+            ("alpha", 0, math.inf),
+            ("dev_fraction", 1e-9, 0.9),
+            ("beta", 1e-9, math.inf),
+            ("proposal_temperature", 1e-3, math.inf),
+            ("aligner_temperature", 1e-3, math.inf),
+            ("proposal_top_p", 1e-9, 1),
+            ("max_length", 2, math.inf),
+            ("cache_top_k", 0, math.inf),
+            ("lora_r", 1, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
+        if self.weight is not None and not math.isfinite(self.weight):
+            raise InvalidOption(f"weight must be a finite number, not {self.weight}")
+        rule = self.parsed_rule
+        if self.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
+            raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
+        if self.use_peft and self.start == "uniform":
+            raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
+        if rule.name not in MATCHES[self.objective]:
+            logger.warning(
+                "objective '%s' does not train what rule '%s' decodes; it fits %s",
+                self.objective, rule, " or ".join(MATCHES[self.objective]),
+            )  # fmt: skip
+
+    @property
+    def parsed_rule(self) -> Rule:
+        """The rule as an object."""
+        return parse_rule(self.rule)
+
+    @property
+    def starting_weight(self) -> float:
+        """The weight to train at."""
+        return self.parsed_rule.default_weights(1)[0] if self.weight is None else self.weight
+
+    @property
+    def starts_uniform(self) -> bool:
+        """Whether the output layer is zeroed before training."""
+        fits = self.objective == "likelihood" and isinstance(self.parsed_rule, Product) and not self.use_peft
+        return self.start == "uniform" or (self.start == "auto" and fits)

@@ -1,0 +1,255 @@
+"""One training run from options to a finished aligner, resumable after a kill at any point.
+
+Records → examples → cached proposal rows → trainer → tuned weight → aligner folder. `run.json` in the output folder says what
+the run depends on, so that only the same run is resumed; `training.json` is its record.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import TrainingArguments
+
+from trimtab.decode.aligned import find_eos_token_ids
+from trimtab.errors import InvalidOption
+from trimtab.files import read_json, write_json
+from trimtab.models.aligner import MANIFEST_NAME, Aligner, Manifest
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
+from trimtab.train.batches import ExampleDataset, collate
+from trimtab.train.cache import ProposalCache, fingerprint_model
+from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
+from trimtab.train.options import TrainOptions
+from trimtab.train.records import read_records
+from trimtab.train.start import add_lora, zero_output_layer
+from trimtab.train.trainer import AlignerTrainer
+from trimtab.train.tune import RANGES, tune_weight
+
+__all__ = ["OWNED", "train"]
+
+logger = logging.getLogger(__name__)
+
+OWNED = {
+    "output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
+    "push_to_hub", "include_for_metrics", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only",
+}  # fmt: skip
+"""`TrainingArguments` that a run sets itself."""
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+}
+"""Where we differ from `TrainingArguments`: look ten times a run, and keep the best on the development prompts."""
+
+
+def train(options: TrainOptions) -> dict[str, Any]:
+    """Train an aligner and save it in `options.output_dir`.
+
+    Returns:
+        What `training.json` holds: `tokens`, `cache`, `weight`, `weights_tried`, `metrics` at the end, `history`, `seconds`.
+
+    Raises:
+        TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
+    """
+    started = time.monotonic()
+    arguments = _training_arguments(options)
+    tokenizer = load_tokenizer(options.proposal)
+    check_same_vocabulary(tokenizer, load_tokenizer(options.aligner), options.aligner)
+    model = load_model(options.aligner, dtype=torch.float32, device="cpu")
+    proposal = load_model(options.proposal, dtype=options.dtype, device=options.device)
+    context = min(model.config.max_position_embeddings, proposal.config.max_position_embeddings)
+    examples, development = _examples(options, tokenizer, find_eos_token_ids(proposal, tokenizer), context)
+    output = Path(options.output_dir)
+    run = _describe_run(options, arguments, fingerprint_examples(examples + development))
+    with PartialState().main_process_first():
+        _open_run(output, run, options.overwrite_output_dir)
+        caches = _caches(options, proposal, tokenizer, examples, development)
+    del proposal
+    if _is_finished(output):
+        logger.info("%s is already trained with these settings", output)
+        return dict(read_json(output / "training.json"))
+
+    trainer = AlignerTrainer(
+        options,
+        vocabulary_size(tokenizer),
+        sum(len(example.chosen) for example in examples) / len(examples),
+        model=_prepare(model, options, arguments.seed),
+        args=arguments,
+        train_dataset=ExampleDataset(examples, caches.get("train")),
+        eval_dataset=ExampleDataset(development, caches["dev"]),
+        data_collator=collate,
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    report: dict[str, Any] = {
+        "tokens": sum(len(example.chosen) for example in examples),
+        "cache": caches["train" if "train" in caches else "dev"].facts,
+        "metrics": trainer.evaluate(),
+        "weight": options.starting_weight,
+        "weights_tried": [],
+    }
+    if options.parsed_rule.name in RANGES:
+        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer))
+    report["history"] = trainer.state.log_history
+    report["seconds"] = time.monotonic() - started
+    if trainer.is_world_process_zero():
+        write_json(output / "training.json", _finite(report))
+        manifest = _manifest(options, tokenizer, report["weight"])
+        Aligner(trainer.accelerator.unwrap_model(trainer.model), tokenizer, manifest, str(output)).save_pretrained(output)
+    return report
+
+
+def _training_arguments(options: TrainOptions) -> TrainingArguments:
+    if owned := OWNED & set(options.training):
+        raise InvalidOption(f"{min(owned)} is set by trimtab itself")
+    settings = DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | options.training
+    fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
+    try:
+        return TrainingArguments(**settings, **fixed)
+    except (TypeError, ValueError) as error:
+        raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
+
+
+def _examples(
+    options: TrainOptions, tokenizer: Any, eos_token_ids: tuple[int, ...], context: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and development examples."""
+    pairs = options.objective == "preference" or (options.objective == "ram" and options.alpha > 0)
+    need = "rejected" if pairs else "chosen"
+    records = read_records(options.dataset, need=need, split=options.dataset_split)
+    if options.eval_dataset is None:
+        records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
+    else:
+        kept = read_records(options.eval_dataset, need=need, split=options.dataset_split)
+    max_length = min(options.max_length, context)
+    train_examples = encode_records(records, tokenizer, eos_token_ids, max_length)
+    return train_examples, encode_records(kept, tokenizer, eos_token_ids, max_length)
+
+
+def _caches(
+    options: TrainOptions, proposal: Any, tokenizer: Any, examples: list[Example], development: list[Example]
+) -> dict[str, ProposalCache]:
+    """Cached rows for development, which the diagnostics and the weight need, and for training where the loss does."""
+    folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
+    backend = HuggingFaceLM(proposal, vocabulary_size(tokenizer))
+    wanted = {"dev": development} | ({"train": examples} if options.objective == "likelihood" else {})
+    caches = {}
+    for name, items in wanted.items():
+        caches[name] = ProposalCache.build(
+            folder / name,
+            backend,
+            fingerprint_model(proposal),
+            fingerprint_vocabulary(tokenizer),
+            items,
+            top_k=options.cache_top_k,
+            temperature=options.proposal_temperature,
+        )
+        facts = caches[name].facts
+        logger.info(
+            "%s cache: %d tokens, %.0f bytes and an error of %.2g nats a token (worst token %.2g)",
+            name, facts["tokens"], facts["bytes_per_token"], facts["kl_per_token"], facts["kl_worst_token"],
+        )  # fmt: skip
+    return caches
+
+
+def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
+    """What a run's result depends on, as plain JSON."""
+    ignored = {"output_dir", "overwrite_output_dir", "training", "proposal_cache", "device"}
+    described = {key: value for key, value in dataclasses.asdict(options).items() if key not in ignored}
+    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
+    training = {key: value for key, value in options.training.items() if not any(word in key for word in reporting)}
+    described |= {"training": training, "seed": arguments.seed, "data": data}
+    return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
+
+
+def _open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
+    """Make the output folder this run's own, or refuse it."""
+    if overwrite and output.exists() and PartialState().is_main_process:
+        if not (output / "run.json").exists() and any(output.iterdir()):
+            raise InvalidOption(f"output_dir: {output} holds something that no training run left there; name another folder")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "run.json").exists():
+        if any(output.iterdir()):
+            raise InvalidOption(f"output_dir: {output} is not empty and holds no training run; name another folder")
+        write_json(output / "run.json", run)
+        return
+    found = read_json(output / "run.json")
+    for key in sorted(set(found) | set(run)):
+        if found.get(key) != run.get(key):
+            raise InvalidOption(
+                f"output_dir: {output} holds a run with {key}={found.get(key)!r}, now it is {run.get(key)!r}; name another "
+                "folder, or discard that run with --overwrite_output_dir"
+            )
+
+
+def _is_finished(output: Path) -> bool:
+    return (output / MANIFEST_NAME).exists() and (output / "training.json").exists()
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The newest whole checkpoint. A kill may leave a torn one: its state file, written last, is missing then."""
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for folder in found:
+        if (folder / "trainer_state.json").exists():
+            try:
+                read_json(folder / "trainer_state.json")
+            except ValueError:
+                continue
+            logger.info("resuming from %s", folder)
+            return str(folder)
+    return None
+
+
+def _prepare(model: Any, options: TrainOptions, seed: int) -> Any:
+    """The aligner as it starts."""
+    if options.starts_uniform:
+        logger.info("the output layer starts at zero: the aligned model starts at the proposal")
+        zero_output_layer(model)
+    return add_lora(model, options, seed) if options.use_peft else model
+
+
+def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    for batch, logp, logq in trainer.development_rows():
+        yield logp, logq, batch["chosen_tokens"], batch["chosen_mask"]
+
+
+def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
+    return Manifest(
+        vocabulary=fingerprint_vocabulary(tokenizer),
+        proposal={"id": options.proposal, "revision": None},
+        rule=options.rule,
+        weight=weight,
+        proposal_temperature=options.proposal_temperature,
+        proposal_top_p=options.proposal_top_p,
+        aligner_temperature=options.aligner_temperature,
+        objective=options.objective,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: say it in words."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return str(value)
+    return value
