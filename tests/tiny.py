@@ -1,6 +1,7 @@
 """Tiny random models and tokenizers for tests: no weights are downloaded, every seed gives the same ones."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 EOS = 0
 """The id of `<eos>` in every tiny tokenizer."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] }} {{ message.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+"""A chat as `u hello<eos>a hi<eos>`: `tiny_tokenizer(chat_template=CHAT_TEMPLATE)` has a token for all of it."""
 
 
 def tiny_model(kind: str = "llama", vocab_size: int = 32, *, seed: int = 0, spread: float = 0.5, **settings: Any) -> Any:
@@ -92,3 +98,13 @@ def save_tiny(folder: Path, model: Any, tokenizer: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Trap:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.folder,)

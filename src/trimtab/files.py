@@ -52,8 +52,12 @@ def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iter
         yield staging
         written = sorted(item.name for item in staging.iterdir())
         path.mkdir(exist_ok=True)
-        for name in written:
-            os.replace(staging / name, path / name)
+        for item in sorted(staging.rglob("*")):
+            target = path / item.relative_to(staging)
+            if item.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(item, target)
         for pattern in superseded:
             for old in path.glob(pattern):
                 if old.name not in written:

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from trimtab.core.logprobs import gather, log_normalize
-from trimtab.core.objectives import likelihood, preference, ram, sequence_logprob, sft
+from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.core.rules import Geometric, Product, Rule
 from trimtab.models.table import TableLM
 
@@ -18,21 +18,14 @@ def random_rows(seed: int, *shape: int) -> torch.Tensor:
     return log_normalize(torch.randn(*shape, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
-def test_only_masked_in_tokens_count_whatever_stands_elsewhere():
-    logp, logq = random_rows(0, 2, 4), random_rows(1, 2, 4).requires_grad_()
-    tokens = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 0]])
-    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    expected = [-sum(Product()(logp[b], [logq[b]], [0.7])[t, tokens[b, t]] for t in range(n)) for b, n in ((0, 3), (1, 2))]
-    rubbish = torch.where(mask.unsqueeze(-1), logp, math.nan)
-    losses = likelihood(Product(), rubbish, logq, 0.7, tokens, mask)
-    assert_close(losses, torch.stack(expected))
-    losses.sum().backward()
-    assert logq.grad is not None
-    assert logq.grad.isfinite().all()
-    assert (logq.grad[1, 2:] == 0).all()
-    token_logq = gather(logq.detach(), tokens)
-    assert_close(sft(token_logq, mask)[1], -(token_logq[1, 0] + token_logq[1, 1]))
-    assert_close(sequence_logprob(token_logq, mask), -sft(token_logq, mask))
+def test_tokens_are_summed_by_their_owners():
+    logp, logq = random_rows(0, 5), random_rows(1, 5)
+    tokens, owner = torch.tensor([1, 2, 3, 4, 4]), torch.tensor([0, 0, 0, 2, 2])
+    losses = likelihood(Product(), logp, logq, 0.7, tokens)
+    by_hand = torch.stack([-Product()(logp[i], [logq[i]], [0.7])[tokens[i]] for i in range(5)])
+    assert_close(losses, by_hand)
+    assert_close(per_example(losses, owner, 3), torch.stack([by_hand[:3].sum(), by_hand[:0].sum(), by_hand[3:].sum()]))
+    assert_close(sft(logq, tokens), torch.stack([-logq[i, tokens[i]] for i in range(5)]))
 
 
 @pytest.mark.parametrize(("rule", "weight"), [(Product(), 1.0), (Product(), 0.5), (Geometric(), 0.4)])
@@ -46,18 +39,17 @@ def test_likelihood_reaches_the_token_level_optimum(rule: Rule, weight: float):
     logits = torch.zeros(V + 1, V, dtype=torch.float64, requires_grad=True)
     contexts = V + 1
     # One example per context and token, weighted by the target's probability: the population's loss, not a sample's.
-    logp = proposal.repeat_interleave(V, 0).unsqueeze(1)
-    tokens = torch.arange(V).repeat(contexts).unsqueeze(1)
+    logp = proposal.repeat_interleave(V, 0)
+    tokens = torch.arange(V).repeat(contexts)
     chance = target.exp().flatten()
-    mask = torch.ones_like(tokens, dtype=torch.bool)
     optimiser = torch.optim.LBFGS(
         [logits], lr=1, max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
-        logq = log_normalize(logits).repeat_interleave(V, 0).unsqueeze(1)
-        total = (chance * likelihood(rule, logp, logq, weight, tokens, mask)).sum()
+        logq = log_normalize(logits).repeat_interleave(V, 0)
+        total = (chance * likelihood(rule, logp, logq, weight, tokens)).sum()
         total.backward()
         return total
 
@@ -69,11 +61,10 @@ def test_likelihood_reaches_the_token_level_optimum(rule: Rule, weight: float):
 
 
 def test_likelihood_of_an_unaligned_proposal_is_its_own():
-    logp = random_rows(3, 1, 3)
-    tokens, mask = torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool)
-    own = -gather(logp, tokens).sum(-1)
-    assert_close(likelihood(Product(), logp, torch.full_like(logp, -math.log(V)), 1.0, tokens, mask), own)
-    assert_close(likelihood(Geometric(), logp, random_rows(4, 1, 3), 0.0, tokens, mask), own)
+    logp, tokens = random_rows(3, 3), torch.tensor([0, 1, 2])
+    own = -gather(logp, tokens)
+    assert_close(likelihood(Product(), logp, torch.full_like(logp, -math.log(V)), 1.0, tokens), own)
+    assert_close(likelihood(Geometric(), logp, random_rows(4, 3), 0.0, tokens), own)
 
 
 def test_ram_is_supervised_learning_plus_alpha_times_the_samples():

@@ -41,6 +41,7 @@ MIXED: list[tuple[list[int], SamplingParams]] = [
     ),
     ([5], SamplingParams(seed=4, max_tokens=1, min_p=0.2, proposal_top_k=4, proposal_temperature=1.7, logprobs=True)),
     ([2, 2], SamplingParams(seed=2**50, max_tokens=15, weight=[0.0, 2.0], top_k=5, top_p=0.95, min_p=0.01, n=2, logprobs=True)),
+    ([6], SamplingParams(seed=5, max_tokens=60, ignore_eos=True, repetition_penalty=4.0)),
     ([1, 2, 3], SamplingParams(seed=9, max_tokens=70, ignore_eos=True, stop_token_ids=[4], temperature=1.3)),
 ]
 
@@ -97,7 +98,7 @@ def a_request(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
             "top_k": draw(st.integers(-1, V)),
             "top_p": draw(st.sampled_from([0.3, 0.9, 1.0])),
             "min_p": draw(st.sampled_from([0.0, 0.1, 1.0])),
-            "repetition_penalty": draw(st.sampled_from([0.7, 1.0, 1.4])),
+            "repetition_penalty": draw(st.sampled_from([0.7, 1.0, 4.0])),
             "logit_bias": draw(st.dictionaries(st.integers(0, V - 1), st.floats(-5, 5), max_size=2)),
             "logprobs": draw(st.booleans()),
         }

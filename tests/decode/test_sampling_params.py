@@ -178,13 +178,13 @@ def test_a_seed_reproduces_and_another_one_does_not():
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-def test_seeds_may_be_negative_or_large():
+def test_seeds_may_be_zero_negative_or_large():
     out = [
         aligned().generate([[1]], SamplingParams(seed=seed, max_tokens=30, ignore_eos=True))[0]
-        for seed in (-1, -2, 2**40, 2**63 + 5)
+        for seed in (0, -1, -2, 2**40, 2**63 + 5)
     ]
-    assert [c.seed for c in out] == [-1, -2, 2**40, 2**63 + 5]
-    assert len({tuple(c.tokens) for c in out}) == 4
+    assert [c.seed for c in out] == [0, -1, -2, 2**40, 2**63 + 5]
+    assert len({tuple(c.tokens) for c in out}) == 5
 
 
 def test_without_a_seed_the_completion_says_how_to_have_it_again():

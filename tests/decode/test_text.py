@@ -279,11 +279,15 @@ def test_a_stop_completed_by_the_last_token_allowed_is_a_stop():
     assert (completion.text, completion.finish_reason) == ("ab", "stop")
 
 
-def test_a_stop_before_a_broken_character_is_found_at_the_end():
-    """The text after the stop is no whole character, and the limit comes before it is."""
-    script = encode("ab#🚀")[:-1]
-    _, completion = play(script, stop="#", max_tokens=len(script))
+def test_a_stop_beside_a_broken_character_is_found_at_the_end():
+    """One token is a space and the first bytes of 🚀: the limit comes before the character is whole, and the space stops."""
+    script = encode("ab 🚀")
+    cut = next(k for k in range(len(script)) if decode([script[k]]).startswith(" ")) + 1
+    assert decode(script[:cut]).endswith(f" {BROKEN}")
+    events, completion = play(script, stop=" ", max_tokens=cut)
     assert (completion.text, completion.finish_reason) == ("ab", "stop")
+    assert completion.tokens == script[:cut]
+    assert [event.finish_reason for event in events] == [None] * (cut - 1) + ["stop"]
 
 
 def test_a_stop_of_a_character_that_is_split_over_tokens():

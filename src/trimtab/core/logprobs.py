@@ -81,7 +81,9 @@ def warp(logp: Tensor, how: Warp) -> Tensor:
     """
     if how.temperature is not None:
         temperature = _per_row(how.temperature, logp)
-        logp = torch.where(temperature == 1, logp, log_normalize(logp / temperature))
+        # The best token stays at 0 however small the temperature: no quotient of a normal row can be NaN or all -inf.
+        cooled = (logp - logp.amax(-1, keepdim=True)) / temperature.clamp(min=torch.finfo(logp.dtype).tiny)
+        logp = torch.where(temperature == 1, logp, log_normalize(cooled))
     if how.top_k is not None:
         top_k = how.top_k if isinstance(how.top_k, Tensor) else torch.tensor(how.top_k, device=logp.device)
         logp = _keep(logp, _top_k_mask(logp, top_k, max(how.max_top_k, how.top_k if isinstance(how.top_k, int) else 0)))

@@ -1,6 +1,7 @@
-"""Training objectives as pure functions: log-probabilities in, one loss per example out.
+"""Training objectives as pure functions: log-probabilities in, unreduced losses out. They know no models.
 
-They know no models and reduce nothing but time. Lengths differ: `mask` `[B, T]` is True on the tokens that count.
+Only tokens that count are here: the answers of a batch stand end to end, N tokens in all, and `owner` `[N]` says which example
+each belongs to.
 
     likelihood   −Σ_t log rule(p̃, q)(y_t): the exact negative log-likelihood of what that rule decodes
     sft          −log q(y|x): the aligner as a language model of the wanted text
@@ -8,42 +9,36 @@ They know no models and reduce nothing but time. Lengths differ: `mask` `[B, T]`
     preference   −log σ(β(log q(y_w|x) − log q(y_l|x))): DPO of the product model against the proposal, which cancels
 """
 
-import math
-
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from trimtab.core.logprobs import gather
 from trimtab.core.rules import Rule
 
-__all__ = ["likelihood", "preference", "ram", "sequence_logprob", "sft"]
+__all__ = ["likelihood", "per_example", "preference", "ram", "sft"]
 
 
-def sequence_logprob(token_logp: Tensor, mask: Tensor) -> Tensor:
-    """Σ_t of token log-probabilities `[B, T]` where `mask` `[B, T]` is True: `[B]`."""
-    return torch.where(mask, token_logp, 0.0).sum(-1)
+def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
+    """Sum values `[N]` of tokens by the example that owns them: `[examples]`."""
+    return values.new_zeros(examples).index_add(0, owner, values)
 
 
-def likelihood(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Negative log-likelihood of `tokens` `[B, T]` under the rule's target: `[B]` nats.
+def likelihood(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood of each token under the rule's target, in nats: `[N]`, to be summed `per_example`.
 
     Args:
         rule: a rule with a closed-form row that is differentiable in the aligner.
-        logp: the proposal's rows `[B, T, V]`, constants. Positions outside `mask` are ignored, whatever they hold.
-        logq: the aligner's rows `[B, T, V]`, through which the gradient flows.
+        logp: the proposal's rows `[N, V]`, constants.
+        logq: the aligner's rows `[N, V]`, through which the gradient flows.
         weight: λ, the weight that will be decoded with.
-        tokens: the completion's tokens.
-        mask: which positions count.
+        tokens: the wanted tokens `[N]`.
     """
-    ignored = ~mask.unsqueeze(-1)
-    target = rule.target(logp.masked_fill(ignored, -math.log(logp.shape[-1])), [logq], logq.new_tensor([weight]))
-    return -sequence_logprob(gather(target, tokens), mask)
+    return -gather(rule.target(logp, [logq], logq.new_tensor([weight])), tokens)
 
 
-def sft(token_logq: Tensor, mask: Tensor) -> Tensor:
-    """Negative log-likelihood of the completion under the aligner alone, from `log q(y_t)` `[B, T]`: `[B]` nats."""
-    return -sequence_logprob(token_logq, mask)
+def sft(logq: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood of each token under the aligner alone, in nats: `[N]`."""
+    return -gather(logq, tokens)
 
 
 def ram(wanted: Tensor, sampled: Tensor, alpha: float) -> Tensor:

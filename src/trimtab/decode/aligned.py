@@ -1,7 +1,7 @@
 """`AlignedModel`: a frozen proposal and its aligners, as the one model that users hold."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -200,7 +200,7 @@ class AlignedModel:
             InvalidOption: the rule has no closed form.
         """
         items = as_list(prompts)
-        answers = [completions] if isinstance(completions, str) else list(completions)
+        answers = [completions] if isinstance(completions, (str, Mapping)) else list(completions)
         if len(items) == 1 and answers and isinstance(answers[0], int):
             answers = [answers]
         if len(items) != len(answers):
@@ -305,7 +305,7 @@ class AlignedModel:
             completion, num_bytes = encode_prompt(self.tokenizer, list(answer), self.proposal.vocab_size, name), None
         else:
             completion = encode_completion(self.tokenizer, item, answer, self.eos_token_ids, name)
-            text = self.tokenizer.decode(completion[:-1], skip_special_tokens=True) if not isinstance(answer, str) else answer
+            text = self.tokenizer.decode(completion, skip_special_tokens=True) if not isinstance(answer, str) else answer
             num_bytes = len(text.encode(errors="replace"))
         if self.max_length is not None and len(prompt) + len(completion) > self.max_length:
             total = f"{len(prompt)} + {len(completion)} tokens"
@@ -335,7 +335,7 @@ def _refuse_row_settings(params: SamplingParams, shaping: Shaping) -> None:
     """Without an aligned row there is nothing for the sampling knobs to act on; say so instead of dropping them."""
     plain = SamplingParams()
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "logprobs"):
-        if getattr(params, name) != getattr(plain, name):
+        if getattr(params, name) != getattr(plain, name) and not (name == "top_k" and params.top_k <= 0):
             raise InvalidRequest(
                 f"{name} acts on the aligned row, which rule '{shaping.rule}' does not have: leave it at "
                 f"{getattr(plain, name)!r}, or use proposal_temperature, proposal_top_p and aligner_temperature"

@@ -13,6 +13,8 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """A list of prompts from one prompt or several."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts] if isinstance(prompts, str) else [[prompts]]
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts must be texts, messages or token ids, not {prompts!r}")
     items: list[Any] = list(prompts)
     if items and isinstance(items[0], (Mapping, int)):
         return [items]
@@ -30,13 +32,17 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, vocab_size: int, name: str) ->
     Raises:
         InvalidRequest: it is empty or malformed; the message calls it `name`.
     """
+    if not isinstance(prompt, (str, Iterable)):
+        raise InvalidRequest(f"{name} must be a text, messages, or token ids, not {prompt!r}")
+    if isinstance(prompt, str) and not prompt:
+        raise InvalidRequest(f"{name} is empty: give at least one character, or the ids of a start token")
+    ids: list[Any]
     if isinstance(prompt, str):
-        if not prompt:
-            raise InvalidRequest(f"{name} is empty: give at least one character, or the ids of a start token")
-        return encode_text(tokenizer, prompt, name, special=True)
-    if is_chat(prompt):
-        return encode_chat(tokenizer, prompt, name)
-    ids: list[Any] = list(prompt)
+        ids = encode_text(tokenizer, prompt, name, special=True)
+    elif is_chat(prompt):
+        ids = encode_chat(tokenizer, prompt, name)
+    else:
+        ids = list(prompt)
     if not ids:
         raise InvalidRequest(f"{name} is empty: give at least one message or token id")
     for token in ids:
@@ -82,6 +88,8 @@ def encode_completion(tokenizer: Any, prompt: Prompt, completion: Any, eos_token
     if isinstance(completion, str):
         ids = encode_text(tokenizer, completion, name, special=False) if completion else []
     else:
+        if not isinstance(completion, Iterable):
+            raise InvalidRequest(f"{name} must be a text, a message, or token ids, not {completion!r}")
         if not is_chat(prompt):
             raise InvalidRequest(f"{name} is a message, but its prompt is no chat")
         answer = [completion] if isinstance(completion, Mapping) else list(completion)

@@ -1,6 +1,7 @@
 """What a user asks for and what comes back: `SamplingParams` in, `Completion` and `TokenEvent` out."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -77,7 +78,14 @@ class SamplingParams:
             _integer("seed", self.seed)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        if not all(isinstance(text, str) and text for text in self.stop):
+        for name in ("ignore_eos", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not isinstance(self.stop_token_ids, Sequence):
+            raise InvalidRequest(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) and text for text in self.stop):
             raise InvalidRequest(f"stop must be a text or a list of texts, none of them empty, not {self.stop!r}")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
@@ -85,6 +93,8 @@ class SamplingParams:
             _integer("logit_bias", token, 0)
             _number(f"logit_bias[{token}]", bias)
         if self.rule is not None:
+            if not isinstance(self.rule, (str, Rule)):
+                raise InvalidRequest(f"rule must be the name of a rule, or a rule, not {self.rule!r}")
             try:
                 object.__setattr__(self, "rule", parse_rule(self.rule))
             except InvalidOption as error:
@@ -187,7 +197,7 @@ def _integer(name: str, value: Any, low: int | None = None) -> None:
 
 
 def _number(name: str, value: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
-    fits = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    fits = not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     if not fits or value < low or value <= above or value > high:
         limits = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
         limits += [f"at most {high:g}"] * (high < math.inf)

@@ -1,5 +1,6 @@
 """Score given completions: the exact log-probability of every token under proposal, aligners and aligned model."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from trimtab.core.logprobs import gather
 from trimtab.decode.prefill import pad, prefill
 from trimtab.decode.request import TokenLogprobs
 from trimtab.decode.shaping import BatchShaping, Shaping
-from trimtab.errors import InvalidOption
+from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.base import LanguageModel
 
 __all__ = ["Score", "completion_rows", "score_tokens"]
@@ -57,6 +58,8 @@ def score_tokens(
         rows.append(batch.target(batch.inputs(rows[0], rows[1:])))
         values = torch.stack([gather(row, tokens) for row in rows], dim=1).tolist()
         for column, value, count in zip(columns, values, counts, strict=True):
+            if any(math.isnan(number) for numbers in value for number in numbers[:count]):
+                raise DeadRow(f"rule '{shaping.rule}' leaves no possible token, or a model gives NaN")
             for numbers, new in zip(column, value, strict=True):
                 numbers += new[:count]
     for proposal_column, *aligner_columns, aligned in columns:

@@ -72,7 +72,7 @@ class BatchShaping:
         """Replace `tokens` `[B, K]` by draws in the rows whose rule can only sample; `uniforms` `[B, K, draws]`."""
         for rule, index in self._groups:
             if not rule.has_row:
-                drawn = rule.sample(*self._part(inputs, index), uniforms[index])
+                drawn = rule.sample(*self._part(inputs, index), uniforms[index][..., : rule.draws])
                 tokens = tokens.index_copy(0, index, drawn)
         return tokens
 

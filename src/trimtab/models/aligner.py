@@ -27,6 +27,10 @@ MANIFEST_NAME = "trimtab.json"
 FORMAT_VERSION = 1
 OBJECTIVES = ("likelihood", "sft", "ram", "preference")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
+_TOKENIZER_FILES = (
+    *("tokenizer*.json", "tokenizer.model", "chat_template.*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ class Manifest:
                 raise ManifestError(f"{name} must be above 0, not {value}")
         if self.proposal_top_p > 1:
             raise ManifestError(f"proposal_top_p must be at most 1, not {self.proposal_top_p}")
+        proposal = self.proposal
+        if proposal is not None and not (
+            isinstance(proposal, Mapping)
+            and isinstance(proposal.get("id"), str)
+            and set(proposal) <= {"id", "revision"}
+            and isinstance(proposal.get("revision"), (str, type(None)))
+        ):
+            raise ManifestError(f"proposal must be {{'id': …, 'revision': …}}, not {proposal!r}")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise ManifestError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
@@ -102,13 +114,13 @@ class Aligner:
     Attributes:
         model: the transformers model, or the PEFT model around it.
         tokenizer: its tokenizer.
-        manifest: how it wants to be decoded.
+        manifest: how it wants to be decoded; None for a plain repository, which does not say.
         name: what to call it in messages.
     """
 
     model: Any
     tokenizer: Any
-    manifest: Manifest
+    manifest: Manifest | None = None
     name: str = "aligner"
 
     @classmethod
@@ -120,7 +132,7 @@ class Aligner:
         device: str | torch.device | None = None,
         revision: str | None = None,
     ) -> Self:
-        """Load an aligner from a folder or a hub id; a plain transformers or PEFT repository gets a default manifest.
+        """Load an aligner from a folder or a hub id; a plain transformers or PEFT repository will do.
 
         Raises:
             ManifestError: `trimtab.json` has unknown keys or bad values.
@@ -131,7 +143,7 @@ class Aligner:
         adapter = (folder / "adapter_config.json").is_file()
         tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not adapter else _base_of(folder))
         fingerprint = fingerprint_vocabulary(tokenizer)
-        manifest = Manifest(vocabulary=fingerprint)
+        manifest = None
         if (folder / MANIFEST_NAME).is_file():
             source = str(Path(path) / MANIFEST_NAME)
             try:
@@ -146,11 +158,16 @@ class Aligner:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the aligner's folder; what stood there before stays whole until everything new is on disk."""
-        with atomic_folder(path, superseded=_WEIGHT_FILES) as folder:
+        config = getattr(self.model, "peft_config", {}).get("default")
+        base = getattr(config, "base_model_name_or_path", None)
+        if base and Path(base).is_dir() and Path(base).resolve() == Path(path).resolve():
+            raise InvalidOption(f"'{path}' holds the base model of this adapter: save the adapter to another folder")
+        with atomic_folder(path, superseded=_WEIGHT_FILES + _TOKENIZER_FILES) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
-            write_json(folder / MANIFEST_NAME, self.manifest.to_dict())
+            manifest = self.manifest or Manifest(vocabulary=fingerprint_vocabulary(self.tokenizer))
+            (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+            write_json(folder / MANIFEST_NAME, manifest.to_dict())
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
         """Upload the aligner's folder to the hub and return its address."""
@@ -163,12 +180,11 @@ class Aligner:
             return str(api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision))
 
 
-def model_card(aligner: Aligner) -> str:
+def model_card(manifest: Manifest) -> str:
     """The README.md of an aligner's folder."""
-    manifest = aligner.manifest
     proposal = (manifest.proposal or {}).get("id")
     weight = parse_rule(manifest.rule).default_weights(1)[0] if manifest.weight is None else manifest.weight
-    base = f"base_model: {proposal}\nbase_model_relation: adapter\n" if proposal and not Path(proposal).is_absolute() else ""
+    base = f"base_model: {proposal}\nbase_model_relation: adapter\n" if proposal and not _is_local(proposal) else ""
     return f"""---
 library_name: trimtab
 tags: [trimtab, residual-alignment-model, alignment]
@@ -196,6 +212,11 @@ print(model.generate(["..."], SamplingParams(max_tokens=64, seed=0))[0].text)
 
 It works with any proposal of the same vocabulary.
 """
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model's name is a path, which means nothing to anybody else, and no hub id."""
+    return Path(model).exists() or Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
 
 
 def _fetch(path: str | Path, revision: str | None) -> Path:

@@ -22,8 +22,10 @@ __all__ = ["check_finite", "load_model", "load_tokenizer", "pick_device", "reada
 def pick_device(device: str | torch.device | None) -> torch.device:
     """The named device, or the first GPU if there is one, or the CPU."""
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+        return chosen
+    except (RuntimeError, AssertionError) as error:
         raise InvalidOption(f"device: {str(error).splitlines()[0]}") from None
 
 
@@ -48,16 +50,20 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise InvalidOption(f"dtype: '{dtype}' is none of torch's; say auto, float32, bfloat16 or float16")
+    placement = {"device_map": "auto"} if device == "auto" else {"device_map": {"": pick_device(device)}}
     with readable(source, "model"):
-        check_supported(AutoConfig.from_pretrained(source, revision=revision))
-        placement = {"device_map": "auto"} if device == "auto" else {"device_map": {"": pick_device(device)}}
+        source = expand(source)
+        check_supported(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             attn_implementation="sdpa",
             output_loading_info=True,
             **placement,
@@ -75,7 +81,13 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with readable(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        return AutoTokenizer.from_pretrained(expand(source), revision=revision, trust_remote_code=False)
+
+
+def expand(source: str | Path) -> str | Path:
+    """`source` with `~` resolved where it is a folder; a hub id as it is."""
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else source
 
 
 def check_finite(model: Any, source: str | Path) -> None:
@@ -119,3 +131,11 @@ def _check_folder(folder: Path, source: str | Path, what: str) -> None:
         pickled = sorted(item.name for item in folder.iterdir() if item.suffix in (".bin", ".pt", ".pth", ".pkl"))
         why = f"; {pickled[0]} is pickled, which is never loaded: save the model again as safetensors" if pickled else ""
         raise CheckpointError(f"'{source}' holds no safetensors weights{why}")
+    index = folder / "model.safetensors.index.json"
+    if what == "model" and index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"'{source}': {index.name} is no index ({error})") from None
+        if gone := [part for part in parts if not (folder / part).is_file()]:
+            raise CheckpointError(f"'{source}' lacks {len(gone)} of its {len(parts)} files of weights, such as {gone[0]}")

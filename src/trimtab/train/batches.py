@@ -32,47 +32,53 @@ class ExampleDataset(torch.utils.data.Dataset[Any]):
 
 
 def collate(items: Sequence[tuple[Example, CachedRows | None]]) -> dict[str, Any]:
-    """Tensors of a batch: `chosen_*` and, where the data have them, `rejected_*` and `proposal_*`."""
+    """Tensors of a batch: `chosen_*` and, where the data have them, `rejected_*` and `proposal_*`.
+
+    `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s and
+    the proposal's rows have no padding: the answers stand end to end.
+    """
     examples = [example for example, _ in items]
-    batch = _answers("chosen", [e.prompt for e in examples], [e.chosen for e in examples])
+    prompts = [example.prompt for example in examples]
+    batch = _answers("chosen", prompts, [example.chosen for example in examples])
     if all(example.rejected for example in examples):
-        batch |= _answers("rejected", [e.prompt for e in examples], [e.rejected for e in examples])
+        batch |= _answers("rejected", prompts, [example.rejected for example in examples])
     rows = [row for _, row in items if row is not None]
     if rows:
         for name in CachedRows._fields:
-            batch[f"proposal_{name}"] = pad_sequence([getattr(row, name) for row in rows], batch_first=True)
+            batch[f"proposal_{name}"] = torch.cat([getattr(row, name) for row in rows])
     return batch
 
 
 def cached_rows(batch: Mapping[str, Tensor], vocab_size: int) -> Tensor:
-    """The proposal's rows `[B, T, V]` of a batch; what stands after the end of an answer means nothing."""
+    """The proposal's rows `[N, V]` for the wanted answers of a batch."""
     return CachedRows(*(batch[f"proposal_{name}"] for name in CachedRows._fields)).rebuild(vocab_size)
 
 
 def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int) -> Tensor:
-    """The model's log-probabilities `[B, T, V]` at each token of the `which` answers."""
-    width = batch[f"{which}_tokens"].shape[1]
+    """The model's log-probabilities `[N, V]` where it predicts the tokens of the `which` answers."""
+    mask = batch[f"{which}_mask"]
     logits = model(
         input_ids=batch[f"{which}_ids"],
         attention_mask=batch[f"{which}_attention"],
         position_ids=batch[f"{which}_positions"],
         use_cache=False,
-        logits_to_keep=width + 1,
+        logits_to_keep=mask.shape[1] + 1,
     ).logits[:, :-1]
-    return row_from_logits(logits, vocab_size)
+    return row_from_logits(logits[mask], vocab_size)
 
 
 def _answers(which: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     longest = max(map(len, prompts))
     left = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     prompt_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    tokens = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
+    answer_ids = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
     mask = pad_sequence([torch.ones(len(answer), dtype=torch.bool) for answer in answers], batch_first=True)
     attention = torch.cat([left, mask.long()], 1)
     return {
-        f"{which}_ids": torch.cat([prompt_ids, tokens], 1),
+        f"{which}_ids": torch.cat([prompt_ids, answer_ids], 1),
         f"{which}_attention": attention,
         f"{which}_positions": (attention.cumsum(1) - 1).clamp(min=0),
-        f"{which}_tokens": tokens,
         f"{which}_mask": mask,
+        f"{which}_tokens": answer_ids[mask],
+        f"{which}_owner": mask.nonzero()[:, 0],
     }

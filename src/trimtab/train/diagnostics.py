@@ -35,19 +35,17 @@ class Diagnostics:
     in_nucleus: float
 
 
-def measure(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor, mask: Tensor, top_p: float) -> Tensor:
-    """Sums over a batch, to be added up and handed to `summarise`: `[10]` float64.
+def measure(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor, top_p: float) -> Tensor:
+    """Sums over a batch, to be added up and handed to `summarise`: `[9]` float64.
 
     Args:
         rule: the decoding rule.
-        logp: log p̃ `[B, T, V]`.
-        logq: log q `[B, T, V]`.
+        logp: log p̃ `[N, V]`.
+        logq: log q `[N, V]`.
         weight: λ.
-        tokens: the wanted answers `[B, T]`.
-        mask: which of their positions count.
+        tokens: the wanted answers `[N]`.
         top_p: the nucleus to look in.
     """
-    logp, logq, tokens = logp[mask], logq[mask], tokens[mask]
     aligned = rule.target(logp, [logq], logq.new_tensor([weight])) if rule.has_row else logp
     log_z = (logp + weight * logq).logsumexp(-1) + weight * math.log(logp.shape[-1])
     columns = [

@@ -29,6 +29,7 @@ from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache, fingerprint_model
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.options import TrainOptions
+from trimtab.train.progress import CompactProgress
 from trimtab.train.records import read_records
 from trimtab.train.start import add_lora, zero_output_layer
 from trimtab.train.trainer import AlignerTrainer
@@ -97,6 +98,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         eval_dataset=ExampleDataset(development, caches["dev"]),
         data_collator=collate,
     )
+    CompactProgress.install(trainer, options.objective)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
@@ -223,12 +225,16 @@ def _prepare(model: Any, options: TrainOptions, seed: int) -> Any:
     if options.starts_uniform:
         logger.info("the output layer starts at zero: the aligned model starts at the proposal")
         zero_output_layer(model)
-    return add_lora(model, options, seed) if options.use_peft else model
+    if not options.use_peft:
+        return model
+    if Path(options.aligner).is_dir():
+        model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
+    return add_lora(model, options, seed)
 
 
-def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for batch, logp, logq in trainer.development_rows():
-        yield logp, logq, batch["chosen_tokens"], batch["chosen_mask"]
+        yield logp, logq, batch["chosen_tokens"]
 
 
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:

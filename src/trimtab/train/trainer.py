@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from trimtab.core.logprobs import Warp, gather, warp
-from trimtab.core.objectives import likelihood, preference, ram, sequence_logprob, sft
+from trimtab.core.logprobs import Warp, warp
+from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.train.batches import answer_rows, cached_rows
 from trimtab.train.diagnostics import measure, summarise
 from trimtab.train.options import TrainOptions
@@ -52,13 +52,13 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         sums, losses, rejected, examples = [], 0.0, torch.zeros(2, dtype=torch.float64), 0
         for batch, logp, logq in self.development_rows(eval_dataset):
             top_p = self._options.proposal_top_p if self._options.proposal_top_p < 1 else 0.95
-            mask = batch["chosen_mask"]
-            sums.append(measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], mask, top_p))
+            sums.append(measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p))
             with torch.no_grad():
                 losses += float(self._losses(self.model, batch).sum())
-                examples += len(mask)
+                examples += len(batch["chosen_ids"])
                 if "rejected_tokens" in batch:
-                    rejected += self._rejected(batch).cpu()
+                    nll = sft(answer_rows(self.model, batch, "rejected", self._vocab_size), batch["rejected_tokens"])
+                    rejected += torch.tensor([float(nll.sum()), len(nll)], dtype=torch.float64)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise(sums)).items()}
         metrics[f"{metric_key_prefix}_loss"] = losses / examples
         if rejected[1]:
@@ -69,36 +69,33 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     @torch.no_grad()
     def development_rows(self, dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """Each development batch with log p̃ and log q `[B, T, V]` on its wanted answers."""
+        """Each development batch with log p̃ and log q `[N, V]` on its wanted answers."""
         self.model.eval()
         for batch in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                logq = self._warped(answer_rows(self.model, inputs, "chosen", self._vocab_size))
+                logq = self._rows(self.model, inputs, "chosen")
             yield inputs, cached_rows(inputs, self._vocab_size), logq
 
     def _losses(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """One loss for each example `[B]`."""
         o = self._options
-        rows = self._warped(answer_rows(model, inputs, "chosen", self._vocab_size))
-        tokens, mask = inputs["chosen_tokens"], inputs["chosen_mask"]
+        rows, tokens = self._rows(model, inputs, "chosen"), inputs["chosen_tokens"]
         if o.objective == "likelihood":
-            logp = cached_rows(inputs, self._vocab_size)
-            return likelihood(self._rule, logp, rows, self._weight, tokens, mask) / self._mean_length
-        chosen = gather(rows, tokens)
+            losses = likelihood(self._rule, cached_rows(inputs, self._vocab_size), rows, self._weight, tokens)
+            return self._sum(losses, inputs, "chosen") / self._mean_length
+        chosen = self._sum(sft(rows, tokens), inputs, "chosen")
         if o.objective == "sft" or (o.objective == "ram" and o.alpha == 0):
-            return sft(chosen, mask) / self._mean_length
-        other = self._warped(answer_rows(model, inputs, "rejected", self._vocab_size))
-        rejected = sequence_logprob(gather(other, inputs["rejected_tokens"]), inputs["rejected_mask"])
+            return chosen / self._mean_length
+        other = sft(self._rows(model, inputs, "rejected"), inputs["rejected_tokens"])
+        rejected = self._sum(other, inputs, "rejected")
         if o.objective == "ram":
-            return ram(sequence_logprob(chosen, mask), rejected, o.alpha) / self._mean_length
-        return preference(sequence_logprob(chosen, mask), rejected, o.beta)
+            return ram(-chosen, -rejected, o.alpha) / self._mean_length
+        return preference(-chosen, -rejected, o.beta)
 
-    def _rejected(self, batch: dict[str, Tensor]) -> Tensor:
-        """Negative log-likelihood of the rejected answers under the aligner, and their number of tokens."""
-        rows = answer_rows(self.model, batch, "rejected", self._vocab_size)
-        nll = sft(gather(rows, batch["rejected_tokens"]), batch["rejected_mask"]).sum()
-        return torch.stack([nll, batch["rejected_mask"].sum()]).double()
+    def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
+        """Log q at the decoding temperature `[N, V]`."""
+        return warp(answer_rows(model, inputs, which, self._vocab_size), Warp(self._options.aligner_temperature))
 
-    def _warped(self, logq: Tensor) -> Tensor:
-        return warp(logq, Warp(self._options.aligner_temperature))
+    def _sum(self, values: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
+        return per_example(values, inputs[f"{which}_owner"], len(inputs[f"{which}_ids"]))

@@ -17,13 +17,13 @@ STEPS = 8
 
 
 def tune_weight(
-    rule: Rule, rows: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]]
+    rule: Rule, rows: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
 ) -> tuple[float, list[tuple[float, float]]]:
     """Search the rule's range in two passes, coarse and fine.
 
     Args:
         rule: `product` or `geometric`.
-        rows: makes a fresh run through the development data: log p̃ and log q `[B, T, V]`, tokens and mask `[B, T]`.
+        rows: makes a fresh run through the development data: log p̃ and log q `[N, V]`, tokens `[N]`.
 
     Returns:
         The best weight, and every weight tried with its negative log-likelihood in nats per token, in order.
@@ -37,9 +37,9 @@ def tune_weight(
     return min(tried, key=lambda weight: tried[weight]), sorted(tried.items())
 
 
-def _losses(rule: Rule, weights: list[float], rows: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[float, float]:
+def _losses(rule: Rule, weights: list[float], rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[float, float]:
     totals, count = torch.zeros(len(weights), dtype=torch.float64), 0
-    for logp, logq, tokens, mask in rows:
-        totals += torch.stack([likelihood(rule, logp, logq, w, tokens, mask).double().sum().cpu() for w in weights])
-        count += int(mask.sum())
+    for logp, logq, tokens in rows:
+        totals += torch.stack([likelihood(rule, logp, logq, w, tokens).double().sum().cpu() for w in weights])
+        count += len(tokens)
     return dict(zip(weights, (totals / count).tolist(), strict=True))

@@ -1,0 +1,224 @@
+"""The demo: pretrain a proposal on source code, align it to write docstrings, and judge it on modules that nobody saw."""
+
+import json
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.request import SamplingParams
+from trimtab.decode.scoring import Score
+from trimtab.demo.corpus import Corpus, read_corpus
+from trimtab.demo.pretrain import PROPOSAL, SMALL, Size, pretrain, train_tokenizer
+from trimtab.demo.report import write_report
+from trimtab.evaluate.intervals import ratio_interval
+from trimtab.files import atomic_write, read_json, write_json
+from trimtab.hardware import describe_hardware
+from trimtab.models.aligner import Aligner
+from trimtab.train.options import TrainOptions
+from trimtab.train.run import train
+
+__all__ = ["Scale", "run_demo"]
+
+logger = logging.getLogger(__name__)
+
+
+class Scale(NamedTuple):
+    """How much of everything; the tests run a smaller demo."""
+
+    proposal: Size = PROPOSAL
+    small: Size = SMALL
+    vocab_size: int = 2048
+    epochs: float = 6
+    records: int | None = None
+    """Use only so many records of each side."""
+    shown: int = 8
+    """Completions in the report."""
+
+
+def run_demo(out: Path, seed: int, scale: Scale | None = None) -> dict[str, Any]:
+    """Do it all, leaving `proposal/`, `aligner/`, `sft_aligner/`, `data/`, `results.json` and `report.html` in `out`.
+
+    Everything but the timings is a function of the seed, the Python version and the number of threads.
+    """
+    scale = scale or Scale()
+    started = time.monotonic()
+    corpus = _cut(read_corpus(), scale.records)
+    _write_data(out / "data", corpus)
+    sizes = len(corpus.pretrain), len(corpus.align), len(corpus.held_out)
+    logger.info("data: %d modules, %d docstrings to align with, %d held out", *sizes)
+    tokenizer = train_tokenizer(corpus.pretrain, scale.vocab_size)
+    pretrain(corpus.pretrain, tokenizer, scale.proposal, out / "proposal", seed, "proposal")
+    pretrain(corpus.pretrain, tokenizer, scale.small, out / "start", seed, "aligner's start")
+
+    trained = {
+        name: _align(out, name, objective, rule, seed, scale.epochs)
+        for name, objective, rule in (("aligner", "likelihood", "product"), ("sft_aligner", "sft", "geometric"))
+    }
+    systems = {
+        "aligned": AlignedModel.from_pretrained(out / "proposal", out / "aligner"),
+        "sft_aligned": AlignedModel.from_pretrained(out / "proposal", out / "sft_aligner"),
+        "start_aligned": AlignedModel.from_pretrained(
+            out / "proposal", Aligner.from_pretrained(out / "start"), rule="geometric", weight=trained["sft_aligner"]["weight"]
+        ),
+    }
+    prompts, completions = zip(*((r["prompt"], r["completion"]) for r in corpus.held_out), strict=True)
+    scores = {name: model.score(prompts, completions) for name, model in systems.items()}
+    results = _results(scores, tokenizer.eos_token_id) | {
+        "weight": {name: report["weight"] for name, report in trained.items()},
+        "cache": trained["aligner"]["cache"],
+        "parameters": {name: _parameters(out / name) for name in ("proposal", "aligner")},
+        "speed": _measure_speed(systems["aligned"], prompts[: scale.shown]),
+        "hardware": describe_hardware(),
+        "seed": seed,
+    }
+    samples = _complete(systems, prompts[: scale.shown], seed)
+    results["seconds"] = time.monotonic() - started
+    write_json(out / "results.json", results)
+    histories = {name: read_json(out / name / "training.json")["history"] for name in trained}
+    shown = _shown(tokenizer, corpus.held_out, scores["aligned"], samples, scale.shown)
+    write_report(out / "report.html", results, histories, {n: t["weights_tried"] for n, t in trained.items()}, shown)
+    return results
+
+
+def _cut(corpus: Corpus, records: int | None) -> Corpus:
+    return Corpus(corpus.pretrain[:records], corpus.align[:records], corpus.held_out[:records])
+
+
+def _write_data(folder: Path, corpus: Corpus) -> None:
+    for name in ("align", "held_out"):
+        with atomic_write(folder / f"{name}.jsonl") as stream:
+            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, name))
+
+
+def _align(out: Path, name: str, objective: str, rule: str, seed: int, epochs: float) -> dict[str, Any]:
+    """Train one aligner from the small model, as `trimtab train` would."""
+    if (out / name).exists():
+        shutil.rmtree(out / name)
+    options = TrainOptions(
+        proposal=str(out / "proposal"),
+        aligner=str(out / "start"),
+        dataset=str(out / "data" / "align.jsonl"),
+        output_dir=str(out / name),
+        objective=objective,
+        rule=rule,
+        max_length=256,
+        training={
+            "learning_rate": 2e-3,
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 32,
+            "lr_scheduler_type": "cosine",
+            "weight_decay": 0.1,
+            "save_total_limit": 1,
+            "seed": seed,
+        },
+    )
+    return train(options)
+
+
+def _results(scores: dict[str, list[Score]], eos: int) -> dict[str, Any]:
+    """Held-out figures of every system, with bootstrap intervals over prompts, and paired differences to the aligned one."""
+    aligned = scores["aligned"]
+    columns: dict[str, list[Any]] = {
+        "proposal": [s.proposal for s in aligned],
+        "aligner": [s.aligner for s in aligned],
+        "aligned": [s.aligned for s in aligned],
+        "sft_aligner": [s.aligner for s in scores["sft_aligned"]],
+        "sft_aligned": [s.aligned for s in scores["sft_aligned"]],
+        "start_aligned": [s.aligned for s in scores["start_aligned"]],
+    }
+    nll = {name: torch.tensor([-sum(values) for values in column]) for name, column in columns.items()}
+    text = {
+        name: torch.tensor([
+            -sum(v for v, token in zip(values, s.tokens, strict=True) if token != eos)
+            for values, s in zip(column, aligned, strict=True)
+        ])
+        for name, column in columns.items()
+    }  # fmt: skip
+    tokens = torch.tensor([float(len(s.tokens)) for s in aligned])
+    num_bytes = torch.tensor([float(s.num_bytes or 0) for s in aligned])
+
+    def ratio(totals: Tensor, sizes: Tensor) -> float:
+        return float(totals.double().sum() / sizes.double().sum())
+
+    return {
+        "sequences": len(aligned),
+        "tokens": int(tokens.sum()),
+        "nll": {name: ratio(values, tokens) for name, values in nll.items()},
+        "nll_interval": {name: ratio_interval(values, tokens) for name, values in nll.items()},
+        "nll_per_byte": {name: ratio(values, num_bytes) for name, values in nll.items()},
+        "nll_without_eos": {name: ratio(values, tokens - 1) for name, values in text.items()},
+        "gain_of_aligned_over": {
+            name: {
+                "nats_per_token": ratio(values - nll["aligned"], tokens),
+                "interval": ratio_interval(values - nll["aligned"], tokens),
+            }
+            for name, values in nll.items()
+            if name != "aligned"
+        },
+    }
+
+
+def _complete(systems: dict[str, AlignedModel], prompts: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """The same prompts and seed for every system."""
+    params = SamplingParams(max_tokens=48, temperature=0.7, seed=seed)
+    bare = AlignedModel(systems["aligned"].proposal, (), systems["aligned"].tokenizer, systems["aligned"].eos_token_ids)
+    return {name: [c.text for c in model.generate(prompts, params)] for name, model in {"proposal": bare, **systems}.items()}
+
+
+def _measure_speed(model: AlignedModel, prompts: Sequence[str], tokens: int = 48, repeats: int = 5) -> dict[str, Any]:
+    """Tokens per second at batch 1, ours token by token and `generate` of the proposal alone, taking turns."""
+    ids = torch.tensor([model.tokenizer(prompts[0])["input_ids"]])
+    stock = model.proposal.model  # type: ignore[attr-defined]
+    params = SamplingParams(max_tokens=tokens, temperature=0.7, seed=0, ignore_eos=True)
+
+    def unaligned() -> None:
+        stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+    def aligned() -> None:
+        model.generate([prompts[0]], params)
+
+    times: dict[str, list[float]] = {"proposal_hf": [], "aligned_tokenwise": []}
+    for _ in range(repeats + 1):
+        for name, call in (("proposal_hf", unaligned), ("aligned_tokenwise", aligned)):
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    speeds = {name: tokens / statistics.median(values[1:]) for name, values in times.items()}  # the first is warm-up
+    return {
+        "batch": 1,
+        "tokens_per_second": speeds,
+        "ratio_to_proposal_hf": speeds["aligned_tokenwise"] / speeds["proposal_hf"],
+    }
+
+
+def _shown(
+    tokenizer: Any, records: Sequence[dict[str, str]], scores: Sequence[Score], samples: dict[str, list[str]], count: int
+) -> list[dict[str, Any]]:
+    """What the report shows of a few held-out prompts."""
+    return [
+        {
+            "prompt": record["prompt"],
+            "samples": {name: texts[i] for name, texts in samples.items()},
+            "tokens": [
+                {"text": tokenizer.decode([token]), "proposal": p, "aligned": a}
+                for token, p, a in zip(scores[i].tokens, scores[i].proposal, scores[i].aligned, strict=True)
+            ],
+        }
+        for i, record in enumerate(records[:count])
+    ]
+
+
+def _parameters(folder: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118

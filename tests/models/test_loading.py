@@ -1,0 +1,371 @@
+"""Loading models and tokenizers: what cannot be used is refused with a named error, and nothing but tensors is ever read."""
+
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from tiny import Trap, save_tiny, tiny_model, tiny_tokenizer
+from trimtab import AlignedModel, Aligner, SamplingParams
+from trimtab.errors import CheckpointError, InvalidOption, ModelError, UnsupportedModel
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_model, load_tokenizer
+
+V = 28
+WEIGHTS = "model.safetensors"
+TENSOR = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "sound", tiny_model("llama", V), tiny_tokenizer())
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A sound folder of one's own to spoil."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No network, and an empty hub cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+LOADERS: list[Callable[[Any], Any]] = [load_model, load_tokenizer, Aligner.from_pretrained, AlignedModel.from_pretrained]
+
+
+# ---- what loads
+
+
+def test_a_sound_folder_loads_as_it_was_saved(sound):
+    model = load_model(sound)
+    for (name, parameter), (_, expected) in zip(
+        model.named_parameters(), tiny_model("llama", V).named_parameters(), strict=True
+    ):
+        assert torch.equal(parameter, expected), name
+    assert not model.training
+    assert load_tokenizer(str(sound)).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_a_model_in_several_files_loads(tmp_path):
+    tiny_model("llama", V).save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(load_model(tmp_path).lm_head.weight, tiny_model("llama", V).lm_head.weight)
+
+
+def test_further_tensors_and_files_do_no_harm(folder):
+    rewrite(folder, lambda tensors: tensors | {"something.else": torch.zeros(2)})
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    (folder / "notes.txt").write_text("hello")
+    load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", torch.bfloat16])
+def test_dtype_is_the_checkpoints_own_or_what_is_asked_for(folder, dtype):
+    assert load_model(folder).dtype == torch.float32
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {p.dtype for p in load_model(folder, dtype=dtype).parameters()} == {wanted}
+    load_model(folder, dtype=dtype).save_pretrained(folder)
+    assert load_model(folder).dtype == wanted
+    assert load_model(folder, dtype="float32").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["no_such_dtype", "nn", "int8", "bool", "", torch.int8, 5], ids=repr)
+def test_an_unknown_dtype_is_refused(sound, dtype):
+    with pytest.raises(InvalidOption, match=r"^dtype"):
+        load_model(sound, dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["no_such_device", "cuda:99", "cpu:x"])
+def test_an_unknown_device_is_refused(sound, device):
+    """There are no hundred GPUs in any machine that runs this."""
+    with pytest.raises(InvalidOption, match=r"^device"):
+        load_model(sound, device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])
+def test_a_named_device_is_used(sound, device):
+    assert load_model(sound, device=device).device.type == "cpu"
+
+
+def test_a_home_folder_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    load_tokenizer("~/model")
+    load_model("~/model")
+
+
+def test_a_relative_folder_is_found(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for name in ("model", "./model", Path("model")):
+        load_tokenizer(name)
+        load_model(name)
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer", "aligner", "aligned"])
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c/nowhere"])
+def test_a_missing_folder_is_named(load, name, tmp_path):
+    with pytest.raises(ModelError, match=f"'{tmp_path / name}' does not exist"):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer", "aligner", "aligned"])
+def test_a_file_is_no_folder(load, sound):
+    with pytest.raises(ModelError, match=r"config\.json' is a file; give the folder"):
+        load(sound / "config.json")
+
+
+@pytest.mark.parametrize(("load", "needed"), [(load_model, "config.json"), (load_tokenizer, "tokenizer_config.json")])
+def test_a_folder_without_its_configuration_is_refused(load, needed, folder):
+    (folder / needed).unlink()
+    with pytest.raises(ModelError, match=f"'{folder}' holds no .*: {needed} is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer", "aligner", "aligned"])
+def test_an_empty_folder_is_refused(load, tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "", "model_type: llama", "[]", "{}", '"llama"', '{"model_type": "no_such_type"}'])
+def test_a_configuration_that_is_none_is_refused(content, folder):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json is not JSON|cannot read the model in|'no_such_type'"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(("load", "needed"), [(load_model, "config.json"), (load_tokenizer, "tokenizer_config.json")])
+def test_a_configuration_of_other_bytes_is_refused(load, needed, folder):
+    (folder / needed).write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ModelError, match=f"{needed} is not JSON"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_broken_tokenizer_is_refused(content, folder):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=f"cannot read the tokenizer in '{folder}'"):
+        load_tokenizer(folder)
+
+
+# ---- weights
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(change(tensors), folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_truncated_weights_are_refused(keep, folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:keep])
+    with pytest.raises(CheckpointError, match=f"cannot read the model in '{folder}'"):
+        load_model(folder)
+
+
+def test_weights_that_are_something_else_are_refused(folder):
+    (folder / WEIGHTS).write_bytes(b"<!DOCTYPE html>" * 100)
+    with pytest.raises(CheckpointError, match=f"cannot read the model in '{folder}'"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(bad, dtype, folder):
+    def spoil(tensors):
+        tensors[TENSOR][3, 5] = bad
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError, match=f"contains NaN or infinite weights in {TENSOR}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("gone", [TENSOR, "lm_head.weight", "model.norm.weight"])
+def test_a_missing_tensor_is_named(gone, folder):
+    """transformers would go on with random numbers in its place."""
+    rewrite(folder, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != gone})
+    with pytest.raises(CheckpointError, match=f"does not fill the model: 1 missing_keys, such as {gone}"):
+        load_model(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(folder):
+    rewrite(folder, lambda tensors: tensors | {TENSOR: tensors[TENSOR][:3].clone()})
+    with pytest.raises(CheckpointError, match=TENSOR):
+        load_model(folder)
+
+
+def test_weights_of_another_model_are_refused(folder):
+    tiny_model("gpt2", V).save_pretrained(folder.parent / "other")
+    shutil.copy(folder.parent / "other" / WEIGHTS, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="does not fill the model"):
+        load_model(folder)
+
+
+def test_a_missing_part_of_the_weights_is_named(tmp_path):
+    tiny_model("llama", V).save_pretrained(tmp_path, max_shard_size="10KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=gone.name):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"'{folder}' holds no safetensors weights$"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_and_not_opened(name, folder, tmp_path):
+    marker = tmp_path / "unpickled"
+    pickle.loads(pickle.dumps(Trap(marker)))
+    assert marker.is_dir(), "the trap works"
+    marker.rmdir()
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(pickle.dumps({TENSOR: Trap(marker)}))
+    for load in (load_model, AlignedModel.from_pretrained, Aligner.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"holds no safetensors weights; {name} is pickled, which is never loaded"):
+            load(folder)
+    assert not marker.exists()
+
+
+def test_code_in_a_folder_is_not_run(folder, tmp_path, monkeypatch):
+    """Neither for the model nor for the tokenizer, and nobody is asked: answering yes must not matter."""
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    marker = tmp_path / "run"
+    (folder / "trap.py").write_text(
+        f"import os\nos.mkdir({str(marker)!r})\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class C(LlamaConfig):\n    model_type = 'trap'\n"
+        "class M(LlamaForCausalLM):\n    config_class = C\n"
+        "class T(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    edit(folder / "config.json", model_type="trap", auto_map={"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.M"})
+    edit(folder / "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": [None, "trap.T"]})
+    with pytest.raises(ModelError, match=str(folder)):
+        load_model(folder)
+    with pytest.raises(ModelError, match=str(folder)):
+        load_tokenizer(folder)
+    assert not marker.exists()
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# ---- architectures
+
+
+LLAMA_ROPE = {"rope_theta": 10000.0, "factor": 2.0}
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "bloom"}, "model type 'bloom' has not passed"),
+    ({"model_type": "opt"}, "model type 'opt' has not passed"),
+    ({"model_type": "bert"}, "model type 'bert' has not passed"),
+    ({"model_type": "mamba"}, "model type 'mamba' has not passed"),
+    ({"model_type": "mistral", "sliding_window": 8}, "'mistral' model uses a sliding attention window"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "'qwen2'.*sliding"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 9}, "'qwen2'.*sliding"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "'qwen3'.*sliding"),
+    ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", **LLAMA_ROPE}}, "rope type 'dynamic'"),
+    ({"model_type": "gpt2", "add_cross_attention": True}, "'gpt2' model has cross-attention"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), UNSUPPORTED, ids=lambda x: str(x)[:45])
+def test_an_unsupported_architecture_is_refused_before_its_weights_are_read(values, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, **values}))
+    (tmp_path / WEIGHTS).write_bytes(b"never read")
+    with pytest.raises(UnsupportedModel, match=message):
+        load_model(tmp_path)
+
+
+def test_a_refusal_says_what_is_supported(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    (tmp_path / WEIGHTS).write_bytes(b"never read")
+    with pytest.raises(UnsupportedModel, match=r"supported are gemma, gpt2, .*llama, mistral, .*qwen2, qwen3"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("mistral", {"sliding_window": 8}), ("llama", {"rope_parameters": {"rope_type": "dynamic", **LLAMA_ROPE}})],
+)
+def test_a_loaded_model_is_checked_too(kind, settings):
+    with pytest.raises(UnsupportedModel):
+        AlignedModel.from_pretrained(tiny_model(kind, V, **settings))
+    with pytest.raises(UnsupportedModel):
+        AlignedModel.from_pretrained(tiny_model("llama", V), tiny_model(kind, V, **settings))
+
+
+def test_static_rope_scaling_and_an_idle_window_are_supported():
+    """Positions scaled once and for all, and a window that the configuration names but does not use."""
+    models = [
+        tiny_model("llama", V, rope_parameters={"rope_type": "linear", **LLAMA_ROPE}),
+        tiny_model("qwen2", V, use_sliding_window=False, sliding_window=8),
+    ]
+    for model in models:
+        ids = torch.arange(1, 21)[None]
+        with torch.no_grad():
+            expected = torch.log_softmax(model(ids).logits, -1)
+        ours = HuggingFaceLM(model)
+        assert_close(ours.extend(ours.new_state(1, 20), ids, [20]), expected, atol=5e-5, rtol=0)
+
+
+def test_an_attention_that_takes_no_mask_is_refused():
+    model = tiny_model("llama", V)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModel, match="attention 'flex_attention' takes no ready mask"):
+        HuggingFaceLM(model)
+
+
+def test_a_model_with_fewer_columns_than_tokens_is_refused():
+    with pytest.raises(UnsupportedModel, match="has 20 output columns, but its tokenizer 28 tokens"):
+        AlignedModel.from_pretrained(tiny_model("llama", 20), tokenizer=tiny_tokenizer())
+
+
+# ---- the hub
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer", "aligner", "aligned"])
+@pytest.mark.parametrize("name", ["no-such-model", "no-such-org/no-such-model"])
+def test_an_unknown_hub_id_is_refused_at_once(load, name, offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=f"'{name}' is no folder here, and the hub gave no"):
+        load(name)
+    assert time.monotonic() - start < 5, "an error must not wait for a network"
+
+
+def test_a_hub_id_loads_from_the_cache_by_revision(offline, sound, tmp_path):
+    """Two revisions of one repository in the hub's own cache layout: refs name commits, snapshots hold their files."""
+    repository = offline / "models--someone--model"
+    other = save_tiny(tmp_path / "other", tiny_model("llama", V, seed=5), tiny_tokenizer())
+    for revision, commit, source in [("main", "a" * 40, sound), ("v2", "b" * 40, other)]:
+        shutil.copytree(source, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    for revision, seed in [(None, 0), ("v2", 5)]:
+        expected = tiny_model("llama", V, seed=seed).lm_head.weight
+        assert torch.equal(load_model("someone/model", revision=revision).lm_head.weight, expected)
+        assert torch.equal(Aligner.from_pretrained("someone/model", revision=revision).model.lm_head.weight, expected)
+    model = AlignedModel.from_pretrained("someone/model", "someone/model")
+    assert len(model.generate("ab", SamplingParams(max_tokens=3, ignore_eos=True, seed=0))[0].tokens) == 3
+    with pytest.raises(ModelError, match="'someone/model' is no folder here, and the hub gave no model"):
+        load_model("someone/model", revision="no-such-revision")
