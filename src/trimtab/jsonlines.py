@@ -28,11 +28,13 @@ class ResumableLines:
         group: rows in a group.
 
     Raises:
-        InvalidOption: the partial file is of another run.
+        InvalidOption: `out` is a folder, or the partial file is of another run.
     """
 
     def __init__(self, out: str | Path, header: Mapping[str, Any], group: int = 1) -> None:
         self._out = Path(out)
+        if self._out.is_dir():
+            raise InvalidOption(f"out: {out} is a folder; name a file")
         special = self._out.exists() and not self._out.is_file()
         self._partial = Path(f"{self._out.name}.partial") if special else self._out.with_name(self._out.name + ".partial")
         self._header = json.loads(json.dumps(header, default=str))
@@ -60,11 +62,11 @@ class ResumableLines:
         os.fsync(self._stream.fileno())
 
     def _resume(self, group: int) -> int:
-        if not self._partial.exists():
+        data = self._partial.read_bytes() if self._partial.exists() else b""
+        if b"\n" not in data:  # nothing yet, or a description cut short
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._partial.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
             return 0
-        data = self._partial.read_bytes()
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         found: Any = None
         with contextlib.suppress(ValueError, IndexError):

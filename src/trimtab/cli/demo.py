@@ -33,9 +33,10 @@ def render(report: dict[str, Any]) -> str:
     """The table, and where to look next."""
     names = {
         "proposal": "proposal alone",
+        "proposal_tempered": "proposal at its best temperature",
         "aligner": "aligner alone",
         "sft_aligner": "SFT aligner alone",
-        "start_aligned": "unaligned small model, geometric",
+        "start_aligned": "unaligned start, geometric",
         "sft_aligned": "SFT aligner, geometric",
         "aligned": "aligned: product",
     }

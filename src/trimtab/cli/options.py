@@ -132,9 +132,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         if field.name in OWNED or field.name in taken:
             continue
         default = DEFAULTS.get(field.name, None if field.default is dataclasses.MISSING else field.default)
-        kind = field.type if field.type in (int, float, bool, str) else str
+        kind = _training_kind(field.type)
         text = "" if default is None else f"[default: {getattr(default, 'value', default)}]"
         if kind is bool:
             group.add_argument(f"--{field.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
         else:
             group.add_argument(f"--{field.name}", type=kind, metavar=str(kind.__name__).upper(), help=text)
+
+
+def _training_kind(hint: Any) -> type:
+    """What a value is converted to; what is neither a number nor a truth value stays text, as transformers parses it."""
+    kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool) else str

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from trimtab.files import atomic_folder
 from trimtab.train.progress import CompactProgress
 
 __all__ = ["PROPOSAL", "SMALL", "Size", "pretrain", "train_tokenizer"]
@@ -80,8 +81,9 @@ def pretrain(texts: Sequence[str], tokenizer: Any, size: Size, folder: Path, see
     trainer = Trainer(model_init=lambda: LlamaForCausalLM(config), args=arguments, train_dataset=_Blocks(texts, tokenizer))
     CompactProgress.install(trainer, name)
     trainer.train()
-    trainer.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with atomic_folder(folder) as staging:
+        trainer.model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 class _Blocks(torch.utils.data.Dataset[Any]):

@@ -12,9 +12,13 @@ __all__ = ["write_report"]
 
 SYSTEMS = {
     "proposal": ("proposal alone", "P_M, frozen"),
+    "proposal_tempered": ("proposal, best temperature", "tuned on development prompts: what no aligner is needed for"),
     "aligner": ("aligner alone", "Q, trained by <code>likelihood</code> for the product: not meant to be used alone"),
     "sft_aligner": ("SFT aligner alone", "the same start, trained as a language model of the answers"),
-    "start_aligned": ("unaligned start, <code>geometric</code>", "how much is mere ensembling: never saw an answer"),
+    "start_aligned": (
+        "unaligned start, <code>geometric</code>",
+        "never saw an answer; weight tuned: how much is mere ensembling",
+    ),
     "sft_aligned": ("SFT aligner, <code>geometric</code>", "its best rule, weight tuned on development prompts"),
     "aligned": ("aligned, <code>product</code>", "P ∝ P_M·Q<sup>λ</sup>: what Trimtab trains and decodes"),
 }
@@ -137,11 +141,9 @@ def _charts(histories: Mapping[str, Sequence[Mapping[str, Any]]], weights: Mappi
     first = next(row for row in histories["aligner"] if "eval_nll_proposal" in row)
     last = curves[0].points[-1][0]
     curves.append(Line("proposal", [(0.0, first["eval_nll_proposal"]), (last, first["eval_nll_proposal"])], dashed=True))
-    figures.append(
-        ("Development prompts while training, at the starting weight.", line_chart(curves, "step", "nats per token"))
-    )
+    figures.append(("Development prompts while training, nats per token.", line_chart(curves, "step", "nats per token")))
     loss = [Line(name, _column(histories[key], "loss")) for key, name in (("aligner", "likelihood"), ("sft_aligner", "SFT"))]
-    figures.append(("Training loss.", line_chart(loss, "step", "nats per token")))
+    figures.append(("Training loss, nats per token.", line_chart(loss, "step", "nats per token")))
     tried = [Line(names[name], [(w, nll) for w, nll in points]) for name, points in weights.items()]
     figures.append(("The weight, tuned on development prompts.", line_chart(tried, "weight λ or w", "nats per token")))
     body = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in figures)

@@ -1,5 +1,6 @@
 """The demo: pretrain a proposal on source code, align it to write docstrings, and judge it on modules that nobody saw."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -21,13 +22,17 @@ from trimtab.demo.report import write_report
 from trimtab.evaluate.intervals import ratio_interval
 from trimtab.files import atomic_write, read_json, write_json
 from trimtab.hardware import describe_hardware
-from trimtab.models.aligner import Aligner
+from trimtab.train.examples import split_by_prompt
 from trimtab.train.options import TrainOptions
+from trimtab.train.records import Record
 from trimtab.train.run import train
 
 __all__ = ["Scale", "run_demo"]
 
 logger = logging.getLogger(__name__)
+
+DEV_FRACTION = 0.1
+"""Share of the aligners' prompts kept aside for early stopping and weights."""
 
 
 class Scale(NamedTuple):
@@ -62,24 +67,26 @@ def run_demo(out: Path, seed: int, scale: Scale | None = None) -> dict[str, Any]
         name: _align(out, name, objective, rule, seed, scale.epochs)
         for name, objective, rule in (("aligner", "likelihood", "product"), ("sft_aligner", "sft", "geometric"))
     }
+    proposal = AlignedModel.from_pretrained(out / "proposal", out / "aligner")
     systems = {
-        "aligned": AlignedModel.from_pretrained(out / "proposal", out / "aligner"),
+        "aligned": proposal,
         "sft_aligned": AlignedModel.from_pretrained(out / "proposal", out / "sft_aligner"),
-        "start_aligned": AlignedModel.from_pretrained(
-            out / "proposal", Aligner.from_pretrained(out / "start"), rule="geometric", weight=trained["sft_aligner"]["weight"]
-        ),
+        "start_aligned": AlignedModel.from_pretrained(out / "proposal", out / "start", rule="geometric"),
     }
+    controls = _tune_controls(systems, corpus.align)
     prompts, completions = zip(*((r["prompt"], r["completion"]) for r in corpus.held_out), strict=True)
-    scores = {name: model.score(prompts, completions) for name, model in systems.items()}
+    scores = {name: model.score(prompts, completions, controls.get(name)) for name, model in systems.items()}
+    scores["proposal_tempered"] = proposal.score(prompts, completions, controls["proposal_tempered"])
     results = _results(scores, tokenizer.eos_token_id) | {
-        "weight": {name: report["weight"] for name, report in trained.items()},
+        "weight": {name: report["weight"] for name, report in trained.items()} | {"start": controls["start_aligned"].weight},
+        "proposal_temperature": controls["proposal_tempered"].proposal_temperature,
         "cache": trained["aligner"]["cache"],
         "parameters": {name: _parameters(out / name) for name in ("proposal", "aligner")},
         "speed": _measure_speed(systems["aligned"], prompts[: scale.shown]),
         "hardware": describe_hardware(),
         "seed": seed,
     }
-    samples = _complete(systems, prompts[: scale.shown], seed)
+    samples = _complete(systems, controls, prompts[: scale.shown], seed)
     results["seconds"] = time.monotonic() - started
     write_json(out / "results.json", results)
     histories = {name: read_json(out / name / "training.json")["history"] for name in trained}
@@ -110,6 +117,8 @@ def _align(out: Path, name: str, objective: str, rule: str, seed: int, epochs: f
         objective=objective,
         rule=rule,
         max_length=256,
+        dev_fraction=DEV_FRACTION,
+        cache_top_k=256,
         training={
             "learning_rate": 2e-3,
             "num_train_epochs": epochs,
@@ -134,6 +143,7 @@ def _results(scores: dict[str, list[Score]], eos: int) -> dict[str, Any]:
         "sft_aligner": [s.aligner for s in scores["sft_aligned"]],
         "sft_aligned": [s.aligned for s in scores["sft_aligned"]],
         "start_aligned": [s.aligned for s in scores["start_aligned"]],
+        "proposal_tempered": [s.aligned for s in scores["proposal_tempered"]],
     }
     nll = {name: torch.tensor([-sum(values) for values in column]) for name, column in columns.items()}
     text = {
@@ -167,11 +177,33 @@ def _results(scores: dict[str, list[Score]], eos: int) -> dict[str, Any]:
     }
 
 
-def _complete(systems: dict[str, AlignedModel], prompts: Sequence[str], seed: int) -> dict[str, list[str]]:
+def _tune_controls(systems: dict[str, AlignedModel], records: list[dict[str, str]]) -> dict[str, SamplingParams]:
+    """The best settings, on the aligners' development prompts, of what needs no aligned training."""
+    _, development = split_by_prompt([Record(r["prompt"], r["completion"], None, "") for r in records], DEV_FRACTION, seed=0)
+    prompts, answers = [r.prompt for r in development], [r.chosen for r in development]
+
+    def best(model: AlignedModel, tried: list[SamplingParams]) -> SamplingParams:
+        return min(tried, key=lambda params: -sum(sum(s.aligned) for s in model.score(prompts, answers, params)))
+
+    weights = [SamplingParams(weight=step / 10) for step in range(1, 9)]
+    temperatures = [SamplingParams(weight=0.0, proposal_temperature=0.8 + step / 10) for step in range(8)]
+    return {
+        "start_aligned": best(systems["start_aligned"], weights),
+        "proposal_tempered": best(systems["aligned"], temperatures),
+    }
+
+
+def _complete(
+    systems: dict[str, AlignedModel], controls: dict[str, SamplingParams], prompts: Sequence[str], seed: int
+) -> dict[str, list[str]]:
     """The same prompts and seed for every system."""
-    params = SamplingParams(max_tokens=48, temperature=0.7, seed=seed)
-    bare = AlignedModel(systems["aligned"].proposal, (), systems["aligned"].tokenizer, systems["aligned"].eos_token_ids)
-    return {name: [c.text for c in model.generate(prompts, params)] for name, model in {"proposal": bare, **systems}.items()}
+    aligned = systems["aligned"]
+    systems = {"proposal": AlignedModel(aligned.proposal, (), aligned.tokenizer, aligned.eos_token_ids), **systems}
+    texts = {}
+    for name, model in systems.items():
+        params = dataclasses.replace(controls.get(name, SamplingParams()), max_tokens=48, temperature=0.7, seed=seed)
+        texts[name] = [completion.text for completion in model.generate(prompts, params)]
+    return texts
 
 
 def _measure_speed(model: AlignedModel, prompts: Sequence[str], tokens: int = 48, repeats: int = 5) -> dict[str, Any]:

@@ -10,7 +10,6 @@ on; a cache made for anything else is refused.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,9 +185,9 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
         write_json(folder / "cache.json", key)
         return
     try:
-        found = read_json(folder / "cache.json")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CacheMismatch(f"{folder}/cache.json is not JSON ({error}): delete the folder") from None
+        found = dict(read_json(folder / "cache.json"))
+    except (ValueError, TypeError) as error:
+        raise CacheMismatch(f"{folder}/cache.json is no description of a cache ({error}): delete the folder") from None
     for name, meaning in names.items():
         if found.get(name) != key[name]:
             values = f" ({found.get(name)}, now {key[name]})" if name in ("top_k", "temperature") else ""

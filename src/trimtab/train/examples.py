@@ -79,9 +79,9 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     return train, [record for key, record in zip(keys, records, strict=True) if key in held_out]
 
 
-def fingerprint_examples(examples: Sequence[Example]) -> str:
-    """A hash of prompts and wanted answers, in order."""
-    return _hash(json.dumps([(example.prompt, example.chosen) for example in examples]))
+def fingerprint_examples(examples: Sequence[Example], *, rejected: bool = False) -> str:
+    """A hash of prompts and wanted answers, in order; with `rejected`, of unwanted ones too."""
+    return _hash(json.dumps([example if rejected else example[:2] for example in examples]))
 
 
 def _hash(text: str) -> str:

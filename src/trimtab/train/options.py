@@ -83,6 +83,7 @@ class TrainOptions:
             ("max_length", 2, math.inf),
             ("cache_top_k", 0, math.inf),
             ("lora_r", 1, math.inf),
+            ("lora_dropout", 0, 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

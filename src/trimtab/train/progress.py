@@ -3,6 +3,7 @@
 import sys
 from typing import Any, Self
 
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # it ships no types
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 __all__ = ["CompactProgress"]
@@ -36,10 +37,10 @@ class CompactProgress(ProgressCallback):  # type: ignore[misc]  # transformers i
         return made
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Name the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self._name)
+        """Make the bar, named; with `disable_tqdm` the lines stay."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc=self._name, dynamic_ncols=True, disable=args.disable_tqdm)
+        self.current_step = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the figures that matter; all of them are in the log history."""

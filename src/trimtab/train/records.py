@@ -119,11 +119,13 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
-    if row.get("messages") is not None and "prompt" not in row:
+    if row.get("messages") is not None and row.get("prompt") is None:
         messages = row["messages"]
-        if need == "prompt" and is_chat(messages) and messages[-1].get("role") != "assistant":
+        last = messages[-1] if is_chat(messages) else None
+        answered = isinstance(last, Mapping) and last.get("role") == "assistant"
+        if need == "prompt" and isinstance(last, Mapping) and not answered:
             return Record(messages, None, None, source)
-        if not is_chat(messages) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+        if not answered or len(messages) < 2:
             raise DataError(f"{source}: 'messages' must be a conversation that ends with the assistant's answer")
         return Record(messages[:-1], messages[-1:], None, source)
     prompt = _text_or_chat(row, "prompt", source)

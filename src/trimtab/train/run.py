@@ -79,7 +79,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     context = min(model.config.max_position_embeddings, proposal.config.max_position_embeddings)
     examples, development = _examples(options, tokenizer, find_eos_token_ids(proposal, tokenizer), context)
     output = Path(options.output_dir)
-    run = _describe_run(options, arguments, fingerprint_examples(examples + development))
+    run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     with PartialState().main_process_first():
         _open_run(output, run, options.overwrite_output_dir)
         caches = _caches(options, proposal, tokenizer, examples, development)
@@ -111,8 +111,9 @@ def train(options: TrainOptions) -> dict[str, Any]:
         report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer))
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
+    report = dict(_finite(report))
     if trainer.is_world_process_zero():
-        write_json(output / "training.json", _finite(report))
+        write_json(output / "training.json", report)
         manifest = _manifest(options, tokenizer, report["weight"])
         Aligner(trainer.accelerator.unwrap_model(trainer.model), tokenizer, manifest, str(output)).save_pretrained(output)
     return report
