@@ -1,4 +1,4 @@
-"""The proposal's cached rows: exact where all is kept, normalised where not, resumed after a kill, never used for another run."""
+"""The proposal's cached rows: exact or normalised, resumed after a kill, never used for another run."""
 
 import math
 from collections.abc import Sequence
