@@ -55,7 +55,7 @@ def encode_text(tokenizer: Any, text: str, name: str, *, special: bool) -> list[
     """Ids of a text; never empty."""
     if tokenizer is None:
         raise InvalidRequest(f"{name} is a text, but this model was made without a tokenizer: give token ids")
-    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     if not ids:
         raise InvalidRequest(f"{name} has no tokens")
     return ids

@@ -1,0 +1,133 @@
+"""The command line: one JSON object on standard output, one line for each error, and the right exit status."""
+
+import json
+
+import pytest
+import torch
+
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny_task import make_task
+from trimtab.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = make_task(tmp_path_factory.mktemp("task"))
+    broken = tiny_model("llama", 28, seed=3)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = torch.nan
+    save_tiny(folder / "nan", broken, tiny_tokenizer())
+    save_tiny(folder / "other", tiny_model("llama", 6, seed=3), tiny_tokenizer("abcde"))
+    save_tiny(folder / "torn", tiny_model("llama", 28, seed=3), tiny_tokenizer())
+    weights = folder / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n')
+    (folder / "config.yaml").write_text("max_tokens: 3\nseed: 5\n")
+    (folder / "unknown.yaml").write_text("max_token: 3\n")
+    return folder
+
+
+def called(capsys, *words) -> tuple[int, str, list[str]]:
+    """Exit status, standard output, and the error lines of one call."""
+    capsys.readouterr()
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return status, out, [line for line in err.splitlines() if ": error: " in line]
+
+
+def pair(task):
+    return "--proposal", task / "proposal", "--aligner", task / "start"
+
+
+def test_score_prints_the_contract(task, capsys):
+    status, out, _ = called(capsys, "score", *pair(task), "--dataset", task / "held_out.jsonl", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["sequences"] == 16
+    assert report["nll"].keys() == report["nll_per_byte"].keys() == {"proposal", "aligner", "aligned"}
+    assert report["nll"]["aligned"] * report["tokens"] == pytest.approx(
+        report["nll_per_byte"]["aligned"] * (report["tokens"] - report["sequences"]), rel=1e-6
+    )  # one byte a token here, but for the end of sequence
+
+
+def test_generate_reads_its_configuration_and_flags_override_it(task, capsys):
+    words = "generate", *pair(task), "--prompt", "def", "--json", "--config", task / "config.yaml"
+    first = json.loads(called(capsys, *words)[1])["completions"][0]
+    assert first["completion_tokens"] <= 3
+    assert first["seed"] == 5
+    longer = json.loads(called(capsys, *words, "--max_tokens", 9, "--seed", 6)[1])["completions"][0]
+    assert longer["seed"] == 6
+
+
+def test_aligners_and_weights_repeat_together(task, capsys):
+    words = "score", *pair(task), "--aligner", task / "proposal", "--dataset", task / "held_out.jsonl", "--json"
+    report = json.loads(called(capsys, *words, "--weight", 0, "--weight", 0)[1])
+    assert report["nll"]["aligned"] == pytest.approx(report["nll"]["proposal"])
+    assert report["nll"]["aligner"][1] == pytest.approx(report["nll"]["proposal"])
+    status, _, errors = called(capsys, *words, "--weight", 1)
+    assert status == 2
+    assert "1 --weight for 2 --aligner" in errors[0]
+
+
+def test_generate_and_propose_write_their_files(task, capsys, tmp_path):
+    status, _, _ = called(
+        capsys, "generate", *pair(task), "--input", task / "held_out.jsonl", "--out", tmp_path / "o.jsonl", "--max_tokens", 3
+    )
+    assert status == 0
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 16
+    words = "propose", "--proposal", task / "proposal", "--dataset", task / "held_out.jsonl", "--max_tokens", 3
+    assert called(capsys, *words, "--out", tmp_path / "p.jsonl")[0] == 0
+    row = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    assert row.keys() == {"prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--proposal", "{}/nowhere", "--prompt", "a"), 1, "does not exist"),
+        (
+            ("--proposal", "{}/proposal", "--aligner", "{}/other", "--prompt", "a"),
+            1,
+            "does not share the proposal's vocabulary",
+        ),
+        (("--proposal", "{}/torn", "--prompt", "a"), 1, "cannot read the model"),
+        (("--proposal", "{}/nan", "--prompt", "a"), 1, "NaN or infinite weights in lm_head.weight"),
+        (("--proposal", "{}/proposal", "--prompt", ""), 1, "prompts[0] is empty"),
+        (("--proposal", "{}/proposal", "--prompt", "a" * 70), 1, "prompts[0] has 70 tokens, but the context holds 64"),
+        (("--proposal", "{}/proposal", "--input", "{}/bad.jsonl"), 1, "bad.jsonl:2: not JSON"),
+        (
+            ("--proposal", "{}/proposal", "--input", "{}/train.jsonl", "--out", "/dev/full", "--max_tokens", "1"),
+            1,
+            "No space left",
+        ),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--rule", "par"), 2, "there is no rule 'par'"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--temperature", "-1"), 2, "temperature must be a number at least 0"),
+        (("--proposal", "{}/proposal"), 2, "give either --prompt or --input"),
+        (("--prompt", "a"), 2, "--proposal is required"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--tempreature", "1"), 2, "unrecognized arguments"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--config", "{}/unknown.yaml"), 2, "there is no option 'max_token'"),
+    ],
+)
+def test_bad_input_gets_one_line(task, capsys, tmp_path, monkeypatch, words, status, message):
+    monkeypatch.chdir(tmp_path)
+    got, out, errors = called(capsys, "generate", *(word.replace("{}", str(task)) for word in words))
+    assert (got, out) == (status, "")
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    status, out, _ = called(capsys, command, "--help")
+    assert status == 0
+    assert "--config" in out
+    assert "--json" in out
+
+
+def test_env_names_versions(capsys):
+    report = json.loads(called(capsys, "env", "--json")[1])
+    assert report["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

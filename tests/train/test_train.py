@@ -1,0 +1,114 @@
+"""Training runs from options to a finished aligner: what they learn, how they resume, what they refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tiny_task import make_task, task_options, task_rows
+from trimtab import AlignedModel
+from trimtab.errors import InvalidOption
+from trimtab.train.batches import answer_rows, collate
+from trimtab.train.examples import Example
+from trimtab.train.run import train
+from trimtab.train.trainer import AlignerTrainer
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "rule"),
+    [("likelihood", "product"), ("likelihood", "geometric"), ("sft", "geometric"), ("preference", "product")],
+)
+def test_an_objective_lowers_its_loss_on_development_prompts(task, objective, rule):
+    report = train(task_options(task, f"{objective}-{rule}", objective=objective, rule=rule))
+    losses = [row["eval_loss"] for row in report["history"] if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    assert json.loads((task / f"{objective}-{rule}" / "trimtab.json").read_text())["objective"] == objective
+
+
+def test_the_trained_product_beats_the_proposal_and_its_figure_is_what_score_says(task):
+    report = train(task_options(task, "measured"))
+    rows = task_rows(64)[48:]
+    model = AlignedModel.from_pretrained(task / "proposal", task / "measured")
+    scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+    assert sum(sum(s.aligned) for s in scores) > sum(sum(s.proposal) for s in scores)
+    assert report["metrics"]["eval_nll_aligned"] < report["metrics"]["eval_nll_proposal"]
+    assert report["cache"]["kl_per_token"] == 0.0
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(task, monkeypatch):
+    """Stopped after a checkpoint and run again: bit for bit the weights of a run that was left alone."""
+    train(task_options(task, "whole"))
+    compute, calls = AlignerTrainer.compute_loss, 0
+
+    def failing(self, *args, **kwargs):
+        nonlocal calls
+        calls += self.model.training
+        if calls == 7:
+            raise RuntimeError("killed")
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(AlignerTrainer, "compute_loss", failing)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(task_options(task, "halves"))
+    monkeypatch.undo()
+    torn = task / "halves" / "checkpoint-6"
+    shutil.copytree(task / "halves" / "checkpoint-4", torn)
+    (torn / "trainer_state.json").unlink()  # as a kill while writing leaves it: passed over
+    train(task_options(task, "halves"))
+    one, other = (load_file(task / name / "model.safetensors") for name in ("whole", "halves"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_is_left_alone_and_another_one_refused(task):
+    first = train(task_options(task, "finished"))
+    before = (task / "finished" / "model.safetensors").stat().st_mtime_ns
+    assert train(task_options(task, "finished"))["metrics"] == first["metrics"]
+    assert (task / "finished" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InvalidOption, match="holds a run with objective='likelihood', now it is 'sft'"):
+        train(task_options(task, "finished", objective="sft"))
+    (task / "mine").mkdir()
+    (task / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(InvalidOption, match="no training run"):
+        train(task_options(task, "mine", overwrite_output_dir=True))
+    assert (task / "mine" / "thesis.txt").read_text() == "dear"
+
+
+def test_a_lora_run_saves_an_adapter_that_decodes(task):
+    train(task_options(task, "lora", use_peft=True, lora_r=4))
+    assert (task / "lora" / "adapter_model.safetensors").exists()
+    model = AlignedModel.from_pretrained(task / "proposal", task / "lora")
+    score = model.score(["def"], ["xyz"])[0]
+    assert score.aligned != score.proposal
+
+
+def test_micro_batches_give_the_weights_of_the_whole_batch(task):
+    train(task_options(task, "batch8", {"max_steps": 4}))
+    train(task_options(task, "batch4", {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}))
+    one, other = (load_file(task / name / "model.safetensors") for name in ("batch8", "batch4"))
+    for name in one:
+        assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
+
+
+def test_rows_of_answers_do_not_depend_on_padding(task):
+    """Left-padded prompts and right-padded answers give the rows of each example alone, in the plain model."""
+    model = AlignedModel.from_pretrained(task / "proposal").proposal.model
+    examples = [Example([4, 5, 6], [7, 8, 0], []), Example([9], [3, 0], []), Example([2, 2, 2, 2, 2], [1, 1, 1, 1, 0], [])]
+    batch = collate([(example, None) for example in examples])
+    with torch.no_grad():
+        rows = answer_rows(model, batch, "chosen", 28)
+        alone = [
+            torch.log_softmax(model(torch.tensor([e.prompt + e.chosen])).logits[0, len(e.prompt) - 1 : -1], -1)
+            for e in examples
+        ]
+    assert_close(rows, torch.cat(alone), atol=5e-5, rtol=0)
+    assert batch["chosen_tokens"].tolist() == [7, 8, 0, 3, 0, 1, 1, 1, 1, 0]
+    assert batch["chosen_owner"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
