@@ -21,8 +21,11 @@ class Line(NamedTuple):
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Curves over one pair of axes, with a legend; points that are not finite are left out."""
+    """Curves over one pair of axes, with a legend; points that are not finite, and empty curves, are left out."""
     lines = [line._replace(points=[p for p in line.points if all(map(math.isfinite, p))]) for line in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return f'<svg viewBox="0 0 {WIDTH} 40"><text x="{LEFT}" y="24">nothing to draw</text></svg>'
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
