@@ -8,13 +8,16 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tiny_task import make_task, task_options, task_rows
-from trimtab import AlignedModel
+from tiny import CHAT_TEMPLATE
+from tiny_task import make_task, task_options, task_rows, write_rows
+from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption
 from trimtab.train.batches import answer_rows, collate
 from trimtab.train.examples import Example
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
+
+TURNS = (("user", "prompt"), ("assistant", "chosen"), ("assistant", "rejected"))
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,31 @@ def test_rows_of_answers_do_not_depend_on_padding(task):
     assert_close(rows, torch.cat(alone), atol=5e-5, rtol=0)
     assert batch["chosen_tokens"].tolist() == [7, 8, 0, 3, 0, 1, 1, 1, 1, 0]
     assert batch["chosen_owner"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    [("likelihood", "messages"), ("likelihood", "completion"), ("preference", "pairs"), ("ram", "pairs"), ("sft", "messages")],
+)
+def test_chats_go_the_whole_way(tmp_path, objective, layout):
+    """Conversational data in each layout: trained through the template, scored and decoded by the same folders."""
+    folder = make_task(tmp_path, chat_template=CHAT_TEMPLATE)
+    chats = []
+    for row in task_rows(64):
+        user, good, bad = ([{"role": role, "content": row[key]}] for role, key in TURNS)
+        if layout == "messages":
+            chats.append({"messages": user + good})
+        elif layout == "completion":
+            chats.append({"prompt": user, "completion": good})
+        else:
+            chats.append({"prompt": user, "chosen": good, "rejected": bad})
+    write_rows(folder / "train.jsonl", chats[:48])
+    report = train(task_options(folder, "out", objective=objective, alpha=1e-3))
+    losses = [row["eval_loss"] for row in report["history"] if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "out")
+    prompt = [{"role": "user", "content": "def"}]
+    score = model.score([prompt], [[{"role": "assistant", "content": "xyz"}]])[0]
+    assert len(score.tokens) == 4
+    assert all(token < 0 for token in score.aligned)
+    assert model.generate([prompt], SamplingParams(max_tokens=3, seed=0))[0].prompt_tokens == len("u def.a ")

@@ -1,0 +1,59 @@
+"""Training options: contradictions are refused before any work, and a poor match of objective and rule is said."""
+
+import logging
+
+import pytest
+
+from trimtab.errors import InvalidOption
+from trimtab.train.options import TrainOptions
+
+NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"proposal": ""}, "--proposal is required"),
+        ({"objective": "dpo"}, "objective must be one of"),
+        ({"rule": "par"}, "there is no rule 'par'"),
+        ({"rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
+        ({"start": "zero"}, "start must be auto, pretrained or uniform"),
+        ({"start": "uniform", "use_peft": True}, "choose one of them"),
+        ({"weight": float("nan")}, "weight must be a finite number"),
+        ({"alpha": -1.0}, "alpha must be from 0"),
+        ({"beta": 0.0}, "beta must be from"),
+        ({"proposal_temperature": 0.0}, "proposal_temperature must be from"),
+        ({"proposal_top_p": 1.5}, "proposal_top_p must be from"),
+        ({"dev_fraction": 0.95}, "dev_fraction must be from"),
+        ({"max_length": 1}, "max_length must be from 2"),
+        ({"cache_top_k": -1}, "cache_top_k must be from 0"),
+        ({"lora_r": 0}, "lora_r must be from 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message):
+    with pytest.raises(InvalidOption, match=message):
+        TrainOptions(**(NAMES | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({}, False),
+        ({"objective": "sft", "rule": "geometric"}, False),
+        ({"objective": "sft"}, True),
+        ({"objective": "ram", "rule": "nucleus"}, False),
+        ({"objective": "preference", "rule": "geometric"}, True),
+    ],
+)
+def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warned, caplog):
+    with caplog.at_level(logging.WARNING):
+        TrainOptions(**(NAMES | settings))
+    assert [("does not train what rule" in record.message) for record in caplog.records] == [True] * warned
+
+
+def test_only_likelihood_of_the_product_starts_uniform_by_itself():
+    assert TrainOptions(**NAMES).starts_uniform
+    assert not TrainOptions(**NAMES, rule="geometric").starts_uniform
+    assert not TrainOptions(**NAMES, objective="sft").starts_uniform
+    assert not TrainOptions(**NAMES, use_peft=True).starts_uniform
+    assert TrainOptions(**NAMES, objective="sft", start="uniform").starts_uniform

@@ -1,0 +1,67 @@
+"""Proposal samples: the layout, a seed for each prompt, and the same file from an interrupted run."""
+
+import json
+
+import pytest
+
+from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from tiny_task import V
+from trimtab import AlignedModel, SamplingParams
+from trimtab.errors import InvalidOption
+from trimtab.train.propose import propose
+from trimtab.train.records import Record
+
+PARAMS = SamplingParams(max_tokens=4, n=2, seed=5)
+TEXTS = [Record(prompt, None, None, "") for prompt in ("abc", "de", "fgh", "i", "jklm")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AlignedModel.from_pretrained(
+        tiny_model("llama", V, seed=1), tokenizer=tiny_tokenizer(chat_template=CHAT_TEMPLATE), eos_token_ids=[0]
+    )
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_samples_are_those_of_generate_with_a_seed_for_each_prompt(model, tmp_path):
+    assert propose(model, TEXTS, tmp_path / "out.jsonl", PARAMS, batch_size=2) == 10
+    alone = [
+        {"prompt": record.prompt, "completion": completion.text}
+        for i, record in enumerate(TEXTS)
+        for completion in model.generate(record.prompt, SamplingParams(max_tokens=4, n=2, seed=5 + i))
+    ]
+    assert rows(tmp_path / "out.jsonl") == alone
+    assert len({row["completion"] for row in alone}) > 5
+
+
+def test_an_answer_becomes_chosen_and_the_sample_rejected(model, tmp_path):
+    chat = [{"role": "user", "content": "abc"}]
+    answer = [{"role": "assistant", "content": "xyz"}]
+    propose(model, [Record(chat, answer, None, ""), Record("ab", "xy", None, "")], tmp_path / "o", PARAMS, batch_size=2)
+    first, _, second, _ = rows(tmp_path / "o")
+    assert (first["prompt"], first["chosen"]) == (chat, answer)
+    assert first["rejected"][0]["role"] == "assistant"
+    assert second.keys() == {"prompt", "chosen", "rejected"}
+
+
+def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
+    propose(model, TEXTS, tmp_path / "whole", PARAMS, batch_size=2)
+    generate, calls = model.generate, iter(range(9))
+
+    def failing(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(model, "generate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        propose(model, TEXTS, tmp_path / "halves", PARAMS, batch_size=2)
+    assert not (tmp_path / "halves").exists()
+    with pytest.raises(InvalidOption, match="other sampling"):
+        propose(model, TEXTS, tmp_path / "halves", SamplingParams(max_tokens=4, n=2, seed=6), batch_size=2)
+    propose(model, TEXTS, tmp_path / "halves", PARAMS, batch_size=2)
+    assert next(calls) == 4  # one done, one interrupted, and the two that were left: the first was not drawn again
+    assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()

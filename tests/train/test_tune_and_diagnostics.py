@@ -1,0 +1,64 @@
+"""The tuned weight is the minimiser; the diagnostics are what their names say, worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from trimtab.core.rules import Geometric, KLGate, Product
+from trimtab.models.table import TableLM
+from trimtab.train.diagnostics import measure, summarise
+from trimtab.train.tune import RANGES, tune_weight
+
+
+def rows(seed, count=40, v=6):
+    return TableLM.random(v, seed=seed, scale=1.5).table[:v].repeat(count // v + 1, 1)[:count]
+
+
+@pytest.mark.parametrize("rule", [Product(), Geometric()])
+def test_the_weight_is_the_minimiser_of_the_likelihood(rule):
+    """Brute force: −mean log(p̃^a q^w / Σ p̃^a q^w)(y) on a fine grid, with a = 1 (product) or 1−w (geometric)."""
+    logp, logq = rows(1), rows(2)
+    tokens = (0.4 * logp + 0.6 * logq).argmax(-1)
+    tokens[::3] = logp.argmax(-1)[::3]
+    low, high = RANGES[rule.name]
+
+    def loss(weight):
+        logw = (1 if isinstance(rule, Product) else 1 - weight) * logp + weight * logq
+        return float((logw.logsumexp(-1) - logw[torch.arange(len(tokens)), tokens]).mean())
+
+    best = min((low + (high - low) * i / 400 for i in range(401)), key=loss)
+    halves = [(logp[:25], logq[:25], tokens[:25]), (logp[25:], logq[25:], tokens[25:])]
+    weight, tried = tune_weight(rule, lambda: halves)
+    assert abs(weight - best) <= (high - low) / 32
+    assert weight == min(tried, key=lambda pair: pair[1])[0]
+    for w, value in tried:
+        assert value == pytest.approx(loss(w))
+
+
+def test_diagnostics_of_two_rows_by_hand():
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4), λ = 1: Z = 5/16, aligned = (.4, .4, .2); then q uniform, aligned = p."""
+    logp = torch.tensor([[0.5, 0.25, 0.25]] * 2, dtype=torch.float64).log()
+    logq = torch.tensor([[0.25, 0.5, 0.25], [1 / 3] * 3], dtype=torch.float64).log()
+    tokens = torch.tensor([1, 0])
+    halves = [measure(Product(), logp[i : i + 1], logq[i : i + 1], 1.0, tokens[i : i + 1], 0.6) for i in range(2)]
+    got = summarise(halves)
+    z = math.log(5 / 16) + math.log(3)
+    assert got.nll_proposal == pytest.approx((math.log(4) + math.log(2)) / 2)
+    assert got.nll_aligner == pytest.approx((math.log(2) + math.log(3)) / 2)
+    assert got.nll_aligned == pytest.approx((-math.log(0.4) + math.log(2)) / 2)
+    assert got.log_z_mean == pytest.approx(z / 2)
+    assert got.log_z_std == pytest.approx(abs(z) / 2)
+    moved = 0.4 * math.log(0.4 / 0.5) + 0.4 * math.log(0.4 / 0.25) + 0.2 * math.log(0.2 / 0.25)
+    assert got.kl_aligned_proposal == pytest.approx(moved / 2)
+    apart = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    uniform = 0.5 * math.log(1.5) + 0.5 * math.log(0.75)
+    assert got.kl_proposal_aligner == pytest.approx((apart + uniform) / 2)
+    assert got.in_nucleus == 1.0  # .5 < .6, so both of the tied tokens behind it are in as well
+
+
+def test_a_shut_gate_does_not_move_the_proposal():
+    logp, logq = rows(1), rows(2)
+    got = summarise([measure(KLGate(tau=0.0), logp, logq, 1.0, logp.argmax(-1), 0.9)])
+    assert got.kl_aligned_proposal == 0.0
+    assert got.nll_aligned == got.nll_proposal
