@@ -11,12 +11,14 @@ from trimtab.demo.corpus import read_corpus
 from trimtab.demo.pretrain import Size
 from trimtab.demo.run import Scale, run_demo
 
+SIZE = Size(hidden=32, layers=1, steps=30, learning_rate=5e-3)
+SCALE = Scale(proposal=SIZE, small=SIZE, vocab_size=512, epochs=2, records=60, shown=2)
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo")
-    size = Size(hidden=32, layers=1, steps=30, learning_rate=5e-3)
-    run_demo(out, 0, Scale(proposal=size, small=size, vocab_size=512, epochs=2, records=60, shown=2))
+    out = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(out, 0, SCALE)
     return out
 
 
@@ -31,6 +33,29 @@ def test_results_are_those_of_score_on_the_same_folders(demo, capsys):
         assert report["nll"][name] == pytest.approx(results["nll"][name], abs=1e-5)
     low, high = results["nll_interval"]["aligned"]
     assert low < results["nll"]["aligned"] < high
+
+
+def test_an_interrupted_demo_leaves_the_earlier_one_whole(demo, monkeypatch):
+    def contents():
+        return {path: path.read_bytes() for path in demo.parent.rglob("*") if path.is_file()}
+
+    before = contents()
+    assert json.loads((demo / "aligner" / "trimtab.json").read_text())["proposal"]["id"] == str(demo / "proposal")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.demo.run.write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(demo, 1, SCALE)
+    assert contents() == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_said_at_once(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="a file is where a folder should be"):
+        run_demo(tmp_path / "out", 0, SCALE)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_the_report_needs_no_network_and_closes_its_tags(demo):

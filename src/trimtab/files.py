@@ -1,6 +1,7 @@
 """Write files so that a crash, a kill or a full disk leaves what was there before, whole."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -44,8 +45,13 @@ def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iter
     """Yield an empty folder whose files move into `path`, by renaming alone, when the block ends without an error.
 
     Files already in `path` that match a pattern of `superseded` and were not written again are removed; others stay.
+
+    Raises:
+        NotADirectoryError: `path` is a file; said before the block begins.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:

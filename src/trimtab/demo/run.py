@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from trimtab.demo.corpus import Corpus, read_corpus
 from trimtab.demo.pretrain import PROPOSAL, SMALL, Size, pretrain, train_tokenizer
 from trimtab.demo.report import write_report
 from trimtab.evaluate.intervals import ratio_interval
-from trimtab.files import atomic_write, read_json, write_json
+from trimtab.files import atomic_folder, atomic_write, read_json, write_json
 from trimtab.hardware import describe_hardware
 from trimtab.train.examples import split_by_prompt
 from trimtab.train.options import TrainOptions
@@ -51,9 +50,15 @@ class Scale(NamedTuple):
 def run_demo(out: Path, seed: int, scale: Scale | None = None) -> dict[str, Any]:
     """Do it all, leaving `proposal/`, `aligner/`, `sft_aligner/`, `data/`, `results.json` and `report.html` in `out`.
 
-    Everything but the timings is a function of the seed, the Python version and the number of threads.
+    They appear there together at the end; until then, what an earlier demo left stays as it is. Everything but the timings
+    is a function of the seed, the Python version and the number of threads.
     """
-    scale = scale or Scale()
+    with atomic_folder(out) as work:
+        return _run(work, out, seed, scale or Scale())
+
+
+def _run(out: Path, final: Path, seed: int, scale: Scale) -> dict[str, Any]:
+    """The demo in the folder `out`, which becomes `final`."""
     started = time.monotonic()
     corpus = _cut(read_corpus(), scale.records)
     _write_data(out / "data", corpus)
@@ -64,7 +69,7 @@ def run_demo(out: Path, seed: int, scale: Scale | None = None) -> dict[str, Any]
     pretrain(corpus.pretrain, tokenizer, scale.small, out / "start", seed, "aligner's start")
 
     trained = {
-        name: _align(out, name, objective, rule, seed, scale.epochs)
+        name: _align(out, final, name, objective, rule, seed, scale.epochs)
         for name, objective, rule in (("aligner", "likelihood", "product"), ("sft_aligner", "sft", "geometric"))
     }
     proposal = AlignedModel.from_pretrained(out / "proposal", out / "aligner")
@@ -105,12 +110,11 @@ def _write_data(folder: Path, corpus: Corpus) -> None:
             stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in getattr(corpus, name))
 
 
-def _align(out: Path, name: str, objective: str, rule: str, seed: int, epochs: float) -> dict[str, Any]:
+def _align(out: Path, final: Path, name: str, objective: str, rule: str, seed: int, epochs: float) -> dict[str, Any]:
     """Train one aligner from the small model, as `trimtab train` would."""
-    if (out / name).exists():
-        shutil.rmtree(out / name)
     options = TrainOptions(
         proposal=str(out / "proposal"),
+        proposal_id=str(final / "proposal"),
         aligner=str(out / "start"),
         dataset=str(out / "data" / "align.jsonl"),
         output_dir=str(out / name),

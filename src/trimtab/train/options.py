@@ -31,6 +31,7 @@ class TrainOptions:
     """Everything but what `transformers.TrainingArguments` already has; those go into `training`."""
 
     proposal: str = _option("", "the frozen model: a folder or a hub id", required=True)
+    proposal_id: str | None = _option(None, "what the manifest calls the proposal [default: --proposal]")
     aligner: str = _option("", "the model to train, of the same vocabulary: a folder or a hub id", required=True)
     dataset: str = _option("", "training data in a TRL layout: JSONL(.gz), Parquet or a hub id", required=True)
     output_dir: str = _option("", "where checkpoints and the finished aligner go", required=True)

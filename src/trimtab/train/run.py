@@ -241,7 +241,7 @@ def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tens
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
     return Manifest(
         vocabulary=fingerprint_vocabulary(tokenizer),
-        proposal={"id": options.proposal, "revision": None},
+        proposal={"id": options.proposal_id or options.proposal, "revision": None},
         rule=options.rule,
         weight=weight,
         proposal_temperature=options.proposal_temperature,
