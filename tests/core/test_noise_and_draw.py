@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from statistics_of import chi_square
-from trimtab.core.draw import NO_TOKEN, greedy, inverse_cdf
+from trimtab.core.draw import NO_TOKEN, inverse_cdf
 from trimtab.core.noise import fresh_seed, philox, uniforms
 
 ONES = 0xFFFFFFFF
@@ -75,8 +75,3 @@ def test_rows_without_mass_give_no_token():
     rows = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [math.nan, 0.0]])
     half = torch.full((3, 2), 0.5, dtype=torch.float64)
     assert inverse_cdf(rows, half).tolist() == [[0, 0], [NO_TOKEN, NO_TOKEN], [NO_TOKEN, NO_TOKEN]]
-    assert greedy(rows).tolist() == [0, NO_TOKEN, NO_TOKEN]
-
-
-def test_greedy_takes_the_first_of_tied_tokens():
-    assert greedy(torch.tensor([[0.1, 0.4, 0.1, 0.4]]).log()).tolist() == [1]

@@ -5,8 +5,9 @@ any batch, in any order and under any `max_num_seqs` must *equal* what it gets a
 """
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import EOS, tiny_model, tiny_tokenizer
-from trimtab import AlignedModel, Completion, SamplingParams
+from trimtab import AlignedModel, Completion, SamplingParams, TokenEvent
 from trimtab.models.table import TableLM
 
 V = 7
@@ -159,17 +160,25 @@ def test_what_is_asked_for_does_not_change_what_is_drawn():
     assert stopped[-1] == EOS
 
 
+def by_completion(events: Iterable[TokenEvent]) -> dict[tuple[int, int], list[TokenEvent]]:
+    """Events of each completion, in order; whose turn it is when is a matter of speed."""
+    sorted_out: dict[tuple[int, int], list[TokenEvent]] = {}
+    for event in events:
+        sorted_out.setdefault((event.prompt_index, event.index), []).append(event)
+    return sorted_out
+
+
 def test_streams_do_not_disturb_each_other():
     model = table_model()
     prompts, params = zip(*MIXED, strict=True)
-    expected = list(model.stream(list(prompts), list(params)))
+    expected = by_completion(model.stream(list(prompts), list(params)))
     first, second = model.stream(list(prompts), list(params)), model.stream(list(prompts), list(params))
     abandoned = model.stream([[1]], SamplingParams(seed=0))
     next(abandoned)
-    pairs = list(zip(first, second, strict=True))
+    pairs = list(itertools.zip_longest(first, second))
     abandoned.close()
-    assert [a for a, _ in pairs] == expected
-    assert [b for _, b in pairs] == expected
+    assert by_completion(a for a, _ in pairs if a) == expected
+    assert by_completion(b for _, b in pairs if b) == expected
 
 
 def test_torchs_global_generator_is_neither_read_nor_moved():

@@ -39,6 +39,8 @@ class Rule:
     name: ClassVar[str]
     has_row: ClassVar[bool] = True
     """Whether the next-token distribution has a closed form, so that it can be scored, enumerated and verified."""
+    draft_temperature: ClassVar[float] = 1.0
+    """The temperature at which an aligner drafts best for this rule, as a rule of thumb."""
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """The target up to a factor, `[..., V]`, from rows `[..., V]` and weights `[..., n]`; the support is cut for you."""
@@ -110,6 +112,7 @@ class Product(Rule):
     """∝ p̃ · Π q_i^λ_i: the model that RAM trains and decodes (arXiv 2505.19700, equation 4)."""
 
     name: ClassVar[str] = "product"
+    draft_temperature: ClassVar[float] = 0.75
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Log p̃ + Σ λ_i log q_i."""

@@ -10,12 +10,14 @@ import torch
 from trimtab.core.logprobs import Warp
 from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import Rule, parse_rule
+from trimtab.decode.draft import Models
+from trimtab.decode.engine import Engine
+from trimtab.decode.pace import Pace
 from trimtab.decode.prompts import as_list, encode_completion, encode_prompt
-from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, check_shaping
+from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, check_number, check_shaping
 from trimtab.decode.scoring import Score, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import Shaping
-from trimtab.decode.tokenwise import decode_tokenwise
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
 from trimtab.models.aligner import Aligner, Manifest
 from trimtab.models.base import LanguageModel
@@ -40,7 +42,11 @@ class AlignedModel:
         manifests: how each aligner wants to be decoded; None for one that does not say.
         rule, weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature: as in `SamplingParams`,
             which overrides them for a request; they override the manifests.
-        num_speculative_tokens: tokens to draft ahead; only 0, token by token, exists so far.
+        draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, or a `LanguageModel` of the same
+            vocabulary that only drafts. Default: the first aligner if there is one.
+        draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: the rule's.
+        num_speculative_tokens: tokens to draft ahead: None adapts to what pays, 0 decodes token by token. In float32 it
+            changes no token.
         max_num_seqs: the most completions decoded at once.
     """
 
@@ -58,26 +64,30 @@ class AlignedModel:
         proposal_top_k: int | None = None,
         proposal_top_p: float | None = None,
         aligner_temperature: float | None = None,
+        draft: str | LanguageModel | None = None,
+        draft_temperature: float | None = None,
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
     ) -> None:
-        if num_speculative_tokens:
-            raise InvalidOption(
-                f"num_speculative_tokens must be 0: this version does not speculate, not {num_speculative_tokens}"
-            )
-        for i, aligner in enumerate(aligners):
-            if aligner.vocab_size != proposal.vocab_size:
-                sizes = f"{aligner.vocab_size} tokens, the proposal {proposal.vocab_size}"
-                raise VocabularyMismatch(f"aligner {i} has {sizes}; they must share one vocabulary")
+        if num_speculative_tokens is not None and not 0 <= num_speculative_tokens <= MAX_DRAFT:
+            raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {num_speculative_tokens}")
+        self.models = _choose_drafter(proposal, aligners, draft)
+        for name, model in zip(["", *(f"aligner {i}" for i in range(len(aligners))), "draft"], self.models.all, strict=False):
+            if model.vocab_size != proposal.vocab_size:
+                sizes = f"{model.vocab_size} tokens, the proposal {proposal.vocab_size}"
+                raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
         if max_num_seqs < 1:
             raise InvalidOption(f"max_num_seqs must be at least 1, not {max_num_seqs}")
         self.proposal, self.aligners, self.tokenizer = proposal, list(aligners), tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
-        lengths = [model.max_length for model in (proposal, *aligners) if model.max_length is not None]
+        self.pace = Pace(num_speculative_tokens)
+        lengths = [model.max_length for model in self.models.all if model.max_length is not None]
         self.max_length = min(lengths, default=None)
         self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
         check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
+        check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
+        self._draft_temperature = draft_temperature
         self.defaults = SamplingParams(
             rule=None if rule is None else parse_rule(rule),
             weight=weight,
@@ -101,6 +111,7 @@ class AlignedModel:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         revision: str | None = None,
+        draft: Any = None,
         **settings: Any,
     ) -> Self:
         """Load a proposal and its aligners.
@@ -117,13 +128,14 @@ class AlignedModel:
             dtype: of what is loaded here: a torch dtype, its name, or `"auto"` for the checkpoint's own.
             device: where to put what is loaded here; default: the first GPU, or the CPU.
             revision: hub revision of the proposal.
+            draft: as for `AlignedModel`, or a model to load: a folder, a hub id, an `Aligner`, a transformers model.
             settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
 
         Raises:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        unknown = set(settings) - {*SHAPING_NAMES, "num_speculative_tokens", "max_num_seqs"}
+        unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs"}
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         if isinstance(proposal, (str, Path)):
@@ -133,22 +145,24 @@ class AlignedModel:
             tokenizer = load_tokenizer(tokenizer)
         given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
         aligners = [_as_aligner(item, dtype, device) for item in given]
-        for item in aligners:
+        drafter = draft if draft is None or draft in DRAFTS else _as_aligner(draft, dtype, device)
+        for item in (*aligners, drafter):
             if isinstance(item, Aligner) and tokenizer is not None:
                 check_same_vocabulary(tokenizer, item.tokenizer, item.name)
-        models = [proposal, *(item.model if isinstance(item, Aligner) else item for item in aligners)]
+        models = [proposal, *(item.model if isinstance(item, Aligner) else item for item in (*aligners, drafter))]
         size = vocabulary_size(tokenizer) if tokenizer is not None else None
         if eos_token_ids is None:
             eos_token_ids = find_eos_token_ids(proposal, tokenizer)
         backends = [HuggingFaceLM(model, size) if isinstance(model, torch.nn.Module) else model for model in models]
         return cls(
             backends[0],
-            backends[1:],
+            backends[1:-1],
             tokenizer,
             eos_token_ids,
             manifests=[item.manifest if isinstance(item, Aligner) else None for item in aligners],
             rule=rule,
             weight=weight,
+            draft=backends[-1],
             **settings,
         )
 
@@ -241,13 +255,16 @@ class AlignedModel:
         if len(weights) != count and (count or params.weight is not None):
             raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
         temperature = params.aligner_temperature or self.defaults.aligner_temperature
-        warps = tuple(Warp(temperature or (m.aligner_temperature if m else 1.0)) for m in self._manifests)
+        temperatures = [temperature or (m.aligner_temperature if m else None) or 1.0 for m in self._manifests]
         proposal = Warp(
             self._setting("proposal_temperature", params) or 1.0,
             max(self._setting("proposal_top_k", params) or 0, 0),
             self._setting("proposal_top_p", params) or 1.0,
         )
-        return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, warps)
+        draft = self._draft_temperature or rule.draft_temperature
+        if self.models.drafter is not None and self.models.draft is None:  # an aligner drafts from its row as the rule sees it
+            draft *= temperatures[0]
+        return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)), Warp(draft))
 
     def _setting(self, name: str, params: SamplingParams) -> Any:
         """A setting that all aligners of a request share."""
@@ -294,8 +311,10 @@ class AlignedModel:
         ]
 
     def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
-        for start in range(0, len(sequences), self.max_num_seqs):
-            yield from decode_tokenwise(self.proposal, self.aligners, sequences[start : start + self.max_num_seqs])
+        engine = Engine(self.models, self.pace, max_num_seqs=self.max_num_seqs)
+        engine.submit(sequences)
+        while engine:
+            yield from engine.step()
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""
@@ -314,6 +333,25 @@ class AlignedModel:
 
 
 SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
+
+
+DRAFTS = ("aligner", "ngram", "none")
+"""Who drafts, where it is no model of its own."""
+
+MAX_DRAFT = 16
+"""The longest draft."""
+
+
+def _choose_drafter(proposal: LanguageModel, aligners: Sequence[LanguageModel], draft: str | LanguageModel | None) -> Models:
+    if draft is None:
+        draft = "aligner" if aligners else "none"
+    if not isinstance(draft, str):
+        return Models(proposal, tuple(aligners), draft)
+    if draft not in DRAFTS:
+        raise InvalidOption(f"draft must be one of {', '.join(DRAFTS)}, or a model, not '{draft}'")
+    if draft == "aligner" and not aligners:
+        raise InvalidOption("draft 'aligner' needs an aligner; say ngram, none, or name a model")
+    return Models(proposal, tuple(aligners), lookup=draft == "ngram", drafts=draft != "none")
 
 
 def find_eos_token_ids(proposal: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.errors import InvalidOption, InvalidRequest
 
-__all__ = ["Completion", "Message", "Prompt", "SamplingParams", "TokenEvent", "TokenLogprobs"]
+__all__ = ["Completion", "Message", "Prompt", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_number", "check_shaping"]
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -70,10 +70,10 @@ class SamplingParams:
         _integer("max_tokens", self.max_tokens, 1)
         _integer("n", self.n, 1)
         _integer("top_k", self.top_k, -1)
-        _number("temperature", self.temperature, low=0)
-        _number("top_p", self.top_p, above=0, high=1)
-        _number("min_p", self.min_p, low=0, high=1)
-        _number("repetition_penalty", self.repetition_penalty, above=0)
+        check_number("temperature", self.temperature, low=0)
+        check_number("top_p", self.top_p, above=0, high=1)
+        check_number("min_p", self.min_p, low=0, high=1)
+        check_number("repetition_penalty", self.repetition_penalty, above=0)
         if self.seed is not None:
             _integer("seed", self.seed)
         if isinstance(self.stop, str):
@@ -91,7 +91,7 @@ class SamplingParams:
             _integer("stop_token_ids", token, 0)
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0)
-            _number(f"logit_bias[{token}]", bias)
+            check_number(f"logit_bias[{token}]", bias)
         if self.rule is not None:
             if not isinstance(self.rule, (str, Rule)):
                 raise InvalidRequest(f"rule must be the name of a rule, or a rule, not {self.rule!r}")
@@ -179,15 +179,15 @@ def check_shaping(
     """Check the settings that shape the rows before the rule; None is always right."""
     if weight is not None:
         for i, number in enumerate([weight] if isinstance(weight, (int, float)) else weight):
-            _number("weight" if isinstance(weight, (int, float)) else f"weight[{i}]", number)
+            check_number("weight" if isinstance(weight, (int, float)) else f"weight[{i}]", number)
     if proposal_temperature is not None:
-        _number("proposal_temperature", proposal_temperature, above=0)
+        check_number("proposal_temperature", proposal_temperature, above=0)
     if proposal_top_k is not None:
         _integer("proposal_top_k", proposal_top_k, -1)
     if proposal_top_p is not None:
-        _number("proposal_top_p", proposal_top_p, above=0, high=1)
+        check_number("proposal_top_p", proposal_top_p, above=0, high=1)
     if aligner_temperature is not None:
-        _number("aligner_temperature", aligner_temperature, above=0)
+        check_number("aligner_temperature", aligner_temperature, above=0)
 
 
 def _integer(name: str, value: Any, low: int | None = None) -> None:
@@ -196,7 +196,7 @@ def _integer(name: str, value: Any, low: int | None = None) -> None:
         raise InvalidRequest(f"{name} must be an integer{floor}, not {value!r}")
 
 
-def _number(name: str, value: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
+def check_number(name: str, value: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
     fits = not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     if not fits or value < low or value <= above or value > high:
         limits = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)

@@ -1,11 +1,11 @@
-"""From the aligned row to a token: the sampling knobs that every model has, for a batch of requests that differ in them."""
+"""From the aligned row to the row that is drawn from: the sampling knobs of any model, for requests that differ in them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from trimtab.core.draw import NO_TOKEN, greedy, inverse_cdf
 from trimtab.core.logprobs import Warp, log_normalize, warp
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.shaping import stack_warps
@@ -16,8 +16,8 @@ __all__ = ["Sampler"]
 class Sampler:
     """The knobs of B requests as tensors. Those that nobody turned cost nothing, and a neutral row is left bit for bit.
 
-    Order: repetition penalty and logit bias, temperature, top-k, top-p, min-p, draw; temperature 0 takes the best token
-    after penalty and bias.
+    Order: repetition penalty and logit bias, temperature, top-k, top-p, min-p; temperature 0 takes the best token after
+    penalty and bias.
 
     Args:
         params: one for each request.
@@ -32,7 +32,7 @@ class Sampler:
         self._warp = stack_warps(
             [Warp(p.temperature or 1.0, max(p.top_k, 0), p.top_p if p.temperature else 1.0, p.min_p) for p in params], device
         )
-        self._greedy = torch.tensor([[p.temperature == 0] for p in params], device=device)
+        self._greedy = torch.tensor([[[p.temperature == 0]] for p in params], device=device)
         self._any_greedy = any(p.temperature == 0 for p in params)
         self._all_greedy = all(p.temperature == 0 for p in params)
         self._penalty: Tensor | None = None
@@ -41,33 +41,57 @@ class Sampler:
             self._penalty = torch.tensor([[[p.repetition_penalty]] for p in params], dtype=torch.float64, device=device)
             self._seen = torch.zeros(len(params), 1, vocab_size, dtype=torch.bool, device=device)
             for row, context in enumerate(contexts):
-                self._seen[row, 0, torch.tensor(list(context), device=device)] = True
+                self._seen[row, 0, torch.tensor(list(context), dtype=torch.long, device=device)] = True
         if any(p.logit_bias for p in params):
             self._bias = torch.zeros(len(params), 1, vocab_size, dtype=torch.float64, device=device)
             for row, p in enumerate(params):
                 for token, bias in p.logit_bias.items():
                     self._bias[row, 0, token] = bias
 
-    def draw(self, logp: Tensor, uniform: Tensor) -> Tensor:
-        """A token `[B, K]` from each aligned row `[B, K, V]` with `uniform` `[B, K]`; `NO_TOKEN` where a row has no mass."""
-        logp = self._adjust(logp)
+    def rows(self, logp: Tensor, drafts: Sequence[Tensor] = ()) -> Tensor:
+        """The rows `[B, P, V]` that tokens are drawn from, from aligned rows; all mass on one token where that is wanted.
+
+        Args:
+            logp: one row for each of P positions in a run.
+            drafts: the tokens `[B]` drafted since the last `note`, in order. Position P − 1 stands behind all of them, P − 2
+                behind all but the last, and so on: each position is penalised for what stands before it.
+        """
+        logp = self._adjust(logp, drafts)
         if self._all_greedy:
-            return greedy(logp)
-        drawn = inverse_cdf(warp(logp, self._warp), uniform.unsqueeze(-1)).squeeze(-1)
-        return torch.where(self._greedy, greedy(logp), drawn) if self._any_greedy else drawn
+            return _only_best(logp)
+        warped = warp(logp, self._warp)
+        return torch.where(self._greedy, _only_best(logp), warped) if self._any_greedy else warped
 
     def note(self, tokens: Tensor) -> None:
-        """Remember the token `[B, 1]` that each request just got."""
+        """Remember tokens `[B, K]` that each request just got; a row may repeat some to fill up."""
         if self._penalty is not None:
-            self._seen.scatter_(-1, tokens.clamp(min=NO_TOKEN + 1).unsqueeze(-1), True)
+            self._seen.scatter_(-1, tokens.unsqueeze(1), True)
 
-    def _adjust(self, logp: Tensor) -> Tensor:
+    def _adjust(self, logp: Tensor, drafts: Sequence[Tensor]) -> Tensor:
         adjusted = logp
         if self._penalty is not None:
-            adjusted = torch.where(self._seen, adjusted * self._penalty.to(logp.dtype), adjusted)
+            seen = self._seen_at(drafts, logp.shape[1])
+            adjusted = torch.where(seen, adjusted * self._penalty.to(logp.dtype), adjusted)
         if self._bias is not None:
             adjusted = adjusted + self._bias.to(logp.dtype)
         if adjusted is logp:
             return logp
         touched = (adjusted != logp).any(-1, keepdim=True)
         return torch.where(touched, log_normalize(adjusted), logp)
+
+    def _seen_at(self, drafts: Sequence[Tensor], positions: int) -> Tensor:
+        """Which tokens `[B, P, V]` stand before each of the positions."""
+        if not drafts:
+            return self._seen
+        seen = self._seen.repeat(1, positions, 1)
+        for i, draft in enumerate(drafts):
+            behind = seen[:, max(0, i + positions - len(drafts)) :]
+            behind.scatter_(-1, draft[:, None, None].expand(-1, behind.shape[1], 1), True)
+        return seen
+
+
+def _only_best(logp: Tensor) -> Tensor:
+    """Rows with all mass on the most probable token, the lowest id among ties; a row without mass stays as it is."""
+    best = logp.amax(-1, keepdim=True)
+    hot = torch.full_like(logp, -math.inf).scatter_(-1, logp.argmax(-1, keepdim=True), 0.0)
+    return torch.where(torch.isfinite(best), hot, logp)

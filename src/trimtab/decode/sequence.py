@@ -1,10 +1,12 @@
 """The bookkeeping of one completion while it grows."""
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
 from trimtab.core.rules import KLGate
+from trimtab.decode.pace import Hope
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.shaping import Shaping
 from trimtab.decode.text import TextStream
@@ -18,7 +20,7 @@ class Sequence:
     Args:
         prompt_index: the request's place among the prompts.
         index: which of its completions this is.
-        prompt: the prompt's ids.
+        prompt: the prompt's ids; completions of one request share the list.
         params: what was asked for, with a seed.
         shaping: how its aligned row comes about.
         limit: the most tokens it may get, by `max_tokens` and by the context.
@@ -30,7 +32,7 @@ class Sequence:
         self,
         prompt_index: int,
         index: int,
-        prompt: Seq[int],
+        prompt: list[int],
         params: SamplingParams,
         shaping: Shaping,
         limit: int,
@@ -38,10 +40,11 @@ class Sequence:
         tokenizer: Any,
     ) -> None:
         assert params.seed is not None
-        self.prompt_index, self.index, self.prompt = prompt_index, index, list(prompt)
+        self.prompt_index, self.index, self.prompt = prompt_index, index, prompt
         self.params, self.shaping, self.limit, self.seed = params, shaping, limit, params.seed
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
+        self.hope = Hope()
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._text = TextStream(tokenizer, params.stop)
         self._rows: list[Seq[float]] = []
@@ -51,6 +54,16 @@ class Sequence:
     def next_input(self) -> int:
         """The newest token, which the models have not read yet."""
         return self.tokens[-1] if self.tokens else self.prompt[-1]
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still get."""
+        return self.limit - len(self.tokens)
+
+    @property
+    def kind(self) -> Hashable:
+        """What its acceptance depends on, as far as it can be known."""
+        return self.shaping, self.params.temperature
 
     def accept(self, token: int, logprobs: Seq[float], fell_back: bool) -> TokenEvent:
         """Take the next token.

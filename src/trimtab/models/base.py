@@ -1,9 +1,9 @@
 """`LanguageModel`: whatever turns prefixes into next-token log-probabilities, many prefixes at once.
 
 A model keeps its prefixes in a `State` of B *slots*, each with a length of its own. Slots advance by different amounts
-(`extend`, `prefill`), forget their last tokens in O(1) (`rollback`) and are copied or dropped (`select`). Every implementation
-passes one contract suite (tests/models/test_contract.py): chunked = stepwise, cached = uncached, batched = alone, rollback and
-select = recompute.
+(`extend`, `prefill`), forget their last tokens in O(1) (`rollback`) and are copied (`copy`, `select`). A step may leave the
+last slots out, so that a batch shrinks and grows inside one state. Every implementation passes one contract suite
+(tests/models/test_contract.py): chunked = stepwise, cached = uncached, batched = alone, rollback and copies = recompute.
 """
 
 from collections.abc import Sequence
@@ -34,11 +34,10 @@ class State:
 
     def check_room(self, tokens: Tensor, counts: Sequence[int]) -> None:
         """Refuse a step that does not fit this state, before it changes anything."""
-        if tokens.ndim != 2 or tokens.shape[0] != len(self) or len(counts) != len(self):
-            raise InvalidRequest(
-                f"tokens must be [{len(self)}, K] with as many counts, not {list(tokens.shape)}, {len(counts)}"
-            )
-        for slot, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+        if tokens.ndim != 2 or not 0 < tokens.shape[0] == len(counts) <= len(self):
+            given = f"{list(tokens.shape)}, {len(counts)}"
+            raise InvalidRequest(f"tokens must be [B, K] with B counts, B from 1 to {len(self)} slots, not {given}")
+        for slot, (length, count) in enumerate(zip(self.lengths, counts, strict=False)):
             if not 0 <= count <= tokens.shape[1]:
                 raise InvalidRequest(f"counts[{slot}] is {count}, but the step has {tokens.shape[1]} tokens a slot")
             if length + count > self.capacity:
@@ -46,9 +45,16 @@ class State:
 
     def check_rollback(self, counts: Sequence[int]) -> None:
         """Refuse to forget more than a slot holds."""
-        for slot, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+        if len(counts) > len(self):
+            raise InvalidRequest(f"there are {len(self)} slots, but {len(counts)} counts")
+        for slot, (length, count) in enumerate(zip(self.lengths, counts, strict=False)):
             if not 0 <= count <= length:
                 raise InvalidRequest(f"slot {slot} holds {length} tokens and cannot forget {count}")
+
+    def advance(self, counts: Sequence[int], sign: int = 1) -> None:
+        """Lengthen the first slots by `counts`, or shorten them with `sign` −1."""
+        for slot, count in enumerate(counts):
+            self.lengths[slot] += sign * count
 
 
 class LanguageModel(Protocol):
@@ -74,7 +80,7 @@ class LanguageModel(Protocol):
 
         Args:
             state: advanced in place.
-            tokens: ids `[B, K]`; slot b takes the first `counts[b]` of its row.
+            tokens: ids `[B, K]` for the first B slots; slot b takes the first `counts[b]` of its row.
             counts: how many tokens each slot takes, 0 … K.
 
         Returns:
@@ -85,7 +91,10 @@ class LanguageModel(Protocol):
         """`extend` where nobody wants the rows."""
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
-        """Forget the last `counts[b]` tokens of each slot, in place."""
+        """Forget the last `counts[b]` tokens of each of the first slots, in place."""
+
+    def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
+        """Make slots `to` of `target` copies of `slots` of `source`, which may be the same state if none is in both lists."""
 
     def select(self, state: State, rows: Sequence[int]) -> State:
         """A new state whose slots are copies of the given ones, which may repeat or be left out."""

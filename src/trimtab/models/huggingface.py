@@ -89,7 +89,13 @@ class HuggingFaceLM:
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot by lowering its length."""
         state.check_rollback(counts)
-        state.lengths = [length - count for length, count in zip(state.lengths, counts, strict=True)]
+        state.advance(counts, -1)
+
+    def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
+        """Copy slots."""
+        assert isinstance(source, SlotState)
+        assert isinstance(target, SlotState)
+        source.copy(slots, target, to)
 
     def select(self, state: State, rows: Sequence[int]) -> SlotState:
         """Copies of the given slots."""
@@ -113,7 +119,7 @@ class HuggingFaceLM:
             ).logits
         finally:
             state.step = None
-        state.lengths = [length + count for length, count in zip(state.lengths, counts, strict=True)]
+        state.advance(counts)
         return logits
 
     def _mask(self, seen: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Each layer owns one buffer for keys and one for values, `[B, H, L + 1, D]`. A step writes the keys of slot b at `length[b] + j`;
 positions that a slot does not use go to the last column, which no query ever sees. Forgetting is lowering a length: stale
-entries are masked, then overwritten. So a step costs no copy of the past, whatever each slot did before.
+entries are masked, then overwritten. A step over the first slots works on views of the buffers. So no step costs a copy of the
+past, whatever each slot did before.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ class Step(NamedTuple):
 
     position_ids: Tensor
     """`[B, K]` the place of each token in its own slot; unused tokens get the last allowed place."""
+    rows: Tensor
+    """`[B, 1]` the number of each slot."""
     write: Tensor
     """`[B, K]` the column its key and value are written to."""
     mask: Tensor
@@ -41,10 +44,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros, for stale or unused entries must be finite even though they are masked."""
-        columns = self.slots.capacity + 1
-        batch, heads, _, key_width = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, columns, key_width)
-        self.values = value_states.new_zeros(batch, heads, columns, value_states.shape[-1])
+        slots, columns, heads = len(self.slots), self.slots.capacity + 1, key_states.shape[1]
+        self.keys = key_states.new_zeros(slots, heads, columns, key_states.shape[-1])
+        self.values = value_states.new_zeros(slots, heads, columns, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -53,10 +55,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
             self.lazy_initialization(key_states, value_states)
         step = self.slots.step
         assert step is not None, "the cache is written only inside SlotState.advance"
-        rows = torch.arange(step.write.shape[0], device=step.write.device)[:, None]
-        self.keys[rows, :, step.write] = key_states.transpose(1, 2)
-        self.values[rows, :, step.write] = value_states.transpose(1, 2)
-        return self.keys[:, :, : step.used], self.values[:, :, : step.used]
+        self.keys[step.rows, :, step.write] = key_states.transpose(1, 2)
+        self.values[step.rows, :, step.write] = value_states.transpose(1, 2)
+        batch = step.write.shape[0]
+        return self.keys[:batch, :, : step.used], self.values[:batch, :, : step.used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
@@ -88,20 +90,35 @@ class SlotState(State):
         return max(self.lengths, default=0)
 
     def plan(self, counts: Sequence[int], width: int, last_position: int, device: torch.device) -> Step:
-        """Lay out a step of `width` tokens a slot, of which slot b uses the first `counts[b]`."""
-        lengths, taken = torch.tensor([self.lengths, list(counts)], device=device).unsqueeze(-1)
+        """Lay out a step of `width` tokens for the first slots, of which slot b uses the first `counts[b]`."""
+        before = self.lengths[: len(counts)]
+        lengths, taken = torch.tensor([before, list(counts)], device=device).unsqueeze(-1)
         column = torch.arange(width, device=device)
         positions = lengths + column
-        used = max(1, *(length + count for length, count in zip(self.lengths, counts, strict=True)))
-        seen = torch.arange(used, device=device) <= positions[:, None, :, None]
-        return Step(positions.clamp(max=last_position), torch.where(column < taken, positions, self.capacity), seen, used)
+        used = max(1, *(length + count for length, count in zip(before, counts, strict=True)))
+        return Step(
+            position_ids=positions.clamp(max=last_position),
+            rows=torch.arange(len(counts), device=device)[:, None],
+            write=torch.where(column < taken, positions, self.capacity),
+            mask=torch.arange(used, device=device) <= positions[:, None, :, None],
+            used=used,
+        )
+
+    def copy(self, slots: Sequence[int], target: "SlotState", to: Sequence[int]) -> None:
+        """Copy what these slots use into slots of `target`."""
+        used = max(self.lengths[slot] for slot in slots)
+        for mine, its in zip(self.layers, target.layers, strict=True):
+            if mine.is_initialized:
+                if not its.is_initialized:
+                    its.lazy_initialization(mine.keys, mine.values)
+                index = torch.tensor([list(slots), list(to)], device=mine.keys.device)
+                its.keys[index[1], :, :used] = mine.keys[index[0], :, :used]
+                its.values[index[1], :, :used] = mine.values[index[0], :, :used]
+        for slot, other in zip(slots, to, strict=True):
+            target.lengths[other] = self.lengths[slot]
 
     def select(self, rows: Sequence[int]) -> "SlotState":
         """Copies of the given slots."""
-        copy = SlotState([self.lengths[row] for row in rows], self.capacity, len(self.layers))
-        for mine, its in zip(self.layers, copy.layers, strict=True):
-            if mine.is_initialized:
-                index = torch.tensor(list(rows), dtype=torch.long, device=mine.keys.device)
-                its.keys, its.values = mine.keys.index_select(0, index), mine.values.index_select(0, index)
-                its.is_initialized = True
-        return copy
+        selected = SlotState([0] * len(rows), self.capacity, len(self.layers))
+        self.copy(rows, selected, range(len(rows)))
+        return selected

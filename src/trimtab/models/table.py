@@ -66,7 +66,7 @@ class TableLM:
             for j in range(count):
                 state.prefixes[slot].append(new[j])
                 rows[slot, j] = self.row(state.prefixes[slot])
-            state.lengths[slot] += count
+        state.advance(counts)
         return rows
 
     def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
@@ -77,9 +77,16 @@ class TableLM:
         """Forget the last tokens of each slot."""
         assert isinstance(state, TableState)
         state.check_rollback(counts)
-        for slot, count in enumerate(counts):
-            state.lengths[slot] -= count
-            del state.prefixes[slot][state.lengths[slot] :]
+        state.advance(counts, -1)
+        for prefix, length in zip(state.prefixes, state.lengths, strict=True):
+            del prefix[length:]
+
+    def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
+        """Copy slots."""
+        assert isinstance(source, TableState)
+        assert isinstance(target, TableState)
+        for slot, other in zip(slots, to, strict=True):
+            target.prefixes[other], target.lengths[other] = list(source.prefixes[slot]), source.lengths[slot]
 
     def select(self, state: State, rows: Sequence[int]) -> TableState:
         """Copies of the given slots."""

@@ -1,0 +1,82 @@
+"""Where drafts come from: the first aligner, a model of its own, the text itself, or nowhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.core.draw import NO_TOKEN
+from trimtab.models.base import LanguageModel
+
+__all__ = ["Lookup", "Models"]
+
+
+@dataclass(frozen=True)
+class Models:
+    """All that is run to decode.
+
+    Attributes:
+        proposal: P_M.
+        aligners: Q_1 … Q_n.
+        draft: a model that only drafts, or None.
+        lookup: draft from the text itself instead.
+        drafts: False where nobody drafts.
+    """
+
+    proposal: LanguageModel
+    aligners: tuple[LanguageModel, ...] = ()
+    draft: LanguageModel | None = None
+    lookup: bool = False
+    drafts: bool = True
+
+    @property
+    def all(self) -> list[LanguageModel]:
+        """Proposal, aligners, and the draft model if there is one."""
+        return [self.proposal, *self.aligners, *([self.draft] if self.draft else [])]
+
+    @property
+    def drafter(self) -> int | None:
+        """Which of them drafts: the draft model, or the first aligner; None for a lookup, or if there is nobody."""
+        if self.draft is not None:
+            return len(self.aligners) + 1
+        return 1 if self.aligners and self.drafts and not self.lookup else None
+
+
+class Lookup:
+    """Draft a text's continuation from the text: what followed its last few tokens when they last stood there.
+
+    The draft at a position depends on what stands before it, and on nothing else (Saxena, "Prompt lookup decoding", 2023).
+
+    Args:
+        tokens: the text so far.
+        longest: tokens to look for at most; shorter runs are tried after longer ones, down to 1.
+    """
+
+    def __init__(self, tokens: Sequence[int], longest: int = 3) -> None:
+        self._longest = longest
+        self._tokens: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}
+        self.extend(tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens that are certain."""
+        for token in tokens:
+            self._learn(self._tokens, token, self._next)
+            self._tokens.append(token)
+
+    def drafts(self, count: int) -> list[int]:
+        """The next `count` tokens, each as if those before it had been accepted; `NO_TOKEN` where nothing is found."""
+        text = self._tokens[-self._longest :]
+        learned: dict[tuple[int, ...], int] = {}
+        found: list[int] = []
+        for _ in range(count):
+            runs = [tuple(text[-n:]) for n in range(min(self._longest, len(text)), 0, -1)]
+            token = next((t for run in runs if (t := learned.get(run, self._next.get(run))) is not None), NO_TOKEN)
+            found.append(token)
+            if token == NO_TOKEN:
+                return found + [NO_TOKEN] * (count - len(found))
+            self._learn(text, token, learned)
+            text.append(token)
+        return found
+
+    def _learn(self, text: list[int], token: int, into: dict[tuple[int, ...], int]) -> None:
+        for n in range(1, min(self._longest, len(text)) + 1):
+            into[tuple(text[-n:])] = token

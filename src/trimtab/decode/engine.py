@@ -1,0 +1,220 @@
+"""Continuous batching: requests join and leave at any step, and nobody waits for anybody's end.
+
+Each `step` is schedule → run → postprocess:
+
+    schedule   cancelled sequences go; waiting ones are admitted in order while there is room, and begin to read their prompts
+    run        one chunk of prompts is read, so that a long one does not hold up the rest; then every sequence that has read
+               its prompt decodes for one draft-and-verify step (trimtab.decode.speculative)
+    postprocess  finished sequences leave at once, and their slots are free for the next step
+
+Completions of one request share a prompt list; it is read once and copied. What is in the engine never changes what a request
+gets, only when.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from trimtab.decode.draft import Models
+from trimtab.decode.pace import Pace
+from trimtab.decode.prefill import pad
+from trimtab.decode.request import TokenEvent
+from trimtab.decode.sequence import Sequence as Growing
+from trimtab.decode.speculative import Batch
+from trimtab.errors import InvalidOption, InvalidRequest
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Decodes sequences together.
+
+    Args:
+        models: what to run.
+        pace: chooses draft lengths; may be shared by engines over the same models.
+        max_num_seqs: the most sequences admitted at once; others wait in the order they came.
+        max_num_batched_tokens: the most prompt tokens read in one step.
+        max_cache_tokens: the most tokens that the slots may hold together; None for what `max_num_seqs` sequences of any
+            length need. A long request then means fewer at a time.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        pace: Pace,
+        *,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        max_cache_tokens: int | None = None,
+    ) -> None:
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value < 1:
+                raise InvalidOption(f"{name} must be at least 1, not {value}")
+        self.pace = pace
+        self._models = models
+        self._max_num_seqs, self._max_tokens, self._budget = max_num_seqs, max_num_batched_tokens, max_cache_tokens
+        self._waiting: deque[Growing] = deque()
+        self._reading: deque[_Reading] = deque()
+        self._batch = Batch(models, pace)
+
+    def __len__(self) -> int:
+        """Sequences that are not finished."""
+        return len(self._waiting) + self._admitted
+
+    @property
+    def running(self) -> int:
+        """Sequences that are being decoded."""
+        return len(self._batch.sequences)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not been admitted."""
+        return len(self._waiting)
+
+    def submit(self, sequences: Iterable[Growing]) -> None:
+        """Queue sequences.
+
+        Raises:
+            InvalidRequest: one of them can never be admitted; none is queued then.
+        """
+        new = list(sequences)
+        for sequence in new:
+            if self._budget is not None and _need(sequence) > self._budget:
+                raise InvalidRequest(
+                    f"prompt and max_tokens need {_need(sequence)} tokens, but the cache holds {self._budget}: ask for fewer"
+                )
+        self._waiting.extend(new)
+
+    def cancel(self, sequences: Iterable[Growing]) -> None:
+        """Drop sequences, wherever they are; their slots are free at the next step."""
+        gone = set(sequences)
+        self._waiting = deque(s for s in self._waiting if s not in gone)
+        for reading in self._reading:
+            reading.drop(gone)
+        self._batch.remove([s for s in self._batch.sequences if s in gone])
+
+    def step(self) -> list[TokenEvent]:
+        """Read some of the prompts, and decode at least one token for each sequence that has read its own.
+
+        Raises:
+            DeadRow: a next-token distribution is NaN or has no mass.
+        """
+        self._admit()
+        self._read()
+        events = self._decode() if self._batch.sequences else []
+        self._batch.remove([s for s in self._batch.sequences if s.finish_reason])
+        return events
+
+    @property
+    def _admitted(self) -> int:
+        return self.running + sum(len(reading) for reading in self._reading)
+
+    def _admit(self) -> None:
+        """Let waiting sequences in, in their order, while slots and cache have room."""
+        live = [*self._batch.sequences, *(s for reading in self._reading for s in reading.sequences)]
+        new: list[Growing] = []
+        capacity = max(map(_need, live), default=0)
+        while self._waiting and len(live) + len(new) < self._max_num_seqs:
+            capacity = max(capacity, _need(self._waiting[0]))
+            if self._budget is not None and (live or new) and (len(live) + len(new) + 1) * capacity > self._budget:
+                break
+            new.append(self._waiting.popleft())
+        if not new:
+            return
+        self._make_room(len(live) + len(new), max(map(_need, [*live, *new])))
+        decoding = {id(s.prompt): s for s in self._batch.sequences}
+        begin = []
+        for sequence in new:
+            if sibling := decoding.get(id(sequence.prompt)):
+                self._batch.add_sibling(sequence, sibling)
+            elif not any(reading.join(sequence) for reading in self._reading):
+                begin.append(sequence)
+        if begin:
+            self._reading.append(_Reading(self._models, begin))
+
+    def _make_room(self, slots: int, capacity: int) -> None:
+        """Grow the cache; by more than is needed, so that growing is rare, where the budget allows it."""
+        have_slots, have_capacity = self._batch.size
+        if slots <= have_slots and capacity <= have_capacity:
+            return
+        roomy_slots = have_slots if slots <= have_slots else min(max(slots, 2 * have_slots), self._max_num_seqs)
+        roomy_capacity = have_capacity if capacity <= have_capacity else max(capacity, have_capacity * 3 // 2)
+        if self._budget is None or roomy_slots * roomy_capacity <= self._budget:
+            slots, capacity = roomy_slots, roomy_capacity
+        self._batch.resize(slots, capacity)
+
+    def _read(self) -> None:
+        """Read the next chunk of the prompts that were admitted together longest ago, then let others have their turn."""
+        if not self._reading:
+            return
+        reading = self._reading.popleft()
+        sequences, slots = reading.step(self._max_tokens)
+        if sequences:
+            self._batch.add(sequences, reading.states, slots)
+        if len(reading):
+            self._reading.append(reading)
+
+    def _decode(self) -> list[TokenEvent]:
+        sequences = list(self._batch.sequences)
+        hopes = [s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s in sequences if self._batch.can_draft(s)]
+        length = self.pace.choose(len(sequences), hopes)
+        started = time.perf_counter()
+        events = self._batch.step(length)
+        self.pace.observe(len(sequences), length, time.perf_counter() - started)
+        return events
+
+
+class _Reading:
+    """Sequences that were admitted together and are reading their prompts, all but the last token of each."""
+
+    def __init__(self, models: Models, sequences: Sequence[Growing]) -> None:
+        self._prompts: list[list[int]] = []
+        self._readers: list[list[Growing]] = []
+        self._models = models
+        for sequence in sequences:
+            if not self.join(sequence):
+                self._prompts.append(sequence.prompt)
+                self._readers.append([sequence])
+        longest = max(map(len, self._prompts))
+        self.states = [model.new_state(len(self._prompts), longest) for model in models.all]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._readers))
+
+    @property
+    def sequences(self) -> list[Growing]:
+        """Those that are still reading."""
+        return [sequence for readers in self._readers for sequence in readers]
+
+    def join(self, sequence: Growing) -> bool:
+        """Read along with a sibling, if one is here."""
+        for prompt, readers in zip(self._prompts, self._readers, strict=True):
+            if prompt is sequence.prompt and readers:
+                readers.append(sequence)
+                return True
+        return False
+
+    def drop(self, gone: set[Growing]) -> None:
+        """Forget cancelled sequences; a prompt without readers is read no further."""
+        self._readers = [[s for s in readers if s not in gone] for readers in self._readers]
+
+    def step(self, budget: int) -> tuple[list[Growing], list[int]]:
+        """Read up to `budget` tokens, the same share of each prompt; those that are through, with the slot of each."""
+        lengths = self.states[0].lengths
+        left = [len(p) - 1 - n if readers else 0 for p, n, readers in zip(self._prompts, lengths, self._readers, strict=True)]
+        busy = sum(n > 0 for n in left)
+        if busy:
+            share = max(1, budget // busy)
+            chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
+            for model, state in zip(self._models.all, self.states, strict=True):
+                model.prefill(state, pad(chunks, model.device), [len(chunk) for chunk in chunks])
+        done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] >= len(prompt) - 1]
+        ready = [(sequence, i) for i in done for sequence in self._readers[i]]
+        for i in done:
+            self._readers[i] = []
+        return [sequence for sequence, _ in ready], [i for _, i in ready]
+
+
+def _need(sequence: Growing) -> int:
+    """Tokens that a sequence may come to hold."""
+    return len(sequence.prompt) + sequence.limit

@@ -1,0 +1,134 @@
+"""How far to draft ahead: what a step costs, measured, against the tokens that it can be hoped to bring.
+
+A step of k drafts brings 1 + a + a² + … + a^k tokens if each draft is accepted with probability a, and takes a time that
+depends on k and on how many sequences decode together. Both are learned while decoding, from steps that are over; so drafting
+stops by itself where it does not pay. No choice looks at a draft, and with the coupled draw no choice changes a token.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Pace", "Tally"]
+
+LADDER = (0, 1, 2, 3, 4, 6, 8)
+"""The draft lengths in use."""
+FIRST = (4, 0, 2)
+"""Draft lengths that are timed before one is chosen, twice each: the first time of anything is slow."""
+LOOK_AROUND = 48
+"""Steps after which a neighbour of the best length is timed again."""
+TRUST = 8.0
+"""How many observations what is known of similar requests is worth against a sequence's own."""
+
+
+@dataclass
+class Tally:
+    """Counts over everything decoded.
+
+    Attributes:
+        calls: forward passes of the proposal that tokens were drawn from, counted once for each sequence in them.
+        tokens: tokens that came out of them.
+        tested: drafts that were looked at: those up to the first that failed.
+        accepted: drafts that stayed.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    tested: int = 0
+    accepted: int = 0
+
+    def observe(self, accepted: int, drafted: int) -> None:
+        """Count one step of one sequence."""
+        self.calls += 1
+        self.tokens += accepted + 1
+        self.tested += min(accepted + 1, drafted)
+        self.accepted += accepted
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafts looked at that stayed, or None if there were none."""
+        return self.accepted / self.tested if self.tested else None
+
+    @property
+    def tokens_per_call(self) -> float | None:
+        """Tokens that a sequence gains when the proposal is called once."""
+        return self.tokens / self.calls if self.calls else None
+
+
+class Hope:
+    """The running acceptance of one sequence or of one kind of request."""
+
+    def __init__(self, kept: float = 0.0, tested: float = 0.0) -> None:
+        self.kept, self.tested = kept, tested
+
+    def observe(self, kept: int, tested: int) -> None:
+        """Add what one step showed; old evidence fades."""
+        if self.tested > 256:
+            self.kept, self.tested = self.kept / 2, self.tested / 2
+        self.kept += kept
+        self.tested += tested
+
+    def estimate(self, prior: float) -> float:
+        """Acceptance, believing `prior` until there is evidence."""
+        return min((self.kept + TRUST * prior) / (self.tested + TRUST), 0.999)
+
+
+class Pace:
+    """Chooses draft lengths; one for each set of models, shared by all that decodes with them.
+
+    Args:
+        fixed: a draft length for every step, or None to adapt.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self.fixed = fixed
+        self.tally = Tally()
+        self._kinds: dict[Hashable, Hope] = {}
+        self._seconds: dict[tuple[int, int], deque[float]] = {}
+        self._steps: dict[int, int] = {}
+
+    def kind(self, key: Hashable) -> Hope:
+        """What is known about requests of a kind."""
+        return self._kinds.setdefault(key, Hope())
+
+    def choose(self, sequences: int, hopes: Sequence[float]) -> int:
+        """The draft length of the next step.
+
+        Args:
+            sequences: how many decode together.
+            hopes: the estimated acceptance of those that can draft.
+        """
+        if self.fixed is not None:
+            return self.fixed
+        if not hopes:
+            return 0
+        size = sequences.bit_length()
+        for length in FIRST:
+            if len(self._seconds.get((size, length), ())) < 2:
+                return length
+        best = max(LADDER, key=lambda k: self._tokens(k, sequences, hopes) / self._cost(size, k))
+        self._steps[size] = steps = self._steps.get(size, 0) + 1
+        if steps % LOOK_AROUND == 0:
+            step = 1 if steps // LOOK_AROUND % 2 else -1
+            return LADDER[min(max(LADDER.index(best) + step, 0), len(LADDER) - 1)]
+        return best
+
+    def observe(self, sequences: int, length: int, seconds: float) -> None:
+        """Note how long a step took."""
+        self._seconds.setdefault((sequences.bit_length(), length), deque(maxlen=5)).append(seconds)
+
+    def _tokens(self, k: int, sequences: int, hopes: Sequence[float]) -> float:
+        return sequences - len(hopes) + sum((1 - a ** (k + 1)) / (1 - a) for a in hopes)
+
+    def _cost(self, size: int, k: int) -> float:
+        """The median of what was measured, or a line through the nearest lengths that were."""
+        if (size, k) in self._seconds:
+            times = sorted(self._seconds[size, k])
+            return times[(len(times) - 1) // 2]
+        known = [length for length in LADDER if (size, length) in self._seconds]
+        low = max((length for length in known if length < k), default=known[0])
+        high = min((length for length in known if length > k), default=known[-1])
+        if low == high:  # k is past the longest: go on along the last stretch
+            low = known[-2]
+        slope = (self._cost(size, high) - self._cost(size, low)) / (high - low)
+        return self._cost(size, low) + max(slope, 0.0) * (k - low)
