@@ -3,11 +3,14 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from trimtab.files import atomic_folder, atomic_write, read_json, write_json
+from trimtab.files import atomic_folder, atomic_write, named_errors, only_writer, read_json, write_json
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -151,7 +154,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path, umask):
         (staging / "a").write_text("1")
         (staging / "sub").mkdir()
         (staging / "sub" / "b").write_text("2")
-        assert not path.exists()
+        assert [item.name[0] for item in path.iterdir()] == ["."]
     assert tree(tmp_path) == {"deep/folder/a": "1", "deep/folder/sub/b": "2"}
     assert os.listdir(tmp_path / "deep") == ["folder"]
     assert (mode(path), mode(path / "a")) == (0o750, 0o640)
@@ -166,7 +169,8 @@ def test_files_of_a_folder_are_replaced_superseded_or_kept(tmp_path):
         (staging / "a.bin").write_text("new")
         (staging / "b.bin").write_text("new")
         (staging / "c.json").write_text("new")
-        assert tree(path) == dict.fromkeys(("a.bin", "b.bin", "notes.txt", "old.bin"), "old")
+        shown = {name: text for name, text in tree(path).items() if not name.startswith(".")}
+        assert shown == dict.fromkeys(("a.bin", "b.bin", "notes.txt", "old.bin"), "old")
     assert tree(path) == {"a.bin": "new", "b.bin": "new", "c.json": "new", "notes.txt": "old"}
     assert os.listdir(tmp_path) == ["folder"]
 
@@ -210,3 +214,41 @@ def test_a_file_in_the_way_of_a_folder_is_an_error_and_stays(tmp_path):
         write()
     assert tree(tmp_path) == {"folder": "a file"}
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".abc.partial" / "deep").mkdir(parents=True)
+    (tmp_path / ".file.x.partial").write_text("torn")
+    with atomic_folder(tmp_path) as staging:
+        (staging / "a").write_text("1")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with atomic_write(tmp_path / "link") as stream:
+        stream.write("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    """The second one is another process: the same one may take its own lock again."""
+    script = (
+        "import sys, pathlib; from trimtab.files import only_writer\nwith only_writer(pathlib.Path(sys.argv[1])): print('in')"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "lock")]
+    with only_writer(tmp_path / "lock"):
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "another process is writing" in refused.stderr
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "in\n"
+
+
+def test_a_full_disk_is_named_whatever_a_library_calls_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"No space left on device.*folder"), named_errors(tmp_path / "folder"):
+        raise RuntimeError("unexpected pos 55872 vs 55760")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
+    with pytest.raises(RuntimeError, match="unexpected pos"), named_errors(tmp_path / "folder"):
+        raise RuntimeError("unexpected pos 55872 vs 55760")

@@ -22,6 +22,14 @@ def write(path, stop=None, header=HEADER):
     return path.read_bytes()
 
 
+def done(path, header=HEADER):
+    """How many groups are there already."""
+    lines = ResumableLines(path, header, group=2)
+    with pytest.raises(KeyboardInterrupt), lines:
+        raise KeyboardInterrupt
+    return lines.done
+
+
 @pytest.fixture
 def whole(tmp_path):
     return write(tmp_path / "whole.jsonl")
@@ -38,7 +46,7 @@ def test_an_interrupted_file_ends_with_the_same_bytes(whole, tmp_path, stop):
     with pytest.raises(KeyboardInterrupt):
         write(out, stop=stop)
     assert not out.exists()
-    assert ResumableLines(out, HEADER, group=2).done == stop
+    assert done(out) == stop
     assert write(out) == whole
 
 
@@ -53,7 +61,7 @@ def test_a_kill_at_any_byte_loses_at_most_the_group_in_work(whole, tmp_path):
     found = []
     for size in range(len(data) + 1):
         partial.write_bytes(data[:size])
-        found.append(ResumableLines(out, HEADER, group=2).done)
+        found.append(done(out))
         lines = sum(end <= size for end in ends[1:])
         assert found[-1] == max(lines - 1, 0) // 2
     assert all(a <= b for a, b in pairwise(found))
@@ -81,3 +89,10 @@ def test_the_remains_of_another_run_are_refused_by_what_differs(tmp_path):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(InvalidOption, match="is a folder; name a file"):
         ResumableLines(tmp_path, HEADER)
+
+
+def test_a_file_of_the_users_is_not_taken_for_remains(tmp_path):
+    (tmp_path / "out.jsonl.partial").write_text("my notes")
+    with pytest.raises(InvalidOption, match="left from a run with other"):
+        write(tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl.partial").read_text() == "my notes"

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_folder", "atomic_write", "read_json", "write_json"]
+import filelock
+
+from trimtab.errors import DataError, InvalidOption
+
+__all__ = ["atomic_folder", "atomic_write", "named_errors", "only_writer", "read_json", "remove_leftovers", "write_json"]
+
+LEFTOVERS = ".*.partial"
+"""How everything is called that a kill may leave behind."""
 
 
 @contextlib.contextmanager
@@ -19,16 +26,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
     A target that exists and is no regular file (a terminal, a pipe, /dev/full) is written to directly.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays, and what it leads to is replaced
     encoding = None if "b" in mode else "utf-8"
     if path.exists() and not path.is_file():
-        with _naming(path), open(path, mode, encoding=encoding) as stream:
+        with named_errors(path), open(path, mode, encoding=encoding) as stream:
             yield stream
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
-        with _naming(path), os.fdopen(descriptor, mode, encoding=encoding) as stream:
+        with named_errors(path), os.fdopen(descriptor, mode, encoding=encoding) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -44,6 +51,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield an empty folder whose files move into `path`, by renaming alone, when the block ends without an error.
 
+    The empty folder is inside `path`, which may be a mount point of its own, and is hidden there until then.
+
     Files already in `path` that match a pattern of `superseded` and were not written again are removed; others stay.
 
     Raises:
@@ -52,12 +61,13 @@ def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iter
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    path.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    staging = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=path))
     try:
-        yield staging
+        with named_errors(path):
+            yield staging
         written = sorted(item.name for item in staging.iterdir())
-        path.mkdir(exist_ok=True)
         for item in sorted(staging.rglob("*")):
             target = path / item.relative_to(staging)
             if item.is_dir():
@@ -66,10 +76,37 @@ def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iter
                 os.replace(item, target)
         for pattern in superseded:
             for old in path.glob(pattern):
-                if old.name not in written:
+                if old.name not in written and old != staging:
                     old.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # still empty if it was made here and nothing came of it
+            path.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder while they wrote into it."""
+    for item in folder.glob(LEFTOVERS):
+        if item.is_dir():
+            shutil.rmtree(item, ignore_errors=True)
+        else:
+            item.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold `path` as a lock; it goes away with the block, and with the process.
+
+    Raises:
+        InvalidOption: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path, timeout=0):
+            yield
+            path.unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise InvalidOption(f"another process is writing {path.parent}: wait for it, or name another place") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -80,18 +117,31 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read one JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read one JSON file.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an error of the system that lacks it, such as a full disk."""
+def named_errors(path: Path) -> Iterator[None]:
+    """Add the path to an error of the system that lacks it, and say of a full disk that it is one.
+
+    Libraries report a full disk in their own words, as any kind of error; what tells is that nothing is free.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)
+            raise
+        if shutil.disk_usage(path if path.exists() else path.parent).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from trimtab.errors import InvalidOption
-from trimtab.files import atomic_write
+from trimtab.files import atomic_write, named_errors, only_writer
 
 __all__ = ["ResumableLines"]
 
@@ -20,7 +20,8 @@ class ResumableLines:
     """Rows in groups of equal size (the samples of one prompt, say), written group by group to `FILE.partial`.
 
     The partial file's first line describes the run; only a run with the same description goes on with it. A torn last line,
-    or part of a group, is dropped. A target that is no regular file is written at the end, from the partial file.
+    or part of a group, is dropped. A target that is no regular file is written at the end, from the partial file. One process
+    at a time writes it.
 
     Args:
         out: the file to be.
@@ -28,7 +29,7 @@ class ResumableLines:
         group: rows in a group.
 
     Raises:
-        InvalidOption: `out` is a folder, or the partial file is of another run.
+        InvalidOption: `out` is a folder, the partial file is of another run, or another process is writing it.
     """
 
     def __init__(self, out: str | Path, header: Mapping[str, Any], group: int = 1) -> None:
@@ -38,21 +39,30 @@ class ResumableLines:
         special = self._out.exists() and not self._out.is_file()
         self._partial = Path(f"{self._out.name}.partial") if special else self._out.with_name(self._out.name + ".partial")
         self._header = json.loads(json.dumps(header, default=str))
-        self.done = self._resume(group)
-        """Groups that an earlier run has written."""
+        self._group = group
+        self.done = 0
+        """Groups that an earlier run has written, once this is entered."""
 
     def __enter__(self) -> Self:
-        self._stream = open(self._partial, "a", encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(only_writer(self._partial.with_name(f".{self._partial.name}.lock")))
+            stack.enter_context(named_errors(self._out))
+            self.done = self._resume()
+            self._stream = stack.enter_context(open(self._partial, "a", encoding="utf-8"))
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stream.close()
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
+        if kind is not None:
+            return self._stack.__exit__(kind, *rest)
+        with self._stack:
+            self._stream.flush()
             with atomic_write(self._out, "wb") as target, open(self._partial, "rb") as source:
                 source.readline()
                 for line in source:
                     target.write(line)
             self._partial.unlink()
+        return None
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add whole groups; they are on disk when this returns."""
@@ -61,11 +71,11 @@ class ResumableLines:
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
-    def _resume(self, group: int) -> int:
+    def _resume(self) -> int:
         data = self._partial.read_bytes() if self._partial.exists() else b""
-        if b"\n" not in data:  # nothing yet, or a description cut short
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+        header = json.dumps(self._header).encode() + b"\n"
+        if header.startswith(data):  # nothing yet, or a description cut short
+            self._partial.write_bytes(header)
             return 0
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         found: Any = None
@@ -75,8 +85,8 @@ class ResumableLines:
             changed = [key for key in self._header if not isinstance(found, dict) or found.get(key) != self._header[key]]
             what = ", ".join(changed)
             raise InvalidOption(f"{self._partial} is left from a run with other {what}: finish that one, or delete it")
-        done = (len(lines) - 1) // group
-        kept = sum(map(len, lines[: 1 + done * group]))
+        done = (len(lines) - 1) // self._group
+        kept = sum(map(len, lines[: 1 + done * self._group]))
         if kept != len(data):
             os.truncate(self._partial, kept)
         if done:

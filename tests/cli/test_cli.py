@@ -23,6 +23,9 @@ def task(tmp_path_factory):
     weights.write_bytes(weights.read_bytes()[:1000])
     (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n')
     (folder / "config.yaml").write_text("max_tokens: 3\nseed: 5\n")
+    (folder / "list.yaml").write_text("seed: [1, 2]\n")
+    (folder / "nested.yaml").write_text("stop: [{a: 1}]\n")
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "ab"}) + "\n" + json.dumps({"prompt": "a" * 70}) + "\n")
     (folder / "unknown.yaml").write_text("max_token: 3\n")
     return folder
 
@@ -106,6 +109,17 @@ def test_generate_and_propose_write_their_files(task, capsys, tmp_path):
         ),
         (("--proposal", "{}/proposal", "--prompt", "a", "--rule", "par"), 2, "there is no rule 'par'"),
         (("--proposal", "{}/proposal", "--prompt", "a", "--temperature", "-1"), 2, "temperature must be a number at least 0"),
+        (
+            ("--proposal", "{}/proposal", "--prompt", "a\ud800b"),
+            1,
+            "prompts[0] is no valid Unicode: a lone surrogate",
+        ),
+        (("--proposal", "{}/proposal", "--input", "{}/long.jsonl", "--out", "o"), 1, "long.jsonl:2: prompts[0] has 70 tokens"),
+        (("--proposal", "{}/proposal", "--input", "{}/train.jsonl", "--out", "{}/train.jsonl"), 2, "would replace the data"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--config", "{}/list.yaml"), 2, "seed takes one value, not a list"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--config", "{}/nested.yaml"), 2, "stop takes plain values"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--draft", "aligner"), 2, "draft 'aligner' needs an aligner"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--num_speculative_tokens", "17"), 2, "must be from 0 to 16"),
         (("--proposal", "{}/proposal"), 2, "give either --prompt or --input"),
         (("--prompt", "a"), 2, "--proposal is required"),
         (("--proposal", "{}/proposal", "--prompt", "a", "--tempreature", "1"), 2, "unrecognized arguments"),

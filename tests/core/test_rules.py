@@ -102,7 +102,7 @@ def test_rules_are_values_that_read_as_they_are_written():
         ("candidates(n=many)", "wants n as int"),
         ("candidates(n=2.5)", "wants n as int"),
         ("nucleus(eos_token_ids=(1,))", "has no setting 'eos_token_ids'"),
-        ("candidates(n=0)", "n must be at least 1"),
+        ("candidates(n=0)", "n must be from 1"),
         ("kl_gate(tau=-1)", "tau must be at least 0"),
     ],
 )

@@ -11,7 +11,7 @@ from tiny import CHAT_TEMPLATE, EOS, bpe_tokenizer, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.rules import Geometric
 from trimtab.decode import scoring
-from trimtab.errors import DeadRow, InvalidOption, InvalidRequest
+from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 from trimtab.models.table import TableLM
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -435,3 +435,74 @@ def test_a_row_without_mass_is_an_error_and_no_number():
 def test_wrong_weights_are_refused_before_anything_is_computed():
     with pytest.raises(InvalidRequest, match="weight has 1 numbers, but there are 0 aligners"):
         untouched().score(["ab"], ["cd"], SamplingParams(weight=[1.0]))
+
+
+def test_the_end_of_a_chat_answer_is_the_templates_own():
+    """A tokenizer whose end of text is not the end of a turn: answers end with the turn's, as decoding draws it."""
+    template = "{% for m in messages %}{{ m.content }}z{% endfor %}"
+    tokenizer = tiny_tokenizer(chat_template=template)
+    turn = tokenizer.convert_tokens_to_ids("z")
+    model = AlignedModel.from_pretrained(tiny_model("llama", 28), tokenizer=tokenizer, eos_token_ids=[EOS, turn])
+    chat = [{"role": "user", "content": "ab"}]
+    answers = [[{"role": "assistant", "content": "cd"}], {"role": "assistant", "content": "cd"}, "cd"]
+    for answer in answers:
+        assert tokenizer.decode(model.score([chat], [answer])[0].tokens) == "cdz"
+    with pytest.raises(InvalidRequest, match="must be one message, not 2"):
+        model.score([chat], [[{"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate(["a"], {"max_tokens": 2}), "params must be SamplingParams"),
+        (lambda m: m.generate(["a"], 3), "params must be SamplingParams"),
+        (lambda m: m.generate(["a"], [None]), "params must be SamplingParams"),
+        (lambda m: m.generate([b"\x02\x03"]), "must be a text, messages, or token ids"),
+        (lambda m: m.generate(["a\ud800"]), "lone surrogate at character 1"),
+        (lambda m: m.score("a", 5), "completions must be texts"),
+        (lambda m: m.score("a", ["b"], params={}), "params must be SamplingParams"),
+        (lambda m: SamplingParams(weight=object()), "weight must be a number"),
+        (lambda m: SamplingParams(weight={1.0: 2}), "weight must be a number"),
+        (lambda m: SamplingParams(weight=1e300), "weight must be a number"),
+        (lambda m: SamplingParams(logit_bias={3: 1e39}), r"logit_bias\[3\] must be a number"),
+        (lambda m: SamplingParams(repetition_penalty=1e-50), "repetition_penalty must be a number"),
+        (lambda m: AlignedModel(m.proposal, rule=5), "rule must be the name"),
+        (lambda m: AlignedModel(m.proposal, max_num_seqs=1.5), "max_num_seqs must be an integer"),
+        (lambda m: AlignedModel(m.proposal, eos_token_ids=[99]), "eos_token_ids must be ids from 0 to 27"),
+        (lambda m: AlignedModel(m.proposal, draft="par"), "draft must be one of aligner, ngram, none"),
+        (lambda m: AlignedModel(m.proposal, num_speculative_tokens="a"), "num_speculative_tokens must be from 0"),
+        (lambda m: AlignedModel.from_pretrained(None), "must be folders, hub ids or models"),
+        (lambda m: AlignedModel.from_pretrained(m.proposal, [None]), "must be folders, hub ids or models"),
+        (lambda m: AlignedModel.from_pretrained(m.proposal, tokenizer=5), "tokenizer must be a tokenizer"),
+        (lambda m: AlignedModel.from_pretrained(m.proposal, eos_token_ids=5), "eos_token_ids must be a list"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(call, message):
+    model = AlignedModel.from_pretrained(tiny_model("llama", 28), tokenizer=tiny_tokenizer())
+    with pytest.raises(TrimtabError, match=message):
+        call(model)
+
+
+def test_tensors_of_ids_are_prompts():
+    model = AlignedModel.from_pretrained(tiny_model("llama", 28), tokenizer=tiny_tokenizer())
+    params = SamplingParams(max_tokens=3, seed=0)
+    expected = model.generate([[2, 3]], params)
+    assert model.generate(torch.tensor([2, 3]), params) == expected
+    assert model.generate(torch.tensor([[2, 3]]), params) == expected
+
+
+def test_a_huge_top_k_keeps_everything():
+    model = AlignedModel.from_pretrained(tiny_model("llama", 28), tokenizer=tiny_tokenizer())
+    plain = model.generate("a", SamplingParams(n=20, max_tokens=1, seed=0))
+    for huge in (2**63 - 1, 10**400):
+        same = model.generate("a", SamplingParams(n=20, max_tokens=1, seed=0, top_k=huge, proposal_top_k=huge))
+        assert [c.tokens for c in same] == [c.tokens for c in plain]
+
+
+def test_a_nan_aligner_is_an_error_under_every_rule():
+    broken = tiny_model("llama", 28)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    model = AlignedModel.from_pretrained(tiny_model("llama", 28), broken, tokenizer=tiny_tokenizer())
+    for rule in ("product", "geometric", "nucleus", "kl_gate", "candidates(n=2)"):
+        with pytest.raises(DeadRow, match="aligner 0 gives NaN"):
+            model.generate("a", SamplingParams(max_tokens=1, seed=0, rule=rule))

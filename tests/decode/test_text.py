@@ -32,10 +32,7 @@ def decode(tokens: list[int]) -> str:
 
 def settled(tokens: list[int]) -> str:
     """The text up to where the bytes so far make whole characters."""
-    for end in range(len(tokens), 0, -1):
-        if not (text := decode(tokens[:end])).endswith(BROKEN):
-            return text
-    return ""
+    return decode(tokens).rstrip(BROKEN)
 
 
 def first_stop(text: str, stops: list[str]) -> int | None:
@@ -336,3 +333,15 @@ def test_stops_of_each_request_are_its_own(pair):
         assert stopped.text == full.text[: full.text.index(stop)]
         assert stopped.tokens == full.tokens[: len(stopped.tokens)]
         assert stopped.finish_reason == "stop"
+
+
+def test_a_stop_is_seen_in_a_token_that_also_begins_a_character():
+    """The token is "A" and the first byte of "é": the stop is met there, though the text ends in an incomplete character."""
+    vocab = {"<eos>": 0, "A\u00c3": 1, "\u00a9": 2}  # byte-level spelling of b"A\\xc3" and b"\\xa9"
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    tokenizer.decoder = decoders.ByteLevel()
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"), ["A"])
+    assert stream.push(1) == ""
+    assert stream.stopped
+    plain = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
+    assert [plain.push(1), plain.push(2), plain.close()] == ["A", "é", ""]

@@ -369,3 +369,12 @@ def test_a_hub_id_loads_from_the_cache_by_revision(offline, sound, tmp_path):
     assert len(model.generate("ab", SamplingParams(max_tokens=3, ignore_eos=True, seed=0))[0].tokens) == 3
     with pytest.raises(ModelError, match="'someone/model' is no folder here, and the hub gave no model"):
         load_model("someone/model", revision="no-such-revision")
+
+
+def test_a_qwen2_model_with_a_tokenizer_of_its_own_keeps_it(tmp_path):
+    """AutoTokenizer would go by the model's type, and add tokens that this vocabulary does not have."""
+    saved = tiny_tokenizer()
+    save_tiny(tmp_path, tiny_model("qwen2", 28), saved)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.get_vocab() == saved.get_vocab()
+    assert loaded.decode([1, 2, 3]) == saved.decode([1, 2, 3])

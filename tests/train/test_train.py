@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tiny import CHAT_TEMPLATE
+from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption
@@ -69,6 +69,36 @@ def test_an_interrupted_run_ends_with_the_same_weights(task, monkeypatch):
     one, other = (load_file(task / name / "model.safetensors") for name in ("whole", "halves"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_killed_after_its_last_step_is_not_trained_further(task):
+    """Twelve steps end inside an epoch, at a learning rate that is not 0: a thirteenth would show."""
+    constant = {"lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    train(task_options(task, "late", constant))
+    whole = load_file(task / "late" / "model.safetensors")
+    for name in ("trimtab.json", "training.json", "model.safetensors"):
+        (task / "late" / name).unlink()
+    report = train(task_options(task, "late", constant))
+    again = load_file(task / "late" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert max(row["step"] for row in report["history"]) == 12
+    assert not (task / "late" / "checkpoint-13").exists()
+
+
+def test_an_output_folder_may_hold_what_a_kill_left(task):
+    folder = task / "killed"
+    folder.mkdir()
+    (folder / ".run.json.abc.partial").write_text("{")
+    train(task_options(task, "killed", {"max_steps": 2}))
+    assert not list(folder.glob(".*"))
+
+
+def test_other_weights_under_the_same_names_are_another_run(tmp_path):
+    folder = make_task(tmp_path)
+    train(task_options(folder, "out", {"max_steps": 2}))
+    save_tiny(folder / "start", tiny_model("llama", 28, seed=9, spread=0.1, num_hidden_layers=1), tiny_tokenizer())
+    with pytest.raises(InvalidOption, match="holds a run with aligner_weights="):
+        train(task_options(folder, "out", {"max_steps": 2}))
 
 
 def test_a_finished_run_is_left_alone_and_another_one_refused(task):

@@ -1,12 +1,21 @@
 """Flags that several commands share, and what they become."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from trimtab.cli.options import option
-from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.errors import DataError, InvalidOption, InvalidRequest
 
-__all__ = ["ModelOptions", "SamplingOptions", "load_aligned_model", "make_sampling_params"]
+__all__ = [
+    "ModelOptions",
+    "SamplingOptions",
+    "check_prompts",
+    "load_aligned_model",
+    "make_sampling_params",
+    "refuse_overwriting",
+]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,13 @@ class ModelOptions:
     proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")
     proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
     aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
-    num_speculative_tokens: int | None = option(None, "tokens to draft ahead; 0 decodes token by token")
+    draft: str | None = option(
+        None, "who drafts: aligner, ngram, none, or a model [default: the first aligner]", metavar="MODEL"
+    )
+    draft_temperature: float | None = option(None, "temperature of the row that drafts are drawn from [default: the rule's]")
+    num_speculative_tokens: int | None = option(
+        None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]"
+    )
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     max_num_seqs: int = option(32, "most completions decoded at once")
@@ -64,11 +79,28 @@ def load_aligned_model(options: ModelOptions) -> Any:
             proposal_top_k=options.proposal_top_k,
             proposal_top_p=options.proposal_top_p,
             aligner_temperature=options.aligner_temperature,
+            draft=options.draft,
+            draft_temperature=options.draft_temperature,
             num_speculative_tokens=options.num_speculative_tokens,
             max_num_seqs=options.max_num_seqs,
         )
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
+
+
+def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:
+    """Refuse a prompt that cannot be decoded before any is, naming where it stands."""
+    for record in records:
+        try:
+            model.check_prompt(record.prompt, params)
+        except InvalidRequest as error:
+            raise DataError(f"{record.source}: {error}") from error
+
+
+def refuse_overwriting(out: str, source: str | None) -> None:
+    """Refuse to replace what is read."""
+    if source is not None and Path(out).exists() and Path(source).exists() and Path(out).samefile(source):
+        raise InvalidOption(f"--out {out} would replace the data that it is made from: name another file")
 
 
 def make_sampling_params(options: SamplingOptions, **more: Any) -> Any:

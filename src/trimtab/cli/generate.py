@@ -7,7 +7,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import ModelOptions, SamplingOptions, load_aligned_model, make_sampling_params
+from trimtab.cli.common import (
+    ModelOptions,
+    SamplingOptions,
+    check_prompts,
+    load_aligned_model,
+    make_sampling_params,
+    refuse_overwriting,
+)
 from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
@@ -30,11 +37,16 @@ def run(options: Options) -> dict[str, Any]:
         raise UsageError("give either --prompt or --input")
     params = make_sampling_params(options)
     prompts: list[Any] = list(options.prompt)
+    records: list[Any] = []
+    if options.out:
+        refuse_overwriting(options.out, options.input)
     if options.input:
         from trimtab.train.records import read_records
 
-        prompts = [record.prompt for record in read_records(options.input, need="prompt")]
+        records = read_records(options.input, need="prompt")
+        prompts = [record.prompt for record in records]
     model = load_aligned_model(options)
+    check_prompts(model, records, params)
     report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
     if options.out is None:
         return report | {"completions": _rows(prompts, model.generate(prompts, params), params.n)}
@@ -50,11 +62,13 @@ def render(report: dict[str, Any]) -> str:
 
 def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int:
     from trimtab.jsonlines import ResumableLines
+    from trimtab.train.cache import fingerprint_model
 
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    lines = ResumableLines(options.out, settings | {"prompts": digest}, params.n)
+    settings |= {"prompts": digest, "weights": [fingerprint_model(m.model) for m in model.models.all]}
+    lines = ResumableLines(options.out, settings, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):
             part = prompts[start : start + options.max_num_seqs]

@@ -85,10 +85,15 @@ def _read_config(options: type, path: str) -> dict[str, Any]:
     parser = _ConfigParser(prog=path, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     add_options(parser, options)
     known = {action.dest for action in parser._actions}
+    repeated = {action.dest for action in parser._actions if isinstance(action, argparse._AppendAction)}
     words = []
     for key, value in content.items():
         if key not in known:
             raise UsageError(f"--config {path}: there is no option '{key}'")
+        if isinstance(value, list) and key not in repeated:
+            raise UsageError(f"--config {path}: {key} takes one value, not a list")
+        if any(isinstance(item, (dict, list)) for item in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"--config {path}: {key} takes plain values, not {value!r}")
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
                 words += [f"--{key}={item}"]

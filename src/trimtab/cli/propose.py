@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import ModelOptions, SamplingOptions, load_aligned_model, make_sampling_params
+from trimtab.cli.common import (
+    ModelOptions,
+    SamplingOptions,
+    check_prompts,
+    load_aligned_model,
+    make_sampling_params,
+    refuse_overwriting,
+)
 from trimtab.cli.options import option
 
 __all__ = ["Options", "render", "run"]
@@ -28,10 +35,12 @@ def run(options: Options) -> dict[str, Any]:
     from trimtab.train.records import read_records
 
     params = make_sampling_params(options, seed=options.seed or 0)
+    refuse_overwriting(options.out, options.dataset)
     records = read_records(options.dataset, need="prompt", split=options.dataset_split)
     model = load_aligned_model(
         ModelOptions(options.proposal, dtype=options.dtype, device=options.device, max_num_seqs=options.max_num_seqs)
     )
+    check_prompts(model, records, params)
     rows = propose(model, records, options.out, params, batch_size=max(1, options.max_num_seqs // params.n))
     return {"out": options.out, "rows": rows, "seed": params.seed}
 

@@ -94,6 +94,9 @@ class Rule:
         return f"{self.name}({', '.join(given)})" if given else self.name
 
 
+MAX_CANDIDATES = 65536
+"""Beyond that, `product` is the same law for a fraction of the cost."""
+
 RULES: dict[str, type[Rule]] = {}
 """Every rule by its name."""
 
@@ -167,7 +170,7 @@ class Nucleus(Rule):
 class KLGate(Rule):
     """`nucleus` where KL(p̃‖q) ≤ `tau` nats, otherwise p̃ alone (the official code's default, `par_kl`).
 
-    With several aligners, q is their normalised weighted product.
+    q is the normalised weighted product Π q_i^λ_i; with one aligner at λ = 1, the aligner itself.
     """
 
     name: ClassVar[str] = "kl_gate"
@@ -179,8 +182,10 @@ class KLGate(Rule):
             raise InvalidOption(f"kl_gate: tau must be at least 0, not {self.tau}")
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """Σ λ_i log q_i, or log p̃ where the gate is shut."""
-        return torch.where(self.falls_back(logp, logqs, weights).unsqueeze(-1), logp, weighted_sum(logqs, weights))
+        """Σ λ_i log q_i, or log p̃ where the gate is shut; NaN where an aligner says NaN, which is no shut gate."""
+        logw = weighted_sum(logqs, weights)
+        row = torch.where(self.falls_back(logp, logqs, weights).unsqueeze(-1), logp, logw)
+        return torch.where(logw.isnan().any(-1, keepdim=True), math.nan, row)
 
     def falls_back(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Which rows `[...]` are left to the proposal."""
@@ -202,8 +207,8 @@ class Candidates(Rule):
 
     def __post_init__(self) -> None:
         """Check `n`."""
-        if self.n < 1:
-            raise InvalidOption(f"candidates: n must be at least 1, not {self.n}")
+        if not 1 <= self.n <= MAX_CANDIDATES:
+            raise InvalidOption(f"candidates: n must be from 1 to {MAX_CANDIDATES}, not {self.n}")
 
     def target(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Refuse: there is no such row."""
@@ -242,6 +247,8 @@ def parse_rule(text: str | Rule) -> Rule:
     """
     if isinstance(text, Rule):
         return text
+    if not isinstance(text, str):
+        raise InvalidOption(f"rule must be the name of a rule, or a rule, not {text!r}")
     name, bracket, rest = text.strip().partition("(")
     if name not in RULES:
         raise InvalidOption(f"rule: there is no rule '{name}'; choose one of {', '.join(sorted(RULES))}")
@@ -255,6 +262,8 @@ def parse_rule(text: str | Rule) -> Rule:
         if key not in options:
             known = ", ".join(options) or "none"
             raise InvalidOption(f"rule: '{name}' has no setting '{key}'; it has: {known}")
+        if key in settings:
+            raise InvalidOption(f"rule: '{text}' gives {key} twice")
         settings[key] = _read_setting(name, options[key], value)
     return rule(**settings)
 

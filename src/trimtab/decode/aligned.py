@@ -69,15 +69,18 @@ class AlignedModel:
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
     ) -> None:
-        if num_speculative_tokens is not None and not 0 <= num_speculative_tokens <= MAX_DRAFT:
-            raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {num_speculative_tokens}")
+        if num_speculative_tokens is not None and num_speculative_tokens not in range(MAX_DRAFT + 1):
+            raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {num_speculative_tokens!r}")
         self.models = _choose_drafter(proposal, aligners, draft)
         for name, model in zip(["", *(f"aligner {i}" for i in range(len(aligners))), "draft"], self.models.all, strict=False):
             if model.vocab_size != proposal.vocab_size:
                 sizes = f"{model.vocab_size} tokens, the proposal {proposal.vocab_size}"
                 raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
-        if max_num_seqs < 1:
-            raise InvalidOption(f"max_num_seqs must be at least 1, not {max_num_seqs}")
+        if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
+            raise InvalidOption(f"max_num_seqs must be an integer of at least 1, not {max_num_seqs!r}")
+        for token in eos_token_ids:
+            if not isinstance(token, int) or not 0 <= token < proposal.vocab_size:
+                raise InvalidOption(f"eos_token_ids must be ids from 0 to {proposal.vocab_size - 1}, not {token!r}")
         self.proposal, self.aligners, self.tokenizer = proposal, list(aligners), tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
@@ -149,20 +152,28 @@ class AlignedModel:
         for item in (*aligners, drafter):
             if isinstance(item, Aligner) and tokenizer is not None:
                 check_same_vocabulary(tokenizer, item.tokenizer, item.name)
-        models = [proposal, *(item.model if isinstance(item, Aligner) else item for item in (*aligners, drafter))]
+        drafts = [] if drafter is None or drafter in DRAFTS else [drafter]
+        models = [proposal, *(item.model if isinstance(item, Aligner) else item for item in (*aligners, *drafts))]
+        for model in models:
+            if not hasattr(model, "vocab_size") and not hasattr(model, "config"):
+                raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {model!r}")
+        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+            raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
+        if eos_token_ids is not None and not isinstance(eos_token_ids, (list, tuple)):
+            raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
         size = vocabulary_size(tokenizer) if tokenizer is not None else None
         if eos_token_ids is None:
             eos_token_ids = find_eos_token_ids(proposal, tokenizer)
         backends = [HuggingFaceLM(model, size) if isinstance(model, torch.nn.Module) else model for model in models]
         return cls(
             backends[0],
-            backends[1:-1],
+            backends[1 : 1 + len(aligners)],
             tokenizer,
             eos_token_ids,
             manifests=[item.manifest if isinstance(item, Aligner) else None for item in aligners],
             rule=rule,
             weight=weight,
-            draft=backends[-1],
+            draft=backends[-1] if drafts else drafter,
             **settings,
         )
 
@@ -214,6 +225,10 @@ class AlignedModel:
             InvalidOption: the rule has no closed form.
         """
         items = as_list(prompts)
+        if params is not None:
+            _check_params(params)
+        if not isinstance(completions, Iterable):
+            raise InvalidRequest(f"completions must be texts, messages or token ids, not {completions!r}")
         answers = [completions] if isinstance(completions, (str, Mapping)) else list(completions)
         if len(items) == 1 and answers and isinstance(answers[0], int):
             answers = [answers]
@@ -230,6 +245,10 @@ class AlignedModel:
             ):
                 scores.append(Score(row.proposal, row.aligner, row.aligned, completion, num_bytes))
         return scores
+
+    def check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raise the `InvalidRequest` that `generate` would raise for this prompt, if any."""
+        self._request(0, prompt, params)
 
     def check_pair(self, prompt: Prompt, completion: Any) -> None:
         """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
@@ -251,7 +270,8 @@ class AlignedModel:
                 for m, default in zip(self._manifests, fallback, strict=True)
             )
         else:
-            weights = (float(weight),) if isinstance(weight, (int, float)) else tuple(map(float, weight))
+            numbers: Any = weight if isinstance(weight, Sequence) else [weight]
+            weights = tuple(float(number) for number in numbers)
         if len(weights) != count and (count or params.weight is not None):
             raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
         temperature = params.aligner_temperature or self.defaults.aligner_temperature
@@ -281,9 +301,9 @@ class AlignedModel:
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Growing]:
         items = as_list(prompts)
-        each = (
-            [params or SamplingParams()] * len(items) if params is None or isinstance(params, SamplingParams) else list(params)
-        )
+        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(items)
+        for one in each:
+            _check_params(one)
         if len(each) != len(items):
             raise InvalidRequest(f"there are {len(items)} prompts, but {len(each)} sampling parameters")
         return [sequence for i, (item, p) in enumerate(zip(items, each, strict=True)) for sequence in self._request(i, item, p)]
@@ -352,6 +372,11 @@ def _choose_drafter(proposal: LanguageModel, aligners: Sequence[LanguageModel], 
     if draft == "aligner" and not aligners:
         raise InvalidOption("draft 'aligner' needs an aligner; say ngram, none, or name a model")
     return Models(proposal, tuple(aligners), lookup=draft == "ngram", drafts=draft != "none")
+
+
+def _check_params(params: Any) -> None:
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
 
 
 def find_eos_token_ids(proposal: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -10,7 +10,9 @@ __all__ = ["as_list", "encode_chat", "encode_completion", "encode_prompt", "enco
 
 
 def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several."""
+    """A list of prompts from one prompt or several; tensors and arrays count as the lists they hold."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
     if isinstance(prompts, (str, Mapping)):
         return [prompts] if isinstance(prompts, str) else [[prompts]]
     if not isinstance(prompts, Iterable):
@@ -22,7 +24,7 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 
 
 def is_chat(prompt: object) -> bool:
-    """Whether a prompt is a list of messages."""
+    """Whether a prompt is a list of messages; one message makes it one, and `render_chat` names what is none."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
 
 
@@ -32,7 +34,9 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, vocab_size: int, name: str) ->
     Raises:
         InvalidRequest: it is empty or malformed; the message calls it `name`.
     """
-    if not isinstance(prompt, (str, Iterable)):
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (str, Iterable)) or isinstance(prompt, (bytes, bytearray)):
         raise InvalidRequest(f"{name} must be a text, messages, or token ids, not {prompt!r}")
     if isinstance(prompt, str) and not prompt:
         raise InvalidRequest(f"{name} is empty: give at least one character, or the ids of a start token")
@@ -55,7 +59,7 @@ def encode_text(tokenizer: Any, text: str, name: str, *, special: bool) -> list[
     """Ids of a text; never empty."""
     if tokenizer is None:
         raise InvalidRequest(f"{name} is a text, but this model was made without a tokenizer: give token ids")
-    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    ids = _tokenize(tokenizer, text, name, special=special)
     if not ids:
         raise InvalidRequest(f"{name} has no tokens")
     return ids
@@ -63,13 +67,21 @@ def encode_text(tokenizer: Any, text: str, name: str, *, special: bool) -> list[
 
 def encode_chat(tokenizer: Any, messages: Any, name: str, *, answer: bool = True) -> list[int]:
     """Ids of a conversation by the tokenizer's chat template; with `answer`, up to where the assistant begins."""
-    return list(tokenizer(render_chat(tokenizer, messages, name, answer=answer), add_special_tokens=False)["input_ids"])
+    return _tokenize(tokenizer, render_chat(tokenizer, messages, name, answer=answer), name, special=False)
+
+
+def _tokenize(tokenizer: Any, text: str, name: str, *, special: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{name} is no valid Unicode: a lone surrogate at character {error.start}") from None
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def render_chat(tokenizer: Any, messages: Any, name: str, *, answer: bool) -> str:
     """The text of a conversation by the tokenizer's chat template."""
     for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
             raise InvalidRequest(f"{name}[{i}] must be a message with 'role' and 'content', not {message!r}")
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise InvalidRequest(f"{name} is a chat, but the tokenizer has no chat template: give a text instead")
@@ -82,25 +94,31 @@ def render_chat(tokenizer: Any, messages: Any, name: str, *, answer: bool) -> st
 def encode_completion(tokenizer: Any, prompt: Prompt, completion: Any, eos_token_ids: Sequence[int], name: str) -> list[int]:
     """Ids of a completion as it follows its prompt, with the end of sequence, if there is one, last.
 
-    A text is encoded by itself, as decoding would produce it after the prompt's last token. A message (or a list with one) is
-    what the chat template adds to the prompt's messages, up to the first end of sequence.
+    A text after a text is encoded by itself, as decoding would produce it after the prompt's last token. A message (or a list
+    with one, or a text after a chat, which is the assistant's) is what the chat template adds to the prompt's messages, up to
+    the first end of sequence, which is the template's own.
     """
+    end = list(eos_token_ids[:1])
+    if isinstance(completion, str) and is_chat(prompt):
+        completion = {"role": "assistant", "content": completion}
     if isinstance(completion, str):
         ids = encode_text(tokenizer, completion, name, special=False) if completion else []
     else:
-        if not isinstance(completion, Iterable):
+        if not isinstance(completion, Iterable) or isinstance(completion, (bytes, bytearray)):
             raise InvalidRequest(f"{name} must be a text, a message, or token ids, not {completion!r}")
         if not is_chat(prompt):
             raise InvalidRequest(f"{name} is a message, but its prompt is no chat")
         answer = [completion] if isinstance(completion, Mapping) else list(completion)
+        if len(answer) != 1:
+            raise InvalidRequest(f"{name} must be one message, not {len(answer)}: end the prompt before the last answer")
         before = render_chat(tokenizer, prompt, name, answer=True)
         after = render_chat(tokenizer, [*prompt, *answer], name, answer=False)
         if not after.startswith(before):
             raise InvalidRequest(f"{name}: the chat template does not continue the prompt with the answer")
-        ids = list(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
-        end = next((i for i, token in enumerate(ids) if token in eos_token_ids), len(ids))
-        ids = ids[:end]
-    ids += eos_token_ids[:1]
+        ids = _tokenize(tokenizer, after[len(before) :], name, special=False)
+        length = next((i for i, token in enumerate(ids) if token in eos_token_ids), len(ids))
+        ids, end = ids[:length], ids[length : length + 1] or end
+    ids += end
     if not ids:
         raise InvalidRequest(f"{name} is empty, and there is no end-of-sequence token to stand for that")
     return ids

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeAlias
 
 from trimtab.core.rules import Rule, parse_rule
@@ -73,7 +74,7 @@ class SamplingParams:
         check_number("temperature", self.temperature, low=0)
         check_number("top_p", self.top_p, above=0, high=1)
         check_number("min_p", self.min_p, low=0, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
+        check_number("repetition_penalty", self.repetition_penalty, low=1e-3, high=1e3)
         if self.seed is not None:
             _integer("seed", self.seed)
         if isinstance(self.stop, str):
@@ -90,8 +91,8 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         for token, bias in self.logit_bias.items():
-            _integer("logit_bias", token, 0)
-            check_number(f"logit_bias[{token}]", bias)
+            _integer("logit_bias: a token id", token, 0)
+            check_number(f"logit_bias[{token}]", bias, low=-MAX_FACTOR, high=MAX_FACTOR)
         if self.rule is not None:
             if not isinstance(self.rule, (str, Rule)):
                 raise InvalidRequest(f"rule must be the name of a rule, or a rule, not {self.rule!r}")
@@ -169,6 +170,10 @@ class TokenEvent:
     aligned: float | None = None
 
 
+MAX_FACTOR = 1e6
+"""The largest weight or bias: far beyond any use, and far from where float32 ends."""
+
+
 def check_shaping(
     weight: float | Sequence[float] | None,
     proposal_temperature: float | None,
@@ -178,8 +183,9 @@ def check_shaping(
 ) -> None:
     """Check the settings that shape the rows before the rule; None is always right."""
     if weight is not None:
-        for i, number in enumerate([weight] if isinstance(weight, (int, float)) else weight):
-            check_number("weight" if isinstance(weight, (int, float)) else f"weight[{i}]", number)
+        several = isinstance(weight, Sequence) and not isinstance(weight, str)
+        for i, number in enumerate(weight if several else [weight]):  # type: ignore[arg-type]
+            check_number(f"weight[{i}]" if several else "weight", number, low=-MAX_FACTOR, high=MAX_FACTOR)
     if proposal_temperature is not None:
         check_number("proposal_temperature", proposal_temperature, above=0)
     if proposal_top_k is not None:
@@ -197,8 +203,9 @@ def _integer(name: str, value: Any, low: int | None = None) -> None:
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
-    fits = not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    if not fits or value < low or value <= above or value > high:
+    number: Any = value
+    fits = not isinstance(value, bool) and isinstance(value, Real) and abs(number) <= sys.float_info.max
+    if not fits or number < low or number <= above or number > high:
         limits = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
         limits += [f"at most {high:g}"] * (high < math.inf)
         raise InvalidRequest(f"{name} must be a number {' and '.join(limits) or 'that is finite'}, not {value!r}")

@@ -109,7 +109,7 @@ def stack_warps(warps: Sequence[Warp], device: torch.device) -> Warp:
             return None
         return torch.tensor(numbers, dtype=torch.float64, device=device).unsqueeze(-1)
 
-    top_k = column([w.top_k for w in warps], 0)
+    top_k = column([min(w.top_k, 2**31) if isinstance(w.top_k, int) else w.top_k for w in warps], 0)
     return Warp(
         temperature=column([w.temperature for w in warps], 1.0),
         top_k=None if top_k is None else top_k.long(),

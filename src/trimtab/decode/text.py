@@ -12,7 +12,7 @@ class TextStream:
     """Decode one completion incrementally.
 
     A token may end inside a character (byte-level vocabularies), and its text may depend on the token before it. So each
-    step decodes the last settled stretch together with what is new, and waits while the end is an incomplete character.
+    step decodes the last settled stretch together with what is new, and holds back a character at the end that is incomplete.
 
     Args:
         tokenizer: a transformers tokenizer, or None where there is no text.
@@ -23,7 +23,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._tokens: list[int] = []
-        self._settled = self._read = 0
+        self._settled = self._read = self._given = 0
         self._held = ""
         self.text = ""
         """All text that is certain."""
@@ -35,19 +35,21 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         self._tokens.append(token)
-        before = self._decode(self._settled, self._read)
+        before = len(self._decode(self._settled, self._read)) + self._given
         after = self._decode(self._settled, len(self._tokens))
-        if len(after) <= len(before) or after.endswith(_BROKEN):
-            return ""
-        self._settled, self._read = self._read, len(self._tokens)
-        return self._emit(after[len(before) :], last=False)
+        new = after.rstrip(_BROKEN)[before:]
+        if after.endswith(_BROKEN):
+            self._given += len(new)
+        elif new:
+            self._settled, self._read, self._given = self._read, len(self._tokens), 0
+        return self._emit(new, last=False) if new else ""
 
     def close(self) -> str:
         """Return what was held back, because nothing follows."""
         if self._tokenizer is None or self.stopped:
             return ""
-        before = self._decode(self._settled, self._read)
-        return self._emit(self._decode(self._settled, len(self._tokens))[len(before) :], last=True)
+        before = len(self._decode(self._settled, self._read)) + self._given
+        return self._emit(self._decode(self._settled, len(self._tokens))[before:], last=True)
 
     def _decode(self, start: int, end: int) -> str:
         text = self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -78,10 +78,16 @@ def load_model(
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a folder or hub id."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     with readable(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(expand(source), revision=revision, trust_remote_code=False)
+        source = expand(source)
+        # AutoTokenizer goes by the model's type: a Qwen2 model that was saved with another tokenizer would get Qwen2's.
+        named = get_tokenizer_config(source, revision=revision, trust_remote_code=False).get("tokenizer_class")
+        plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        loader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def expand(source: str | Path) -> str | Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, gather, warp
 from trimtab.decode.scoring import completion_rows
-from trimtab.errors import CacheMismatch
+from trimtab.errors import CacheMismatch, DataError
 from trimtab.files import atomic_write, read_json, write_json
 from trimtab.models.base import LanguageModel
 from trimtab.train.examples import Example, fingerprint_examples
@@ -186,7 +186,7 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
         return
     try:
         found = dict(read_json(folder / "cache.json"))
-    except (ValueError, TypeError) as error:
+    except (DataError, ValueError, TypeError) as error:
         raise CacheMismatch(f"{folder}/cache.json is no description of a cache ({error}): delete the folder") from None
     for name, meaning in names.items():
         if found.get(name) != key[name]:

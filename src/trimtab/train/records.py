@@ -127,6 +127,7 @@ def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
             return Record(messages, None, None, source)
         if not answered or len(messages) < 2:
             raise DataError(f"{source}: 'messages' must be a conversation that ends with the assistant's answer")
+        _check_messages(messages, "messages", source)
         return Record(messages[:-1], messages[-1:], None, source)
     prompt = _text_or_chat(row, "prompt", source)
     if not prompt:
@@ -150,6 +151,12 @@ def _answer(row: Mapping[str, Any], name: str, prompt: Any, source: str) -> Any:
     raise DataError(f"{source}: '{name}' must be {'a text' if isinstance(prompt, str) else 'messages'} like 'prompt'")
 
 
+def _check_messages(messages: Any, name: str, source: str) -> None:
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
+            raise DataError(f"{source}: {name}[{i}] must be a message with 'role' and 'content', not {message!r}")
+
+
 def _text_or_chat(row: Mapping[str, Any], name: str, source: str) -> Any:
     if name not in row or row[name] is None:
         raise DataError(f"{source}: '{name}' is missing; it has: {', '.join(row) or 'nothing'}")
@@ -157,7 +164,8 @@ def _text_or_chat(row: Mapping[str, Any], name: str, source: str) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        return [value]
+        value = [value]
     if is_chat(value) or (isinstance(value, list) and not value):
+        _check_messages(value, name, source)
         return value
     raise DataError(f"{source}: '{name}' must be a text or a list of messages, not {type(value).__name__}")

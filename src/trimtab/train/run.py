@@ -4,6 +4,7 @@ Records → examples → cached proposal rows → trainer → tuned weight → a
 the run depends on, so that only the same run is resumed; `training.json` is its record.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from trimtab.decode.aligned import find_eos_token_ids
-from trimtab.errors import InvalidOption
-from trimtab.files import read_json, write_json
+from trimtab.errors import DataError, InvalidOption
+from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
 from trimtab.models.aligner import MANIFEST_NAME, Aligner, Manifest
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
@@ -38,6 +39,8 @@ from trimtab.train.tune import RANGES, tune_weight
 __all__ = ["OWNED", "train"]
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".run.lock"
 
 OWNED = {
     "output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
@@ -70,6 +73,16 @@ def train(options: TrainOptions) -> dict[str, Any]:
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
+    output = Path(options.output_dir)
+    with contextlib.ExitStack() as stack:
+        if PartialState().is_main_process:
+            _refuse_foreign(output, options.overwrite_output_dir)
+            stack.enter_context(only_writer(output / LOCK))
+        stack.enter_context(named_errors(output))
+        return _train(options, output)
+
+
+def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     started = time.monotonic()
     arguments = _training_arguments(options)
     tokenizer = load_tokenizer(options.proposal)
@@ -78,8 +91,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     proposal = load_model(options.proposal, dtype=options.dtype, device=options.device)
     context = min(model.config.max_position_embeddings, proposal.config.max_position_embeddings)
     examples, development = _examples(options, tokenizer, find_eos_token_ids(proposal, tokenizer), context)
-    output = Path(options.output_dir)
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
+    run |= {"proposal_weights": fingerprint_model(proposal), "aligner_weights": fingerprint_model(model)}
     with PartialState().main_process_first():
         _open_run(output, run, options.overwrite_output_dir)
         caches = _caches(options, proposal, tokenizer, examples, development)
@@ -99,7 +112,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         data_collator=collate,
     )
     CompactProgress.install(trainer, options.objective)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    _fit(trainer, _last_checkpoint(output))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
         "cache": caches["train" if "train" in caches else "dev"].facts,
@@ -182,19 +195,51 @@ def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
 
 
+def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one, and end with the weights that count."""
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # transformers would train one step too many
+            trainer.state = state
+            best = Path(state.best_model_checkpoint or checkpoint).name
+            trainer._load_from_checkpoint(
+                str(checkpoint.with_name(best if trainer.args.load_best_model_at_end else checkpoint.name))
+            )
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _foreign(output: Path) -> list[str]:
+    """What is in the output folder apart from what a run has before its `run.json` is written."""
+    ours = {LOCK, *(item.name for item in output.glob(LEFTOVERS))}
+    return sorted(item.name for item in output.iterdir() if item.name not in ours) if output.is_dir() else []
+
+
+def _refuse_foreign(output: Path, overwrite: bool) -> None:
+    """Before anything is written: refuse a folder that holds something, but no run."""
+    if output.exists() and not output.is_dir():
+        raise InvalidOption(f"output_dir: {output} is a file; name a folder")
+    if _foreign(output) and not (output / "run.json").exists():
+        what = "holds something that no training run left there" if overwrite else "is not empty and holds no training run"
+        raise InvalidOption(f"output_dir: {output} {what}; name another folder")
+
+
 def _open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     """Make the output folder this run's own, or refuse it."""
-    if overwrite and output.exists() and PartialState().is_main_process:
-        if not (output / "run.json").exists() and any(output.iterdir()):
-            raise InvalidOption(f"output_dir: {output} holds something that no training run left there; name another folder")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+    if PartialState().is_main_process:
+        for folder in (output, *output.glob("proposal_cache/*")):
+            remove_leftovers(folder)
+        if overwrite:
+            for name in sorted(_foreign(output), key=lambda name: name == "run.json"):  # the last to go: a kill leaves it
+                item = output / name
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     if not (output / "run.json").exists():
-        if any(output.iterdir()):
-            raise InvalidOption(f"output_dir: {output} is not empty and holds no training run; name another folder")
         write_json(output / "run.json", run)
         return
     found = read_json(output / "run.json")
+    if not isinstance(found, dict):
+        raise DataError(f"{output / 'run.json'}: must be a JSON object")
     for key in sorted(set(found) | set(run)):
         if found.get(key) != run.get(key):
             raise InvalidOption(
@@ -207,17 +252,16 @@ def _is_finished(output: Path) -> bool:
     return (output / MANIFEST_NAME).exists() and (output / "training.json").exists()
 
 
-def _last_checkpoint(output: Path) -> str | None:
+def _last_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint. A kill may leave a torn one: its state file, written last, is missing then."""
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for folder in found:
         if (folder / "trainer_state.json").exists():
             try:
                 read_json(folder / "trainer_state.json")
-            except ValueError:
+            except DataError:
                 continue
-            logger.info("resuming from %s", folder)
-            return str(folder)
+            return folder
     return None
 
 
