@@ -14,7 +14,9 @@ from trimtab.models.huggingface import SUPPORTED, HuggingFaceLM
 from trimtab.models.table import TableLM
 
 V = 32
-CASES = ["table", *(f"{kind}-float32" for kind in SUPPORTED), *(f"{kind}-bfloat16" for kind in SUPPORTED), "llama-eager"]
+PATHS = ["llama-eager", "qwen3-stock", "llama-packed", "qwen2-packed"]
+"""Other ways through the same models: eager attention, without the lean pass, with packed weights."""
+CASES = ["table", *(f"{kind}-float32" for kind in SUPPORTED), *(f"{kind}-bfloat16" for kind in SUPPORTED), *PATHS]
 
 
 def make(case: str) -> tuple[LanguageModel, float]:
@@ -22,6 +24,12 @@ def make(case: str) -> tuple[LanguageModel, float]:
     if case == "table":
         return TableLM.random(V, order=2, seed=1), 0.0
     kind, mode = case.split("-")
+    if mode == "stock":
+        return HuggingFaceLM(tiny_model(kind, V), lean=False), 5e-5
+    if mode == "packed":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("trimtab.models.prepack._worth_packing", lambda weight: True)
+            return HuggingFaceLM(tiny_model(kind, V), owned=True), 5e-5
     if mode == "eager":
         return HuggingFaceLM(tiny_model(kind, V, attn_implementation="eager")), 5e-5
     # bfloat16 keeps 8 bits: weights of ±0.1 keep the logits near 1, where a rounding step is near 0.01

@@ -12,9 +12,10 @@ from torch import Tensor
 from tiny import tiny_model
 from trimtab.core.logprobs import Warp, gather, kl_divergence, warp
 from trimtab.errors import CacheMismatch
+from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import cache as cache_module
-from trimtab.train.cache import CachedRows, ProposalCache, fingerprint_model
+from trimtab.train.cache import CachedRows, ProposalCache
 from trimtab.train.examples import Example
 
 V = 32
@@ -136,8 +137,8 @@ def test_the_temperature_is_applied_before_compression(tmp_path):
     cache = build(tmp_path / "cache", proposal, examples, top_k=0, temperature=0.5)
     for i, example in enumerate(examples):
         expected = exact_rows(proposal.model, example, temperature=0.5)
-        torch.testing.assert_close(cache[i].rebuild(V), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(expected, warp(exact_rows(proposal.model, example), Warp(0.5)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cache[i].rebuild(V), expected, rtol=0, atol=3e-5)
+        torch.testing.assert_close(expected, warp(exact_rows(proposal.model, example), Warp(0.5)), rtol=0, atol=3e-5)
 
 
 def test_rows_do_not_depend_on_shards_and_batches(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train an aligner against a frozen proposal",
     "generate": "write aligned text",
     "score": "held-out negative log-likelihood of proposal, aligner and aligned model",
+    "bench": "speeds as ratios to the unaligned proposal, in one run",
     "env": "versions and hardware, for a bug report",
 }
 

@@ -103,11 +103,12 @@ def refuse_overwriting(out: str, source: str | None) -> None:
         raise InvalidOption(f"--out {out} would replace the data that it is made from: name another file")
 
 
-def make_sampling_params(options: SamplingOptions, **more: Any) -> Any:
-    """The sampling parameters that the flags ask for; a bad one is wrong usage."""
+def make_sampling_params(options: Any, **more: Any) -> Any:
+    """The sampling parameters among a command's flags; a bad one is wrong usage."""
     from trimtab.decode.request import SamplingParams
 
     try:
-        return SamplingParams(**{f.name: getattr(options, f.name) for f in fields(SamplingOptions)} | more)
+        asked = {f.name: getattr(options, f.name) for f in fields(SamplingOptions) if hasattr(options, f.name)}
+        return SamplingParams(**asked | more)
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error

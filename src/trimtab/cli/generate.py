@@ -62,12 +62,11 @@ def render(report: dict[str, Any]) -> str:
 
 def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int:
     from trimtab.jsonlines import ResumableLines
-    from trimtab.train.cache import fingerprint_model
 
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    settings |= {"prompts": digest, "weights": [fingerprint_model(m.model) for m in model.models.all]}
+    settings |= {"prompts": digest, "weights": [m.fingerprint for m in model.models.all]}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):

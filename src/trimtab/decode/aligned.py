@@ -1,5 +1,6 @@
 """`AlignedModel`: a frozen proposal and its aligners, as the one model that users hold."""
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,12 +142,13 @@ class AlignedModel:
         unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs"}
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
+        given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
+        ours = [isinstance(source, (str, Path)) for source in (proposal, *given, draft)]
         if isinstance(proposal, (str, Path)):
             tokenizer = load_tokenizer(proposal, revision=revision) if tokenizer is None else tokenizer
             proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(tokenizer)
-        given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
         aligners = [_as_aligner(item, dtype, device) for item in given]
         drafter = draft if draft is None or draft in DRAFTS else _as_aligner(draft, dtype, device)
         for item in (*aligners, drafter):
@@ -164,7 +166,10 @@ class AlignedModel:
         size = vocabulary_size(tokenizer) if tokenizer is not None else None
         if eos_token_ids is None:
             eos_token_ids = find_eos_token_ids(proposal, tokenizer)
-        backends = [HuggingFaceLM(model, size) if isinstance(model, torch.nn.Module) else model for model in models]
+        backends = [
+            HuggingFaceLM(model, size, owned=owned) if isinstance(model, torch.nn.Module) else model
+            for model, owned in zip(models, ours, strict=False)
+        ]
         return cls(
             backends[0],
             backends[1 : 1 + len(aligners)],
@@ -245,6 +250,12 @@ class AlignedModel:
             ):
                 scores.append(Score(row.proposal, row.aligner, row.aligned, completion, num_bytes))
         return scores
+
+    def with_draft_length(self, num_speculative_tokens: int | None) -> Self:
+        """The same models and settings with another draft length, and with nothing learned about speed yet."""
+        other = copy.copy(self)
+        other.pace = Pace(num_speculative_tokens)
+        return other
 
     def check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raise the `InvalidRequest` that `generate` would raise for this prompt, if any."""

@@ -28,12 +28,14 @@ class Tally:
     Attributes:
         calls: forward passes of the proposal that tokens were drawn from, counted once for each sequence in them.
         tokens: tokens that came out of them.
-        tested: drafts that were looked at: those up to the first that failed.
+        drafted: drafts that were verified.
+        tested: those of them up to the first that failed.
         accepted: drafts that stayed.
     """
 
     calls: int = 0
     tokens: int = 0
+    drafted: int = 0
     tested: int = 0
     accepted: int = 0
 
@@ -41,12 +43,13 @@ class Tally:
         """Count one step of one sequence."""
         self.calls += 1
         self.tokens += accepted + 1
+        self.drafted += drafted
         self.tested += min(accepted + 1, drafted)
         self.accepted += accepted
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the drafts looked at that stayed, or None if there were none."""
+        """Share of the tested drafts that stayed, or None if there were none."""
         return self.accepted / self.tested if self.tested else None
 
     @property

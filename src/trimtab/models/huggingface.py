@@ -14,7 +14,10 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import State
-from trimtab.models.slots import SlotState
+from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.lean import LeanDecoder
+from trimtab.models.prepack import prepack
+from trimtab.models.slots import SlotState, Step
 
 __all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported"]
 
@@ -49,11 +52,15 @@ class HuggingFaceLM:
     """A transformers causal language model, or a PEFT model around one, over ragged slots.
 
     Args:
-        model: the loaded model; it is put into evaluation mode and otherwise never changed. Its dtype and device are used.
+        model: the loaded model; it is put into evaluation mode, and its weights stay what they are. Its dtype and device are
+            used.
         vocab_size: V; logits beyond it are padding and dropped. Default: all of the model's columns.
+        owned: nobody else uses `model`, so its weights may move to where they are read fastest; it is of no use by itself
+            after that.
+        lean: take the lean forward pass where there is one; False for the stock module's.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, lean: bool = True) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
         self._attention = inner.config._attn_implementation
@@ -67,12 +74,12 @@ class HuggingFaceLM:
                 f"the model has {columns} output columns, but its tokenizer {self.vocab_size} tokens: resize its embeddings"
             )
         self.max_length: int | None = inner.config.max_position_embeddings
-
-    @property
-    def device(self) -> torch.device:
+        self.device: torch.device = inner.get_input_embeddings().weight.device
         """Where token ids go in; on a model spread over devices, its first."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        self.fingerprint = fingerprint_model(inner)
+        self._lean = LeanDecoder(inner) if lean and inner is model and LeanDecoder.fits(inner) else None
+        if self._lean is not None and owned:
+            prepack(self._lean.linears, shared=inner.get_input_embeddings().weight)
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
@@ -80,11 +87,11 @@ class HuggingFaceLM:
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot; log-probabilities `[B, K, V]`, float32 (float64 for a float64 model)."""
-        return row_from_logits(self._forward(state, tokens, counts, logits_to_keep=0), self.vocab_size)
+        return row_from_logits(self._forward(state, tokens, counts, last_only=False), self.vocab_size)
 
     def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
         """Append to every slot without computing K rows of logits."""
-        self._forward(state, tokens, counts, logits_to_keep=1)
+        self._forward(state, tokens, counts, last_only=True)
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot by lowering its length."""
@@ -103,28 +110,34 @@ class HuggingFaceLM:
         return state.select(rows)
 
     @torch.no_grad()
-    def _forward(self, state: State, tokens: Tensor, counts: Sequence[int], logits_to_keep: int) -> Tensor:
+    def _forward(self, state: State, tokens: Tensor, counts: Sequence[int], *, last_only: bool) -> Tensor:
         assert isinstance(state, SlotState)
         state.check_room(tokens, counts)
         last_position = (self.max_length or state.capacity) - 1
         state.step = step = state.plan(counts, tokens.shape[1], last_position, self.device)
+        tokens = tokens.to(self.device)
         try:
-            logits: Tensor = self.model(
-                input_ids=tokens.to(self.device),
-                attention_mask=self._mask(step.mask),
-                position_ids=step.position_ids,
-                past_key_values=state.cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            ).logits
+            logits: Tensor = (
+                self._lean(tokens, step, state.layers, last_only=last_only)
+                if self._lean
+                else self._stock(tokens, step, state, last_only)
+            )
         finally:
             state.step = None
         state.advance(counts)
         return logits
 
-    def _mask(self, seen: Tensor) -> Tensor:
+    def _stock(self, tokens: Tensor, step: Step, state: SlotState, last_only: bool) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=tokens,
+            attention_mask=self._mask(step),
+            position_ids=step.position_ids,
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=int(last_only),
+        ).logits
+        return logits
+
+    def _mask(self, step: Step) -> Tensor:
         """What this attention wants: SDPA takes booleans, the eager one adds its mask to the scores."""
-        if self._attention == "sdpa":
-            return seen
-        dtype = self.model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return step.mask if self._attention == "sdpa" else step.additive_mask(self.model.dtype)

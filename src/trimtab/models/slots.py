@@ -31,6 +31,16 @@ class Step(NamedTuple):
     """`[B, 1, K, used]` True where a query may look."""
     used: int
     """How many columns any slot uses after this step."""
+    reach: int
+    """All positions are below this."""
+    unmasked: bool
+    """Whether the mask is True throughout."""
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        """The mask as something to add to attention scores."""
+        return torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device).masked_fill(
+            ~self.mask, torch.finfo(dtype).min
+        )
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -96,12 +106,15 @@ class SlotState(State):
         column = torch.arange(width, device=device)
         positions = lengths + column
         used = max(1, *(length + count for length, count in zip(before, counts, strict=True)))
+        last = min(last_position, self.capacity)
         return Step(
-            position_ids=positions.clamp(max=last_position),
+            position_ids=positions.clamp(max=last),
             rows=torch.arange(len(counts), device=device)[:, None],
             write=torch.where(column < taken, positions, self.capacity),
             mask=torch.arange(used, device=device) <= positions[:, None, :, None],
             used=used,
+            reach=last + 1,
+            unmasked=width == 1 and all(length + count == used for length, count in zip(before, counts, strict=True)),
         )
 
     def copy(self, slots: Sequence[int], target: "SlotState", to: Sequence[int]) -> None:

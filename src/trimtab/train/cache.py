@@ -9,7 +9,6 @@ Shards are written one by one and whole, so a killed build goes on where it stop
 on; a cache made for anything else is refused.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from trimtab.files import atomic_write, read_json, write_json
 from trimtab.models.base import LanguageModel
 from trimtab.train.examples import Example, fingerprint_examples
 
-__all__ = ["CachedRows", "ProposalCache", "fingerprint_model"]
+__all__ = ["CachedRows", "ProposalCache"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class ProposalCache:
         Args:
             folder: where it is or goes.
             proposal: P_M.
-            fingerprint: of the proposal's weights, see `fingerprint_model`.
+            fingerprint: of the proposal's weights, see `trimtab.models.fingerprint`.
             vocabulary: fingerprint of the tokenizer.
             examples: prompts and wanted answers.
             top_k: k; 0 keeps every entry, and the rows are exact.
@@ -128,17 +127,6 @@ class ProposalCache:
                 stream.write(save(_compress(proposal, part, kept, temperature)))
             logger.info("cached shard %d of %d", done, len(missing))
         return cls(folder, len(examples), size, _facts(folder, len(shards)))
-
-
-def fingerprint_model(model: Any) -> str:
-    """`sha256:…` over names, shapes and a thousand values of each weight of a torch module: another model gives another one."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, values.numel() // 1000)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _compress(proposal: LanguageModel, examples: Sequence[Example], top_k: int, temperature: float) -> dict[str, Tensor]:

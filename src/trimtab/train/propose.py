@@ -16,7 +16,6 @@ from typing import Any
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.jsonlines import ResumableLines
-from trimtab.train.cache import fingerprint_model
 from trimtab.train.records import Record
 
 __all__ = ["propose"]
@@ -39,8 +38,9 @@ def propose(model: AlignedModel, records: Sequence[Record], out: str | Path, par
     """
     assert params.seed is not None
     prompts = hashlib.sha256(json.dumps([record.prompt for record in records]).encode()).hexdigest()
-    weights = fingerprint_model(getattr(model.proposal, "model", None))
-    lines = ResumableLines(out, {"proposal": weights, "prompts": prompts, "sampling": repr(params)}, params.n)
+    lines = ResumableLines(
+        out, {"proposal": getattr(model.proposal, "fingerprint", None), "prompts": prompts, "sampling": repr(params)}, params.n
+    )
     with lines:
         for start in range(lines.done, len(records), batch_size):
             part = records[start : start + batch_size]

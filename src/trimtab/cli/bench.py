@@ -1,0 +1,71 @@
+"""`trimtab bench`: how fast aligned decoding is, beside what else one could do with the same models."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.cli.common import ModelOptions, load_aligned_model, make_sampling_params
+from trimtab.cli.options import UsageError, option
+
+__all__ = ["Options", "render", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
+    """Flags of `trimtab bench`."""
+
+    batch: tuple[int, ...] = option((1,), "sequences decoded together; repeat the flag for several [default: 1]")
+    context: tuple[int, ...] = option((32,), "tokens of each prompt; repeat the flag for several [default: 32]")
+    max_tokens: int = option(64, "tokens generated for each prompt")
+    temperature: float = option(1.0, "0 is greedy")
+    repeats: int = option(5, "timed runs of each contestant, after one to warm up")
+    seed: int = option(0, "of the prompts and of the draws")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Load everything twice, once for the baselines, and let the contestants take turns."""
+    if len(options.aligner) != 1:
+        raise UsageError("bench wants exactly one --aligner")
+    for name in ("batch", "context", "repeats"):
+        values = getattr(options, name)
+        if min(values if isinstance(values, tuple) else (values,)) < 1:
+            raise UsageError(f"--{name} must be at least 1")
+    from transformers.utils import logging as transformers_logging
+
+    from trimtab.evaluate.speed import Stock, describe_machine, load_stock, measure_speed, random_prompts
+
+    transformers_logging.set_verbosity_error()  # `generate` with an assistant warns of what it does itself
+    params = make_sampling_params(options)
+    model = load_aligned_model(options)
+    for context in options.context:
+        model.check_prompt([0] * (context + options.max_tokens - 1), params)
+    stock = Stock(*(load_stock(source, options.dtype, options.device) for source in (options.proposal, options.aligner[0])))
+    runs = []
+    for batch in options.batch:
+        for context in options.context:
+            prompts = random_prompts(model.proposal.vocab_size, batch, context, options.seed)
+            runs.append(measure_speed(model, stock, prompts, params, options.repeats))
+            logger.info("measured batch %d, context %d", batch, context)
+    settings = {"rule": str(model.shaping(params).rule), "temperature": options.temperature, "max_tokens": options.max_tokens}
+    dtype = str(stock.proposal.dtype).removeprefix("torch.")
+    return {**describe_machine(stock.proposal.device), "dtype": dtype, **settings, **runs[0], "runs": runs}
+
+
+def render(report: dict[str, Any]) -> str:
+    """A table for each batch and context."""
+    lines = [f"{report['hardware']}, {report['dtype']}, rule {report['rule']}, {report['max_tokens']} tokens a prompt"]
+    for run in report["runs"]:
+        lines += ["", f"batch {run['batch']}, context {run['context']}{'tokens/s':>18}{'× generate':>14}{'× our engine':>14}"]
+        for name, speed in run["tokens_per_second"].items():
+            ratio, own = run["ratio_to_proposal_hf"][name], run["ratio_to_proposal_engine"][name]
+            lines.append(f"  {name:24}{speed:12.1f}{ratio:14.2f}{own:14.2f}")
+        acceptance = "none" if run["acceptance"] is None else f"{run['acceptance']:.2f}"
+        floor = "" if run["floor_ratio"] is None else f", {run['floor_ratio']:.1f} × the bandwidth floor"
+        lines.append(
+            f"  acceptance {acceptance}, draft length {run['draft_length']:.1f}, "
+            f"{run['tokens_per_proposal_call']:.2f} tokens per proposal call{floor}; "
+            f"first token {run['first_token_ms']:.0f} ms, then {run['next_token_ms']:.1f} ms"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""How fast decoding is, as ratios to the unaligned proposal, all contestants taking turns in one run.
+
+proposal_hf          transformers' `generate` of the proposal alone: the baseline
+assisted_hf          the same with the aligner as transformers' assistant model (batch 1 only)
+two_model_hf         the plain two-model loop that a user would write, with both caches
+proposal_engine      the proposal alone in our engine
+aligned_tokenwise    both models in our engine, token by token
+aligned_speculative  both models in our engine, as `generate` decodes by default
+"""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.noise import uniforms
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.pace import Tally
+from trimtab.decode.request import SamplingParams
+from trimtab.hardware import describe_hardware
+from trimtab.models.aligner import Aligner
+
+__all__ = ["Stock", "describe_machine", "load_stock", "measure_speed", "random_prompts", "stream_times"]
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Stock transformers modules, loaded apart from the engine's: those may be packed.
+
+    Attributes:
+        proposal: P_M.
+        aligner: Q, the first one if there are several.
+    """
+
+    proposal: Any
+    aligner: Any
+
+
+def measure_speed(
+    model: AlignedModel, stock: Stock, prompts: Sequence[Sequence[int]], params: SamplingParams, repeats: int
+) -> dict[str, Any]:
+    """Time every contestant on the same prompts.
+
+    Args:
+        model: proposal and aligner, with the draft settings to measure.
+        stock: the same weights for the baselines.
+        prompts: ids, all of one length: the batch.
+        params: `max_tokens` tokens are generated for each prompt whatever they are; `temperature` 0 is greedy for all.
+        repeats: timed runs of each contestant, after one to warm up; the median counts.
+
+    Returns:
+        `batch`, `context`, `tokens_per_second`, `ratio_to_proposal_hf` and `ratio_to_proposal_engine` by contestant;
+        `acceptance`, `tokens_per_proposal_call` and `draft_length` of speculation; `floor_ratio`, its time over the time in
+        which memory could be read; `first_token_ms` and `next_token_ms`.
+    """
+    params = replace(params, ignore_eos=True)
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=stock.proposal.device)
+    contestants = _contestants(model, stock, ids, params)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        model.pace.tally = Tally() if turn == 1 else model.pace.tally
+        for name, run in contestants.items():
+            _wait(ids.device)
+            started = time.perf_counter()
+            run()
+            _wait(ids.device)
+            times[name].append(time.perf_counter() - started)
+    made = len(prompts) * params.max_tokens
+    speeds = {name: made / statistics.median(values[1:]) for name, values in times.items()}
+    tally = model.pace.tally
+    return {
+        "batch": len(prompts),
+        "context": len(prompts[0]),
+        "tokens_per_second": speeds,
+        "ratio_to_proposal_hf": {name: speed / speeds["proposal_hf"] for name, speed in speeds.items()},
+        "ratio_to_proposal_engine": {name: speed / speeds["proposal_engine"] for name, speed in speeds.items()},
+        "acceptance": tally.acceptance,
+        "tokens_per_proposal_call": tally.tokens_per_call,
+        "draft_length": tally.drafted / tally.calls if tally.calls else 0.0,
+        "floor_ratio": _floor_ratio(model, stock, tally, speeds["aligned_speculative"], len(prompts)),
+        **stream_times(model, prompts, params),
+    }
+
+
+def stream_times(model: AlignedModel, prompts: Sequence[Any], params: SamplingParams) -> dict[str, float]:
+    """Milliseconds to the first token of each prompt, and from one token to the next: medians over prompts and tokens."""
+    started = time.perf_counter()
+    arrivals: dict[int, list[float]] = {}
+    for event in model.stream(prompts, params):
+        arrivals.setdefault(event.prompt_index, []).append(time.perf_counter() - started)
+    firsts = [seen[0] for seen in arrivals.values()]
+    means = [(seen[-1] - seen[0]) / max(1, len(seen) - 1) for seen in arrivals.values()]
+    return {"first_token_ms": 1e3 * statistics.median(firsts), "next_token_ms": 1e3 * statistics.median(means)}
+
+
+def read_bandwidth(device: torch.device, size: int = 2**28, repeats: int = 5) -> float:
+    """Bytes per second at which a large tensor is read."""
+    data = torch.ones(size // 4, device=device)
+    best = 0.0
+    for _ in range(repeats):
+        _wait(device)
+        started = time.perf_counter()
+        data.sum()
+        _wait(device)
+        best = max(best, size / (time.perf_counter() - started))
+    return best
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on, for the report."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    on_gpu = device.type == "cuda"
+    return {
+        "hardware": describe_hardware(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,
+        "bytes_per_second": read_bandwidth(device),
+    }
+
+
+def _contestants(model: AlignedModel, stock: Stock, ids: Tensor, params: SamplingParams) -> dict[str, Callable[[], object]]:
+    prompts = ids.tolist()
+    alone = AlignedModel(model.proposal, (), model.tokenizer, model.eos_token_ids, max_num_seqs=model.max_num_seqs)
+    tokenwise = model.with_draft_length(0)
+    contestants: dict[str, Callable[[], object]] = {
+        "proposal_hf": lambda: _generate(stock.proposal, ids, params),
+        "two_model_hf": lambda: _two_model_loop(stock, ids, params),
+        "proposal_engine": lambda: alone.generate(prompts, replace(params, weight=None, rule=None)),
+        "aligned_tokenwise": lambda: tokenwise.generate(prompts, params),
+        "aligned_speculative": lambda: model.generate(prompts, params),
+    }
+    if len(ids) == 1:
+        contestants["assisted_hf"] = lambda: _generate(stock.proposal, ids, params, assistant_model=stock.aligner)
+    return contestants
+
+
+def _generate(module: Any, ids: Tensor, params: SamplingParams, **more: Any) -> None:
+    """Transformers' own loop, for as many tokens and not fewer."""
+    sampling = {"do_sample": True, "temperature": params.temperature} if params.temperature else {"do_sample": False}
+    length = {"max_new_tokens": params.max_tokens, "min_new_tokens": params.max_tokens}
+    module.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **length, **sampling, **more)
+
+
+@torch.no_grad()
+def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> None:
+    """Product decoding as one writes it in an afternoon: both models, both caches, one token at a time."""
+    caches: list[Any] = [None, None]
+    token = ids
+    noise = uniforms([0], [0], [0], params.max_tokens, len(ids), ids.device)[0]
+    for step in range(params.max_tokens):
+        rows = []
+        for i, module in enumerate((stock.proposal, stock.aligner)):
+            out = module(input_ids=token, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+            caches[i] = out.past_key_values
+            rows.append(torch.log_softmax(out.logits[:, -1].float(), -1))
+        probs = ((rows[0] + rows[1]) / (params.temperature or 1.0)).softmax(-1)
+        if params.temperature:
+            token = torch.searchsorted(probs.cumsum(-1), noise[step].float()[:, None]).clamp(max=probs.shape[-1] - 1)
+        else:
+            token = probs.argmax(-1, keepdim=True)
+
+
+def _floor_ratio(model: AlignedModel, stock: Stock, tally: Tally, speed: float, batch: int) -> float | None:
+    """Time per token over the least time: reading every weight that a step needs once, at the measured bandwidth."""
+    if not tally.calls or tally.tokens_per_call is None:
+        return None
+    length = tally.drafted / tally.calls
+    read = _weight_bytes(stock.proposal) + (length + 1) * _weight_bytes(stock.aligner)
+    floor = read / (read_bandwidth(stock.proposal.device) * tally.tokens_per_call * batch)
+    return 1 / (speed * floor)
+
+
+def _weight_bytes(module: Any) -> int:
+    """Bytes of the weights that a step reads: all but an embedding table that is only looked up."""
+    table = module.get_input_embeddings().weight
+    tied = table.data_ptr() == module.get_output_embeddings().weight.data_ptr()
+    total: int = sum(p.numel() * p.element_size() for p in module.parameters())
+    return total if tied else total - int(table.numel() * table.element_size())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def load_stock(source: str, dtype: str, device: str | None) -> Any:
+    """A stock module from a model's or an aligner's folder."""
+    return Aligner.from_pretrained(source, dtype=dtype, device=device).model
+
+
+def random_prompts(vocab_size: int, batch: int, length: int, seed: int) -> list[list[int]]:
+    """Random token ids `[batch, length]`."""
+    ids: list[list[int]] = (uniforms([seed], [0], [0], batch * length, 1).view(batch, length) * vocab_size).long().tolist()
+    return ids

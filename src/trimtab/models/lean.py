@@ -1,0 +1,126 @@
+"""A lean forward pass for Llama-like decoders: the stock module's weights, without its machinery.
+
+Small models spend most of a step in Python and in dozens of small operators; this pass has about fifteen of them a layer. It
+covers Llama, Mistral, Qwen2 and Qwen3; the stock module serves the rest and is the reference that this one is tested against.
+
+Query, key and value projections become one matrix, and so do gate and up. The stock module's parameters are then views of
+those, so no weight is held twice and the stock module goes on working.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.models.prepack import Linear
+from trimtab.models.slots import SlotLayer, Step
+
+__all__ = ["LeanDecoder"]
+
+LEAN = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class _Layer(NamedTuple):
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    query_key_norm: Tensor | None
+    """`[heads + key heads, D]`, where queries and keys are normalised one by one (Qwen3)."""
+
+
+class LeanDecoder:
+    """The forward pass of a stock causal language model of one of the types in `LEAN`.
+
+    Args:
+        model: the stock model, all of it on one device.
+    """
+
+    def __init__(self, model: Any) -> None:
+        body, config = model.model, model.config
+        first = body.layers[0].self_attn
+        self._head_dim, self._scaling = int(first.head_dim), float(first.scaling)
+        self._heads, self._key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._eps = float(config.rms_norm_eps)
+        self._embedding: Tensor = body.embed_tokens.weight
+        self._norm: Tensor = body.norm.weight
+        self._head = Linear.of(model.lm_head)
+        self._layers = [self._read_layer(layer) for layer in body.layers]
+        self._rotary = body.rotary_emb
+        self._cos = self._sin = self._embedding.new_empty(0, self._head_dim)
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether a stock model is plain enough: a known type, unwrapped linear layers, one device."""
+        if model.config.model_type not in LEAN or model.config.hidden_act != "silu":
+            return False
+        linears = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+        devices = {parameter.device for parameter in model.parameters()}
+        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        plain = all(type(m) is nn.Linear for m in linears) and len(devices) == 1 and not hooked
+        rotated = 2 * model.model.rotary_emb.inv_freq.numel()
+        return plain and rotated == model.model.layers[0].self_attn.head_dim
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Every matrix product of a pass."""
+        return [linear for layer in self._layers for linear in layer[:4]] + [self._head]
+
+    def __call__(self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], *, last_only: bool) -> Tensor:
+        """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of the last column alone."""
+        batch, width = tokens.shape
+        heads, keys = self._heads, self._heads + self._key_heads
+        cos, sin = self._rotations(step)
+        x = F.embedding(tokens, self._embedding)
+        mask = None if step.unmasked else step.additive_mask(x.dtype)
+        hidden = (x.shape[-1],)
+        for layer, slots in zip(self._layers, cache, strict=True):
+            qkv = layer.qkv(F.rms_norm(x, hidden, layer.attention_norm, self._eps)).view(batch, width, -1, self._head_dim)
+            qk, v = qkv[:, :, :keys], qkv[:, :, keys:]
+            if layer.query_key_norm is not None:
+                qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * layer.query_key_norm
+            qk = torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, -1), sin)
+            past_keys, past_values = slots.update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
+            mixed = F.scaled_dot_product_attention(
+                qk[:, :, :heads].transpose(1, 2),
+                past_keys,
+                past_values,
+                attn_mask=mask,
+                scale=self._scaling,
+                enable_gqa=heads != self._key_heads,
+            )
+            x = x + layer.out(mixed.transpose(1, 2).reshape(batch, width, -1))
+            gate, up = layer.gate_up(F.rms_norm(x, hidden, layer.mlp_norm, self._eps)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate) * up)
+        if last_only:
+            x = x[:, -1:]
+        return self._head(F.rms_norm(x, hidden, self._norm, self._eps))
+
+    def _read_layer(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norm = None
+        if hasattr(attention, "q_norm"):
+            each = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._key_heads
+            norm = torch.stack([weight.detach() for weight in each])
+        return _Layer(
+            qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            out=Linear.of(attention.o_proj),
+            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
+            down=Linear.of(mlp.down_proj),
+            attention_norm=layer.input_layernorm.weight,
+            mlp_norm=layer.post_attention_layernorm.weight,
+            query_key_norm=norm,
+        )
+
+    def _rotations(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `[B, K, 1, D]`: a rotated x is x·cos + roll(x, D/2)·sin."""
+        if len(self._cos) < step.reach:
+            positions = torch.arange(max(step.reach, 2 * len(self._cos)), device=self._embedding.device)
+            cos, sin = (table[0] for table in self._rotary(self._embedding, positions[None]))
+            half = self._head_dim // 2
+            self._cos, self._sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
+        return F.embedding(step.position_ids, self._cos).unsqueeze(2), F.embedding(step.position_ids, self._sin).unsqueeze(2)
