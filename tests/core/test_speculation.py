@@ -16,7 +16,9 @@ from torch.testing import assert_close
 
 from trimtab.core import speculation
 from trimtab.core.draw import NO_TOKEN, inverse_cdf
+from trimtab.core.logprobs import Warp, in_nucleus, warp
 from trimtab.core.noise import uniforms
+from trimtab.core.rules import Nucleus
 from trimtab.core.speculation import draft_tokens, verify
 
 V = 4
@@ -133,3 +135,16 @@ def test_a_sick_draft_row_does_not_hurt():
     p = torch.tensor([[[0.0, 1.0, 0.0, 0.0]]]).log()
     q = torch.full((1, 1, V), math.nan)
     assert verify(p, draft_tokens(q, noise), q, torch.tensor([0]), noise).tokens.tolist() == [[1]]
+
+
+def test_under_nucleus_a_draft_stays_if_and_only_if_it_is_in_the_nucleus():
+    """There p = Q·1[S]/Q(S) ≥ Q on S, so what is drafted inside S stays whatever u2 says, and nothing else does."""
+    rows = (uniforms([3], [0], [0], 2 * 400, V)[0] * 4).log_softmax(-1).view(2, 400, 1, V)
+    proposal = warp(rows[0], Warp(top_p=0.6))
+    target = Nucleus().target(proposal, [rows[1]], torch.ones(1, dtype=torch.float64))
+    noise = uniforms([4], [0], [0], 400, 3)[0][:, None]
+    drafts = draft_tokens(rows[1], noise)
+    verdict = verify(target, drafts, rows[1], torch.zeros(400, dtype=torch.long), noise)
+    inside = in_nucleus(rows[0], drafts, 0.6)[:, 0]
+    assert torch.equal(verdict.kept == 1, inside)
+    assert 50 < int(inside.sum()) < 350

@@ -35,7 +35,9 @@ class ModelOptions:
     draft: str | None = option(
         None, "who drafts: aligner, ngram, none, or a model [default: the first aligner]", metavar="MODEL"
     )
-    draft_temperature: float | None = option(None, "temperature of the row that drafts are drawn from [default: the rule's]")
+    draft_temperature: float | None = option(
+        None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]"
+    )
     num_speculative_tokens: int | None = option(
         None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]"
     )

@@ -45,7 +45,8 @@ class AlignedModel:
             which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, or a `LanguageModel` of the same
             vocabulary that only drafts. Default: the first aligner if there is one.
-        draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: the rule's.
+        draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: 1, or
+            what suits the rule if an aligner drafts.
         num_speculative_tokens: tokens to draft ahead: None adapts to what pays, 0 decodes token by token. In float32 it
             changes no token.
         max_num_seqs: the most completions decoded at once.
@@ -292,9 +293,9 @@ class AlignedModel:
             max(self._setting("proposal_top_k", params) or 0, 0),
             self._setting("proposal_top_p", params) or 1.0,
         )
-        draft = self._draft_temperature or rule.draft_temperature
+        draft = self._draft_temperature or 1.0
         if self.models.drafter is not None and self.models.draft is None:  # an aligner drafts from its row as the rule sees it
-            draft *= temperatures[0]
+            draft = temperatures[0] * (self._draft_temperature or rule.draft_temperature)
         return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)), Warp(draft))
 
     def _setting(self, name: str, params: SamplingParams) -> Any:

@@ -1,0 +1,206 @@
+"""The engine: who runs when, and that it changes nothing about what anybody gets."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from tiny import EOS, tiny_model, tiny_tokenizer
+from trimtab import AlignedModel, SamplingParams, TokenEvent
+from trimtab.decode.engine import Engine
+from trimtab.decode.sequence import Sequence as Growing
+from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.models.table import TableLM
+
+V = 7
+MODEL = AlignedModel(
+    TableLM.random(V, order=2, seed=0), [TableLM.random(V, order=2, seed=1)], eos_token_ids=[EOS], num_speculative_tokens=3
+)
+
+
+def sequences(prompt: list[int], model: AlignedModel = MODEL, **settings: object) -> list[Growing]:
+    params = SamplingParams(**({"ignore_eos": True, "seed": 0} | settings))  # type: ignore[arg-type]
+    return model._request(0, prompt, params)
+
+
+def engine(model: AlignedModel = MODEL, **settings: int) -> Engine:
+    return Engine(model.models, model.pace, **settings)
+
+
+def finish(running: Engine) -> list[TokenEvent]:
+    events = []
+    while running:
+        events += running.step()
+    return events
+
+
+def texts(done: Sequence[Growing]) -> list[list[int]]:
+    return [s.tokens for s in done]
+
+
+def alone(prompt: list[int], **settings: object) -> list[list[int]]:
+    group = sequences(prompt, **settings)
+    one = engine()
+    one.submit(group)
+    finish(one)
+    return texts(group)
+
+
+def test_requests_that_join_and_leave_at_any_step_get_what_they_get_alone():
+    draw = random.Random(5)
+    wanted = [([1 + i % 6] * (1 + i % 9), {"seed": i, "max_tokens": 1 + draw.randrange(20), "n": 1 + i % 3}) for i in range(30)]
+    groups = [sequences(prompt, **settings) for prompt, settings in wanted]
+    running = engine(max_num_seqs=5, max_num_batched_tokens=6)
+    waiting = list(groups)
+    while waiting or running:
+        for _ in range(draw.randrange(4)):
+            if waiting:
+                running.submit(waiting.pop(0))
+        running.step()
+        assert running.running <= 5
+    for (prompt, settings), group in zip(wanted, groups, strict=True):
+        assert texts(group) == alone(prompt, **settings)
+
+
+def test_cancelled_requests_free_their_slots_and_disturb_nobody():
+    draw = random.Random(6)
+    groups = [sequences([1 + i % 6] * (1 + i % 5), seed=i, max_tokens=25, n=2) for i in range(12)]
+    running = engine(max_num_seqs=6, max_num_batched_tokens=3)
+    for group in groups:
+        running.submit(group)
+    gone: list[Growing] = []
+    while running:
+        running.step()
+        if len(gone) < 8:
+            victim = draw.choice([s for group in groups for s in group if s not in gone and not s.finish_reason])
+            before = len(running)
+            running.cancel([victim])
+            assert len(running) == before - 1
+            gone.append(victim)
+    for i, group in enumerate(groups):
+        expected = alone([1 + i % 6] * (1 + i % 5), seed=i, max_tokens=25, n=2)
+        for sequence, tokens in zip(group, expected, strict=True):
+            if sequence in gone:
+                assert sequence.tokens == tokens[: len(sequence.tokens)]
+                assert sequence.finish_reason is None
+            else:
+                assert sequence.tokens == tokens
+    running.cancel(gone)  # nobody is there: nothing happens
+    assert len(running) == 0
+
+
+def test_waiting_requests_are_admitted_in_their_order():
+    running = engine(max_num_seqs=2)
+    groups = [sequences([1], seed=i, max_tokens=3 + i) for i in range(6)]
+    for group in groups:
+        running.submit(group)
+    first: list[int] = []
+    while running:
+        running.step()
+        first += [i for i, (s,) in enumerate(groups) if s.tokens and i not in first]
+        assert running.waiting <= 4
+    assert first == list(range(6))
+
+
+def test_a_long_prompt_does_not_hold_up_the_others():
+    """While 200 tokens are read eight at a time, a short request arrives, is read, and decodes to its end."""
+    running = engine(max_num_batched_tokens=8)
+    (early,), (long,), (late,) = (sequences(p, max_tokens=m) for p, m in (([1, 2], 60), ([3] * 200, 4), ([4, 5, 6], 10)))
+    running.submit([early])
+    running.step()
+    running.submit([long])
+    running.step()
+    running.submit([late])
+    while not late.finish_reason:
+        before = len(early.tokens)
+        running.step()
+        assert len(early.tokens) > before, "who decodes goes on at every step"
+    assert long.tokens == []
+    finish(running)
+    assert [long.tokens] == alone([3] * 200, max_tokens=4)
+
+
+def test_completions_of_a_request_read_their_prompt_once():
+    """The proposal sees the prompt's tokens once, however many completions wait for a slot."""
+    read = []
+
+    class Counting(TableLM):
+        def prefill(self, state, tokens, counts):
+            read.append(sum(counts))
+            super().prefill(state, tokens, counts)
+
+    counting = AlignedModel(Counting(MODEL.proposal.table), MODEL.aligners, num_speculative_tokens=2)
+    group = sequences([1, 2, 3, 4, 5], counting, n=7, max_tokens=9)
+    running = engine(counting, max_num_seqs=3)
+    running.submit(group)
+    finish(running)
+    assert sum(read) == 4
+    assert texts(group) == alone([1, 2, 3, 4, 5], n=7, max_tokens=9)
+
+
+def test_the_cache_stays_within_its_budget_and_a_long_request_means_fewer_at_a_time():
+    running = engine(max_num_seqs=8, max_cache_tokens=40)
+    groups = [sequences([1], seed=i, max_tokens=9) for i in range(6)] + [sequences([2] * 20, max_tokens=20)]
+    for group in groups:
+        running.submit(group)
+    widest = 0
+    while running:
+        running.step()
+        slots, capacity = running._batch.size
+        assert slots * capacity <= 40
+        widest = max(widest, running.running)
+    assert widest == 4
+    assert texts([s for (s,) in groups]) == [alone([1], seed=i, max_tokens=9)[0] for i in range(6)] + alone(
+        [2] * 20, max_tokens=20
+    )
+
+
+def test_what_can_never_be_admitted_is_refused_and_nothing_is_queued():
+    running = engine(max_cache_tokens=10)
+    with pytest.raises(InvalidRequest, match="need 12 tokens, but the cache holds 10"):
+        running.submit([*sequences([1], max_tokens=3), *sequences([1, 2], max_tokens=10)])
+    assert not running
+    with pytest.raises(InvalidOption, match="max_num_batched_tokens must be at least 1"):
+        engine(max_num_batched_tokens=0)
+
+
+def test_float32_models_do_not_notice_their_neighbours():
+    pair = [tiny_model("llama", 28, seed=seed, spread=0.3) for seed in range(2)]
+    model = AlignedModel.from_pretrained(*pair, tokenizer=tiny_tokenizer())
+    wanted = [("abc", 12), ("the lazy dog jumps", 20), ("z", 5), ("quick", 16), ("brown fox", 9)]
+    params = [SamplingParams(seed=i, max_tokens=m, ignore_eos=True, n=2) for i, (_, m) in enumerate(wanted)]
+    expected = [[c.tokens for c in model.generate(text, p)] for (text, _), p in zip(wanted, params, strict=True)]
+    running = Engine(model.models, model.pace, max_num_seqs=3, max_num_batched_tokens=4)
+    groups = [model._request(i, text, p) for i, ((text, _), p) in enumerate(zip(wanted, params, strict=True))]
+    for group in groups:
+        running.submit(group)
+        running.step()
+    finish(running)
+    assert [texts(group) for group in groups] == expected
+
+
+def test_a_stream_that_is_closed_stops_the_work():
+    calls = []
+
+    class Counting(TableLM):
+        def extend(self, state, tokens, counts):
+            calls.append(1)
+            return super().extend(state, tokens, counts)
+
+    stream = AlignedModel(Counting(MODEL.proposal.table)).stream([[1]], SamplingParams(max_tokens=50, seed=0))
+    next(stream)
+    done = len(calls)
+    stream.close()
+    assert len(calls) == done == 1
+
+
+def test_sampling_parameters_of_a_finished_request_do_not_linger():
+    """A penalty, a bias and a gate leave with their request."""
+    odd = {"repetition_penalty": 4.0, "logit_bias": {2: 3.0}, "rule": "kl_gate(tau=0.2)", "logprobs": True}
+    (plain,), (other,) = sequences([1], max_tokens=30), sequences([1], max_tokens=4, **odd)
+    running = engine()
+    running.submit([other, plain])
+    finish(running)
+    assert [plain.tokens] == alone([1], max_tokens=30)
+    assert dataclasses.is_dataclass(other.params)
