@@ -23,7 +23,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._tokens: list[int] = []
-        self._settled = self._read = self._given = 0
+        self._settled = self._read = self._shown = 0
         self._held = ""
         self.text = ""
         """All text that is certain."""
@@ -35,25 +35,24 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         self._tokens.append(token)
-        before = len(self._decode(self._settled, self._read)) + self._given
-        after = self._decode(self._settled, len(self._tokens))
-        new = after.rstrip(_BROKEN)[before:]
+        after = self._decode(self._settled)
+        new = after.rstrip(_BROKEN)[self._shown :]
         if after.endswith(_BROKEN):
-            self._given += len(new)
+            self._shown += len(new)
         elif new:
-            self._settled, self._read, self._given = self._read, len(self._tokens), 0
+            self._settled, self._read = self._read, len(self._tokens)
+            self._shown = len(self._decode(self._settled))
         return self._emit(new, last=False) if new else ""
 
     def close(self) -> str:
         """Return what was held back, because nothing follows."""
         if self._tokenizer is None or self.stopped:
             return ""
-        before = len(self._decode(self._settled, self._read)) + self._given
-        return self._emit(self._decode(self._settled, len(self._tokens))[before:], last=True)
+        return self._emit(self._decode(self._settled)[self._shown :], last=True)
 
-    def _decode(self, start: int, end: int) -> str:
-        text = self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+    def _decode(self, start: int) -> str:
+        """The text of the tokens from `start` on."""
+        return str(self._tokenizer.decode(self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _emit(self, new: str, last: bool) -> str:
         pending = self._held + new

@@ -140,4 +140,4 @@ class HuggingFaceLM:
 
     def _mask(self, step: Step) -> Tensor:
         """What this attention wants: SDPA takes booleans, the eager one adds its mask to the scores."""
-        return step.mask if self._attention == "sdpa" else step.additive_mask(self.model.dtype)
+        return step.mask() if self._attention == "sdpa" else step.additive_mask(self.model.dtype)

@@ -23,24 +23,27 @@ class Step(NamedTuple):
 
     position_ids: Tensor
     """`[B, K]` the place of each token in its own slot; unused tokens get the last allowed place."""
-    rows: Tensor
-    """`[B, 1]` the number of each slot."""
-    write: Tensor
-    """`[B, K]` the column its key and value are written to."""
-    mask: Tensor
-    """`[B, 1, K, used]` True where a query may look."""
+    start: int | None
+    """The first column that is written to, where there is one slot only and it uses all its tokens."""
+    rows: Tensor | None
+    """`[B, 1]` the number of each slot, otherwise."""
+    write: Tensor | None
+    """`[B, K]` the column that each key and value is written to, otherwise."""
     used: int
     """How many columns any slot uses after this step."""
     reach: int
     """All positions are below this."""
     unmasked: bool
-    """Whether the mask is True throughout."""
+    """Whether every query may look at every column."""
+
+    def mask(self) -> Tensor:
+        """`[B, 1, K, used]` True where a query may look."""
+        return torch.arange(self.used, device=self.position_ids.device) <= self.position_ids[:, None, :, None]
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
         """The mask as something to add to attention scores."""
-        return torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device).masked_fill(
-            ~self.mask, torch.finfo(dtype).min
-        )
+        mask = self.mask()
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -65,9 +68,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
             self.lazy_initialization(key_states, value_states)
         step = self.slots.step
         assert step is not None, "the cache is written only inside SlotState.advance"
-        self.keys[step.rows, :, step.write] = key_states.transpose(1, 2)
-        self.values[step.rows, :, step.write] = value_states.transpose(1, 2)
-        batch = step.write.shape[0]
+        batch = len(step.position_ids)
+        if step.start is not None:  # one slot: a plain copy is several times cheaper than an indexed one
+            self.keys[0, :, step.start : step.used] = key_states[0]
+            self.values[0, :, step.start : step.used] = value_states[0]
+        else:
+            self.keys[step.rows, :, step.write] = key_states.transpose(1, 2)
+            self.values[step.rows, :, step.write] = value_states.transpose(1, 2)
         return self.keys[:batch, :, : step.used], self.values[:batch, :, : step.used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -102,20 +109,20 @@ class SlotState(State):
     def plan(self, counts: Sequence[int], width: int, last_position: int, device: torch.device) -> Step:
         """Lay out a step of `width` tokens for the first slots, of which slot b uses the first `counts[b]`."""
         before = self.lengths[: len(counts)]
-        lengths, taken = torch.tensor([before, list(counts)], device=device).unsqueeze(-1)
-        column = torch.arange(width, device=device)
-        positions = lengths + column
         used = max(1, *(length + count for length, count in zip(before, counts, strict=True)))
         last = min(last_position, self.capacity)
-        return Step(
-            position_ids=positions.clamp(max=last),
-            rows=torch.arange(len(counts), device=device)[:, None],
-            write=torch.where(column < taken, positions, self.capacity),
-            mask=torch.arange(used, device=device) <= positions[:, None, :, None],
-            used=used,
-            reach=last + 1,
-            unmasked=width == 1 and all(length + count == used for length, count in zip(before, counts, strict=True)),
-        )
+        start = rows = write = None
+        if len(counts) == 1 and counts[0] == width:
+            start = before[0]
+            positions = torch.arange(start, used, device=device)[None]
+        else:
+            lengths, taken = torch.tensor([before, list(counts)], device=device).unsqueeze(-1)
+            column = torch.arange(width, device=device)
+            positions = lengths + column
+            rows = torch.arange(len(counts), device=device)[:, None]
+            write = torch.where(column < taken, positions, self.capacity)
+        unmasked = width == 1 and all(length + count == used for length, count in zip(before, counts, strict=True))
+        return Step(positions.clamp(max=last), start, rows, write, used, last + 1, unmasked)
 
     def copy(self, slots: Sequence[int], target: "SlotState", to: Sequence[int]) -> None:
         """Copy what these slots use into slots of `target`."""
