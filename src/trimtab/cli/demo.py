@@ -44,11 +44,11 @@ def render(report: dict[str, Any]) -> str:
     for name, label in names.items():
         low, high = report["nll_interval"][name]
         lines.append(f"{label:34}{report['nll'][name]:8.3f}  [{low:.3f}, {high:.3f}]")
-    ratio = report["speed"]["ratio_to_proposal_hf"]
+    ratio = report["speed"]["ratio_to_proposal_hf"]["aligned_speculative"]
     out = report["out"]
     lines += [
         "",
-        f"token by token at batch 1: {ratio:.2f} × the speed of `generate` of the proposal alone",
+        f"aligned text at batch 1: {ratio:.2f} × the speed of `generate` of the proposal alone",
         f"{report['seconds']:.0f} seconds on {report['hardware']}",
         "",
         f"open {out}/report.html, or go on:",

@@ -20,6 +20,9 @@ LOOK_AROUND = 48
 TRUST = 8.0
 """How many observations what is known of similar requests is worth against a sequence's own."""
 
+MAX_KINDS = 1000
+"""Kinds of requests to remember."""
+
 
 @dataclass
 class Tally:
@@ -91,7 +94,9 @@ class Pace:
         self._steps: dict[int, int] = {}
 
     def kind(self, key: Hashable) -> Hope:
-        """What is known about requests of a kind."""
+        """What is known about requests of a kind; the kinds met longest ago are forgotten."""
+        if key not in self._kinds and len(self._kinds) >= MAX_KINDS:
+            del self._kinds[next(iter(self._kinds))]
         return self._kinds.setdefault(key, Hope())
 
     def choose(self, sequences: int, hopes: Sequence[float]) -> int:

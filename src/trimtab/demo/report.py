@@ -93,8 +93,8 @@ def write_report(
         "∎ is the end of the answer.</p>",
         *(_tokens(item) for item in shown),
         f'<p class="note">Seed {results["seed"]}; {results["seconds"]:.0f} seconds on {escape(results["hardware"])}. '
-        "Token by token "
-        f"at batch 1, the aligned model runs at {results['speed']['ratio_to_proposal_hf']:.2f} × the speed of transformers' "
+        "At batch 1, the aligned model runs at "
+        f"{results['speed']['ratio_to_proposal_hf']['aligned_speculative']:.2f} × the speed of transformers' "
         "<code>generate</code> of the proposal alone, in this run.</p>",
     ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

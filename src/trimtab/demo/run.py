@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from trimtab.demo.corpus import Corpus, read_corpus
 from trimtab.demo.pretrain import PROPOSAL, SMALL, Size, pretrain, train_tokenizer
 from trimtab.demo.report import write_report
 from trimtab.evaluate.intervals import ratio_interval
+from trimtab.evaluate.speed import Stock, load_stock, measure_speed
 from trimtab.files import atomic_folder, atomic_write, read_json, write_json
 from trimtab.hardware import describe_hardware
 from trimtab.train.examples import split_by_prompt
@@ -87,7 +87,7 @@ def _run(out: Path, final: Path, seed: int, scale: Scale) -> dict[str, Any]:
         "proposal_temperature": controls["proposal_tempered"].proposal_temperature,
         "cache": trained["aligner"]["cache"],
         "parameters": {name: _parameters(out / name) for name in ("proposal", "aligner")},
-        "speed": _measure_speed(systems["aligned"], prompts[: scale.shown]),
+        "speed": _measure_speed(out, systems["aligned"], prompts[0]),
         "hardware": describe_hardware(),
         "seed": seed,
     }
@@ -210,30 +210,11 @@ def _complete(
     return texts
 
 
-def _measure_speed(model: AlignedModel, prompts: Sequence[str], tokens: int = 48, repeats: int = 5) -> dict[str, Any]:
-    """Tokens per second at batch 1, ours token by token and `generate` of the proposal alone, taking turns."""
-    ids = torch.tensor([model.tokenizer(prompts[0])["input_ids"]])
-    stock = model.proposal.model  # type: ignore[attr-defined]
-    params = SamplingParams(max_tokens=tokens, temperature=0.7, seed=0, ignore_eos=True)
-
-    def unaligned() -> None:
-        stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-
-    def aligned() -> None:
-        model.generate([prompts[0]], params)
-
-    times: dict[str, list[float]] = {"proposal_hf": [], "aligned_tokenwise": []}
-    for _ in range(repeats + 1):
-        for name, call in (("proposal_hf", unaligned), ("aligned_tokenwise", aligned)):
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    speeds = {name: tokens / statistics.median(values[1:]) for name, values in times.items()}  # the first is warm-up
-    return {
-        "batch": 1,
-        "tokens_per_second": speeds,
-        "ratio_to_proposal_hf": speeds["aligned_tokenwise"] / speeds["proposal_hf"],
-    }
+def _measure_speed(out: Path, model: AlignedModel, prompt: str) -> dict[str, Any]:
+    """Speeds at batch 1, as `trimtab bench` measures them."""
+    stock = Stock(*(load_stock(str(out / name), "auto", None) for name in ("proposal", "aligner")))
+    params = SamplingParams(max_tokens=48, temperature=0.7, seed=0)
+    return measure_speed(model, stock, [model.tokenizer(prompt)["input_ids"]], params, repeats=5)
 
 
 def _shown(

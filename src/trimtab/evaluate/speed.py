@@ -143,14 +143,14 @@ def _generate(module: Any, ids: Tensor, params: SamplingParams, **more: Any) -> 
     """Transformers' own loop, for as many tokens and not fewer."""
     sampling = {"do_sample": True, "temperature": params.temperature} if params.temperature else {"do_sample": False}
     length = {"max_new_tokens": params.max_tokens, "min_new_tokens": params.max_tokens}
-    module.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **length, **sampling, **more)
+    module.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, use_cache=True, **length, **sampling, **more)
 
 
 @torch.no_grad()
-def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> None:
+def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> Tensor:
     """Product decoding as one writes it in an afternoon: both models, both caches, one token at a time."""
     caches: list[Any] = [None, None]
-    token = ids
+    token, made = ids, []
     noise = uniforms([0], [0], [0], params.max_tokens, len(ids), ids.device)[0]
     for step in range(params.max_tokens):
         rows = []
@@ -163,6 +163,8 @@ def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> None:
             token = torch.searchsorted(probs.cumsum(-1), noise[step].float()[:, None]).clamp(max=probs.shape[-1] - 1)
         else:
             token = probs.argmax(-1, keepdim=True)
+        made.append(token)
+    return torch.cat(made, 1)
 
 
 def _floor_ratio(model: AlignedModel, stock: Stock, tally: Tally, speed: float, batch: int) -> float | None:

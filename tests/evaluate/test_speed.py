@@ -1,0 +1,85 @@
+"""The benchmark: its baselines do the work they are named for, and its report is the contract's."""
+
+import json
+
+import pytest
+import torch
+
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from trimtab import AlignedModel, SamplingParams
+from trimtab.cli import main
+from trimtab.evaluate.speed import Stock, _generate, _two_model_loop, _weight_bytes, measure_speed, random_prompts
+
+CONTRACT = {"proposal_hf", "two_model_hf", "aligned_tokenwise", "aligned_speculative"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair")
+    for seed, name in enumerate(("proposal", "aligner")):
+        save_tiny(out / name, tiny_model("llama", 28, seed=seed, spread=0.3), tiny_tokenizer())
+    return out
+
+
+def test_the_two_model_loop_is_the_product():
+    """Greedy: the same tokens as ours; and it makes as many as it is asked for."""
+    stock = Stock(tiny_model("llama", 28, seed=0, spread=0.3), tiny_model("llama", 28, seed=1, spread=0.3))
+    prompts = random_prompts(28, 3, 5, seed=0)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    ours = AlignedModel.from_pretrained(stock.proposal, stock.aligner).generate(prompts, params)
+    assert _two_model_loop(stock, torch.tensor(prompts), params).tolist() == [c.tokens for c in ours]
+
+
+def test_every_contestant_makes_every_token(monkeypatch):
+    """`generate` may not stop at an end of sequence while the others go on."""
+    stock = Stock(tiny_model("llama", 28, seed=0), tiny_model("llama", 28, seed=1))
+    seen = []
+    generate = stock.proposal.generate
+    monkeypatch.setattr(stock.proposal, "generate", lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1])
+    _generate(stock.proposal, torch.tensor([[1, 2, 3]]), SamplingParams(max_tokens=40, temperature=1.0))
+    assert seen[0].shape == (1, 43)
+
+
+def test_the_report_is_consistent(folder):
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "aligner", num_speculative_tokens=2)
+    stock = Stock(tiny_model("llama", 28, seed=0, spread=0.3), tiny_model("llama", 28, seed=1, spread=0.3))
+    report = measure_speed(model, stock, random_prompts(28, 2, 4, seed=1), SamplingParams(max_tokens=8, seed=0), repeats=2)
+    assert report["tokens_per_second"].keys() == {*CONTRACT, "proposal_engine"}
+    for name, speed in report["tokens_per_second"].items():
+        assert report["ratio_to_proposal_hf"][name] == pytest.approx(speed / report["tokens_per_second"]["proposal_hf"])
+    assert 1 <= report["tokens_per_proposal_call"] <= 3
+    assert 0 < report["draft_length"] <= 2
+    assert report["first_token_ms"] > 0
+
+
+def test_weights_that_a_step_reads_leave_out_a_table_that_is_only_looked_up():
+    tied, untied = (tiny_model("llama", 28, tie_word_embeddings=tie) for tie in (True, False))
+    assert _weight_bytes(tied) == _weight_bytes(untied) == sum(p.numel() for p in tied.parameters()) * 4
+
+
+def test_bench_prints_the_contract(folder, capsys):
+    capsys.readouterr()
+    words = ["bench", "--proposal", str(folder / "proposal"), "--aligner", str(folder / "aligner"), "--json"]
+    assert main([*words, "--max_tokens", "6", "--repeats", "1", "--batch", "1", "--batch", "2", "--context", "4"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"hardware", "dtype", "batch", "acceptance", "tokens_per_proposal_call", "floor_ratio"} <= report.keys()
+    assert CONTRACT < report["tokens_per_second"].keys() == report["ratio_to_proposal_hf"].keys()
+    assert (report["batch"], report["dtype"]) == (1, "float32")
+    assert [run["batch"] for run in report["runs"]] == [1, 2]
+    assert "assisted_hf" in report["tokens_per_second"]
+    assert main([*words[:-1], "--max_tokens", "4", "--repeats", "1"]) == 0
+    assert "× generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--context", "60", "--max_tokens", "10"], "prompts[0] has 69 tokens, but the context holds 64"),
+        (["--aligner", "x"], "exactly one --aligner"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(folder, capsys, flags, message):
+    words = ["bench", "--proposal", str(folder / "proposal"), "--aligner", str(folder / "aligner"), *flags]
+    assert main(words) in (1, 2)
+    assert message in capsys.readouterr().err
