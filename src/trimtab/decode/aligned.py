@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from trimtab.core.logprobs import Warp
 from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import Rule, parse_rule
-from trimtab.decode.draft import Models
+from trimtab.decode.assemble import AlignerLike, load_parts
+from trimtab.decode.draft import choose_drafter
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
 from trimtab.decode.prompts import as_list, encode_completion, encode_prompt
@@ -20,16 +20,10 @@ from trimtab.decode.scoring import Score, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
-from trimtab.models.aligner import Aligner, Manifest
+from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
-from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import load_model, load_tokenizer
-from trimtab.models.vocabulary import check_same_vocabulary, vocabulary_size
 
 __all__ = ["AlignedModel"]
-
-AlignerLike = Any
-"""A folder, a hub id, an `Aligner`, a transformers or PEFT model, or a `LanguageModel`."""
 
 
 class AlignedModel:
@@ -73,7 +67,7 @@ class AlignedModel:
     ) -> None:
         if num_speculative_tokens is not None and num_speculative_tokens not in range(MAX_DRAFT + 1):
             raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {num_speculative_tokens!r}")
-        self.models = _choose_drafter(proposal, aligners, draft)
+        self.models = choose_drafter(proposal, aligners, draft)
         for name, model in zip(["", *(f"aligner {i}" for i in range(len(aligners))), "draft"], self.models.all, strict=False):
             if model.vocab_size != proposal.vocab_size:
                 sizes = f"{model.vocab_size} tokens, the proposal {proposal.vocab_size}"
@@ -143,43 +137,16 @@ class AlignedModel:
         unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs"}
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
-        given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
-        ours = [isinstance(source, (str, Path)) for source in (proposal, *given, draft)]
-        if isinstance(proposal, (str, Path)):
-            tokenizer = load_tokenizer(proposal, revision=revision) if tokenizer is None else tokenizer
-            proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
-        if isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(tokenizer)
-        aligners = [_as_aligner(item, dtype, device) for item in given]
-        drafter = draft if draft is None or draft in DRAFTS else _as_aligner(draft, dtype, device)
-        for item in (*aligners, drafter):
-            if isinstance(item, Aligner) and tokenizer is not None:
-                check_same_vocabulary(tokenizer, item.tokenizer, item.name)
-        drafts = [] if drafter is None or drafter in DRAFTS else [drafter]
-        models = [proposal, *(item.model if isinstance(item, Aligner) else item for item in (*aligners, *drafts))]
-        for model in models:
-            if not hasattr(model, "vocab_size") and not hasattr(model, "config"):
-                raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {model!r}")
-        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
-            raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-        if eos_token_ids is not None and not isinstance(eos_token_ids, (list, tuple)):
-            raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
-        size = vocabulary_size(tokenizer) if tokenizer is not None else None
-        if eos_token_ids is None:
-            eos_token_ids = find_eos_token_ids(proposal, tokenizer)
-        backends = [
-            HuggingFaceLM(model, size, owned=owned) if isinstance(model, torch.nn.Module) else model
-            for model, owned in zip(models, ours, strict=False)
-        ]
+        parts = load_parts(proposal, aligner, draft, tokenizer, eos_token_ids, dtype=dtype, device=device, revision=revision)
         return cls(
-            backends[0],
-            backends[1 : 1 + len(aligners)],
-            tokenizer,
-            eos_token_ids,
-            manifests=[item.manifest if isinstance(item, Aligner) else None for item in aligners],
+            parts.proposal,
+            parts.aligners,
+            parts.tokenizer,
+            parts.eos_token_ids,
+            manifests=parts.manifests,
             rule=rule,
             weight=weight,
-            draft=backends[-1] if drafts else drafter,
+            draft=parts.draft,
             **settings,
         )
 
@@ -367,43 +334,13 @@ class AlignedModel:
 SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
 
 
-DRAFTS = ("aligner", "ngram", "none")
-"""Who drafts, where it is no model of its own."""
-
 MAX_DRAFT = 16
 """The longest draft."""
-
-
-def _choose_drafter(proposal: LanguageModel, aligners: Sequence[LanguageModel], draft: str | LanguageModel | None) -> Models:
-    if draft is None:
-        draft = "aligner" if aligners else "none"
-    if not isinstance(draft, str):
-        return Models(proposal, tuple(aligners), draft)
-    if draft not in DRAFTS:
-        raise InvalidOption(f"draft must be one of {', '.join(DRAFTS)}, or a model, not '{draft}'")
-    if draft == "aligner" and not aligners:
-        raise InvalidOption("draft 'aligner' needs an aligner; say ngram, none, or name a model")
-    return Models(proposal, tuple(aligners), lookup=draft == "ngram", drafts=draft != "none")
 
 
 def _check_params(params: Any) -> None:
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
-
-
-def find_eos_token_ids(proposal: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's own first, then those of the model's generation config."""
-    found = [getattr(tokenizer, "eos_token_id", None)]
-    for config in (getattr(proposal, "generation_config", None), getattr(proposal, "config", None)):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            found += ids if isinstance(ids, (list, tuple)) else [ids]
-            break
-    return tuple(dict.fromkeys(token for token in found if token is not None))
-
-
-def _as_aligner(item: AlignerLike, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
-    return Aligner.from_pretrained(item, dtype=dtype, device=device) if isinstance(item, (str, Path)) else item
 
 
 def _refuse_row_settings(params: SamplingParams, shaping: Shaping) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.core.draw import NO_TOKEN
+from trimtab.errors import InvalidOption
 from trimtab.models.base import LanguageModel
 
-__all__ = ["Lookup", "Models"]
+__all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,27 @@ class Models:
         if self.draft is not None:
             return len(self.aligners) + 1
         return 1 if self.aligners and self.drafts and not self.lookup else None
+
+
+DRAFTS = ("aligner", "ngram", "none")
+"""Who drafts, where it is no model of its own."""
+
+
+def choose_drafter(proposal: LanguageModel, aligners: Sequence[LanguageModel], draft: str | LanguageModel | None) -> Models:
+    """The models with who drafts for them; by default the first aligner, if there is one.
+
+    Raises:
+        InvalidOption: there is no such drafter.
+    """
+    if draft is None:
+        draft = "aligner" if aligners else "none"
+    if not isinstance(draft, str):
+        return Models(proposal, tuple(aligners), draft)
+    if draft not in DRAFTS:
+        raise InvalidOption(f"draft must be one of {', '.join(DRAFTS)}, or a model, not '{draft}'")
+    if draft == "aligner" and not aligners:
+        raise InvalidOption("draft 'aligner' needs an aligner; say ngram, none, or name a model")
+    return Models(proposal, tuple(aligners), lookup=draft == "ngram", drafts=draft != "none")
 
 
 class Lookup:

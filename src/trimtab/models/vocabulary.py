@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.errors import VocabularyMismatch
 
-__all__ = ["check_same_vocabulary", "fingerprint_vocabulary", "vocabulary_size"]
+__all__ = ["check_same_vocabulary", "find_eos_token_ids", "fingerprint_vocabulary", "vocabulary_size"]
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -47,3 +47,14 @@ def check_same_vocabulary(proposal: Any, aligner: Any, name: str) -> None:
         f"in the aligner ({len(theirs)} tokens) and {ours.get(token, 'missing')} in the proposal ({len(ours)} tokens); "
         "train the aligner from a model of the same tokenizer family"
     )
+
+
+def find_eos_token_ids(proposal: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's own first, then those of the model's generation config."""
+    found = [getattr(tokenizer, "eos_token_id", None)]
+    for config in (getattr(proposal, "generation_config", None), getattr(proposal, "config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            found += ids if isinstance(ids, (list, tuple)) else [ids]
+            break
+    return tuple(dict.fromkeys(token for token in found if token is not None))

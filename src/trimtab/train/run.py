@@ -19,14 +19,13 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
-from trimtab.decode.aligned import find_eos_token_ids
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
 from trimtab.models.aligner import MANIFEST_NAME, Aligner, Manifest
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
-from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
+from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
