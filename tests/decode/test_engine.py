@@ -1,6 +1,7 @@
 """The engine: who runs when, and that it changes nothing about what anybody gets."""
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import pytest
 
 from tiny import EOS, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams, TokenEvent
+from trimtab.core.noise import uniforms
 from trimtab.decode.engine import Engine
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.errors import InvalidOption, InvalidRequest
@@ -204,3 +206,74 @@ def test_sampling_parameters_of_a_finished_request_do_not_linger():
     finish(running)
     assert [plain.tokens] == alone([1], max_tokens=30)
     assert dataclasses.is_dataclass(other.params)
+
+
+class Sick(TableLM):
+    """NaN after a prefix that ends in 6, 6."""
+
+    def row(self, prefix):
+        return super().row(prefix) * (math.nan if list(prefix[-2:]) == [6, 6] else 1.0)
+
+
+def test_what_goes_wrong_with_one_request_ends_that_one():
+    """Its neighbours, before and after it in the batch, get every token that they get without it."""
+    sick = AlignedModel(Sick(MODEL.proposal.table), MODEL.aligners, eos_token_ids=[EOS], num_speculative_tokens=3)
+    forced = {"logit_bias": {6: 100.0}, "max_tokens": 20}
+    groups = [sequences([1, 2], sick, seed=i, max_tokens=9 + i, logit_bias={6: -100.0}) for i in range(4)]
+    groups.insert(2, sequences([3], sick, **forced))
+    running = engine(sick)
+    for group in groups:
+        running.submit(group)
+    events, failed = [], []
+    while running:
+        events += running.step()
+        failed += running.failed
+    assert failed == groups[2]
+    assert "the proposal gives NaN probabilities after 2 tokens" in str(failed[0].error)
+    assert groups[2][0].tokens == [6, 6]
+    for i, ((sequence,), seed) in enumerate((g, s) for g, s in zip(groups[:2] + groups[3:], range(4), strict=True)):
+        expected = alone([1, 2], seed=seed, max_tokens=9 + seed, logit_bias={6: -100.0})
+        assert [sequence.tokens] == expected, i
+    assert sum(event.token == 6 for event in events) == 2
+
+
+def test_when_the_machine_fails_those_at_work_are_told_and_the_rest_go_on():
+    class Failing(TableLM):
+        broken = 0
+
+        def extend(self, state, tokens, counts):
+            Failing.broken -= 1
+            if Failing.broken == 0:
+                raise RuntimeError("out of memory")
+            return super().extend(state, tokens, counts)
+
+    model = AlignedModel(Failing(MODEL.proposal.table), eos_token_ids=[EOS])
+    groups = [sequences([1 + i], model, seed=i, max_tokens=10) for i in range(5)]
+    running = engine(model, max_num_seqs=2)
+    for group in groups:
+        running.submit(group)
+    Failing.broken = 3
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finish(running)
+    assert running.failed == [groups[0][0], groups[1][0]]
+    assert len(running) == 3
+    finish(running)
+    expected = AlignedModel(MODEL.proposal, eos_token_ids=[EOS])
+    for i in (2, 3, 4):
+        again = expected.generate([[1 + i]], SamplingParams(seed=i, max_tokens=10, ignore_eos=True))
+        assert groups[i][0].tokens == again[0].tokens
+
+
+def test_many_candidates_do_not_weigh_on_their_neighbours(monkeypatch):
+    """The noise of a request with thousands of candidates is drawn for it alone, one position at a time."""
+    asked = []
+
+    def counting(seeds, indices, starts, length, draws, device="cpu"):
+        asked.append(len(seeds) * length * draws)
+        return uniforms(seeds, indices, starts, length, draws, device)
+
+    monkeypatch.setattr("trimtab.decode.speculative.uniforms", counting)
+    running = engine()
+    running.submit([*sequences([1], max_tokens=5, n=8), *sequences([2], max_tokens=3, rule="candidates(n=5000)")])
+    finish(running)
+    assert max(asked) == 5001

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
+from trimtab.errors import UnsupportedModel
 from trimtab.models import prepack
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
@@ -146,3 +148,45 @@ def test_what_is_loaded_here_is_packed_and_decodes_the_same(tied, tmp_path, monk
     params = SamplingParams(max_tokens=20, seed=0, n=3)
     assert [c.tokens for c in packed.generate("abc", params)] == [c.tokens for c in lent.generate("abc", params)]
     assert packed.proposal.fingerprint == lent.proposal.fingerprint
+
+
+def test_a_hook_on_a_lent_model_is_heeded_now_and_later():
+    """Steering vectors and the like are hooks: a module that has some does what it does, and so must we."""
+    model = tiny_model("llama", V)
+    lean = HuggingFaceLM(model)
+    plain = rows(lean)
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, out: out + torch.arange(32.0) / 8)
+    assert (stock_rows(model) - plain).abs().max() > 1
+    assert_close(rows(lean), stock_rows(model), atol=5e-5, rtol=0)
+    assert_close(rows(HuggingFaceLM(model)), stock_rows(model), atol=5e-5, rtol=0)
+    hook.remove()
+    assert_close(rows(lean), plain, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", LEAN)
+def test_a_lent_model_may_go_on_learning(kind):
+    """In-place updates and changes of dtype show in every wrapper around the module."""
+    model = tiny_model(kind, V)
+    wrappers = [HuggingFaceLM(model), HuggingFaceLM(model)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    for wrapper in wrappers:
+        assert_close(rows(wrapper), stock_rows(model), atol=5e-5, rtol=0)
+    model.double()
+    for wrapper in wrappers:
+        assert_close(rows(wrapper).float(), stock_rows(model), atol=5e-5, rtol=0)
+
+
+def test_many_wrappers_around_a_module_share_its_weights():
+    model = tiny_model("llama", V)
+    first, second = HuggingFaceLM(model), HuggingFaceLM(model)
+    for one, other in zip(first._lean.linears, second._lean.linears, strict=True):
+        assert one.weight.data_ptr() == other.weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_adapters_with_virtual_tokens_are_refused(kind):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UnsupportedModel, match="virtual tokens"):
+        HuggingFaceLM(peft.get_peft_model(tiny_model("llama", V), config))

@@ -6,6 +6,7 @@ from typing import Any
 
 from trimtab.cli.common import ModelOptions, load_aligned_model, make_sampling_params
 from trimtab.cli.options import UsageError, option
+from trimtab.errors import InvalidRequest
 
 __all__ = ["Options", "render", "run"]
 
@@ -39,8 +40,11 @@ def run(options: Options) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()  # `generate` with an assistant warns of what it does itself
     params = make_sampling_params(options)
     model = load_aligned_model(options)
-    for context in options.context:
-        model.check_prompt([0] * (context + options.max_tokens - 1), params)
+    try:
+        for context in options.context:
+            model.check_prompt([0] * (context + options.max_tokens - 1), params)
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from error
     stock = Stock(*(load_stock(source, options.dtype, options.device) for source in (options.proposal, options.aligner[0])))
     runs = []
     for batch in options.batch:

@@ -58,7 +58,7 @@ class SamplingOptions:
     min_p: float = option(0.0, "keep tokens at least this fraction as probable as the best")
     repetition_penalty: float = option(1.0, "above 1 makes tokens of the prompt and the text so far rarer")
     stop: tuple[str, ...] = option((), "text that ends a completion; may repeat")
-    seed: int | None = option(None, "the same seed gives the same text [default: a fresh one]")
+    seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
 
 
 def load_aligned_model(options: ModelOptions) -> Any:

@@ -65,8 +65,6 @@ class AlignedModel:
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
     ) -> None:
-        if num_speculative_tokens is not None and num_speculative_tokens not in range(MAX_DRAFT + 1):
-            raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {num_speculative_tokens!r}")
         self.models = choose_drafter(proposal, aligners, draft)
         for name, model in zip(["", *(f"aligner {i}" for i in range(len(aligners))), "draft"], self.models.all, strict=False):
             if model.vocab_size != proposal.vocab_size:
@@ -80,7 +78,7 @@ class AlignedModel:
         self.proposal, self.aligners, self.tokenizer = proposal, list(aligners), tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
-        self.pace = Pace(num_speculative_tokens)
+        self.pace = _make_pace(num_speculative_tokens)
         lengths = [model.max_length for model in self.models.all if model.max_length is not None]
         self.max_length = min(lengths, default=None)
         self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
@@ -222,7 +220,7 @@ class AlignedModel:
     def with_draft_length(self, num_speculative_tokens: int | None) -> Self:
         """The same models and settings with another draft length, and with nothing learned about speed yet."""
         other = copy.copy(self)
-        other.pace = Pace(num_speculative_tokens)
+        other.pace = _make_pace(num_speculative_tokens)
         return other
 
     def check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -314,6 +312,8 @@ class AlignedModel:
         engine.submit(sequences)
         while engine:
             yield from engine.step()
+            if engine.failed and engine.failed[0].error is not None:
+                raise engine.failed[0].error
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""
@@ -336,6 +336,12 @@ SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "al
 
 MAX_DRAFT = 16
 """The longest draft."""
+
+
+def _make_pace(length: int | None) -> Pace:
+    if length is not None and (type(length) is not int or not 0 <= length <= MAX_DRAFT):
+        raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {length!r}")
+    return Pace(length)
 
 
 def _check_params(params: Any) -> None:

@@ -35,7 +35,7 @@ class Engine:
         max_num_seqs: the most sequences admitted at once; others wait in the order they came.
         max_num_batched_tokens: the most prompt tokens read in one step.
         max_cache_tokens: the most tokens that the slots may hold together; None for what `max_num_seqs` sequences of any
-            length need. A long request then means fewer at a time.
+            length need. A long request then means fewer at a time. Prompts that are being read are held apart, on top.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Engine:
         self._waiting: deque[Growing] = deque()
         self._reading: deque[_Reading] = deque()
         self._batch = Batch(models, pace)
+        self.failed: list[Growing] = []
+        """Sequences that ended with an `error` in the last step."""
 
     def __len__(self) -> int:
         """Sequences that are not finished."""
@@ -96,13 +98,23 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Read some of the prompts, and decode at least one token for each sequence that has read its own.
 
-        Raises:
-            DeadRow: a next-token distribution is NaN or has no mass.
+        What goes wrong with one sequence ends that one, which is in `failed` then. If the machine fails (memory, say), all that
+        were at work end so, and the error is raised; those that wait can go on.
         """
-        self._admit()
-        self._read()
-        events = self._decode() if self._batch.sequences else []
-        self._batch.remove([s for s in self._batch.sequences if s.finish_reason])
+        self.failed = []
+        try:
+            self._admit()
+            self._read()
+            events = self._decode() if self._batch.sequences else []
+        except Exception as error:
+            self.failed = [*self._batch.sequences, *(s for reading in self._reading for s in reading.sequences)]
+            for sequence in self.failed:
+                sequence.error = error
+            self._reading.clear()
+            self._batch = Batch(self._models, self.pace)
+            raise
+        self.failed = [s for s in self._batch.sequences if s.error]
+        self._batch.remove([s for s in self._batch.sequences if s.finish_reason or s.error])
         return events
 
     @property
@@ -147,12 +159,13 @@ class Engine:
         """Read the next chunk of the prompts that were admitted together longest ago, then let others have their turn."""
         if not self._reading:
             return
-        reading = self._reading.popleft()
+        reading = self._reading[0]
         sequences, slots = reading.step(self._max_tokens)
         if sequences:
             self._batch.add(sequences, reading.states, slots)
-        if len(reading):
-            self._reading.append(reading)
+        self._reading.rotate(-1)
+        if not len(reading):
+            self._reading.remove(reading)
 
     def _decode(self) -> list[TokenEvent]:
         sequences = list(self._batch.sequences)

@@ -45,6 +45,8 @@ class Sequence:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.hope = Hope()
+        self.error: Exception | None = None
+        """Why it cannot go on."""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._text = TextStream(tokenizer, params.stop)
         self._rows: list[Seq[float]] = []

@@ -1,6 +1,6 @@
 """From the models' rows to the aligned row: warps, then the rule, for a batch of requests that differ in both."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class BatchShaping:
         for row, shaping in enumerate(shapings):
             members.setdefault(shaping.rule, []).append(row)
         self._groups = [(rule, torch.tensor(rows, device=device)) for rule, rows in members.items()]
+        self._rowless = [(rule, rows) for rule, rows in members.items() if not rule.has_row]
 
     def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:
         """The warped rows that the rules see, from the models' own."""
@@ -75,12 +76,19 @@ class BatchShaping:
                 rows[index] = rule.target(*self._part(inputs, index))
         return rows
 
-    def sample(self, inputs: Inputs, uniforms: Tensor, tokens: Tensor) -> Tensor:
-        """Replace `tokens` `[B, K]` by draws in the rows whose rule can only sample; `uniforms` `[B, K, draws]`."""
-        for rule, index in self._groups:
-            if not rule.has_row:
-                drawn = rule.sample(*self._part(inputs, index), uniforms[index][..., : rule.draws])
-                tokens = tokens.index_copy(0, index, drawn)
+    def sample(self, inputs: Inputs, uniforms: Callable[[list[int], int], Tensor], tokens: Tensor) -> Tensor:
+        """Replace the first of the `tokens` `[B, K]` by a draw for those requests whose rule can only sample.
+
+        Args:
+            inputs: the rule's.
+            uniforms: makes `[b, 1, draws]` for given requests and a number of draws.
+            tokens: what was drawn from rows.
+        """
+        for rule, rows in self._rowless:
+            index = torch.tensor(rows, device=tokens.device)
+            logp, logqs, weights = self._part((inputs[0][:, :1], [logq[:, :1] for logq in inputs[1]]), index)
+            drawn = rule.sample(logp, logqs, weights, uniforms(rows, rule.draws))
+            tokens = tokens.index_copy(0, index, torch.cat([drawn, tokens[index][:, 1:]], 1))
         return tokens
 
     def fallbacks(self, inputs: Inputs) -> Tensor:

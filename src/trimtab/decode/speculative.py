@@ -9,7 +9,6 @@ The sequences occupy the first slots of one state for each model. Whoever leaves
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -99,8 +98,7 @@ class Batch:
     def step(self, length: int) -> list[TokenEvent]:
         """Draft up to `length` tokens for each sequence and verify them: at least one token for each.
 
-        Raises:
-            DeadRow: a next-token distribution is NaN or has no mass.
+        A sequence whose next-token distribution is NaN or has no mass gets a `DeadRow` as its `error`, and no token.
         """
         settings = self._settings = self._settings or _Settings(self.sequences, self._models)
         limits = [min(length if self.can_draft(s) else 0, s.room - 1) for s in self.sequences]
@@ -119,8 +117,8 @@ class Batch:
         inputs = settings.shaping.inputs(logp, logqs)
         aligned = settings.shaping.target(inputs)
         target = settings.sampler.rows(aligned, tokens[:, 1:].unbind(1))
-        verdict = verify(target, drafts, drafted_from, torch.tensor(limits, device=device), noise[..., :DRAWS])
-        tokens = settings.shaping.sample(inputs, noise, verdict.tokens)
+        verdict = verify(target, drafts, drafted_from, torch.tensor(limits, device=device), noise)
+        tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
         columns = [verdict.accepted[:, None], verdict.kept[:, None], tokens]
         if settings.gated:
             columns.append(settings.shaping.fallbacks(inputs))
@@ -151,7 +149,7 @@ class Batch:
             row = model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(newest.device)
             own.append(row)
             drafted_from.append(settings.sampler.rows(settings.shaping.draft(row), drafts))
-            drafts.append(draft_tokens(drafted_from[-1], noise[:, j : j + 1, :DRAWS]).squeeze(1).clamp(min=0))
+            drafts.append(draft_tokens(drafted_from[-1], noise[:, j : j + 1]).squeeze(1).clamp(min=0))
             token = drafts[-1][:, None]
         return torch.stack(drafts, 1), torch.cat(drafted_from, 1), {drafter: torch.cat(own, 1)}
 
@@ -174,7 +172,8 @@ class Batch:
             for j in range(accepted + 1):
                 token, *rest = (column[j] for column in columns)
                 if token < 0:
-                    self._explain(slot, j, rows)
+                    sequence.error = self._explain(slot, j, rows)
+                    break
                 fell_back = bool(settings.gated and rest[0])
                 events.append(sequence.accept(int(token), rest[settings.gated :], fell_back))
                 if sequence in self._lookups:
@@ -187,15 +186,15 @@ class Batch:
             self._pace.tally.observe(accepted, limit)
         return events
 
-    def _explain(self, slot: int, position: int, rows: Sequence[Tensor]) -> NoReturn:
+    def _explain(self, slot: int, position: int, rows: Sequence[Tensor]) -> DeadRow:
         """Say which model is to blame for a row without a token."""
         sequence = self.sequences[slot]
         where = f"after {len(sequence.tokens)} tokens of completion {sequence.index} of prompt {sequence.prompt_index}"
         names = ["the proposal", *(f"aligner {i}" for i in range(len(self._models.aligners))), "the draft model"]
         for name, row in zip(names, rows, strict=False):
             if bool(row[slot, position].isnan().any()):
-                raise DeadRow(f"{name} gives NaN probabilities {where}: are its weights or its dtype sound?")
-        raise DeadRow(f"rule '{sequence.shaping.rule}' leaves no possible token {where}: loosen top-k, top-p or logit_bias")
+                return DeadRow(f"{name} gives NaN probabilities {where}: are its weights or its dtype sound?")
+        return DeadRow(f"rule '{sequence.shaping.rule}' leaves no possible token {where}: loosen top-k, top-p or logit_bias")
 
 
 class _Settings:
@@ -209,17 +208,22 @@ class _Settings:
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device)
         self.gated = any(isinstance(s.shaping.rule, KLGate) for s in sequences)
         self.logprobs = any(s.params.logprobs for s in sequences)
-        self._draws = max(DRAWS, *(s.shaping.rule.draws for s in sequences))
         self._block = torch.empty(0)
         self._starts: list[int] = []
 
     def noise(self, width: int) -> Tensor:
-        """Uniforms `[B, width, draws]` for the next positions of each sequence."""
+        """Uniforms `[B, width, 3]` for the next positions of each sequence."""
         positions = [len(s.tokens) for s in self._sequences]
         offsets = [now - start for now, start in zip(positions, self._starts, strict=False)]
         if not offsets or max(offsets) + width > NOISE_BLOCK:
             seeds, indices = [s.seed for s in self._sequences], [s.index for s in self._sequences]
-            self._block = uniforms(seeds, indices, positions, NOISE_BLOCK, self._draws, self._device)
+            self._block = uniforms(seeds, indices, positions, NOISE_BLOCK, DRAWS, self._device)
             self._starts, offsets = positions, [0] * len(positions)
         index = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(width, device=self._device)
-        return self._block.gather(1, index[..., None].expand(-1, -1, self._draws))
+        return self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
+
+    def rowless_noise(self, slots: Sequence[int], draws: int) -> Tensor:
+        """Uniforms `[b, 1, draws]` for the next position of some sequences, whose rule samples without a row."""
+        asked = [self._sequences[slot] for slot in slots]
+        seeds, indices, positions = zip(*((s.seed, s.index, len(s.tokens)) for s in asked), strict=True)
+        return uniforms(seeds, indices, positions, 1, draws, self._device)

@@ -1,7 +1,7 @@
 """How fast decoding is, as ratios to the unaligned proposal, all contestants taking turns in one run.
 
 proposal_hf          transformers' `generate` of the proposal alone: the baseline
-assisted_hf          the same with the aligner as transformers' assistant model (batch 1 only)
+assisted_hf          the same with the aligner as transformers' assistant (batch 1, equal padding)
 two_model_hf         the plain two-model loop that a user would write, with both caches
 proposal_engine      the proposal alone in our engine
 aligned_tokenwise    both models in our engine, token by token
@@ -134,7 +134,7 @@ def _contestants(model: AlignedModel, stock: Stock, ids: Tensor, params: Samplin
         "aligned_tokenwise": lambda: tokenwise.generate(prompts, params),
         "aligned_speculative": lambda: model.generate(prompts, params),
     }
-    if len(ids) == 1:
+    if len(ids) == 1 and _width(stock.proposal) == _width(stock.aligner):
         contestants["assisted_hf"] = lambda: _generate(stock.proposal, ids, params, assistant_model=stock.aligner)
     return contestants
 
@@ -149,6 +149,7 @@ def _generate(module: Any, ids: Tensor, params: SamplingParams, **more: Any) -> 
 @torch.no_grad()
 def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> Tensor:
     """Product decoding as one writes it in an afternoon: both models, both caches, one token at a time."""
+    vocab_size = min(_width(stock.proposal), _width(stock.aligner))
     caches: list[Any] = [None, None]
     token, made = ids, []
     noise = uniforms([0], [0], [0], params.max_tokens, len(ids), ids.device)[0]
@@ -157,7 +158,7 @@ def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> Tensor
         for i, module in enumerate((stock.proposal, stock.aligner)):
             out = module(input_ids=token, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
             caches[i] = out.past_key_values
-            rows.append(torch.log_softmax(out.logits[:, -1].float(), -1))
+            rows.append(torch.log_softmax(out.logits[:, -1, :vocab_size].float(), -1))
         probs = ((rows[0] + rows[1]) / (params.temperature or 1.0)).softmax(-1)
         if params.temperature:
             token = torch.searchsorted(probs.cumsum(-1), noise[step].float()[:, None]).clamp(max=probs.shape[-1] - 1)
@@ -175,6 +176,10 @@ def _floor_ratio(model: AlignedModel, stock: Stock, tally: Tally, speed: float, 
     read = _weight_bytes(stock.proposal) + (length + 1) * _weight_bytes(stock.aligner)
     floor = read / (read_bandwidth(stock.proposal.device) * tally.tokens_per_call * batch)
     return 1 / (speed * floor)
+
+
+def _width(module: Any) -> int:
+    return int(module.get_output_embeddings().weight.shape[0])
 
 
 def _weight_bytes(module: Any) -> int:

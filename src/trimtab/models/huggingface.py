@@ -63,6 +63,8 @@ class HuggingFaceLM:
     def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, lean: bool = True) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
+        if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+            raise UnsupportedModel("PEFT adapters that add virtual tokens to the prompt are not supported; use LoRA or IA3")
         self._attention = inner.config._attn_implementation
         if self._attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")
@@ -78,11 +80,14 @@ class HuggingFaceLM:
         """Where token ids go in; on a model spread over devices, its first."""
         self.fingerprint = fingerprint_model(inner)
         self._lean = LeanDecoder(inner) if lean and inner is model and LeanDecoder.fits(inner) else None
+        self._owned = owned
         if self._lean is not None and owned:
             prepack(self._lean.linears, shared=inner.get_input_embeddings().weight)
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
+        if self._lean is not None and not self._owned and not self._lean.is_current(self.model):
+            self._lean = LeanDecoder(self.model) if LeanDecoder.fits(self.model) else None
         return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:

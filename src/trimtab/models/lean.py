@@ -29,8 +29,8 @@ class _Layer(NamedTuple):
     down: Linear
     attention_norm: Tensor
     mlp_norm: Tensor
-    query_key_norm: Tensor | None
-    """`[heads + key heads, D]`, where queries and keys are normalised one by one (Qwen3)."""
+    query_key_norm: tuple[Tensor, Tensor] | None
+    """Weights `[D]`, where queries and keys are normalised head by head (Qwen3)."""
 
 
 class LeanDecoder:
@@ -58,12 +58,15 @@ class LeanDecoder:
         """Whether a stock model is plain enough: a known type, unwrapped linear layers, one device."""
         if model.config.model_type not in LEAN or model.config.hidden_act != "silu":
             return False
-        linears = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
-        devices = {parameter.device for parameter in model.parameters()}
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        plain = all(type(m) is nn.Linear for m in linears) and len(devices) == 1 and not hooked
+        placed = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
         rotated = 2 * model.model.rotary_emb.inv_freq.numel()
-        return plain and rotated == model.model.layers[0].self_attn.head_dim
+        stock = all(_is_stock(module) for module in model.modules())
+        return stock and len(placed) == 1 and rotated == model.model.layers[0].self_attn.head_dim
+
+    def is_current(self, model: Any) -> bool:
+        """Whether a model that others use too still has the weights, and nothing but the weights, that are used here."""
+        weights = (self._embedding is model.get_input_embeddings().weight) and all(linear.is_current for linear in self.linears)
+        return weights and self.fits(model)
 
     @property
     def linears(self) -> list[Linear]:
@@ -82,7 +85,9 @@ class LeanDecoder:
             qkv = layer.qkv(F.rms_norm(x, hidden, layer.attention_norm, self._eps)).view(batch, width, -1, self._head_dim)
             qk, v = qkv[:, :, :keys], qkv[:, :, keys:]
             if layer.query_key_norm is not None:
-                qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * layer.query_key_norm
+                query_norm, key_norm = layer.query_key_norm
+                each = torch.cat([query_norm.expand(heads, -1), key_norm.expand(self._key_heads, -1)])
+                qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * each
             qk = torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, -1), sin)
             past_keys, past_values = slots.update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
             mixed = F.scaled_dot_product_attention(
@@ -102,10 +107,7 @@ class LeanDecoder:
 
     def _read_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        norm = None
-        if hasattr(attention, "q_norm"):
-            each = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._key_heads
-            norm = torch.stack([weight.detach() for weight in each])
+        norm = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
         return _Layer(
             qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
             out=Linear.of(attention.o_proj),
@@ -124,3 +126,11 @@ class LeanDecoder:
             half = self._head_dim // 2
             self._cos, self._sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
         return F.embedding(step.position_ids, self._cos).unsqueeze(2), F.embedding(step.position_ids, self._sin).unsqueeze(2)
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a module does what its class does: no hooks, no other forward, no wrapper in its place."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"):
+        return False
+    kind = type(module)
+    return kind in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU) or kind.__module__.startswith("transformers.")

@@ -44,6 +44,11 @@ class Linear:
         if len(modules) == 1:
             bias = modules[0].bias
             return cls(modules[0].weight.detach(), None if bias is None else bias.detach(), modules)
+        with_bias = [module.bias is not None for module in modules]
+        weight = _as_one([module.weight for module in modules])
+        bias = _as_one([module.bias for module in modules]) if all(with_bias) else None
+        if weight is not None and (bias is not None or not any(with_bias)):
+            return cls(weight, bias, modules)
         with torch.no_grad():
             weight = torch.cat([module.weight for module in modules])
             biases = [m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in modules]
@@ -64,6 +69,18 @@ class Linear:
         assert self.weight is not None
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the stock modules' parameters are still views of the weight; a packed one has nobody else to please."""
+        if self.weight is None:
+            return True
+        start = self.weight.data_ptr()
+        for module in self._modules:
+            if module.weight.data_ptr() != start or module.weight.dtype != self.weight.dtype:
+                return False
+            start += module.weight.numel() * module.weight.element_size()
+        return True
+
     def pack(self, *, keep: bool) -> None:
         """Pack the weight, and let go of the plain one unless it is needed elsewhere, as a tied embedding is."""
         assert self.weight is not None
@@ -72,6 +89,20 @@ class Linear:
             for module in self._modules:
                 module.weight.data = self.weight.new_empty(0)
         self.weight = None
+
+
+def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor of which these are the consecutive parts already, if they are: another decoder has stacked them."""
+    start = parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != start or not part.is_contiguous() or part.dtype != parts[0].dtype:
+            return None
+        start += part.numel() * part.element_size()
+    storage = parts[0].untyped_storage()
+    if any(part.untyped_storage().data_ptr() != storage.data_ptr() for part in parts):
+        return None
+    first = parts[0].detach()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def prepack(linears: Sequence[Linear], *, shared: Tensor) -> int:
