@@ -119,9 +119,9 @@ def test_stacked_modules_are_views_of_one_weight():
 def test_a_product_that_is_wrong_or_slow_is_not_taken(monkeypatch):
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     calls = iter(range(10**6))
-    monkeypatch.setattr(prepack, "_time", lambda call: next(calls))  # the first two are the packed ones: fastest
+    monkeypatch.setattr(prepack, "_time", lambda call, cold: next(calls))  # the first two are the packed ones: fastest
     assert prepack._worth_packing(weight)
-    monkeypatch.setattr(prepack, "_time", lambda call: -next(calls))
+    monkeypatch.setattr(prepack, "_time", lambda call, cold: -next(calls))
     assert not prepack._worth_packing(weight)
     monkeypatch.undo()
     monkeypatch.setattr(prepack, "multiply_packed", lambda x, packed, bias: x @ weight.T * 1.001)

@@ -19,6 +19,8 @@ __all__ = ["Linear", "prepack"]
 
 ROWS = 8
 """The number of rows that weights are packed for."""
+COLD = 2**20
+"""Bytes from which a weight will not be in the caches when a step needs it."""
 TIMED_ROWS = (1, 5)
 """Rows that a step multiplies: without drafts, and with a few."""
 
@@ -149,15 +151,18 @@ def _worth_packing(weight: Tensor) -> bool:
             rounding = torch.finfo(weight.dtype).eps * weight.shape[1] ** 0.5
             if (plain - other).abs().max() > 4 * rounding * plain.abs().max():
                 return False
-        packed_time = sum(_time(partial(multiply_packed, x, packed, None)) for x in rows)
-        return packed_time < sum(_time(partial(F.linear, x, weight)) for x in rows)
+        cold = weight.nbytes >= COLD
+        packed_time = sum(_time(partial(multiply_packed, x, packed, None), cold) for x in rows)
+        return packed_time < sum(_time(partial(F.linear, x, weight), cold) for x in rows)
 
 
-def _time(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up."""
+def _time(call: Callable[[], Any], cold: bool, repeats: int = 5) -> float:
+    """Seconds of the fastest of a few calls, after one to warm up; with the caches cold, as a step finds them, if asked."""
     call()
+    others = torch.ones(2**24) if cold else torch.ones(1)
     times = []
     for _ in range(repeats):
+        others.sum()
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
