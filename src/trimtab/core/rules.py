@@ -232,11 +232,11 @@ class Candidates(Rule):
 
 def weighted_sum(logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Σ λ_i log q_i over rows `[..., V]` with weights `[..., n]`; λ = 0 gives 0 even where log q is −inf."""
-    total = torch.zeros_like(logqs[0])
-    for i, logq in enumerate(logqs):
-        weight = weights[..., i : i + 1]
-        total = total + torch.where(weight == 0, 0.0, weight * logq)
-    return total
+    terms = [
+        torch.where(weight == 0, 0.0, weight * logq)
+        for logq, weight in zip(logqs, torch.split(weights, 1, dim=-1), strict=True)
+    ]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
 def parse_rule(text: str | Rule) -> Rule:

@@ -71,6 +71,8 @@ def verify(logp: Tensor, drafts: Tensor, logq: Tensor | None, limits: Tensor, un
 
 def _row(rows: Tensor, position: Tensor) -> Tensor:
     """One of the P rows `[B, P, V]` of each sequence: `[B, V]`."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
     return rows.gather(1, position[:, None, None].expand(-1, 1, rows.shape[-1])).squeeze(1)
 
 

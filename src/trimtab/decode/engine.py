@@ -15,6 +15,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from trimtab.decode.draft import Models
 from trimtab.decode.pace import Pace
 from trimtab.decode.prefill import pad
@@ -95,6 +97,7 @@ class Engine:
             reading.drop(gone)
         self._batch.remove([s for s in self._batch.sequences if s in gone])
 
+    @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Read some of the prompts, and decode at least one token for each sequence that has read its own.
 

@@ -62,10 +62,11 @@ class Sampler:
         warped = warp(logp, self._warp)
         return torch.where(self._greedy, _only_best(logp), warped) if self._any_greedy else warped
 
-    def note(self, tokens: Tensor) -> None:
-        """Remember tokens `[B, K]` that each request just got; a row may repeat some to fill up."""
+    def note(self, tokens: Tensor, accepted: Tensor) -> None:
+        """Remember that each request just got the first `accepted + 1` `[B]` of its tokens `[B, K]`."""
         if self._penalty is not None:
-            self._seen.scatter_(-1, tokens.unsqueeze(1), True)
+            got = torch.arange(tokens.shape[1], device=tokens.device) <= accepted[:, None]
+            self._seen.scatter_(-1, torch.where(got, tokens, tokens[:, :1]).clamp(min=0).unsqueeze(1), True)
 
     def _adjust(self, logp: Tensor, drafts: Sequence[Tensor]) -> Tensor:
         adjusted = logp

@@ -129,8 +129,7 @@ class Batch:
         unread = [limit - count for limit, count in zip(limits, accepted, strict=True)]
         for model, state in zip(self._models.all, self._states, strict=True):
             model.rollback(state, unread)
-        position = torch.arange(width, device=device)
-        settings.sampler.note(torch.where(position <= verdict.accepted[:, None], tokens, tokens[:, :1]).clamp(min=0))
+        settings.sampler.note(tokens, verdict.accepted)
         return self._emit(values, limits, width, rows)
 
     def _draft(
