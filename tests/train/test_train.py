@@ -173,3 +173,9 @@ def test_chats_go_the_whole_way(tmp_path, objective, layout):
     assert len(score.tokens) == 4
     assert all(token < 0 for token in score.aligned)
     assert model.generate([prompt], SamplingParams(max_tokens=3, seed=0))[0].prompt_tokens == len("u def.a ")
+
+
+def test_a_finished_aligner_uses_its_cache(task):
+    """The trainer turns `use_cache` off in the configuration; saved so, `generate` would recompute everything at each token."""
+    train(task_options(task, "cached", {"max_steps": 2}))
+    assert json.loads((task / "cached" / "config.json").read_text())["use_cache"] is True

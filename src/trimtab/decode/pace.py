@@ -17,6 +17,8 @@ FIRST = (4, 0, 2)
 """Draft lengths that are timed before one is chosen, twice each: the first time of anything is slow."""
 LOOK_AROUND = 48
 """Steps after which a neighbour of the best length is timed again."""
+RECONSIDER = 4
+"""Steps after which the best length is worked out again: that takes about as long as a matrix product of a tiny model."""
 TRUST = 8.0
 """How many observations what is known of similar requests is worth against a sequence's own."""
 
@@ -92,6 +94,7 @@ class Pace:
         self._kinds: dict[Hashable, Hope] = {}
         self._seconds: dict[tuple[int, int], deque[float]] = {}
         self._steps: dict[int, int] = {}
+        self._best: dict[int, int] = {}
 
     def kind(self, key: Hashable) -> Hope:
         """What is known about requests of a kind; the kinds met longest ago are forgotten."""
@@ -114,8 +117,10 @@ class Pace:
         for length in FIRST:
             if len(self._seconds.get((size, length), ())) < 2:
                 return length
-        best = max(LADDER, key=lambda k: self._tokens(k, sequences, hopes) / self._cost(size, k))
         self._steps[size] = steps = self._steps.get(size, 0) + 1
+        if steps % RECONSIDER == 1:
+            self._best[size] = max(LADDER, key=lambda k: self._tokens(k, sequences, hopes) / self._cost(size, k))
+        best = self._best[size]
         if steps % LOOK_AROUND == 0:
             step = 1 if steps // LOOK_AROUND % 2 else -1
             return LADDER[min(max(LADDER.index(best) + step, 0), len(LADDER) - 1)]

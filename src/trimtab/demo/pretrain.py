@@ -81,6 +81,7 @@ def pretrain(texts: Sequence[str], tokenizer: Any, size: Size, folder: Path, see
     trainer = Trainer(model_init=lambda: LlamaForCausalLM(config), args=arguments, train_dataset=_Blocks(texts, tokenizer))
     CompactProgress.install(trainer, name)
     trainer.train()
+    trainer.model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
     with atomic_folder(folder) as staging:
         trainer.model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

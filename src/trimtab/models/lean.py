@@ -78,7 +78,7 @@ class LeanDecoder:
         batch, width = tokens.shape
         heads, keys = self._heads, self._heads + self._key_heads
         cos, sin = self._rotations(step)
-        x = F.embedding(tokens, self._embedding)
+        x = F.embedding(tokens.flatten(), self._embedding)  # [B·K, hidden]: products of matrices, not of batches of them
         mask = None if step.unmasked else step.additive_mask(x.dtype)
         hidden = (x.shape[-1],)
         for layer, slots in zip(self._layers, cache, strict=True):
@@ -98,12 +98,12 @@ class LeanDecoder:
                 scale=self._scaling,
                 enable_gqa=heads != self._key_heads,
             )
-            x = x + layer.out(mixed.transpose(1, 2).reshape(batch, width, -1))
+            x = x + layer.out(mixed.transpose(1, 2).reshape(batch * width, -1))
             gate, up = layer.gate_up(F.rms_norm(x, hidden, layer.mlp_norm, self._eps)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)
         if last_only:
-            x = x[:, -1:]
-        return self._head(F.rms_norm(x, hidden, self._norm, self._eps))
+            x, width = x.view(batch, width, -1)[:, -1], 1
+        return self._head(F.rms_norm(x, hidden, self._norm, self._eps)).view(batch, width, -1)
 
     def _read_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

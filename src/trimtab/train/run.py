@@ -128,7 +128,9 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_json(output / "training.json", report)
         manifest = _manifest(options, tokenizer, report["weight"])
-        Aligner(trainer.accelerator.unwrap_model(trainer.model), tokenizer, manifest, str(output)).save_pretrained(output)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        trained.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
+        Aligner(trained, tokenizer, manifest, str(output)).save_pretrained(output)
     return report
 
 
