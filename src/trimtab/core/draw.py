@@ -19,7 +19,7 @@ def inverse_cdf(logp: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Tokens `[..., D]`; `NO_TOKEN` throughout a row without mass. The sums run in float64.
     """
-    return draw_by_mass(logp.double().exp(), uniform)
+    return draw_by_mass(logp.exp().double(), uniform)
 
 
 def draw_by_mass(mass: Tensor, uniform: Tensor) -> Tensor:

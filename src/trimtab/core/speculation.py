@@ -60,8 +60,8 @@ def verify(logp: Tensor, drafts: Tensor, logq: Tensor | None, limits: Tensor, un
     kept = keep.long().cumprod(-1).sum(-1)
     accepted = torch.minimum(kept, limits)
     last = accepted.unsqueeze(-1)
-    p = _row(logp, accepted).double().exp()
-    q = torch.zeros_like(p) if logq is None else _row(logq, accepted).double().exp()
+    p = _row(logp, accepted).exp().double()
+    q = torch.zeros_like(p) if logq is None else _row(logq, accepted).exp().double()
     if logq is None:
         q.scatter_(-1, at.gather(-1, last), drafted.gather(-1, last).to(q.dtype))
     recovered = draw_by_mass(_excess(p, q), uniforms[..., 2].gather(-1, last))

@@ -261,7 +261,7 @@ class AlignedModel:
         draft = self._draft_temperature or 1.0
         if self.models.drafter is not None and self.models.draft is None:  # an aligner drafts from its row as the rule sees it
             draft = temperatures[0] * (self._draft_temperature or rule.draft_temperature)
-        return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)), Warp(draft))
+        return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)), draft)
 
     def _setting(self, name: str, params: SamplingParams) -> Any:
         """A setting that all aligners of a request share."""

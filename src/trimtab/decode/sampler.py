@@ -24,13 +24,26 @@ class Sampler:
         contexts: the tokens each request has so far, for the repetition penalty.
         vocab_size: V.
         device: where the rows are.
+        draft_temperatures: one for each request, on top of its own, for the rows that drafts are drawn from.
     """
 
     def __init__(
-        self, params: Sequence[SamplingParams], contexts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
+        self,
+        params: Sequence[SamplingParams],
+        contexts: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device,
+        draft_temperatures: Sequence[float] = (),
     ) -> None:
-        self._warp = stack_warps(
-            [Warp(p.temperature or 1.0, max(p.top_k, 0), p.top_p if p.temperature else 1.0, p.min_p) for p in params], device
+        self._warp, self._draft_warp = (
+            stack_warps(
+                [
+                    Warp(t * (p.temperature or 1.0), max(p.top_k, 0), p.top_p if p.temperature else 1.0, p.min_p)
+                    for p, t in zip(params, temperatures, strict=True)
+                ],
+                device,
+            )
+            for temperatures in ([1.0] * len(params), draft_temperatures or [1.0] * len(params))
         )
         self._greedy = torch.tensor([[[p.temperature == 0]] for p in params], device=device)
         self._any_greedy = any(p.temperature == 0 for p in params)
@@ -48,6 +61,10 @@ class Sampler:
                 for token, bias in p.logit_bias.items():
                     self._bias[row, 0, token] = bias
 
+    def draft_rows(self, logq: Tensor, drafts: Sequence[Tensor]) -> Tensor:
+        """The row `[B, 1, V]` that the next draft is drawn from, from the drafting model's: the same knobs raise acceptance."""
+        return self._apply(self._draft_warp, logq, drafts)
+
     def rows(self, logp: Tensor, drafts: Sequence[Tensor] = ()) -> Tensor:
         """The rows `[B, P, V]` that tokens are drawn from, from aligned rows; all mass on one token where that is wanted.
 
@@ -56,10 +73,13 @@ class Sampler:
             drafts: the tokens `[B]` drafted since the last `note`, in order. Position P − 1 stands behind all of them, P − 2
                 behind all but the last, and so on: each position is penalised for what stands before it.
         """
+        return self._apply(self._warp, logp, drafts)
+
+    def _apply(self, how: Warp, logp: Tensor, drafts: Sequence[Tensor]) -> Tensor:
         logp = self._adjust(logp, drafts)
         if self._all_greedy:
             return _only_best(logp)
-        warped = warp(logp, self._warp)
+        warped = warp(logp, how)
         return torch.where(self._greedy, _only_best(logp), warped) if self._any_greedy else warped
 
     def note(self, tokens: Tensor, accepted: Tensor) -> None:

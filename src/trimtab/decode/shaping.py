@@ -28,14 +28,14 @@ class Shaping:
         weights: one λ for each aligner.
         proposal: the warp of the proposal's row, in plain numbers.
         aligners: the warp of each aligner's row.
-        draft: the warp of the row that drafts are drawn from.
+        draft_temperature: of the row that drafts are drawn from, on top of the request's own temperature.
     """
 
     rule: Rule
     weights: tuple[float, ...] = ()
     proposal: Warp = NEUTRAL
     aligners: tuple[Warp, ...] = ()
-    draft: Warp = NEUTRAL
+    draft_temperature: float = 1.0
 
 
 class BatchShaping:
@@ -49,7 +49,6 @@ class BatchShaping:
     def __init__(self, shapings: Sequence[Shaping], device: torch.device) -> None:
         self._proposal = stack_warps([s.proposal for s in shapings], device)
         self._aligners = [stack_warps(warps, device) for warps in zip(*(s.aligners for s in shapings), strict=True)]
-        self._draft = stack_warps([s.draft for s in shapings], device)
         self._weights = torch.tensor([s.weights for s in shapings], dtype=torch.float64, device=device)[:, None, :]
         members: dict[Rule, list[int]] = {}
         for row, shaping in enumerate(shapings):
@@ -60,10 +59,6 @@ class BatchShaping:
     def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:
         """The warped rows that the rules see, from the models' own."""
         return warp(logp, self._proposal), [warp(logq, how) for logq, how in zip(logqs, self._aligners, strict=True)]
-
-    def draft(self, logq: Tensor) -> Tensor:
-        """The rows that drafts are drawn from, before the sampling knobs, from the drafting model's own."""
-        return warp(logq, self._draft)
 
     def target(self, inputs: Inputs) -> Tensor:
         """The aligned rows; rows of a rule without a closed form keep log p̃, and rows without mass are NaN."""

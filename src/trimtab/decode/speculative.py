@@ -147,7 +147,7 @@ class Batch:
         for j in range(width):
             row = model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(newest.device)
             own.append(row)
-            drafted_from.append(settings.sampler.rows(settings.shaping.draft(row), drafts))
+            drafted_from.append(settings.sampler.draft_rows(row, drafts))
             drafts.append(draft_tokens(drafted_from[-1], noise[:, j : j + 1]).squeeze(1).clamp(min=0))
             token = drafts[-1][:, None]
         return torch.stack(drafts, 1), torch.cat(drafted_from, 1), {drafter: torch.cat(own, 1)}
@@ -204,7 +204,8 @@ class _Settings:
         self._sequences, self._device = list(sequences), device
         self.shaping = BatchShaping([s.shaping for s in sequences], device)
         contexts = [[*s.prompt, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in sequences]
-        self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device)
+        drafting = [s.shaping.draft_temperature for s in sequences]
+        self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
         self.gated = any(isinstance(s.shaping.rule, KLGate) for s in sequences)
         self.logprobs = any(s.params.logprobs for s in sequences)
         self._block = torch.empty(0)

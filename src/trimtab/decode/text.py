@@ -5,6 +5,9 @@ from typing import Any
 
 __all__ = ["TextStream"]
 
+WINDOW = 8
+"""Tokens that are decoded together before the oldest are left behind."""
+
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -37,11 +40,12 @@ class TextStream:
         self._tokens.append(token)
         after = self._decode(self._settled)
         new = after.rstrip(_BROKEN)[self._shown :]
-        if after.endswith(_BROKEN):
-            self._shown += len(new)
-        elif new:
-            self._settled, self._read = self._read, len(self._tokens)
-            self._shown = len(self._decode(self._settled))
+        self._shown += len(new)
+        if not after.endswith(_BROKEN) and new:
+            if len(self._tokens) - self._settled > WINDOW:
+                self._settled = self._read
+                self._shown = len(self._decode(self._settled))
+            self._read = len(self._tokens)
         return self._emit(new, last=False) if new else ""
 
     def close(self) -> str:

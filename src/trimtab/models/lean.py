@@ -125,6 +125,8 @@ class LeanDecoder:
             cos, sin = (table[0] for table in self._rotary(self._embedding, positions[None]))
             half = self._head_dim // 2
             self._cos, self._sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
+        if step.start is not None:
+            return self._cos[None, step.start : step.used, None], self._sin[None, step.start : step.used, None]
         return F.embedding(step.position_ids, self._cos).unsqueeze(2), F.embedding(step.position_ids, self._sin).unsqueeze(2)
 
 
