@@ -18,6 +18,7 @@ for _package in ("train", "evaluate", "serve", "vllm"):
     BELOW[_package] = {"core", "models", "decode"}
 BELOW["demo"] = {"core", "models", "decode", "train", "evaluate"}
 BELOW["cli"] = set(BELOW)
+BELOW["__main__"] = {"cli"}
 GROUND = {path.stem for path in ROOT.glob("*.py")} - {"__init__"} - set(BELOW)
 """Modules beside the packages, such as `errors` and `files`: everyone may use them, and they use no package."""
 
