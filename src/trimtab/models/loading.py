@@ -115,7 +115,7 @@ def readable(source: str | Path, what: str) -> Iterator[None]:
         raise ModelError(f"'{source}' does not exist")
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if not folder.is_dir():
             raise ModelError(f"'{source}' is no folder here, and the hub gave no {what} of that name: {first}") from error
