@@ -219,6 +219,8 @@ class _Settings:
             seeds, indices = [s.seed for s in self._sequences], [s.index for s in self._sequences]
             self._block = uniforms(seeds, indices, positions, NOISE_BLOCK, DRAWS, self._device)
             self._starts, offsets = positions, [0] * len(positions)
+        if len(set(offsets)) == 1:
+            return self._block[:, offsets[0] : offsets[0] + width]
         index = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(width, device=self._device)
         return self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
 

@@ -59,6 +59,9 @@ class TextStream:
         return str(self._tokenizer.decode(self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _emit(self, new: str, last: bool) -> str:
+        if not self._stops:
+            self.text += new
+            return new
         pending = self._held + new
         found = min((at for stop in self._stops if (at := pending.find(stop)) >= 0), default=-1)
         if found >= 0:
