@@ -33,7 +33,7 @@ class Size(NamedTuple):
     learning_rate: float
 
 
-PROPOSAL = Size(hidden=128, layers=6, steps=1100, learning_rate=3e-3)
+PROPOSAL = Size(hidden=128, layers=3, steps=1500, learning_rate=3e-3)
 SMALL = Size(hidden=64, layers=1, steps=600, learning_rate=5e-3)
 
 
