@@ -277,3 +277,33 @@ def test_many_candidates_do_not_weigh_on_their_neighbours(monkeypatch):
     running.submit([*sequences([1], max_tokens=5, n=8), *sequences([2], max_tokens=3, rule="candidates(n=5000)")])
     finish(running)
     assert max(asked) == 5001
+
+
+def test_cancelling_works_on_models_with_buffers():
+    """What is made in `step` is changed in `cancel`, which is called outside of it: the last slot moves into the hole."""
+    pair = [tiny_model("llama", 28, seed=seed, spread=0.3) for seed in range(2)]
+    model = AlignedModel.from_pretrained(*pair, tokenizer=tiny_tokenizer())
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=4, n=3)
+    expected = [c.tokens for c in model.generate("abc", params)]
+    running, group = Engine(model.models, model.pace), model._request(0, "abc", params)
+    running.submit(group)
+    running.step()
+    running.cancel(group[:1])
+    finish(running)
+    assert texts(group)[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("where", ["new_state", "copy"])
+def test_nobody_is_lost_when_the_machine_fails_between_two_places(where, monkeypatch):
+    group = sequences([1, 2, 3], n=2, max_tokens=5)
+    running = engine()
+    running.submit(group)
+
+    def failing(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TableLM, where, failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        running.step()
+    assert running.failed == group
+    assert len(running) == 0

@@ -58,6 +58,8 @@ class Engine:
         self._waiting: deque[Growing] = deque()
         self._reading: deque[_Reading] = deque()
         self._batch = Batch(models, pace)
+        self._moving: list[Growing] = []
+        """Sequences on their way from one of these to the next."""
         self.failed: list[Growing] = []
         """Sequences that ended with an `error` in the last step."""
 
@@ -89,6 +91,7 @@ class Engine:
                 )
         self._waiting.extend(new)
 
+    @torch.inference_mode()
     def cancel(self, sequences: Iterable[Growing]) -> None:
         """Drop sequences, wherever they are; their slots are free at the next step."""
         gone = set(sequences)
@@ -110,10 +113,12 @@ class Engine:
             self._read()
             events = self._decode() if self._batch.sequences else []
         except Exception as error:
-            self.failed = [*self._batch.sequences, *(s for reading in self._reading for s in reading.sequences)]
+            reading = [s for reading in self._reading for s in reading.sequences]
+            self.failed = list(dict.fromkeys([*self._batch.sequences, *reading, *self._moving]))
             for sequence in self.failed:
                 sequence.error = error
             self._reading.clear()
+            self._moving = []
             self._batch = Batch(self._models, self.pace)
             raise
         self.failed = [s for s in self._batch.sequences if s.error]
@@ -136,6 +141,7 @@ class Engine:
             new.append(self._waiting.popleft())
         if not new:
             return
+        self._moving = new
         self._make_room(len(live) + len(new), max(map(_need, [*live, *new])))
         decoding = {id(s.prompt): s for s in self._batch.sequences}
         begin = []
@@ -146,6 +152,7 @@ class Engine:
                 begin.append(sequence)
         if begin:
             self._reading.append(_Reading(self._models, begin))
+        self._moving = []
 
     def _make_room(self, slots: int, capacity: int) -> None:
         """Grow the cache; by more than is needed, so that growing is rare, where the budget allows it."""
@@ -163,17 +170,19 @@ class Engine:
         if not self._reading:
             return
         reading = self._reading[0]
-        sequences, slots = reading.step(self._max_tokens)
-        if sequences:
-            self._batch.add(sequences, reading.states, slots)
+        self._moving, slots = reading.step(self._max_tokens)
+        if self._moving:
+            self._batch.add(self._moving, reading.states, slots)
+        self._moving = []
         self._reading.rotate(-1)
         if not len(reading):
             self._reading.remove(reading)
 
     def _decode(self) -> list[TokenEvent]:
         sequences = list(self._batch.sequences)
-        hopes = [s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s in sequences if self._batch.can_draft(s)]
-        length = self.pace.choose(len(sequences), hopes)
+        drafting = [s for s in sequences if self._batch.can_draft(s)]
+        hopes = [s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s in drafting]
+        length = min(self.pace.choose(len(sequences), hopes), max((s.room - 1 for s in drafting), default=0))
         started = time.perf_counter()
         events = self._batch.step(length)
         self.pace.observe(len(sequences), length, time.perf_counter() - started)

@@ -99,7 +99,7 @@ class Pace:
     def kind(self, key: Hashable) -> Hope:
         """What is known about requests of a kind; the kinds met longest ago are forgotten."""
         if key not in self._kinds and len(self._kinds) >= MAX_KINDS:
-            del self._kinds[next(iter(self._kinds))]
+            self._kinds.pop(next(iter(self._kinds)), None)
         return self._kinds.setdefault(key, Hope())
 
     def choose(self, sequences: int, hopes: Sequence[float]) -> int:
@@ -118,7 +118,7 @@ class Pace:
             if len(self._seconds.get((size, length), ())) < 2:
                 return length
         self._steps[size] = steps = self._steps.get(size, 0) + 1
-        if steps % RECONSIDER == 1:
+        if size not in self._best or steps % RECONSIDER == 0:
             self._best[size] = max(LADDER, key=lambda k: self._tokens(k, sequences, hopes) / self._cost(size, k))
         best = self._best[size]
         if steps % LOOK_AROUND == 0:

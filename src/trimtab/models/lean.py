@@ -1,6 +1,6 @@
 """A lean forward pass for Llama-like decoders: the stock module's weights, without its machinery.
 
-Small models spend most of a step in Python and in dozens of small operators; this pass has about fifteen of them a layer. It
+Small models spend most of a step in Python and in dozens of small operators; this pass has far fewer. It
 covers Llama, Mistral, Qwen2 and Qwen3; the stock module serves the rest and is the reference that this one is tested against.
 
 Query, key and value projections become one matrix, and so do gate and up. The stock module's parameters are then views of
