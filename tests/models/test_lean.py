@@ -190,3 +190,15 @@ def test_adapters_with_virtual_tokens_are_refused(kind):
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(UnsupportedModel, match="virtual tokens"):
         HuggingFaceLM(peft.get_peft_model(tiny_model("llama", V), config))
+
+
+def test_a_lent_model_can_be_trained_after_it_was_decoded_with():
+    """Also where its weights were moved, so that they are stacked again in the middle of decoding."""
+    model = tiny_model("llama", 28)
+    aligned = AlignedModel.from_pretrained(model, tokenizer=tiny_tokenizer())
+    model.double()
+    aligned.generate("abc", SamplingParams(max_tokens=3, seed=0))
+    loss = model(IDS.clamp(max=27), labels=IDS.clamp(max=27)).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert model(IDS.clamp(max=27), labels=IDS.clamp(max=27)).loss.item() < loss.item()

@@ -51,17 +51,17 @@ class Linear:
         bias = _as_one([module.bias for module in modules]) if all(with_bias) else None
         if weight is not None and (bias is not None or not any(with_bias)):
             return cls(weight, bias, modules)
-        with torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():  # a lent model must stay one that can be trained
             weight = torch.cat([module.weight for module in modules])
             biases = [m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in modules]
             bias = torch.cat(biases) if any(m.bias is not None for m in modules) else None
-        start = 0
-        for module in modules:
-            end = start + len(module.weight)
-            module.weight.data = weight[start:end]
-            if module.bias is not None and bias is not None:
-                module.bias.data = bias[start:end]
-            start = end
+            start = 0
+            for module in modules:
+                end = start + len(module.weight)
+                module.weight.data = weight[start:end]
+                if module.bias is not None and bias is not None:
+                    module.bias.data = bias[start:end]
+                start = end
         return cls(weight, bias, modules)
 
     def __call__(self, x: Tensor) -> Tensor:
