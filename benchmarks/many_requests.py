@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = AlignedModel.from_pretrained(options.proposal, options.aligner)
-    engine = Engine(model.models, model.pace, max_num_seqs=32)
+    engine = Engine(model.proposal, model.pace, max_num_seqs=32)
     draw, sent, done, tokens = random.Random(0), 0, 0, 0
     started = time.perf_counter()
     while done < options.requests:

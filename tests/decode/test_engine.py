@@ -23,11 +23,11 @@ MODEL = AlignedModel(
 
 def sequences(prompt: list[int], model: AlignedModel = MODEL, **settings: object) -> list[Growing]:
     params = SamplingParams(**({"ignore_eos": True, "seed": 0} | settings))  # type: ignore[arg-type]
-    return model._request(0, prompt, params)
+    return model.prepare(prompt, params)
 
 
 def engine(model: AlignedModel = MODEL, **settings: int) -> Engine:
-    return Engine(model.models, model.pace, **settings)
+    return Engine(model.proposal, model.pace, **settings)
 
 
 def finish(running: Engine) -> list[TokenEvent]:
@@ -173,8 +173,8 @@ def test_float32_models_do_not_notice_their_neighbours():
     wanted = [("abc", 12), ("the lazy dog jumps", 20), ("z", 5), ("quick", 16), ("brown fox", 9)]
     params = [SamplingParams(seed=i, max_tokens=m, ignore_eos=True, n=2) for i, (_, m) in enumerate(wanted)]
     expected = [[c.tokens for c in model.generate(text, p)] for (text, _), p in zip(wanted, params, strict=True)]
-    running = Engine(model.models, model.pace, max_num_seqs=3, max_num_batched_tokens=4)
-    groups = [model._request(i, text, p) for i, ((text, _), p) in enumerate(zip(wanted, params, strict=True))]
+    running = Engine(model.proposal, model.pace, max_num_seqs=3, max_num_batched_tokens=4)
+    groups = [model.prepare(text, p, i) for i, ((text, _), p) in enumerate(zip(wanted, params, strict=True))]
     for group in groups:
         running.submit(group)
         running.step()
@@ -285,7 +285,7 @@ def test_cancelling_works_on_models_with_buffers():
     model = AlignedModel.from_pretrained(*pair, tokenizer=tiny_tokenizer())
     params = SamplingParams(max_tokens=12, ignore_eos=True, seed=4, n=3)
     expected = [c.tokens for c in model.generate("abc", params)]
-    running, group = Engine(model.models, model.pace), model._request(0, "abc", params)
+    running, group = Engine(model.proposal, model.pace), model.prepare("abc", params)
     running.submit(group)
     running.step()
     running.cancel(group[:1])

@@ -79,6 +79,11 @@ class Rule:
         """How many uniforms `sample` takes."""
         return 1
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether `log_weights` looks at one token at a time, so that a row's log Z can be had from any of its tokens."""
+        return False
+
     def default_weights(self, aligners: int) -> tuple[float, ...]:
         """The weights of so many aligners when nobody says otherwise."""
         return (1.0,) * aligners
@@ -116,6 +121,7 @@ class Product(Rule):
 
     name: ClassVar[str] = "product"
     draft_temperature: ClassVar[float] = 0.75
+    weighs_tokens = True
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Log p̃ + Σ λ_i log q_i."""
@@ -128,6 +134,7 @@ class Geometric(Rule):
     """∝ p̃^(1−Σw) · Π q_i^w_i: what an aligner trained as a plain language model wants, for it contains p̃ already."""
 
     name: ClassVar[str] = "geometric"
+    weighs_tokens = True
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """(1 − Σw) log p̃ + Σ w_i log q_i; where p̃ is −inf the caller cuts."""
@@ -159,6 +166,11 @@ class Nucleus(Rule):
         ends = torch.isin(best, torch.tensor(self.eos_token_ids, device=logp.device))
         is_best = torch.arange(logp.shape[-1], device=logp.device) == best
         return torch.where(ends, torch.where(is_best, 0.0, -math.inf), logw)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Not where a row may be replaced."""
+        return not self.force_eos
 
     def bind(self, eos_token_ids: Sequence[int]) -> Self:
         """This rule with the ids that `force_eos` looks for."""

@@ -65,23 +65,17 @@ class AlignedModel:
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
     ) -> None:
-        self.models = choose_drafter(proposal, aligners, draft)
-        for name, model in zip(["", *(f"aligner {i}" for i in range(len(aligners))), "draft"], self.models.all, strict=False):
-            if model.vocab_size != proposal.vocab_size:
-                sizes = f"{model.vocab_size} tokens, the proposal {proposal.vocab_size}"
-                raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
         if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
             raise InvalidOption(f"max_num_seqs must be an integer of at least 1, not {max_num_seqs!r}")
         for token in eos_token_ids:
             if not isinstance(token, int) or not 0 <= token < proposal.vocab_size:
                 raise InvalidOption(f"eos_token_ids must be ids from 0 to {proposal.vocab_size - 1}, not {token!r}")
-        self.proposal, self.aligners, self.tokenizer = proposal, list(aligners), tokenizer
+        self.proposal, self.tokenizer = proposal, tokenizer
+        self._draft = draft
+        self._take(aligners, manifests)
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
         self.pace = _make_pace(num_speculative_tokens)
-        lengths = [model.max_length for model in self.models.all if model.max_length is not None]
-        self.max_length = min(lengths, default=None)
-        self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
         check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
         check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
         self._draft_temperature = draft_temperature
@@ -214,7 +208,7 @@ class AlignedModel:
             for (_, completion, num_bytes), row in zip(
                 batch, score_tokens(self.proposal, self.aligners, shaping, ids), strict=True
             ):
-                scores.append(Score(row.proposal, row.aligner, row.aligned, completion, num_bytes))
+                scores.append(Score(row.proposal, row.aligner, row.aligned, tokens=completion, num_bytes=num_bytes))
         return scores
 
     def with_draft_length(self, num_speculative_tokens: int | None) -> Self:
@@ -223,9 +217,29 @@ class AlignedModel:
         other.pace = _make_pace(num_speculative_tokens)
         return other
 
+    def with_aligners(self, aligners: Sequence[LanguageModel], manifests: Sequence[Manifest | None] | None = None) -> Self:
+        """The same proposal and settings with other aligners; nothing is loaded or copied.
+
+        Whatever their manifests disagree about, each request must say.
+        """
+        other = copy.copy(self)
+        other._take(aligners, manifests)
+        return other
+
+    def _take(self, aligners: Sequence[LanguageModel], manifests: Sequence[Manifest | None] | None) -> None:
+        self.aligners = list(aligners)
+        self.models = choose_drafter(self.proposal, aligners, self._draft)
+        self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
+        names = ["", *(f"aligner {i}" for i in range(len(aligners))), "draft"]
+        for name, model in zip(names, self.models.all, strict=False):
+            if model.vocab_size != self.proposal.vocab_size:
+                sizes = f"{model.vocab_size} tokens, the proposal {self.proposal.vocab_size}"
+                raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
+        self.max_length = min((m.max_length for m in self.models.all if m.max_length is not None), default=None)
+
     def check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raise the `InvalidRequest` that `generate` would raise for this prompt, if any."""
-        self._request(0, prompt, params)
+        self.prepare(prompt, params)
 
     def check_pair(self, prompt: Prompt, completion: Any) -> None:
         """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
@@ -283,32 +297,44 @@ class AlignedModel:
             _check_params(one)
         if len(each) != len(items):
             raise InvalidRequest(f"there are {len(items)} prompts, but {len(each)} sampling parameters")
-        return [sequence for i, (item, p) in enumerate(zip(items, each, strict=True)) for sequence in self._request(i, item, p)]
+        return [sequence for i, (item, p) in enumerate(zip(items, each, strict=True)) for sequence in self.prepare(item, p, i)]
 
-    def _request(self, i: int, item: Prompt, params: SamplingParams) -> list[Growing]:
-        """The `n` sequences of one request, checked."""
-        prompt = encode_prompt(self.tokenizer, item, self.proposal.vocab_size, f"prompts[{i}]")
+    def prepare(self, prompt: Prompt, params: SamplingParams, i: int = 0, name: str | None = None) -> list[Growing]:
+        """The `n` sequences of one request, checked, for an `Engine` over the same proposal.
+
+        Args:
+            prompt: a text, chat messages or ids.
+            params: what is asked for.
+            i: the prompt's number, which its events carry.
+            name: what errors call the prompt; default: `prompts[i]`.
+
+        Raises:
+            InvalidRequest: the prompt or a parameter cannot be decoded.
+        """
+        name = name or f"prompts[{i}]"
+        ids = encode_prompt(self.tokenizer, prompt, self.proposal.vocab_size, name)
         limit = params.max_tokens
         if self.max_length is not None:
-            if len(prompt) >= self.max_length:
+            if len(ids) >= self.max_length:
                 room = f"the context holds {self.max_length} with at least one new one"
-                raise InvalidRequest(f"prompts[{i}] has {len(prompt)} tokens, but {room}: shorten it")
-            limit = min(limit, self.max_length - len(prompt))
+                raise InvalidRequest(f"{name} has {len(ids)} tokens, but {room}: shorten it")
+            limit = min(limit, self.max_length - len(ids))
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop needs a tokenizer; use stop_token_ids")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if outside := [token for token in ids if token >= self.proposal.vocab_size]:
-                raise InvalidRequest(f"{name}: there is no token {outside[0]}; ids end at {self.proposal.vocab_size - 1}")
+        for field, named in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if outside := [token for token in named if token >= self.proposal.vocab_size]:
+                raise InvalidRequest(f"{field}: there is no token {outside[0]}; ids end at {self.proposal.vocab_size - 1}")
         shaping = self.shaping(params)
         if not shaping.rule.has_row:
             _refuse_row_settings(params, shaping)
         seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
         return [
-            Growing(i, index, prompt, seeded, shaping, limit, self.eos_token_ids, self.tokenizer) for index in range(params.n)
+            Growing(i, index, ids, self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
+            for index in range(params.n)
         ]
 
     def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
-        engine = Engine(self.models, self.pace, max_num_seqs=self.max_num_seqs)
+        engine = Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs)
         engine.submit(sequences)
         while engine:
             yield from engine.step()

@@ -1,5 +1,7 @@
 """From what users name (folders, hub ids, loaded models) to models that can be decoded with."""
 
+import logging
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,14 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from trimtab.decode.draft import DRAFTS
-from trimtab.errors import InvalidOption
-from trimtab.models.aligner import Aligner, Manifest
+from trimtab.errors import InvalidOption, UnsupportedModel
+from trimtab.models.adapters import Adapted, AdapterPool, poolable
+from trimtab.models.aligner import Aligner, Manifest, describe, load_weights
 from trimtab.models.base import LanguageModel
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
-__all__ = ["AlignerLike", "Parts", "load_parts"]
+__all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts"]
+
+logger = logging.getLogger(__name__)
 
 AlignerLike = Any
 """A folder, a hub id, an `Aligner`, a transformers or PEFT model, or a `LanguageModel`."""
@@ -62,24 +67,87 @@ def load_parts(
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-    items = [
-        Aligner.from_pretrained(source, dtype=dtype, device=device) if named else source
-        for source, named in zip(sources, ours[1:], strict=True)
-    ]
-    for item in items:
-        if isinstance(item, Aligner) and tokenizer is not None:
-            check_same_vocabulary(tokenizer, item.tokenizer, item.name)
-    size = vocabulary_size(tokenizer) if tokenizer is not None else None
-    modules = [proposal, *(item.model if isinstance(item, Aligner) else item for item in items)]
-    backends = [_backend(module, size, owned) for module, owned in zip(modules, ours, strict=True)]
+    loader = Loader(tokenizer, dtype=dtype, device=device)
+    loaded = [loader.load(source) for source in sources]
     return Parts(
-        backends[0],
-        backends[1 : 1 + len(given)],
-        [item.manifest if isinstance(item, Aligner) else None for item in items[: len(given)]],
-        backends[-1] if names_a_model else draft,
+        _backend(proposal, loader.vocab_size, owned=ours[0]),
+        [item.model for item in loaded[: len(given)]],
+        [item.manifest for item in loaded[: len(given)]],
+        loaded[-1].model if names_a_model else draft,
         tokenizer,
         find_eos_token_ids(proposal, tokenizer) if eos_token_ids is None else eos_token_ids,
     )
+
+
+class Loaded(NamedTuple):
+    """An aligner that can be decoded with."""
+
+    model: LanguageModel
+    manifest: Manifest | None
+    num_bytes: int
+    """What its weights take; for an adapter on a shared base, the adapter alone."""
+
+
+class Loader:
+    """Turns what users call an aligner into a language model; plain LoRA adapters over one base share it.
+
+    Args:
+        tokenizer: the proposal's, which every aligner's must equal; None to trust the caller.
+        dtype, device: of what is loaded here.
+    """
+
+    def __init__(self, tokenizer: Any, *, dtype: str | torch.dtype, device: str | torch.device | None) -> None:
+        self.vocab_size = vocabulary_size(tokenizer) if tokenizer is not None else None
+        self._tokenizer, self._dtype, self._device = tokenizer, dtype, device
+        self._pools: weakref.WeakValueDictionary[str, AdapterPool] = weakref.WeakValueDictionary()
+        self._unfit: set[str] = set()
+
+    def load(self, source: AlignerLike) -> Loaded:
+        """Load an aligner, or wrap one that is loaded.
+
+        Raises:
+            ModelError: it cannot be loaded, see `trimtab.errors`.
+            VocabularyMismatch: its tokenizer is not the proposal's.
+        """
+        manifest = None
+        named = isinstance(source, (str, Path))
+        if isinstance(source, Aligner):
+            self._check(source.tokenizer, source.name)
+            source, manifest = source.model, source.manifest
+        elif named:
+            found = describe(source)
+            self._check(found.tokenizer, str(source))
+            manifest = found.manifest
+            if found.is_adapter and (adapted := self._adapt(found.folder, str(source))) is not None:
+                return Loaded(adapted, manifest, adapted.adapter.num_bytes)
+            source = load_weights(found, dtype=self._dtype, device=self._device)
+        model = _backend(source, self.vocab_size, owned=named)
+        return Loaded(model, manifest, getattr(model, "num_bytes", 0))
+
+    @property
+    def shared_bytes(self) -> int:
+        """What the bases of adapters take."""
+        return sum(pool.num_bytes for pool in self._pools.values())
+
+    def _check(self, tokenizer: Any, name: str) -> None:
+        if self._tokenizer is not None:
+            check_same_vocabulary(self._tokenizer, tokenizer, name)
+
+    def _adapt(self, folder: Path, name: str) -> Adapted | None:
+        """An adapter on the base that it shares, or None if it needs a model of its own."""
+        base = poolable(folder)
+        if base is None or base in self._unfit:
+            return None
+        pool = self._pools.get(base)
+        if pool is None:
+            try:
+                pool = AdapterPool(load_model(base, dtype=self._dtype, device=self._device), self.vocab_size, owned=True)
+            except UnsupportedModel as error:
+                logger.info("adapters of '%s' get a model each: %s", base, error)
+                self._unfit.add(base)
+                return None
+            self._pools[base] = pool
+        return pool.read(folder, name)
 
 
 def _backend(module: Any, vocab_size: int | None, owned: bool) -> LanguageModel:

@@ -1,10 +1,12 @@
 """Where drafts come from: the first aligner, a model of its own, the text itself, or nowhere."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from trimtab.core.draw import NO_TOKEN
 from trimtab.errors import InvalidOption
+from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
 
 __all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter"]
@@ -12,7 +14,7 @@ __all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter"]
 
 @dataclass(frozen=True)
 class Models:
-    """All that is run to decode.
+    """All that is run to decode a request. Requests whose models are equal go through them together.
 
     Attributes:
         proposal: P_M.
@@ -20,6 +22,8 @@ class Models:
         draft: a model that only drafts, or None.
         lookup: draft from the text itself instead.
         drafts: False where nobody drafts.
+        adapters: the adapter that the request's slots use in each of `all`, None for the model as it is. Equal models may
+            differ in them: a batch mixes adapters.
     """
 
     proposal: LanguageModel
@@ -27,6 +31,7 @@ class Models:
     draft: LanguageModel | None = None
     lookup: bool = False
     drafts: bool = True
+    adapters: tuple[Any, ...] = field(default=(), compare=False)
 
     @property
     def all(self) -> list[LanguageModel]:
@@ -53,13 +58,16 @@ def choose_drafter(proposal: LanguageModel, aligners: Sequence[LanguageModel], d
     """
     if draft is None:
         draft = "aligner" if aligners else "none"
+    given = [proposal, *aligners, *([] if isinstance(draft, str) else [draft])]
+    adapters = tuple(model.adapter if isinstance(model, Adapted) else None for model in given)
+    proposal, *rest = (model.pool if isinstance(model, Adapted) else model for model in given)
     if not isinstance(draft, str):
-        return Models(proposal, tuple(aligners), draft)
+        return Models(proposal, tuple(rest[:-1]), rest[-1], adapters=adapters)
     if draft not in DRAFTS:
         raise InvalidOption(f"draft must be one of {', '.join(DRAFTS)}, or a model, not '{draft}'")
     if draft == "aligner" and not aligners:
         raise InvalidOption("draft 'aligner' needs an aligner; say ngram, none, or name a model")
-    return Models(proposal, tuple(aligners), lookup=draft == "ngram", drafts=draft != "none")
+    return Models(proposal, tuple(rest), lookup=draft == "ngram", drafts=draft != "none", adapters=adapters)
 
 
 class Lookup:

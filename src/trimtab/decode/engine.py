@@ -4,10 +4,10 @@ Each `step` is schedule → run → postprocess:
 
     schedule   cancelled sequences go; waiting ones are admitted in order while there is room, and begin to read their prompts
     run        one chunk of prompts is read, so that a long one does not hold up the rest; then every sequence that has read
-               its prompt decodes for one draft-and-verify step (trimtab.decode.speculative)
+               its prompt decodes for one draft-and-verify step (trimtab.decode.batch)
     postprocess  finished sequences leave at once, and their slots are free for the next step
 
-Completions of one request share a prompt list; it is read once and copied. What is in the engine never changes what a request
+Requests may have aligners of their own, or none: they share the proposal, and each pass of it. Completions of one request share a prompt list; it is read once and copied. What is in the engine never changes what a request
 gets, only when.
 """
 
@@ -17,13 +17,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from trimtab.decode.batch import Batch
 from trimtab.decode.draft import Models
 from trimtab.decode.pace import Pace
 from trimtab.decode.prefill import pad
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.speculative import Batch
+from trimtab.decode.speculative import can_draft
 from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.models.base import LanguageModel
 
 __all__ = ["Engine"]
 
@@ -32,32 +34,34 @@ class Engine:
     """Decodes sequences together.
 
     Args:
-        models: what to run.
-        pace: chooses draft lengths; may be shared by engines over the same models.
+        proposal: P_M, which all sequences share.
+        pace: chooses draft lengths; may be shared by engines over the same proposal.
         max_num_seqs: the most sequences admitted at once; others wait in the order they came.
         max_num_batched_tokens: the most prompt tokens read in one step.
         max_cache_tokens: the most tokens that the slots may hold together; None for what `max_num_seqs` sequences of any
             length need. A long request then means fewer at a time. Prompts that are being read are held apart, on top.
+        track_log_z: also observe each sequence's log Z, once a step.
     """
 
     def __init__(
         self,
-        models: Models,
+        proposal: LanguageModel,
         pace: Pace,
         *,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         max_cache_tokens: int | None = None,
+        track_log_z: bool = False,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if value < 1:
                 raise InvalidOption(f"{name} must be at least 1, not {value}")
         self.pace = pace
-        self._models = models
-        self._max_num_seqs, self._max_tokens, self._budget = max_num_seqs, max_num_batched_tokens, max_cache_tokens
+        self._proposal, self._track_log_z = proposal, track_log_z
+        self.max_num_seqs, self._max_tokens, self._budget = max_num_seqs, max_num_batched_tokens, max_cache_tokens
         self._waiting: deque[Growing] = deque()
         self._reading: deque[_Reading] = deque()
-        self._batch = Batch(models, pace)
+        self._batch = self._empty_batch()
         self._moving: list[Growing] = []
         """Sequences on their way from one of these to the next."""
         self.failed: list[Growing] = []
@@ -76,6 +80,12 @@ class Engine:
     def waiting(self) -> int:
         """Sequences that have not been admitted."""
         return len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache that the sequences may come to use; of the cache there is, where no limit was set."""
+        slots, capacity = self._batch.size
+        return sum(map(_need, self._batch.sequences)) / max(self._budget or slots * capacity, 1)
 
     def submit(self, sequences: Iterable[Growing]) -> None:
         """Queue sequences.
@@ -119,11 +129,14 @@ class Engine:
                 sequence.error = error
             self._reading.clear()
             self._moving = []
-            self._batch = Batch(self._models, self.pace)
+            self._batch = self._empty_batch()
             raise
         self.failed = [s for s in self._batch.sequences if s.error]
         self._batch.remove([s for s in self._batch.sequences if s.finish_reason or s.error])
         return events
+
+    def _empty_batch(self) -> Batch:
+        return Batch(self._proposal, self.pace, track_log_z=self._track_log_z)
 
     @property
     def _admitted(self) -> int:
@@ -134,7 +147,7 @@ class Engine:
         live = [*self._batch.sequences, *(s for reading in self._reading for s in reading.sequences)]
         new: list[Growing] = []
         capacity = max(map(_need, live), default=0)
-        while self._waiting and len(live) + len(new) < self._max_num_seqs:
+        while self._waiting and len(live) + len(new) < self.max_num_seqs:
             capacity = max(capacity, _need(self._waiting[0]))
             if self._budget is not None and (live or new) and (len(live) + len(new) + 1) * capacity > self._budget:
                 break
@@ -144,64 +157,78 @@ class Engine:
         self._moving = new
         self._make_room(len(live) + len(new), max(map(_need, [*live, *new])))
         decoding = {id(s.prompt): s for s in self._batch.sequences}
-        begin = []
+        begin: dict[Models, list[Growing]] = {}
         for sequence in new:
             if sibling := decoding.get(id(sequence.prompt)):
                 self._batch.add_sibling(sequence, sibling)
             elif not any(reading.join(sequence) for reading in self._reading):
-                begin.append(sequence)
-        if begin:
-            self._reading.append(_Reading(self._models, begin))
+                begin.setdefault(sequence.models, []).append(sequence)
+        self._reading.extend(_Reading(models, sequences) for models, sequences in begin.items())
         self._moving = []
 
     def _make_room(self, slots: int, capacity: int) -> None:
         """Grow the cache; by more than is needed, so that growing is rare, where the budget allows it."""
         have_slots, have_capacity = self._batch.size
+        if not self._batch.sequences and SPARE * capacity < have_capacity:  # what a long request needed is not kept for good
+            have_slots = have_capacity = 0
         if slots <= have_slots and capacity <= have_capacity:
             return
-        roomy_slots = have_slots if slots <= have_slots else min(max(slots, 2 * have_slots), self._max_num_seqs)
+        roomy_slots = have_slots if slots <= have_slots else min(max(slots, 2 * have_slots), self.max_num_seqs)
         roomy_capacity = have_capacity if capacity <= have_capacity else max(capacity, have_capacity * 3 // 2)
         if self._budget is None or roomy_slots * roomy_capacity <= self._budget:
             slots, capacity = roomy_slots, roomy_capacity
         self._batch.resize(slots, capacity)
 
     def _read(self) -> None:
-        """Read the next chunk of the prompts that were admitted together longest ago, then let others have their turn."""
-        if not self._reading:
-            return
-        reading = self._reading[0]
-        self._moving, slots = reading.step(self._max_tokens)
-        if self._moving:
-            self._batch.add(self._moving, reading.states, slots)
-        self._moving = []
-        self._reading.rotate(-1)
-        if not len(reading):
-            self._reading.remove(reading)
+        """Read chunks of prompts, of those first that have waited longest since their last, until the budget is spent."""
+        budget = self._max_tokens
+        for reading in list(self._reading):
+            if budget <= 0:
+                break
+            before = sum(reading.states[0].lengths)
+            self._moving, slots = reading.step(budget)
+            budget -= sum(reading.states[0].lengths) - before
+            if self._moving:
+                self._batch.add(reading.models, self._moving, reading.states, slots)
+            self._moving = []
+            self._reading.rotate(-1)
+            if not len(reading):
+                self._reading.remove(reading)
 
     def _decode(self) -> list[TokenEvent]:
-        sequences = list(self._batch.sequences)
-        drafting = [s for s in sequences if self._batch.can_draft(s)]
-        hopes = [s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s in drafting]
-        length = min(self.pace.choose(len(sequences), hopes), max((s.room - 1 for s in drafting), default=0))
+        """One step. Unless the draft length is fixed, a first token is not kept waiting for drafts."""
+        sequences, groups = self._batch.sequences, self._batch.groups
+        drafting = [can_draft(s) and (bool(s.tokens) or self.pace.fixed is not None) for s in sequences]
+        hopes = [
+            s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s, may in zip(sequences, drafting, strict=True) if may
+        ]
+        wanted = self.pace.choose(len(sequences), hopes, groups)
+        limits = [min(wanted, s.room - 1) if may else 0 for s, may in zip(sequences, drafting, strict=True)]
         started = time.perf_counter()
-        events = self._batch.step(length)
-        self.pace.observe(len(sequences), length, time.perf_counter() - started)
+        events = self._batch.step(limits)
+        self.pace.observe(len(sequences), max(limits), time.perf_counter() - started, groups)
         return events
 
 
+SPARE = 4
+"""An idle cache with slots longer than so many times what is needed is made anew."""
+
+
 class _Reading:
-    """Sequences that were admitted together and are reading their prompts, all but the last token of each."""
+    """Sequences of the same models that were admitted together and are reading their prompts, all but the last token of each."""
 
     def __init__(self, models: Models, sequences: Sequence[Growing]) -> None:
         self._prompts: list[list[int]] = []
         self._readers: list[list[Growing]] = []
-        self._models = models
+        self.models = models
         for sequence in sequences:
             if not self.join(sequence):
                 self._prompts.append(sequence.prompt)
                 self._readers.append([sequence])
         longest = max(map(len, self._prompts))
         self.states = [model.new_state(len(self._prompts), longest) for model in models.all]
+        for i, state in enumerate(self.states):
+            state.adapters = [readers[0].models.adapters[i] for readers in self._readers]
 
     def __len__(self) -> int:
         return sum(map(len, self._readers))
@@ -231,7 +258,7 @@ class _Reading:
         if busy:
             share = max(1, budget // busy)
             chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
-            for model, state in zip(self._models.all, self.states, strict=True):
+            for model, state in zip(self.models.all, self.states, strict=True):
                 model.prefill(state, pad(chunks, model.device), [len(chunk) for chunk in chunks])
         done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] >= len(prompt) - 1]
         ready = [(sequence, i) for i in done for sequence in self._readers[i]]

@@ -22,6 +22,9 @@ RECONSIDER = 4
 TRUST = 8.0
 """How many observations what is known of similar requests is worth against a sequence's own."""
 
+Size = tuple[int, int]
+"""Sequences and groups of a step, each by its number of binary digits."""
+
 MAX_KINDS = 1000
 """Kinds of requests to remember."""
 
@@ -51,6 +54,14 @@ class Tally:
         self.drafted += drafted
         self.tested += min(accepted + 1, drafted)
         self.accepted += accepted
+
+    def add(self, other: "Tally") -> None:
+        """Count what another one has counted."""
+        self.calls += other.calls
+        self.tokens += other.tokens
+        self.drafted += other.drafted
+        self.tested += other.tested
+        self.accepted += other.accepted
 
     @property
     def acceptance(self) -> float | None:
@@ -92,9 +103,9 @@ class Pace:
         self.fixed = fixed
         self.tally = Tally()
         self._kinds: dict[Hashable, Hope] = {}
-        self._seconds: dict[tuple[int, int], deque[float]] = {}
-        self._steps: dict[int, int] = {}
-        self._best: dict[int, int] = {}
+        self._seconds: dict[tuple[Size, int], deque[float]] = {}
+        self._steps: dict[Size, int] = {}
+        self._best: dict[Size, int] = {}
 
     def kind(self, key: Hashable) -> Hope:
         """What is known about requests of a kind; the kinds met longest ago are forgotten."""
@@ -102,18 +113,19 @@ class Pace:
             self._kinds.pop(next(iter(self._kinds)), None)
         return self._kinds.setdefault(key, Hope())
 
-    def choose(self, sequences: int, hopes: Sequence[float]) -> int:
+    def choose(self, sequences: int, hopes: Sequence[float], groups: int = 1) -> int:
         """The draft length of the next step.
 
         Args:
             sequences: how many decode together.
             hopes: the estimated acceptance of those that can draft.
+            groups: how many sets of models they need.
         """
         if self.fixed is not None:
             return self.fixed
         if not hopes:
             return 0
-        size = sequences.bit_length()
+        size = _size(sequences, groups)
         for length in FIRST:
             if len(self._seconds.get((size, length), ())) < 2:
                 return length
@@ -126,14 +138,14 @@ class Pace:
             return LADDER[min(max(LADDER.index(best) + step, 0), len(LADDER) - 1)]
         return best
 
-    def observe(self, sequences: int, length: int, seconds: float) -> None:
+    def observe(self, sequences: int, length: int, seconds: float, groups: int = 1) -> None:
         """Note how long a step took."""
-        self._seconds.setdefault((sequences.bit_length(), length), deque(maxlen=5)).append(seconds)
+        self._seconds.setdefault((_size(sequences, groups), length), deque(maxlen=5)).append(seconds)
 
     def _tokens(self, k: int, sequences: int, hopes: Sequence[float]) -> float:
         return sequences - len(hopes) + sum((1 - a ** (k + 1)) / (1 - a) for a in hopes)
 
-    def _cost(self, size: int, k: int) -> float:
+    def _cost(self, size: Size, k: int) -> float:
         """The median of what was measured, or a line through the nearest lengths that were."""
         if (size, k) in self._seconds:
             times = sorted(self._seconds[size, k])
@@ -145,3 +157,7 @@ class Pace:
             low = known[-2]
         slope = (self._cost(size, high) - self._cost(size, low)) / (high - low)
         return self._cost(size, low) + max(slope, 0.0) * (k - low)
+
+
+def _size(sequences: int, groups: int) -> Size:
+    return sequences.bit_length(), groups.bit_length()

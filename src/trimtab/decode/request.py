@@ -41,6 +41,7 @@ class SamplingParams:
         seed: any integer; the same seed gives the same tokens whatever else is in the batch. None draws a fresh one. In
             half precision, where arithmetic depends on the shape of a batch, the same law is promised, not the same tokens.
         logprobs: also return the log-probability of each token under proposal, aligner and aligned model.
+        top_logprobs: with them, the so many best tokens at each position under the proposal and under the aligned model.
         rule: a decoding rule, by name or as an object: `"product"`, `"candidates(n=8)"`, `Geometric()`.
         weight: λ of the aligner, or one for each aligner.
         proposal_temperature, proposal_top_k, proposal_top_p: shape the proposal's row before the rule sees it.
@@ -60,6 +61,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
     rule: str | Rule | None = None
     weight: float | Sequence[float] | None = None
     proposal_temperature: float | None = None
@@ -72,6 +74,7 @@ class SamplingParams:
         _integer("max_tokens", self.max_tokens, 1)
         _integer("n", self.n, 1)
         _integer("top_k", self.top_k, -1)
+        _integer("top_logprobs", self.top_logprobs, 0)
         check_number("temperature", self.temperature, low=0)
         check_number("top_p", self.top_p, above=0, high=1)
         check_number("min_p", self.min_p, low=0, high=1)
@@ -83,6 +86,8 @@ class SamplingParams:
         for name in ("ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs=True")
         if not isinstance(self.stop_token_ids, Sequence):
             raise InvalidRequest(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
         if not isinstance(self.logit_bias, Mapping):
@@ -114,11 +119,15 @@ class TokenLogprobs:
         proposal: under the proposal alone, as it is: no temperature, no truncation.
         aligner: under the aligner alone, as it is; with several aligners, one such list for each.
         aligned: under the decoding rule, with the warps of its inputs, before `temperature` and the knobs after it.
+        top_proposal, top_aligned: the best tokens at each position under either, as (id, log-probability), best first; if
+            asked for.
     """
 
     proposal: list[float]
     aligner: list[float] | list[list[float]]
     aligned: list[float]
+    top_proposal: list[list[tuple[int, float]]] | None = None
+    top_aligned: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class TokenEvent:
         finish_reason: None until the last event.
         completion: the whole, on the last event.
         proposal, aligner, aligned: log-probabilities of the token, if asked for.
+        top_proposal, top_aligned: the best tokens in its place, if asked for.
     """
 
     prompt_index: int
@@ -169,6 +179,8 @@ class TokenEvent:
     proposal: float | None = None
     aligner: float | list[float] | None = None
     aligned: float | None = None
+    top_proposal: list[tuple[int, float]] | None = None
+    top_aligned: list[tuple[int, float]] | None = None
 
 
 MAX_FACTOR = 1e6

@@ -1,8 +1,8 @@
 """Score given completions: the exact log-probability of every token under proposal, aligners and aligned model."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from trimtab.decode.shaping import BatchShaping, Shaping
 from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.base import LanguageModel
 
-__all__ = ["Score", "completion_rows", "score_tokens"]
+__all__ = ["Score", "completion_rows", "score_in_steps", "score_tokens"]
 
 ROW_BUDGET = 2**26
 """Numbers in the rows that one step may make for one model (256 MiB in float32)."""
@@ -29,8 +29,8 @@ class Score(TokenLogprobs):
         num_bytes: length of its text in UTF-8, or None where it was given as ids.
     """
 
-    tokens: list[int]
-    num_bytes: int | None = None
+    tokens: list[int] = field(kw_only=True)
+    num_bytes: int | None = field(default=None, kw_only=True)
 
 
 def score_tokens(
@@ -38,14 +38,34 @@ def score_tokens(
     aligners: Sequence[LanguageModel],
     shaping: Shaping,
     pairs: Sequence[tuple[list[int], list[int]]],
-) -> Iterator[TokenLogprobs]:
-    """Score completions after their prompts, all in one batch.
+) -> list[TokenLogprobs]:
+    """Score completions after their prompts, all in one batch; see `score_in_steps`."""
+    steps = score_in_steps(proposal, aligners, shaping, pairs)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+def score_in_steps(
+    proposal: LanguageModel,
+    aligners: Sequence[LanguageModel],
+    shaping: Shaping,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    *,
+    top: int = 0,
+    step: int | None = None,
+) -> Generator[None, None, list[TokenLogprobs]]:
+    """Score completions after their prompts, all in one batch, piece by piece: the scores are the generator's return value.
 
     Args:
         proposal: P_M.
         aligners: Q_1 … Q_n.
         shaping: how the aligned rows come about.
         pairs: prompt and completion, neither empty.
+        top: how many of the best tokens to return for each position.
+        step: the most tokens of a completion to score before yielding.
 
     Raises:
         InvalidOption: the rule has no row.
@@ -54,7 +74,8 @@ def score_tokens(
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
     batch = BatchShaping([shaping] * len(pairs), proposal.device)
     columns: list[list[list[float]]] = [[[] for _ in range(len(aligners) + 2)] for _ in pairs]
-    for rows, tokens, counts in completion_rows([proposal, *aligners], pairs):
+    tops: list[list[list[list[tuple[int, float]]]]] = [[[], []] for _ in pairs]
+    for rows, tokens, counts in completion_rows([proposal, *aligners], pairs, step):
         rows.append(batch.target(batch.inputs(rows[0], rows[1:])))
         values = torch.stack([gather(row, tokens) for row in rows], dim=1).tolist()
         for column, value, count in zip(columns, values, counts, strict=True):
@@ -62,18 +83,26 @@ def score_tokens(
                 raise DeadRow(f"rule '{shaping.rule}' leaves no possible token, or a model gives NaN")
             for numbers, new in zip(column, value, strict=True):
                 numbers += new[:count]
-    for proposal_column, *aligner_columns, aligned in columns:
-        yield TokenLogprobs(proposal_column, aligner_columns[0] if len(aligners) == 1 else aligner_columns, aligned)
+        for i, row in enumerate((rows[0], rows[-1]) if top else ()):
+            best, ids = (part.tolist() for part in row.topk(min(top, row.shape[-1]), dim=-1))
+            for mine, values, names, count in zip(tops, best, ids, counts, strict=True):
+                mine[i] += [list(zip(*pair, strict=True)) for pair in zip(names[:count], values[:count], strict=True)]
+        yield
+    return [
+        TokenLogprobs(p, q[0] if len(aligners) == 1 else q, aligned, *(best if top else ()))
+        for (p, *q, aligned), best in zip(columns, tops, strict=True)
+    ]
 
 
 def completion_rows(
-    models: Sequence[LanguageModel], pairs: Sequence[tuple[list[int], list[int]]]
+    models: Sequence[LanguageModel], pairs: Sequence[tuple[list[int], list[int]]], step: int | None = None
 ) -> Iterator[tuple[list[Tensor], Tensor, list[int]]]:
     """Each model's rows on completions after their prompts, in pieces of bounded size.
 
     Args:
         models: the first one's device is where all rows come out.
         pairs: prompt and completion, neither empty: B of them.
+        step: the most tokens K of a completion in one piece.
 
     Yields:
         For the next K tokens of every completion: one `[B, K, V]` for each model, the tokens `[B, K]`, and how many of the
@@ -83,7 +112,7 @@ def completion_rows(
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
     states = [prefill(model, [prompt[:-1] for prompt, _ in pairs], longest) for model in models]
     inputs = [[prompt[-1], *completion[:-1]] for prompt, completion in pairs]
-    width = max(1, ROW_BUDGET // (len(pairs) * vocab_size))
+    width = min(max(1, ROW_BUDGET // (len(pairs) * vocab_size)), step or ROW_BUDGET)
     for start in range(0, max(map(len, inputs)), width):
         chunks = [ids[start : start + width] for ids in inputs]
         counts = [len(chunk) for chunk in chunks]

@@ -1,17 +1,31 @@
 """The bookkeeping of one completion while it grows."""
 
+import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.core.rules import KLGate
-from trimtab.decode.pace import Hope
+from trimtab.decode.draft import Models
+from trimtab.decode.pace import Hope, Tally
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.shaping import Shaping
 from trimtab.decode.text import TextStream
 
-__all__ = ["Sequence"]
+__all__ = ["Drawn", "Sequence"]
+
+
+class Drawn(NamedTuple):
+    """One decided token, as a step hands it to its sequence."""
+
+    token: int
+    logprobs: Seq[float] = ()
+    """Under proposal, each aligner, and the aligned model; empty if nobody asked."""
+    fell_back: bool = False
+    """Whether a `kl_gate` left it to the proposal."""
+    tops: Seq[list[tuple[int, float]]] = ()
+    """The best tokens of the proposal and of the aligned model, with their log-probabilities; empty if nobody asked."""
 
 
 class Sequence:
@@ -21,6 +35,7 @@ class Sequence:
         prompt_index: the request's place among the prompts.
         index: which of its completions this is.
         prompt: the prompt's ids; completions of one request share the list.
+        models: what it is decoded with.
         params: what was asked for, with a seed.
         shaping: how its aligned row comes about.
         limit: the most tokens it may get, by `max_tokens` and by the context.
@@ -33,6 +48,7 @@ class Sequence:
         prompt_index: int,
         index: int,
         prompt: list[int],
+        models: Models,
         params: SamplingParams,
         shaping: Shaping,
         limit: int,
@@ -41,15 +57,19 @@ class Sequence:
     ) -> None:
         assert params.seed is not None
         self.prompt_index, self.index, self.prompt = prompt_index, index, prompt
+        self.models = models
         self.params, self.shaping, self.limit, self.seed = params, shaping, limit, params.seed
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.hope = Hope()
+        self.tally = Tally()
+        self.log_z: list[float] = []
+        """Observed log Z, if the engine tracks it."""
         self.error: Exception | None = None
         """Why it cannot go on."""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._text = TextStream(tokenizer, params.stop)
-        self._rows: list[Seq[float]] = []
+        self._drawn: list[Drawn] = []
         self._fallbacks = 0
 
     @property
@@ -65,22 +85,21 @@ class Sequence:
     @property
     def kind(self) -> Hashable:
         """What its acceptance depends on, as far as it can be known."""
-        return self.shaping, self.params.temperature
+        return id(self.models), self.shaping, self.params.temperature
 
-    def accept(self, token: int, logprobs: Seq[float], fell_back: bool) -> TokenEvent:
-        """Take the next token.
+    def observe_log_z(self, value: float) -> None:
+        """Note log Z at one position; NaN, from a rule without one, is dropped."""
+        if value == value:
+            self.log_z.append(value)
 
-        Args:
-            token: its id.
-            logprobs: its log-probability under proposal, each aligner, and the aligned model; empty if nobody asked.
-            fell_back: whether a `kl_gate` left it to the proposal.
-        """
-        self.tokens.append(token)
-        self._fallbacks += fell_back
+    def accept(self, drawn: Drawn) -> TokenEvent:
+        """Take the next token."""
+        self.tokens.append(drawn.token)
+        self._fallbacks += drawn.fell_back
         if self.params.logprobs:
-            self._rows.append(logprobs)
-        ended = token in self._ends
-        text = "" if ended else self._text.push(token)
+            self._drawn.append(drawn)
+        ended = drawn.token in self._ends
+        text = "" if ended else self._text.push(drawn.token)
         if ended or self._text.stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
@@ -90,12 +109,20 @@ class Sequence:
             if self._text.stopped:
                 self.finish_reason = "stop"
         completion = self._completion() if self.finish_reason else None
-        event = TokenEvent(self.prompt_index, self.index, token, text, self.finish_reason, completion)
+        event = TokenEvent(self.prompt_index, self.index, drawn.token, text, self.finish_reason, completion)
         if not self.params.logprobs:
             return event
-        proposal, *aligners, aligned = logprobs
+        proposal, *aligners, aligned = drawn.logprobs
         aligner = aligners[0] if len(aligners) == 1 else aligners
-        return replace(event, proposal=proposal, aligner=aligner, aligned=aligned)
+        top_proposal, top_aligned = self._tops(drawn) or (None, None)
+        return replace(
+            event,
+            proposal=proposal,
+            aligner=aligner,
+            aligned=aligned,
+            top_proposal=top_proposal,
+            top_aligned=top_aligned,
+        )
 
     def _completion(self) -> Completion:
         assert self.finish_reason is not None
@@ -106,10 +133,16 @@ class Sequence:
             index=self.index,
             seed=self.seed,
             prompt_tokens=len(self.prompt),
-            logprobs=self._logprobs(self._rows) if self.params.logprobs else None,
+            logprobs=self._logprobs() if self.params.logprobs else None,
             fallbacks=self._fallbacks if isinstance(self.shaping.rule, KLGate) else None,
         )
 
-    def _logprobs(self, rows: Seq[Seq[float]]) -> TokenLogprobs:
-        proposal, *aligners, aligned = (list(column) for column in zip(*rows, strict=True))
-        return TokenLogprobs(proposal, aligners[0] if len(aligners) == 1 else aligners, aligned)
+    def _logprobs(self) -> TokenLogprobs:
+        proposal, *aligners, aligned = (list(column) for column in zip(*(d.logprobs for d in self._drawn), strict=True))
+        tops = [list(column) for column in zip(*map(self._tops, self._drawn), strict=True)]
+        return TokenLogprobs(proposal, aligners[0] if len(aligners) == 1 else aligners, aligned, *tops)
+
+    def _tops(self, drawn: Drawn) -> Seq[list[tuple[int, float]]]:
+        """As many of the best tokens as were asked for, those that are possible."""
+        wanted = self.params.top_logprobs
+        return [[(i, value) for i, value in best[:wanted] if value > -math.inf] for best in drawn.tops] if wanted else ()

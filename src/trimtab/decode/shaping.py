@@ -1,12 +1,13 @@
 """From the models' rows to the aligned row: warps, then the rule, for a batch of requests that differ in both."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab.core.logprobs import Warp, warp
+from trimtab.core.logprobs import Warp, gather, warp
 from trimtab.core.rules import KLGate, Rule
 
 __all__ = ["BatchShaping", "Inputs", "Shaping", "stack_warps"]
@@ -93,6 +94,24 @@ class BatchShaping:
             if isinstance(rule, KLGate) and inputs[1]:
                 fallen[index] = rule.falls_back(*self._part(inputs, index))
         return fallen
+
+    def log_z(self, inputs: Inputs, target: Tensor, tokens: Tensor) -> Tensor:
+        """Log Z `[B, 1]` at the first position, the log of the mass that normalising divides by; NaN where a rule has none.
+
+        It is what log weight and log target of any possible token differ by.
+
+        Args:
+            inputs: the rules'.
+            target: the aligned rows.
+            tokens: `[B, 1]` a token for each request that its row makes possible.
+        """
+        at = tokens.clamp(min=0)
+        logp, logqs = gather(inputs[0][:, :1], at)[..., None], [gather(logq[:, :1], at)[..., None] for logq in inputs[1]]
+        found = torch.full_like(logp, math.nan)
+        for rule, index in self._groups:
+            if rule.weighs_tokens and logqs:
+                found[index] = rule.log_weights(*self._part((logp, logqs), index))
+        return found[..., 0] - gather(target[:, :1], at)
 
     def _part(self, inputs: Inputs, index: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Some requests' inputs and weights, as a rule takes them; all of them without an index."""

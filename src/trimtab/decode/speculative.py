@@ -1,11 +1,12 @@
-"""One decoding step for a batch: draft, verify, emit. A draft length of 0 is decoding token by token.
+"""Draft and verify for the sequences that share their models. A draft length of 0 is decoding token by token.
 
     draft    the drafter reads the newest token, then its own drafts one by one; each is drawn from its row
     verify   the other models read the newest token and all drafts in one pass; the rule makes the target rows; every position
              is decided by its coupled draw (trimtab.core.speculation)
-    emit     one transfer brings what was decided to the host; what was not accepted is rolled back
+    emit     what was decided goes to the sequences; what was not accepted is rolled back
 
-The sequences occupy the first slots of one state for each model. Whoever leaves is replaced by the last one.
+Everything here but the last stays on the device. The proposal belongs to the whole batch (trimtab.decode.batch), whose other
+sequences may have other aligners; this is what they have each.
 """
 
 from collections.abc import Sequence
@@ -22,182 +23,195 @@ from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.pace import Pace
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sampler import Sampler
+from trimtab.decode.sequence import Drawn
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import BatchShaping
 from trimtab.errors import DeadRow
-from trimtab.models.base import State
+from trimtab.models.base import LanguageModel, State
 
-__all__ = ["Batch"]
+__all__ = ["Drafts", "Group"]
 
 NOISE_BLOCK = 64
 """Positions for which noise is drawn at once."""
 
 
-class Batch:
-    """The sequences that are being decoded.
+class Drafts:
+    """What a group proposes to verify in one step.
 
-    Args:
-        models: what to run.
-        pace: told what became of drafts.
+    Attributes:
+        tokens: `[b, P]` what the models read: the newest token of each sequence, then its drafts but the last.
+        drafts: `[b, P]` one for each position, the bonus position included.
+        drawn_from: the rows `[b, P, V]` they were drawn from, if there are any.
+        read: rows of models that have read `tokens` already, by their place in `Models.all`.
     """
 
-    def __init__(self, models: Models, pace: Pace) -> None:
+    def __init__(
+        self, newest: Tensor, drafts: Tensor, drawn_from: Tensor | None = None, read: dict[int, Tensor] | None = None
+    ) -> None:
+        self.tokens = torch.cat([newest, drafts[:, :-1].clamp(min=0)], dim=1)
+        self.drafts, self.drawn_from, self.read = drafts, drawn_from, read or {}
+
+
+class Group:
+    """Sequences with the same models. Sequence j is in slot j of a state for each of them but the proposal.
+
+    Args:
+        models: what they are decoded with.
+        pace: told what became of drafts.
+        track_log_z: also observe log Z, once a step, for rules that have one.
+    """
+
+    def __init__(self, models: Models, pace: Pace, *, track_log_z: bool) -> None:
+        self.models = models
         self.sequences: list[Growing] = []
-        self._models, self._pace = models, pace
-        self._states = [model.new_state(0, 0) for model in models.all]
+        self._pace, self._track_log_z = pace, track_log_z
+        self._states = [model.new_state(0, 0) for model in models.all[1:]]
         self._lookups: dict[Growing, Lookup] = {}
         self._settings: _Settings | None = None
+        self._rows: list[Tensor] = []
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Slots, and tokens that each can hold."""
-        return len(self._states[0]), self._states[0].capacity
-
-    def resize(self, slots: int, capacity: int) -> None:
-        """Move to new states of this size."""
-        live = range(len(self.sequences))
-        for i, model in enumerate(self._models.all):
-            state = model.new_state(slots, capacity)
-            if live:
-                model.copy(self._states[i], live, state, live)
-            self._states[i] = state
+    def make_room(self, slots: int, capacity: int) -> None:
+        """Move to larger states, if these are too small; slots at least double, so that moving is rare."""
+        for i, (model, old) in enumerate(zip(self.models.all[1:], self._states, strict=True)):
+            if slots > len(old) or capacity != old.capacity:
+                self._states[i] = model.new_state(slots if slots <= len(old) else max(slots, 2 * len(old)), capacity)
+                if live := range(len(self.sequences)):
+                    model.copy(old, live, self._states[i], live)
 
     def add(self, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
         """Take over sequences whose prompts, all but the last token, are in slots of other states."""
         places = range(len(self.sequences), len(self.sequences) + len(sequences))
-        for model, source, state in zip(self._models.all, states, self._states, strict=True):
+        for model, source, state in zip(self.models.all[1:], states, self._states, strict=True):
             model.copy(source, slots, state, places)
         self.sequences += sequences
         self._settings = None
 
     def add_sibling(self, sequence: Growing, sibling: Growing) -> None:
         """Take over a further completion of a prompt, from one that is being decoded."""
-        slot = self.sequences.index(sibling)
-        self.add([sequence], self._states, [slot])
+        self.add([sequence], self._states, [self.sequences.index(sibling)])
         counts = [0] * (len(self.sequences) - 1) + [len(sibling.tokens)]
-        for model, state in zip(self._models.all, self._states, strict=True):
+        for model, state in zip(self.models.all[1:], self._states, strict=True):
             model.rollback(state, counts)
 
-    def remove(self, gone: Sequence[Growing]) -> None:
-        """Let sequences go; the last ones move into their places."""
-        for sequence in gone:
-            slot, last = self.sequences.index(sequence), len(self.sequences) - 1
-            for model, state in zip(self._models.all, self._states, strict=True):
-                if slot != last:
-                    model.copy(state, [last], state, [slot])
-                state.lengths[last] = 0
-            self.sequences[slot] = self.sequences[last]
-            self.sequences.pop()
-            self._lookups.pop(sequence, None)
-            self._settings = None
+    def remove(self, sequence: Growing) -> None:
+        """Let a sequence go; the last one moves into its place."""
+        for model, state in zip(self.models.all[1:], self._states, strict=True):
+            vacate(model, state, self.sequences.index(sequence), len(self.sequences) - 1)
+        self.sequences[self.sequences.index(sequence)] = self.sequences[-1]
+        self.sequences.pop()
+        self._lookups.pop(sequence, None)
+        self._settings = None
 
-    def can_draft(self, sequence: Growing) -> bool:
-        """Whether drafts for it can be verified, and somebody drafts."""
-        return sequence.shaping.rule.has_row and (self._models.lookup or self._models.drafter is not None)
-
-    def step(self, length: int) -> list[TokenEvent]:
-        """Draft up to `length` tokens for each sequence and verify them: at least one token for each.
-
-        A sequence whose next-token distribution is NaN or has no mass gets a `DeadRow` as its `error`, and no token.
-        """
-        settings = self._settings = self._settings or _Settings(self.sequences, self._models)
-        limits = [min(length if self.can_draft(s) else 0, s.room - 1) for s in self.sequences]
+    def draft(self, limits: Sequence[int]) -> Drafts:
+        """Draft up to `limits[j]` tokens for sequence j."""
+        settings = self._settings = self._settings or _Settings(self.sequences, self.models)
         width = max(limits) + 1
-        counts = [limit + 1 for limit in limits]
-        device = self._models.proposal.device
-        noise = settings.noise(width)
+        device = self.models.proposal.device
         newest = torch.tensor([[s.next_input] for s in self.sequences], device=device)
-        drafts, drafted_from, read = self._draft(settings, newest, limits, noise)
-        tokens = torch.cat([newest, drafts[:, :-1].clamp(min=0)], dim=1)
-        rows = [
-            read[i] if i in read else model.extend(state, tokens.to(model.device), counts).to(device)
-            for i, (model, state) in enumerate(zip(self._models.all, self._states, strict=True))
+        settings.start(width)
+        drafter = self.models.drafter
+        if drafter is None:
+            return Drafts(newest, self._look_up(width, device))
+        model, state = self.models.all[drafter], self._states[drafter - 1]
+        token = newest
+        drafts: list[Tensor] = []
+        drawn_from: list[Tensor] = []
+        own: list[Tensor] = []
+        for j in range(width):
+            row = model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(device)
+            own.append(row)
+            drawn_from.append(settings.sampler.draft_rows(row, drafts))
+            drafts.append(draft_tokens(drawn_from[-1], settings.noise[:, j : j + 1]).squeeze(1).clamp(min=0))
+            token = drafts[-1][:, None]
+        return Drafts(newest, torch.stack(drafts, 1), torch.cat(drawn_from, 1), {drafter: torch.cat(own, 1)})
+
+    def verify(self, drafts: Drafts, logp: Tensor, limits: Sequence[int]) -> Tensor:
+        """Decide the drafts, given the proposal's rows `[b, P, V]`; what `emit` needs to know, as numbers `[b, …]`."""
+        settings = self._settings
+        assert settings is not None
+        device, counts = logp.device, [limit + 1 for limit in limits]
+        self._rows = [
+            drafts.read[i] if i in drafts.read else model.extend(state, drafts.tokens.to(model.device), counts).to(device)
+            for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1)
         ]
-        logp, logqs = rows[0], rows[1 : 1 + len(self._models.aligners)]
+        self._rows.insert(0, logp)
+        logqs = self._rows[1 : 1 + len(self.models.aligners)]
         inputs = settings.shaping.inputs(logp, logqs)
         aligned = settings.shaping.target(inputs)
-        target = settings.sampler.rows(aligned, tokens[:, 1:].unbind(1))
-        verdict = verify(target, drafts, drafted_from, torch.tensor(limits, device=device), noise)
+        target = settings.sampler.rows(aligned, drafts.tokens[:, 1:].unbind(1))
+        verdict = verify(target, drafts.drafts, drafts.drawn_from, torch.tensor(limits, device=device), settings.noise)
         tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
-        columns = [verdict.accepted[:, None], verdict.kept[:, None], tokens]
+        settings.sampler.note(tokens, verdict.accepted)
+        columns = [verdict.accepted[:, None], verdict.kept[:, None]]
+        if self._track_log_z:
+            columns.append(settings.shaping.log_z(inputs, aligned, tokens[:, :1]))
+        columns.append(tokens)
         if settings.gated:
             columns.append(settings.shaping.fallbacks(inputs))
         if settings.logprobs:
             columns += [gather(row, tokens.clamp(min=0)) for row in (logp, *logqs, aligned)]
-        values = torch.cat([column.double() for column in columns], dim=-1).tolist()  # the step's only wait for the device
-        accepted = [int(row[0]) for row in values]
-        unread = [limit - count for limit, count in zip(limits, accepted, strict=True)]
-        for model, state in zip(self._models.all, self._states, strict=True):
-            model.rollback(state, unread)
-        settings.sampler.note(tokens, verdict.accepted)
-        return self._emit(values, limits, width, rows)
+        for row in (logp, aligned) if settings.top else ():
+            columns += [part.flatten(1) for part in row.topk(settings.top, dim=-1)]
+        return torch.cat([column.double() for column in columns], dim=-1)
 
-    def _draft(
-        self, settings: "_Settings", newest: Tensor, limits: Sequence[int], noise: Tensor
-    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """Drafts `[B, P]`, the rows `[B, P, V]` they were drawn from if there are any, and the drafting model's own rows."""
-        drafter, width = self._models.drafter, max(limits) + 1
-        if drafter is None:
-            return self._look_up(width, newest.device), None, {}
-        model, state = self._models.all[drafter], self._states[drafter]
-        token = newest
-        drafts: list[Tensor] = []
-        drafted_from: list[Tensor] = []
-        own: list[Tensor] = []
-        for j in range(width):
-            row = model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(newest.device)
-            own.append(row)
-            drafted_from.append(settings.sampler.draft_rows(row, drafts))
-            drafts.append(draft_tokens(drafted_from[-1], noise[:, j : j + 1]).squeeze(1).clamp(min=0))
-            token = drafts[-1][:, None]
-        return torch.stack(drafts, 1), torch.cat(drafted_from, 1), {drafter: torch.cat(own, 1)}
+    def emit(self, values: Sequence[Sequence[float]], limits: Sequence[int]) -> list[TokenEvent]:
+        """Hand what was decided to the sequences; a stop inside an accepted run discards the rest of the run.
+
+        A sequence whose next-token distribution is NaN or has no mass gets a `DeadRow` as its `error`, and no token.
+        """
+        events = []
+        settings = self._settings
+        assert settings is not None
+        accepted = [int(row[0]) for row in values]
+        for model, state in zip(self.models.all[1:], self._states, strict=True):
+            model.rollback(state, [limit - count for limit, count in zip(limits, accepted, strict=True)])
+        for slot, (sequence, limit, row) in enumerate(zip(self.sequences, limits, values, strict=True)):
+            kept, drawn = int(row[1]), settings.read(row[2 + self._track_log_z :], accepted[slot] + 1, max(limits) + 1)
+            if self._track_log_z:
+                sequence.observe_log_z(row[2])
+            for j, one in enumerate(drawn):
+                if one.token < 0:
+                    sequence.error = self._explain(slot, j)
+                    break
+                events.append(sequence.accept(one))
+                if sequence in self._lookups:
+                    self._lookups[sequence].extend([one.token])
+                if sequence.finish_reason:
+                    break
+            if can_draft(sequence):
+                for hope in (sequence.hope, self._pace.kind(sequence.kind)):
+                    hope.observe(kept, min(kept, limit) + 1)
+            sequence.tally.observe(accepted[slot], limit)
+            self._pace.tally.observe(accepted[slot], limit)
+        self._rows = []
+        return events
 
     def _look_up(self, width: int, device: torch.device) -> Tensor:
-        if not self._models.lookup:
+        if not self.models.lookup:
             return torch.full((len(self.sequences), width), NO_TOKEN, device=device)
         for s in self.sequences:
             if s not in self._lookups:
                 self._lookups[s] = Lookup([*s.prompt, *s.tokens])
         return torch.tensor([self._lookups[s].drafts(width) for s in self.sequences], device=device)
 
-    def _emit(self, values: list[list[float]], limits: Sequence[int], width: int, rows: Sequence[Tensor]) -> list[TokenEvent]:
-        """Hand what was decided to the sequences; a stop inside an accepted run discards the rest of the run."""
-        events = []
-        settings = self._settings
-        assert settings is not None
-        for slot, (sequence, limit, row) in enumerate(zip(self.sequences, limits, values, strict=True)):
-            accepted, kept = int(row[0]), int(row[1])
-            columns = [row[2 + i : 2 + i + width] for i in range(0, len(row) - 2, width)]
-            for j in range(accepted + 1):
-                token, *rest = (column[j] for column in columns)
-                if token < 0:
-                    sequence.error = self._explain(slot, j, rows)
-                    break
-                fell_back = bool(settings.gated and rest[0])
-                events.append(sequence.accept(int(token), rest[settings.gated :], fell_back))
-                if sequence in self._lookups:
-                    self._lookups[sequence].extend([int(token)])
-                if sequence.finish_reason:
-                    break
-            if self.can_draft(sequence):
-                for hope in (sequence.hope, self._pace.kind(sequence.kind)):
-                    hope.observe(kept, min(kept, limit) + 1)
-            self._pace.tally.observe(accepted, limit)
-        return events
-
-    def _explain(self, slot: int, position: int, rows: Sequence[Tensor]) -> DeadRow:
+    def _explain(self, slot: int, position: int) -> DeadRow:
         """Say which model is to blame for a row without a token."""
         sequence = self.sequences[slot]
         where = f"after {len(sequence.tokens)} tokens of completion {sequence.index} of prompt {sequence.prompt_index}"
-        names = ["the proposal", *(f"aligner {i}" for i in range(len(self._models.aligners))), "the draft model"]
-        for name, row in zip(names, rows, strict=False):
+        names = ["the proposal", *(f"aligner {i}" for i in range(len(self.models.aligners))), "the draft model"]
+        for name, row in zip(names, self._rows, strict=False):
             if bool(row[slot, position].isnan().any()):
                 return DeadRow(f"{name} gives NaN probabilities {where}: are its weights or its dtype sound?")
         return DeadRow(f"rule '{sequence.shaping.rule}' leaves no possible token {where}: loosen top-k, top-p or logit_bias")
 
 
+def can_draft(sequence: Growing) -> bool:
+    """Whether drafts for it can be verified, and somebody drafts."""
+    return sequence.shaping.rule.has_row and (sequence.models.lookup or sequence.models.drafter is not None)
+
+
 class _Settings:
-    """What the sequences of a batch want, as tensors, until one joins or leaves."""
+    """What the sequences of a group want, as tensors, until one joins or leaves."""
 
     def __init__(self, sequences: Sequence[Growing], models: Models) -> None:
         device = models.proposal.device
@@ -208,11 +222,16 @@ class _Settings:
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
         self.gated = any(isinstance(s.shaping.rule, KLGate) for s in sequences)
         self.logprobs = any(s.params.logprobs for s in sequences)
+        self.top = min(max(s.params.top_logprobs for s in sequences), models.proposal.vocab_size)
+        """How many of the best tokens somebody wants to know."""
+        self.noise = torch.empty(0)
+        """Uniforms `[b, P, 3]` for the positions of this step."""
+        self._logprob_columns = 2 + len(models.aligners)
         self._block = torch.empty(0)
         self._starts: list[int] = []
 
-    def noise(self, width: int) -> Tensor:
-        """Uniforms `[B, width, 3]` for the next positions of each sequence."""
+    def start(self, width: int) -> None:
+        """Lay out the noise for the next `width` positions of each sequence."""
         positions = [len(s.tokens) for s in self._sequences]
         offsets = [now - start for now, start in zip(positions, self._starts, strict=False)]
         if not offsets or max(offsets) + width > NOISE_BLOCK:
@@ -220,12 +239,35 @@ class _Settings:
             self._block = uniforms(seeds, indices, positions, NOISE_BLOCK, DRAWS, self._device)
             self._starts, offsets = positions, [0] * len(positions)
         if len(set(offsets)) == 1:
-            return self._block[:, offsets[0] : offsets[0] + width]
+            self.noise = self._block[:, offsets[0] : offsets[0] + width]
+            return
         index = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(width, device=self._device)
-        return self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
+        self.noise = self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
 
     def rowless_noise(self, slots: Sequence[int], draws: int) -> Tensor:
         """Uniforms `[b, 1, draws]` for the next position of some sequences, whose rule samples without a row."""
         asked = [self._sequences[slot] for slot in slots]
         seeds, indices, positions = zip(*((s.seed, s.index, len(s.tokens)) for s in asked), strict=True)
         return uniforms(seeds, indices, positions, 1, draws, self._device)
+
+    def read(self, row: Sequence[float], count: int, width: int) -> list[Drawn]:
+        """The first `count` tokens of one sequence, with all that belongs to them, out of the numbers of its P positions."""
+        singles = 1 + self.gated + (self._logprob_columns if self.logprobs else 0)
+        columns = [row[i * width : (i + 1) * width] for i in range(singles)]
+        drawn = []
+        for j in range(count):
+            token, *rest = (column[j] for column in columns)
+            tops = []
+            for start in range(singles * width + j * self.top, len(row), 2 * self.top * width) if self.top else ():
+                values, ids = row[start : start + self.top], row[start + self.top * width : start + self.top * (width + 1)]
+                tops.append([(int(i), value) for i, value in zip(ids, values, strict=True)])
+            drawn.append(Drawn(int(token), rest[self.gated :], bool(self.gated and rest[0]), tops))
+        return drawn
+
+
+def vacate(model: LanguageModel, state: State, slot: int, last: int) -> None:
+    """Empty a slot by moving the last one into it."""
+    if slot != last:
+        model.copy(state, [last], state, [slot])
+    state.lengths[last] = 0
+    state.adapters[last] = None

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -21,7 +21,7 @@ from trimtab.files import atomic_folder, write_json
 from trimtab.models.loading import check_finite, load_model, load_tokenizer, readable
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
-__all__ = ["MANIFEST_NAME", "Aligner", "Manifest"]
+__all__ = ["MANIFEST_NAME", "Aligner", "Description", "Manifest", "describe", "load_weights"]
 
 MANIFEST_NAME = "trimtab.json"
 FORMAT_VERSION = 1
@@ -139,22 +139,8 @@ class Aligner:
             VocabularyMismatch: the tokenizer in the folder is not the one the manifest was written for.
             CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights.
         """
-        folder = _fetch(path, revision)
-        adapter = (folder / "adapter_config.json").is_file()
-        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not adapter else _base_of(folder))
-        fingerprint = fingerprint_vocabulary(tokenizer)
-        manifest = None
-        if (folder / MANIFEST_NAME).is_file():
-            source = str(Path(path) / MANIFEST_NAME)
-            try:
-                values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ManifestError(f"{source}: not JSON ({error})") from None
-            manifest = Manifest.from_dict(values, source)
-            if manifest.vocabulary != fingerprint:
-                raise VocabularyMismatch(f"{source}: the tokenizer beside it has another vocabulary than the manifest says")
-        model = _load_adapter(folder, dtype, device) if adapter else load_model(folder, dtype=dtype, device=device)
-        return cls(model, tokenizer, manifest, name=str(path))
+        found = describe(path, revision=revision)
+        return cls(load_weights(found, dtype=dtype, device=device), found.tokenizer, found.manifest, name=str(path))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the aligner's folder; what stood there before stays whole until everything new is on disk."""
@@ -178,6 +164,40 @@ class Aligner:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision))
+
+
+class Description(NamedTuple):
+    """All of an aligner's folder but its weights."""
+
+    folder: Path
+    is_adapter: bool
+    tokenizer: Any
+    manifest: Manifest | None
+
+
+def describe(path: str | Path, *, revision: str | None = None) -> Description:
+    """Read an aligner's tokenizer and manifest; the arguments and errors are those of `Aligner.from_pretrained`."""
+    folder = _fetch(path, revision)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not is_adapter else _base_of(folder))
+    manifest = None
+    if (folder / MANIFEST_NAME).is_file():
+        source = str(Path(path) / MANIFEST_NAME)
+        try:
+            values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ManifestError(f"{source}: not JSON ({error})") from None
+        manifest = Manifest.from_dict(values, source)
+        if manifest.vocabulary != fingerprint_vocabulary(tokenizer):
+            raise VocabularyMismatch(f"{source}: the tokenizer beside it has another vocabulary than the manifest says")
+    return Description(folder, is_adapter, tokenizer, manifest)
+
+
+def load_weights(found: Description, *, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
+    """The model in an aligner's folder; an adapter comes as a PEFT model around its base."""
+    if found.is_adapter:
+        return _load_adapter(found.folder, dtype, device)
+    return load_model(found.folder, dtype=dtype, device=device)
 
 
 def model_card(manifest: Manifest) -> str:

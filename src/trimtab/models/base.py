@@ -7,7 +7,7 @@ last slots out, so that a batch shrinks and grows inside one state. Every implem
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ class State:
     Attributes:
         lengths: tokens held by each slot. They live on the host, so that nothing has to be fetched to plan a step.
         capacity: the most tokens that a slot can hold.
+        adapters: what each slot adds to the model's weights (`trimtab.models.adapters`), or None for nothing. Copies of a slot
+            keep it; models without adapters pay no heed to it. Set it while the slot is empty.
     """
 
     def __init__(self, lengths: Sequence[int], capacity: int) -> None:
         self.lengths = list(lengths)
         self.capacity = capacity
+        self.adapters: list[Any] = [None] * len(self.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)

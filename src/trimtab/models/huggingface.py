@@ -15,7 +15,7 @@ from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import State
 from trimtab.models.fingerprint import fingerprint_model
-from trimtab.models.lean import LeanDecoder
+from trimtab.models.lean import Deltas, LeanDecoder
 from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
 
@@ -79,6 +79,8 @@ class HuggingFaceLM:
         self.device: torch.device = inner.get_input_embeddings().weight.device
         """Where token ids go in; on a model spread over devices, its first."""
         self.fingerprint = fingerprint_model(inner)
+        self.num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        """What the weights take, however they are packed."""
         self._lean = LeanDecoder(inner) if lean and inner is model and LeanDecoder.fits(inner) else None
         self._owned = owned
         if self._lean is not None and owned:
@@ -123,7 +125,7 @@ class HuggingFaceLM:
         tokens = tokens.to(self.device)
         try:
             logits: Tensor = (
-                self._lean(tokens, step, state.layers, last_only=last_only)
+                self._lean(tokens, step, state.layers, last_only=last_only, deltas=self._deltas(state, len(counts)))
                 if self._lean
                 else self._stock(tokens, step, state, last_only)
             )
@@ -131,6 +133,10 @@ class HuggingFaceLM:
             state.step = None
         state.advance(counts)
         return logits
+
+    def _deltas(self, state: SlotState, slots: int) -> Deltas | None:
+        """What the first slots add to the weights: nothing here, something in an `AdapterPool`."""
+        return None
 
     def _stock(self, tokens: Tensor, step: Step, state: SlotState, last_only: bool) -> Tensor:
         logits: Tensor = self.model(

@@ -5,6 +5,8 @@ covers Llama, Mistral, Qwen2 and Qwen3; the stock module serves the rest and is 
 
 Query, key and value projections become one matrix, and so do gate and up. The stock module's parameters are then views of
 those, so no weight is held twice and the stock module goes on working.
+
+Each product may add a `Delta`, a pair of narrow matrices for each group of slots: `trimtab.models.adapters` makes them.
 """
 
 from collections.abc import Sequence
@@ -17,9 +19,17 @@ from torch import Tensor, nn
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
 
-__all__ = ["LeanDecoder"]
+__all__ = ["Delta", "Deltas", "LeanDecoder"]
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
+
+Delta = tuple[Tensor, Tensor]
+"""`[G, r, in]` and `[G, r, out]`: what is added to a product of rows `[B·K, in]`, by G groups of as many slots each."""
+Deltas = Sequence[Sequence[Delta | None]]
+"""For each layer those of its four products, in the order of `_Layer`."""
+
+
+_NO_DELTAS: Sequence[Delta | None] = (None, None, None, None)
 
 
 class _Layer(NamedTuple):
@@ -73,7 +83,9 @@ class LeanDecoder:
         """Every matrix product of a pass."""
         return [linear for layer in self._layers for linear in layer[:4]] + [self._head]
 
-    def __call__(self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], *, last_only: bool) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], *, last_only: bool, deltas: Deltas | None = None
+    ) -> Tensor:
         """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of the last column alone."""
         batch, width = tokens.shape
         heads, keys = self._heads, self._heads + self._key_heads
@@ -81,8 +93,10 @@ class LeanDecoder:
         x = F.embedding(tokens.flatten(), self._embedding)  # [B·K, hidden]: products of matrices, not of batches of them
         mask = None if step.unmasked else step.additive_mask(x.dtype)
         hidden = (x.shape[-1],)
-        for layer, slots in zip(self._layers, cache, strict=True):
-            qkv = layer.qkv(F.rms_norm(x, hidden, layer.attention_norm, self._eps)).view(batch, width, -1, self._head_dim)
+        for i, (layer, slots) in enumerate(zip(self._layers, cache, strict=True)):
+            to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
+            qkv = _product(layer.qkv, F.rms_norm(x, hidden, layer.attention_norm, self._eps), to_qkv)
+            qkv = qkv.view(batch, width, -1, self._head_dim)
             qk, v = qkv[:, :, :keys], qkv[:, :, keys:]
             if layer.query_key_norm is not None:
                 query_norm, key_norm = layer.query_key_norm
@@ -98,9 +112,10 @@ class LeanDecoder:
                 scale=self._scaling,
                 enable_gqa=heads != self._key_heads,
             )
-            x = x + layer.out(mixed.transpose(1, 2).reshape(batch * width, -1))
-            gate, up = layer.gate_up(F.rms_norm(x, hidden, layer.mlp_norm, self._eps)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + _product(layer.out, mixed.transpose(1, 2).reshape(batch * width, -1), to_out)
+            gate_up = _product(layer.gate_up, F.rms_norm(x, hidden, layer.mlp_norm, self._eps), to_gate_up)
+            gate, up = gate_up.chunk(2, -1)
+            x = x + _product(layer.down, F.silu(gate) * up, to_down)
         if last_only:
             x, width = x.view(batch, width, -1)[:, -1], 1
         return self._head(F.rms_norm(x, hidden, self._norm, self._eps)).view(batch, width, -1)
@@ -128,6 +143,18 @@ class LeanDecoder:
         if step.start is not None:
             return self._cos[None, step.start : step.used, None], self._sin[None, step.start : step.used, None]
         return F.embedding(step.position_ids, self._cos).unsqueeze(2), F.embedding(step.position_ids, self._sin).unsqueeze(2)
+
+
+def _product(linear: Linear, x: Tensor, delta: Delta | None) -> Tensor:
+    """Rows `[B·K, in]` to `[B·K, out]`."""
+    product = linear(x)
+    if delta is not None:
+        down, up = delta
+        rows = x.view(len(down), -1, x.shape[-1])
+        # On a CPU each is the faster way round for its dtype: with the first, oneDNN would copy bfloat16 weights every time.
+        narrow = torch.bmm(rows, down.mT) if x.dtype == torch.float32 else torch.bmm(down, rows.mT).mT
+        product.view(len(up), -1, up.shape[-1]).baddbmm_(narrow, up)
+    return product
 
 
 def _is_stock(module: nn.Module) -> bool:

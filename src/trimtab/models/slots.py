@@ -98,6 +98,7 @@ class SlotState(State):
     def __init__(self, lengths: Sequence[int], capacity: int, layers: int) -> None:
         super().__init__(lengths, capacity)
         self.step: Step | None = None
+        self.gathered: Any = None  # the adapters of the last mixed step, side by side: `trimtab.models.adapters.Gathered`
         self.layers = [SlotLayer(self) for _ in range(layers)]
         self.cache = Cache(layers=self.layers)
 
@@ -135,7 +136,7 @@ class SlotState(State):
                 its.keys[index[1], :, :used] = mine.keys[index[0], :, :used]
                 its.values[index[1], :, :used] = mine.values[index[0], :, :used]
         for slot, other in zip(slots, to, strict=True):
-            target.lengths[other] = self.lengths[slot]
+            target.lengths[other], target.adapters[other] = self.lengths[slot], self.adapters[slot]
 
     def select(self, rows: Sequence[int]) -> "SlotState":
         """Copies of the given slots."""

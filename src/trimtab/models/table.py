@@ -87,11 +87,14 @@ class TableLM:
         assert isinstance(target, TableState)
         for slot, other in zip(slots, to, strict=True):
             target.prefixes[other], target.lengths[other] = list(source.prefixes[slot]), source.lengths[slot]
+            target.adapters[other] = source.adapters[slot]
 
     def select(self, state: State, rows: Sequence[int]) -> TableState:
         """Copies of the given slots."""
         assert isinstance(state, TableState)
-        return TableState([state.prefixes[row] for row in rows], state.capacity)
+        selected = TableState([[] for _ in rows], state.capacity)
+        self.copy(state, rows, selected, range(len(rows)))
+        return selected
 
     def enumerate(self, prompt: Sequence[int], max_tokens: int, eos: Sequence[int] = ()) -> dict[tuple[int, ...], float]:
         """The exact law of this model's completions: see `enumerate_sequences`."""

@@ -1,0 +1,127 @@
+"""One decoding step for everybody: each group drafts with its own models, the proposal reads all drafts in one pass, each group
+verifies.
+
+The sequences occupy the first slots of one state of the proposal, whichever aligners they have; so bare requests and those of many
+aligners share every pass of the large model. Whoever leaves is replaced by the last one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.decode.draft import Models
+from trimtab.decode.pace import Pace
+from trimtab.decode.request import TokenEvent
+from trimtab.decode.sequence import Sequence as Growing
+from trimtab.decode.speculative import Group, vacate
+from trimtab.models.base import LanguageModel, State
+
+__all__ = ["Batch"]
+
+
+class Batch:
+    """The sequences that are being decoded.
+
+    Args:
+        proposal: P_M, which all of them share.
+        pace: told what became of drafts.
+        track_log_z: also observe log Z, once a step.
+    """
+
+    def __init__(self, proposal: LanguageModel, pace: Pace, *, track_log_z: bool = False) -> None:
+        self.sequences: list[Growing] = []
+        self._proposal, self._pace, self._track_log_z = proposal, pace, track_log_z
+        self._state = proposal.new_state(0, 0)
+        self._groups: dict[Models, Group] = {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Slots, and tokens that each can hold."""
+        return len(self._state), self._state.capacity
+
+    @property
+    def groups(self) -> int:
+        """How many sets of models are at work."""
+        return len(self._groups)
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Move to new states of this size."""
+        state = self._proposal.new_state(slots, capacity)
+        if live := range(len(self.sequences)):
+            self._proposal.copy(self._state, live, state, live)
+        self._state = state
+        for group in self._groups.values():
+            group.make_room(len(group.sequences), capacity)
+
+    def add(self, models: Models, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
+        """Take over sequences of these models, whose prompts, all but the last token, are in slots of other states."""
+        places = range(len(self.sequences), len(self.sequences) + len(sequences))
+        self._proposal.copy(states[0], slots, self._state, places)
+        self._group(models, len(sequences)).add(sequences, states[1:], slots)
+        self.sequences += sequences
+
+    def add_sibling(self, sequence: Growing, sibling: Growing) -> None:
+        """Take over a further completion of a prompt, from one that is being decoded."""
+        slot, place = self.sequences.index(sibling), len(self.sequences)
+        self._proposal.copy(self._state, [slot], self._state, [place])
+        self._proposal.rollback(self._state, [0] * place + [len(sibling.tokens)])
+        self._group(sequence.models, 1).add_sibling(sequence, sibling)
+        self.sequences.append(sequence)
+
+    def remove(self, gone: Sequence[Growing]) -> None:
+        """Let sequences go; a group that is empty goes, too, and with it its hold on its models."""
+        for sequence in gone:
+            slot = self.sequences.index(sequence)
+            vacate(self._proposal, self._state, slot, len(self.sequences) - 1)
+            self.sequences[slot] = self.sequences[-1]
+            self.sequences.pop()
+            group = self._groups[sequence.models]
+            group.remove(sequence)
+            if not group.sequences:
+                del self._groups[sequence.models]
+
+    def step(self, limits: Sequence[int]) -> list[TokenEvent]:
+        """Draft up to `limits[i]` tokens for sequence i and verify them: at least one token for each.
+
+        A sequence whose next-token distribution is NaN or has no mass gets a `DeadRow` as its `error`, and no token.
+        """
+        place = {sequence: i for i, sequence in enumerate(self.sequences)}
+        groups = list(self._groups.values())
+        places = [[place[sequence] for sequence in group.sequences] for group in groups]
+        wanted = [[limits[i] for i in mine] for mine in places]
+        drafts = [group.draft(mine) for group, mine in zip(groups, wanted, strict=True)]
+        device = self._proposal.device
+        index: list[Tensor | None]
+        if len(groups) == 1 and places[0] == list(range(len(place))):
+            index = [None]
+            tokens = drafts[0].tokens
+        else:
+            index = [torch.tensor(mine, device=device) for mine in places]
+            tokens = drafts[0].tokens.new_zeros(len(place), max(limits) + 1)
+            for mine, draft in zip(index, drafts, strict=True):
+                tokens[mine, : draft.tokens.shape[1]] = draft.tokens
+        logp = self._proposal.extend(self._state, tokens.to(device), [limit + 1 for limit in limits])
+        decided = [
+            group.verify(draft, logp if mine is None else logp[mine, : draft.tokens.shape[1]], want)
+            for group, draft, mine, want in zip(groups, drafts, index, wanted, strict=True)
+        ]
+        numbers = torch.cat([part.flatten() for part in decided]).tolist()  # the step's only wait for the device
+        events, start, unread = [], 0, [0] * len(place)
+        for group, part, slots, want in zip(groups, decided, places, wanted, strict=True):
+            width = part.shape[1]
+            rows = [numbers[start + i * width : start + (i + 1) * width] for i in range(len(slots))]
+            start += len(slots) * width
+            for i, limit, row in zip(slots, want, rows, strict=True):
+                unread[i] = limit - int(row[0])
+            events += group.emit(rows, want)
+        self._proposal.rollback(self._state, unread)
+        return events
+
+    def _group(self, models: Models, more: int) -> Group:
+        """The group of these models, with room for so many more."""
+        if models not in self._groups:
+            self._groups[models] = Group(models, self._pace, track_log_z=self._track_log_z)
+        group = self._groups[models]
+        group.make_room(len(group.sequences) + more, self._state.capacity)
+        return group

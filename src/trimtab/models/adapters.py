@@ -1,0 +1,395 @@
+"""Many LoRA adapters over one shared base, of which every slot of a batch may use another.
+
+An `AdapterPool` is the base model. `AdapterPool.read` loads an adapter's folder as an `Adapted`, a `LanguageModel` that costs
+only its `Adapter`: one flat tensor. A state says which adapter each slot uses (`State.adapters`), so a batch may mix them.
+Nothing but `Adapted` and the states' slots refers to an adapter: drop those, and its memory is free.
+
+Of a linear layer's product x·Wᵀ an adapter of rank r makes x·Wᵀ + (x·A)·B, its scaling folded into B. The lean pass has four
+products a layer, two of them fused from several linear layers: there, A stacks the layers' blocks and B is block-diagonal, so
+that each product needs one pair of small ones. Where all slots of a step use the same adapter, the pairs are views of its flat
+tensor. Otherwise the adapters are gathered side by side (`Gathered`), padded with zeros to the largest rank, and the pairs are
+views of that; a later step writes only the rows whose adapter changed.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
+from trimtab.models.base import State
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.lean import LEAN, Deltas
+from trimtab.models.loading import readable
+from trimtab.models.slots import SlotState
+
+__all__ = ["Adapted", "Adapter", "AdapterPool", "poolable"]
+
+PRODUCTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The linear layers of each product of the lean pass, in its order."""
+PROJECTIONS = [path.split(".")[1] for linears in PRODUCTS for path in linears]
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_HARMLESS = {
+    *("peft_type", "bias", "init_lora_weights"),  # looked at by themselves
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "megatron_core", "qalora_group_size"),  # without a meaning here
+}
+"""Keys of adapter_config.json that may have a value. PEFT writes what a newer version can do as further keys, and any of
+those with a value makes an adapter that is not plain."""
+_HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
+"""`init_lora_weights` that leave the base's weights alone; PiSSA, OLoRA and others change them."""
+
+
+class Shape(NamedTuple):
+    """What decides how a flat tensor is laid out."""
+
+    rank: int
+    """The largest of the adapter's; smaller ones are padded with zeros."""
+    products: tuple[int, ...]
+    """Which of `PRODUCTS` it has anything for."""
+
+    @classmethod
+    def around(cls, shapes: Iterable["Shape"]) -> "Shape":
+        """The smallest one that has room for all of these."""
+        ranks, products = zip(*shapes, strict=True)
+        return cls(max(ranks), tuple(sorted({index for some in products for index in some})))
+
+
+class _Place(NamedTuple):
+    """Where the pair of one linear layer lies in the region of its product."""
+
+    product: int
+    block: int
+    down: slice
+    """Columns of A."""
+    up: slice
+    """Columns of its block of B."""
+
+
+class Layout:
+    """Where the pairs of adapters for one base lie in their flat tensors.
+
+    A flat tensor is a row of regions, one for each product: `[n, r, E]` for a product of n linear layers. Along E stand, layer
+    by layer, the inputs of A and then the outputs of B; so A and B are both `[n·r, …]` with long rows.
+
+    Args:
+        model: the stock model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.blocks = [len(linears) for linears in PRODUCTS]
+        self.columns = [0] * len(PRODUCTS)
+        self.places: dict[str, _Place] = {}
+        self._spans: list[list[tuple[int, int, int]]] = []  # layer and product: where A starts, where B does, where it ends
+        for i, layer in enumerate(model.model.layers):
+            self._spans.append([])
+            for product, paths in enumerate(PRODUCTS):
+                linears = [layer.get_submodule(path) for path in paths]
+                start = self.columns[product]
+                end = middle = start + linears[0].in_features
+                for block, (path, linear) in enumerate(zip(paths, linears, strict=True)):
+                    up = slice(end, end + linear.out_features)
+                    self.places[f"model.layers.{i}.{path}"] = _Place(product, block, slice(start, middle), up)
+                    end = up.stop
+                self._spans[i].append((start, middle, end))
+                self.columns[product] = end
+
+    def size(self, shape: Shape) -> int:
+        """Elements of a flat tensor."""
+        return sum(self.blocks[product] * shape.rank * self.columns[product] for product in shape.products)
+
+    def regions(self, flat: Tensor, shape: Shape) -> dict[int, Tensor]:
+        """Views `[G, n, r, E]` of the products in flat tensors `[G, size]`."""
+        views, start = {}, 0
+        for product in shape.products:
+            size = (self.blocks[product], shape.rank, self.columns[product])
+            end = start + size[0] * size[1] * size[2]
+            views[product] = flat[:, start:end].view(-1, *size)
+            start = end
+        return views
+
+    def deltas(self, flat: Tensor, shape: Shape) -> Deltas:
+        """The pairs of every layer and product in flat tensors `[G, size]`, as views."""
+        stacked = {product: region.flatten(1, 2) for product, region in self.regions(flat, shape).items()}
+        return [
+            [
+                (stacked[i][:, :, start:middle], stacked[i][:, :, middle:end]) if i in stacked else None
+                for i, (start, middle, end) in enumerate(spans)
+            ]
+            for spans in self._spans
+        ]
+
+
+class Adapter:
+    """The weights of one LoRA adapter for one pool's base; equal only to itself.
+
+    Attributes:
+        name: what to call it in messages.
+        flat: `[size]` all its weights, in the base's dtype and on its device.
+        shape: how they are laid out.
+        deltas: the same as pairs for the lean pass, for one group.
+    """
+
+    def __init__(self, name: str, flat: Tensor, shape: Shape, layout: Layout) -> None:
+        self.name, self.flat, self.shape = name, flat, shape
+        self.deltas = layout.deltas(flat[None], shape)
+        self.reference = weakref.ref(self)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, zeros of padding and fused blocks included."""
+        return self.flat.nbytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`sha256:…` of its weights and how they are laid out."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        digest.update(self.flat.cpu().view(torch.uint8).numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+
+class Gathered:
+    """Copies of the adapters of a state's first slots, side by side.
+
+    Args:
+        layout: the pool's.
+        shape: one with room for all of the state's adapters.
+        flat: `[rows, size]`, a row for each slot, not yet written.
+
+    Attributes:
+        held: the adapters of the rows that are written.
+    """
+
+    def __init__(self, layout: Layout, shape: Shape, flat: Tensor) -> None:
+        self.shape, self.rows = shape, len(flat)
+        self.held: list[weakref.ref[Adapter] | None] = []
+        self._layout, self._flat = layout, flat
+        self._deltas: dict[int, Deltas] = {}
+
+    def write(self, row: int, adapter: Adapter | None) -> None:
+        """Put an adapter, or none, into a row that is written or the first that is not."""
+        self.held[row : row + 1] = [_reference(adapter)]
+        target = self._flat[row : row + 1]
+        if adapter is not None and adapter.shape == self.shape:
+            target.copy_(adapter.flat)
+            return
+        target.zero_()
+        if adapter is not None:
+            regions = self._layout.regions(target, self.shape)
+            for product, region in self._layout.regions(adapter.flat[None], adapter.shape).items():
+                regions[product][:, :, : adapter.shape.rank] = region
+
+    def deltas(self, slots: int) -> Deltas:
+        """The pairs of the first rows."""
+        if slots not in self._deltas:
+            self._deltas[slots] = self._layout.deltas(self._flat[:slots], self.shape)
+        return self._deltas[slots]
+
+
+class AdapterPool(HuggingFaceLM):
+    """The base that adapters share, as a `LanguageModel`: a slot whose adapter is None uses the base alone.
+
+    Args:
+        model, vocab_size, owned: as for `HuggingFaceLM`.
+
+    Raises:
+        UnsupportedModel: a base that the lean pass does not run.
+    """
+
+    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False) -> None:
+        super().__init__(model, vocab_size, owned=owned)
+        if self._lean is None:
+            raise UnsupportedModel(
+                f"adapters can share a plain model of type {', '.join(LEAN)}, not this '{self.model.config.model_type}' model"
+            )
+        self.dtype: torch.dtype = self.model.dtype
+        self._layout = Layout(self.model)
+
+    def new_state(self, slots: int, capacity: int) -> SlotState:
+        """Empty slots without adapters.
+
+        Raises:
+            UnsupportedModel: the base was lent, and its owner has changed its dtype or added something to it.
+        """
+        state = super().new_state(slots, capacity)
+        if self._lean is None or self.model.dtype != self.dtype:
+            raise UnsupportedModel("the base model of these adapters is not what it was: its dtype or its modules have changed")
+        return state
+
+    def read(self, folder: str | Path, name: str) -> "Adapted":
+        """Load the folder of a LoRA adapter that was trained on this base.
+
+        Raises:
+            UnsupportedModel: `poolable` would have said no.
+            CheckpointError: missing, pickled, incomplete, corrupt, unfitting or non-finite weights.
+            ModelError: the folder or its configuration cannot be read.
+        """
+        folder = Path(folder).expanduser()
+        values = _read_plain(folder)
+        with readable(folder, "aligner"):
+            plan = self._plan(values)
+            if odd := set(plan) - set(self._layout.places):
+                raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {', '.join(PROJECTIONS)} only")
+            flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
+        return Adapted(self, Adapter(name, flat, shape, self._layout))
+
+    def _plan(self, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
+        """Rank and scaling of each adapted module. PEFT itself lays them out, around a base without weights."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import LoraLayer
+
+        with torch.device("meta"):
+            skeleton = type(self.model)(copy.deepcopy(self.model.config))
+        config = LoraConfig.from_peft_type(**values)
+        inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
+        layers = [(path, module) for path, module in skeleton.named_modules() if isinstance(module, LoraLayer)]
+        return {path: (layer.r["default"], layer.scaling["default"]) for path, layer in layers}
+
+    def _fill(self, folder: Path, tensors: dict[str, Tensor], plan: dict[str, tuple[int, float]]) -> tuple[Tensor, Shape]:
+        """The flat tensor of a file's tensors; every one of them must be expected, and no other."""
+        keys = {f"base_model.model.{path}.lora_{half}.weight" for path in plan for half in "AB"}
+        for problem, wrong in (("lacks", keys - set(tensors)), ("has no place for", set(tensors) - keys)):
+            if wrong:
+                raise CheckpointError(f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, as {min(wrong)}")
+        places = self._layout.places
+        shape = Shape(max(rank for rank, _ in plan.values()), tuple(sorted({places[path].product for path in plan})))
+        flat = torch.zeros(1, self._layout.size(shape), dtype=self.dtype, device=self.device)
+        regions = self._layout.regions(flat, shape)
+        for path, (rank, scaling) in plan.items():
+            place = places[path]
+            block = regions[place.product][0, place.block, :rank]
+            for half, columns, factor in (("A", place.down, 1.0), ("B", place.up, scaling)):
+                key, target = f"base_model.model.{path}.lora_{half}.weight", block[:, columns]
+                given, target = tensors[key], target if half == "A" else target.mT
+                if given.shape != target.shape:
+                    raise CheckpointError(f"'{folder}' does not fill the adapter: {key} has shape {list(given.shape)}")
+                target.copy_(given.to(torch.promote_types(self.dtype, torch.float32)) * factor)
+                if not bool(torch.isfinite(target).all()):
+                    raise CheckpointError(f"'{folder}' contains NaN or infinite weights in {key}")
+        return flat[0], shape
+
+    def _deltas(self, state: SlotState, slots: int) -> Deltas | None:
+        adapters: list[Adapter | None] = state.adapters[:slots]
+        first = adapters[0]
+        if all(adapter is first for adapter in adapters):
+            state.gathered = None
+            return None if first is None else first.deltas
+        gathered: Gathered | None = state.gathered
+        wanted = [_reference(adapter) for adapter in adapters]
+        if gathered is None or gathered.held[:slots] != wanted:
+            shape = Shape.around(adapter.shape for adapter in state.adapters if adapter is not None)
+            if gathered is None or gathered.shape != shape or gathered.rows < slots:
+                state.gathered = gathered = None  # the old one's memory goes before the new one's comes
+                rows = min(len(state), 1 << (slots - 1).bit_length())  # a batch that grows slot by slot gathers seldom
+                flat = torch.empty(rows, self._layout.size(shape), dtype=self.dtype, device=self.device)
+                state.gathered = gathered = Gathered(self._layout, shape, flat)
+            for row, adapter in enumerate(adapters):
+                if gathered.held[row : row + 1] != wanted[row : row + 1]:
+                    gathered.write(row, adapter)
+        return gathered.deltas(slots)
+
+
+class Adapted:
+    """A pool's base with one adapter, as a `LanguageModel`. States of the pool and of all its adapters are of one kind.
+
+    Attributes:
+        pool: the base.
+        adapter: what every slot of a new state gets.
+    """
+
+    def __init__(self, pool: AdapterPool, adapter: Adapter) -> None:
+        self.pool, self.adapter = pool, adapter
+        self.vocab_size, self.max_length, self.device = pool.vocab_size, pool.max_length, pool.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`sha256:…` of base and adapter together."""
+        return f"sha256:{hashlib.sha256(f'{self.pool.fingerprint} {self.adapter.fingerprint}'.encode()).hexdigest()}"
+
+    def new_state(self, slots: int, capacity: int) -> SlotState:
+        """Empty slots that use the adapter."""
+        state = self.pool.new_state(slots, capacity)
+        state.adapters = [self.adapter] * slots
+        return state
+
+    def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append to every slot; rows `[B, K, V]`, each by its slot's own adapter."""
+        return self.pool.extend(state, tokens, counts)
+
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
+        """Append to every slot without rows."""
+        self.pool.prefill(state, tokens, counts)
+
+    def rollback(self, state: State, counts: Sequence[int]) -> None:
+        """Forget the last tokens of each slot."""
+        self.pool.rollback(state, counts)
+
+    def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
+        """Copy slots, adapters included."""
+        self.pool.copy(source, slots, target, to)
+
+    def select(self, state: State, rows: Sequence[int]) -> SlotState:
+        """Copies of the given slots, adapters included."""
+        return self.pool.select(state, rows)
+
+
+def poolable(folder: str | Path) -> str | None:
+    """The name of the base model of a LoRA adapter that a pool over that base can run.
+
+    None where the folder holds anything else, or what cannot be read: load it as a model of its own, which says what is wrong.
+    Whether the base is of a kind that can be shared, `AdapterPool` says.
+    """
+    try:
+        base = _read_plain(Path(folder).expanduser()).get("base_model_name_or_path")
+    except ModelError:
+        return None
+    return base if isinstance(base, str) and base else None
+
+
+def _reference(adapter: Adapter | None) -> weakref.ref[Adapter] | None:
+    return None if adapter is None else adapter.reference
+
+
+def _read_plain(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json holds, if it describes plain LoRA of the projections and the weights are there and no others."""
+    with readable(folder, "aligner"):
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ModelError(f"'{folder}': adapter_config.json must hold one JSON object")
+        if not (folder / WEIGHTS_NAME).is_file():
+            pickled = " (adapter_model.bin is pickled and not loaded)" if (folder / "adapter_model.bin").is_file() else ""
+            raise CheckpointError(f"'{folder}' holds no {WEIGHTS_NAME}{pickled}")
+        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+            keys = list(file.keys())
+    further = [key for key, value in values.items() if value and key not in _HARMLESS]
+    if values.get("peft_type") != "LORA":
+        further.append("peft_type")
+    if values.get("bias", "none") != "none":
+        further.append("bias")
+    if values.get("init_lora_weights") not in _HARMLESS_STARTS:
+        further.append("init_lora_weights")
+    if further:
+        what = f"{further[0]} is {values.get(further[0])!r}"
+        raise UnsupportedModel(f"'{folder}' is no plain LoRA adapter, as adapters in a pool must be: {what}")
+    for key in keys:
+        if not re.search(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\.weight$", key):
+            raise UnsupportedModel(f"'{folder}' holds {key}, but adapters in a pool adapt {', '.join(PROJECTIONS)} only")
+    return values
