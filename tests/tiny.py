@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from trimtab.models.loading import load_model
 from trimtab.models.table import TableLM
 
 _SHAPE = {
@@ -97,6 +99,18 @@ def save_tiny(folder: Path, model: Any, tokenizer: Any) -> Path:
     """A folder that transformers loads."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_lora(folder: Path, base: Path, seed: int = 0, **settings: Any) -> Path:
+    """A folder of a LoRA adapter of which all weights are random, so that it changes every row."""
+    model = get_peft_model(load_model(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2, generator=generator)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from models import test_contract as contract
-from tiny import Trap, save_tiny, tiny_model, tiny_tokenizer
+from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
 from trimtab.models.adapters import Adapted, AdapterPool, poolable
 from trimtab.models.lean import LEAN
@@ -54,18 +54,6 @@ def make_base(folder: Path, kind: str, **settings: Any) -> Path:
     return save_tiny(folder / f"base-{kind}", tiny_model(kind, V, seed=7, spread=0.2, **settings), tiny_tokenizer())
 
 
-def make_lora(folder: Path, base: Path, seed: int = 0, **settings: Any) -> Path:
-    """A folder of an adapter of which all weights are random, so that it changes every row."""
-    model = get_peft_model(load_model(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.2, generator=generator)
-    model.save_pretrained(folder)
-    return folder
-
-
 def peft_rows(base: Path, folder: Path | None, ids: torch.Tensor = IDS) -> torch.Tensor:
     """The reference: the stock modules of transformers and PEFT, without a cache."""
     model = load_model(base)
@@ -86,7 +74,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(base: Path) -> dict[str, Path]:
-    return {kind: make_lora(base.parent / kind, base, seed=i, **KINDS[kind]) for i, kind in enumerate(KINDS)}
+    return {kind: save_lora(base.parent / kind, base, seed=i, **KINDS[kind]) for i, kind in enumerate(KINDS)}
 
 
 @pytest.fixture
@@ -100,7 +88,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     way, dtype = request.param.split("-")
     folder = tmp_path_factory.mktemp("contract")
     base = save_tiny(folder / "base", tiny_model("llama", V, spread=0.5 if dtype == "float32" else 0.1), tiny_tokenizer())
-    lora = make_lora(folder / "lora", base, r=4, target_modules="all-linear")
+    lora = save_lora(folder / "lora", base, r=4, target_modules="all-linear")
     model = load_model(base, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trimtab.models.prepack._worth_packing", lambda weight: True)
@@ -115,7 +103,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("settings", ["all", "rslora", "patterns", "layers"])
 def test_rows_are_those_of_peft(kind, settings, tmp_path):
     base = make_base(tmp_path, kind)
-    folder = make_lora(tmp_path / "lora", base, **KINDS[settings])
+    folder = save_lora(tmp_path / "lora", base, **KINDS[settings])
     expected = peft_rows(base, folder)
     assert (expected - peft_rows(base, None)).abs().max() > 0.01, "the adapter must matter"
     pool = AdapterPool(load_model(base))
@@ -132,7 +120,7 @@ def test_every_way_to_choose_modules_is_that_of_peft(base, folders, pool):
 @pytest.mark.parametrize("settings", [{"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 4}])
 def test_settings_of_the_base(settings, tmp_path):
     base = make_base(tmp_path, "llama", **settings)
-    folder = make_lora(tmp_path / "lora", base, target_modules="all-linear")
+    folder = save_lora(tmp_path / "lora", base, target_modules="all-linear")
     assert_close(rows(AdapterPool(load_model(base)).read(folder, "lora")), peft_rows(base, folder), atol=1e-5, rtol=0)
 
 
@@ -272,7 +260,7 @@ def test_an_adapter_that_nobody_uses_is_gone(folders, pool):
 
 @pytest.fixture
 def lora(base: Path, tmp_path: Path) -> Path:
-    return make_lora(tmp_path / "lora", base, r=2, target_modules=["q_proj", "down_proj"])
+    return save_lora(tmp_path / "lora", base, r=2, target_modules=["q_proj", "down_proj"])
 
 
 def configure(folder: Path, values: dict[str, Any]) -> None:
@@ -356,7 +344,7 @@ def test_a_folder_that_is_no_adapter_is_none(base, lora, pool, tmp_path):
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT says that it saves embeddings too
 def test_what_is_not_plain_lora_is_not_for_a_pool(settings, message, base, pool, tmp_path):
-    folder = make_lora(tmp_path / "lora", base, **{"target_modules": ["q_proj"], **settings})
+    folder = save_lora(tmp_path / "lora", base, **{"target_modules": ["q_proj"], **settings})
     assert poolable(folder) is None
     with pytest.raises(UnsupportedModel, match=message):
         pool.read(folder, "lora")

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "write aligned text",
     "score": "held-out negative log-likelihood of proposal, aligner and aligned model",
     "bench": "speeds as ratios to the unaligned proposal, in one run",
+    "serve": "many aligners over one frozen proposal, behind the API of OpenAI",
     "env": "versions and hardware, for a bug report",
 }
 

@@ -1,8 +1,8 @@
 """One decoding step for everybody: each group drafts with its own models, the proposal reads all drafts in one pass, each group
 verifies.
 
-The sequences occupy the first slots of one state of the proposal, whichever aligners they have; so bare requests and those of many
-aligners share every pass of the large model. Whoever leaves is replaced by the last one.
+The sequences occupy the first slots of one state of the proposal, whichever aligners they have; so bare requests and those of
+many aligners share every pass of the large model. Whoever leaves is replaced by the last one.
 """
 
 from collections.abc import Sequence

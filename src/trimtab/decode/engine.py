@@ -7,8 +7,8 @@ Each `step` is schedule → run → postprocess:
                its prompt decodes for one draft-and-verify step (trimtab.decode.batch)
     postprocess  finished sequences leave at once, and their slots are free for the next step
 
-Requests may have aligners of their own, or none: they share the proposal, and each pass of it. Completions of one request share a prompt list; it is read once and copied. What is in the engine never changes what a request
-gets, only when.
+Requests may have aligners of their own, or none: they share the proposal, and each pass of it. Completions of one request
+share a prompt list; it is read once and copied. What is in the engine never changes what a request gets, only when.
 """
 
 import time
@@ -215,7 +215,7 @@ SPARE = 4
 
 
 class _Reading:
-    """Sequences of the same models that were admitted together and are reading their prompts, all but the last token of each."""
+    """Sequences of the same models that were admitted together and read their prompts, all but the last token of each."""
 
     def __init__(self, models: Models, sequences: Sequence[Growing]) -> None:
         self._prompts: list[list[int]] = []

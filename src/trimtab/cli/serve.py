@@ -1,0 +1,212 @@
+"""`trimtab serve`: many aligners over one frozen proposal, behind OpenAI's API."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.cli.common import ModelOptions
+from trimtab.cli.options import UsageError, option
+from trimtab.errors import InvalidOption, InvalidRequest
+
+if TYPE_CHECKING:
+    from trimtab.serve.service import Opened, Settings
+
+__all__ = ["Options", "render", "run"]
+
+KEY_VARIABLE = "TRIMTAB_API_KEY"
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
+    """Flags of `trimtab serve`."""
+
+    aligner: tuple[str, ...] = option(
+        (), "an aligner, and what requests call it; may repeat. It stays in memory", metavar="NAME=PATH"
+    )
+    weight: tuple[float, ...] = option((), "default weight of each --aligner [default: the manifest's, or the rule's]")
+    host: str = option("127.0.0.1", "address to listen on; the default lets in this machine alone")
+    port: int = option(8000, "port to listen on; 0 for any that is free")
+    api_key: tuple[str, ...] = option((), f"a key that clients must send; may repeat [default: ${KEY_VARIABLE}]", metavar="KEY")
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "what the proposal is called; may repeat, the first counts [default: its folder's name, or hub id]",
+        metavar="NAME",
+    )
+    aligner_root: str | None = option(
+        None, "let clients load and unload aligners under this folder, by /v1/load_aligner", metavar="FOLDER"
+    )
+    max_aligner_memory: float | None = option(
+        None, "GiB that aligners may take; those unused longest are evicted, but not those named here [default: no limit]"
+    )
+    max_num_batched_tokens: int = option(512, "prompt tokens read between two decoding steps")
+    max_cache_tokens: int | None = option(
+        None, "tokens that all sequences together may hold in the cache [default: max_num_seqs contexts, as they are needed]"
+    )
+    max_waiting: int = option(256, "sequences that may wait for a slot; more are refused with 429")
+    max_prompt_tokens: int | None = option(None, "longest prompt [default: what fits the context]")
+    max_tokens: int | None = option(
+        None, "longest completion [default: what fits the context; a chat that does not say gets up to 4096]"
+    )
+    max_body_bytes: int = option(4 * 2**20, "longest request body")
+    request_timeout: float = option(600.0, "seconds a request may take")
+    stream_interval: float = option(0.02, "seconds between two chunks of a stream at the least; 0 sends each step's tokens")
+    shutdown_timeout: float = option(30.0, "seconds that running requests get when the server stops")
+    log_prompts: bool = option(False, "write prompts and completions to the log")
+    playground: bool = option(False, "show the playground at /playground (needs the extra 'playground')")
+    votes: str | None = option(None, "where the playground's arena keeps its votes [default: votes.jsonl]", metavar="FILE")
+    ssl_keyfile: str | None = option(None, "private key for https", metavar="FILE")
+    ssl_certfile: str | None = option(None, "certificate for https", metavar="FILE")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Serve until the process is told to stop."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"serving needs the extra 'serve' ({error.name} is missing): pip install 'trimtab[serve]'") from None
+    from trimtab.cli import quiet_loading
+    from trimtab.serve.app import make_app
+    from trimtab.serve.run import run_server
+    from trimtab.serve.service import Opened, Service
+
+    settings = _settings(options)
+    named = _aligners(options)
+    quiet_loading()
+
+    def load() -> Opened:
+        try:
+            return _load(options, named)
+        except InvalidRequest as error:
+            raise InvalidOption(str(error)) from error
+
+    service = Service(settings, load)
+    app = make_app(service, on_failure=lambda: app.state.stop())
+    if options.playground:
+        _add_playground(app, service, options)
+    tls = {"ssl_keyfile": options.ssl_keyfile, "ssl_certfile": options.ssl_certfile}
+    return run_server(app, service, host=options.host, port=options.port, **tls)
+
+
+def render(report: dict[str, Any]) -> str:
+    """A line when the server has stopped."""
+    line = f"{report['model']}: served {report['requests']} requests"
+    left = report["unfinished_sequences"]
+    return f"{line}; {left} sequences could not be finished" if left else line
+
+
+def _settings(options: Options) -> "Settings":
+    """The limits among the flags, checked."""
+    from trimtab.serve.service import Settings
+
+    for name in ("max_waiting", "max_prompt_tokens", "max_tokens", "max_body_bytes", "request_timeout", "max_aligner_memory"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} must be above 0, not {value}")
+    for name in ("shutdown_timeout", "stream_interval"):
+        if not getattr(options, name) >= 0:
+            raise UsageError(f"--{name} must be at least 0, not {getattr(options, name)}")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port must be from 0 to 65535, not {options.port}")
+    if bool(options.ssl_keyfile) != bool(options.ssl_certfile):
+        raise UsageError("--ssl_keyfile and --ssl_certfile go together")
+    if options.votes and not options.playground:
+        raise UsageError("--votes belongs to --playground")
+    for name in ("ssl_keyfile", "ssl_certfile"):
+        if (file := getattr(options, name)) and not Path(file).is_file():
+            raise UsageError(f"--{name}: there is no file '{file}'")
+    if options.aligner_root is not None and not Path(options.aligner_root).is_dir():
+        raise UsageError(f"--aligner_root: there is no folder '{options.aligner_root}'")
+    names = options.served_model_name or _names_of(options.proposal)
+    keys = options.api_key or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    return Settings(
+        name=names[0],
+        aliases=tuple(names[1:]),
+        api_keys=keys,
+        max_body_bytes=options.max_body_bytes,
+        max_prompt_tokens=options.max_prompt_tokens,
+        max_tokens=options.max_tokens,
+        max_waiting=options.max_waiting,
+        request_timeout=options.request_timeout,
+        stream_interval=options.stream_interval,
+        shutdown_timeout=options.shutdown_timeout,
+        log_prompts=options.log_prompts,
+        allow_loading=options.aligner_root is not None,
+    )
+
+
+def _names_of(proposal: str) -> tuple[str, ...]:
+    """What a proposal is called: the last part of a folder, and the folder as it was typed; or a hub id."""
+    folder = Path(proposal).expanduser()
+    return tuple(dict.fromkeys([folder.resolve().name, proposal])) if folder.is_dir() else (proposal,)
+
+
+def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
+    """Name, path and weight of each aligner."""
+    from trimtab.serve.registry import parse_named
+
+    if options.weight and len(options.weight) != len(options.aligner):
+        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
+    weights = options.weight or (None,) * len(options.aligner)
+    named = [(*parse_named(text), weight) for text, weight in zip(options.aligner, weights, strict=True)]
+    bases = options.served_model_name or _names_of(options.proposal)
+    for i, (name, _, _) in enumerate(named):
+        if name in [other for other, _, _ in named[:i]] or name in bases:
+            raise UsageError(f"--aligner: two models are called '{name}'; say NAME=PATH with another name")
+    return named
+
+
+def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Opened":
+    """The proposal, its aligners, and an engine."""
+    from trimtab.decode.aligned import AlignedModel
+    from trimtab.decode.assemble import Loader
+    from trimtab.decode.engine import Engine
+    from trimtab.serve.registry import Registry
+    from trimtab.serve.service import Opened
+
+    base = AlignedModel.from_pretrained(
+        options.proposal,
+        dtype=options.dtype,
+        device=options.device,
+        rule=options.rule,
+        proposal_temperature=options.proposal_temperature,
+        proposal_top_k=options.proposal_top_k,
+        proposal_top_p=options.proposal_top_p,
+        aligner_temperature=options.aligner_temperature,
+        draft=None if options.draft == "aligner" else options.draft,
+        draft_temperature=options.draft_temperature,
+        num_speculative_tokens=options.num_speculative_tokens,
+        max_num_seqs=options.max_num_seqs,
+    )
+    engine = Engine(
+        base.proposal,
+        base.pace,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_cache_tokens=options.max_cache_tokens,
+        track_log_z=True,
+    )
+    memory, root = options.max_aligner_memory, options.aligner_root
+    registry = Registry(
+        base,
+        Loader(base.tokenizer, dtype=options.dtype, device=options.device),
+        max_bytes=None if memory is None else int(memory * 2**30),
+        root=None if root is None else Path(root),
+    )
+    for name, path, weight in named:
+        registry.load(name, path, weight=weight, pinned=True)
+        registry.resident([name])  # what contradicts itself shows now
+    return Opened(registry, engine)
+
+
+def _add_playground(app: Any, service: Any, options: Options) -> None:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        missing = f"({error.name} is missing): pip install 'trimtab[playground]'"
+        raise UsageError(f"the playground needs the extra 'playground' {missing}") from None
+    from trimtab.serve.playground import add_playground
+
+    add_playground(app, service, votes=Path(options.votes or "votes.jsonl"))

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: many aligners over one frozen proposal."""

@@ -1,0 +1,310 @@
+"""From a job's events to an answer: whole or as a stream, as a completion or as a chat."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, TokenLogprobs
+from trimtab.decode.scoring import score_in_steps
+from trimtab.errors import TrimtabError
+from trimtab.serve import wire
+from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.service import Refusal, Service, Target
+from trimtab.serve.worker import Job
+
+__all__ = ["answer_chat", "answer_completion"]
+
+requests = logging.getLogger("trimtab.serve.requests")
+
+ECHO_STEP = 512
+"""Tokens of a prompt that are scored between two steps of the engine."""
+
+
+@dataclass
+class _Exchange:
+    """One request on its way.
+
+    Attributes:
+        service: the server.
+        target: its model.
+        params: what was asked for.
+        job: its sequences.
+        echoes: what precedes each prompt's completions: text, ids and scores of the prompt, where it is echoed.
+        generates: whether anything is generated at all.
+    """
+
+    service: Service
+    request: Request
+    kind: str
+    target: Target
+    params: SamplingParams
+    job: Job
+    include_usage: bool
+    echoes: list["_Echo"] = field(default_factory=list)
+    generates: bool = True
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+
+    def choice(self, event: TokenEvent) -> int:
+        """Which choice of the answer an event belongs to."""
+        return (event.prompt_index - self.job.first) * self.params.n + event.index
+
+    @property
+    def usage(self) -> wire.Usage:
+        """Tokens so far."""
+        prompts = {s.prompt_index: len(s.prompt) for s in self.job.sequences}
+        return wire.Usage(sum(prompts.values()), self.tokens)
+
+    async def events(self) -> AsyncIterator[list[TokenEvent]]:
+        """What happens; logged and counted at the end, however it comes."""
+        outcome = "cancelled"
+        try:
+            if self.generates:
+                async for events in self.service.events(self.job):
+                    self.tokens += len(events)
+                    yield events
+            outcome = "ok"
+        except Refusal as refusal:
+            outcome = refusal.code or str(refusal.status)
+            raise
+        finally:
+            self._note(outcome)
+
+    def _note(self, outcome: str) -> None:
+        seconds = time.perf_counter() - self.job.arrived
+        self.service.metrics.finish(self.target.label, self.job, seconds, outcome)
+        first = self.job.first_token
+        facts: dict[str, Any] = {
+            "id": self.id,
+            "request_id": self.request.state.request_id,
+            "model": self.target.label,
+            "outcome": outcome,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "completion_tokens": self.tokens,
+            "seconds": round(seconds, 4),
+            "first_token_seconds": None if first is None else round(first - self.job.arrived, 4),
+        }
+        if self.service.settings.log_prompts:
+            decode = self.target.model.tokenizer.decode
+            facts["prompts"] = [decode(s.prompt) for s in self.job.sequences if s.index == 0]
+            facts["completions"] = [decode(s.tokens) for s in self.job.sequences]
+        requests.info("request", extra={"facts": facts})
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """A prompt that its completions begin with."""
+
+    text: str
+    ids: list[int]
+    scores: TokenLogprobs | None
+
+    def logprobs(self, texts: wire.TokenTexts) -> tuple[list[float | None], list[wire.TopLogprobs | None]]:
+        """Log-probability and best tokens of each id; nothing predicts the first."""
+        if self.scores is None:
+            return [None], [None]
+        tops: Sequence[wire.TopLogprobs] = self.scores.top_aligned or [[]] * len(self.scores.aligned)
+        return [None, *self.scores.aligned], [None, *tops]
+
+
+async def answer_completion(service: Service, request: Request, asked: CompletionRequest, size: int) -> Response:
+    """`POST /v1/completions`; `size` is the body's in bytes.
+
+    Raises:
+        Refusal: it cannot be answered.
+    """
+    target = await service.find(asked.model, asked.aligner)
+    said = asked.limit if asked.max_tokens is not None and "max_tokens" in asked.model_fields_set else None
+    limit = service.limit(target, said, "max_tokens", unsaid=asked.limit)
+    wants = asked.logprobs is not None
+    with service.refusing(None):
+        params = SamplingParams(**asked.sampling(max(limit, 1), wants, asked.logprobs or 0))
+    prompts: Sequence[Prompt] = asked.prompts
+    job = await service.prepare(target, prompts, params, "prompt", size=size)
+    exchange = _Exchange(service, request, "completion", target, params, job, asked.include_usage, generates=limit > 0)
+    if asked.echo:
+        with service.refusing("prompt"):
+            exchange.echoes = await _echo(exchange, prompts)
+    return await (_stream(exchange, _completion_stream) if asked.stream else _whole(exchange))
+
+
+async def answer_chat(service: Service, request: Request, asked: ChatRequest, size: int) -> Response:
+    """`POST /v1/chat/completions`; `size` is the body's in bytes.
+
+    Raises:
+        Refusal: it cannot be answered.
+    """
+    target = await service.find(asked.model, asked.aligner)
+    limit = service.limit(target, asked.limit, "max_completion_tokens")
+    with service.refusing(None):
+        params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0))
+    job = await service.prepare(target, [asked.chat], params, "messages", size=size)
+    exchange = _Exchange(service, request, "chat", target, params, job, asked.include_usage)
+    return await (_stream(exchange, _chat_stream) if asked.stream else _whole(exchange))
+
+
+async def _echo(exchange: _Exchange, prompts: Sequence[Prompt]) -> list[_Echo]:
+    """The prompts as their completions begin with them, scored if log-probabilities are wanted."""
+    model, params = exchange.target.model, exchange.params
+    ids = {s.prompt_index: s.prompt for s in exchange.job.sequences}
+    echoes = []
+    for prompt, mine in zip(prompts, ids.values(), strict=True):
+        scores = None
+        if params.logprobs and len(mine) > 1:
+            pair = (mine[:1], mine[1:])
+            shaping = model.shaping(params)
+            steps = score_in_steps(model.proposal, model.aligners, shaping, [pair], top=params.top_logprobs, step=ECHO_STEP)
+            (scores,) = await exchange.service.worker.score(steps)
+        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(mine, skip_special_tokens=True)
+        echoes.append(_Echo(str(text), mine, scores))
+    return echoes
+
+
+# ---- whole answers
+
+
+async def _whole(exchange: _Exchange) -> Response:
+    """Wait for the end, or for the client to go away."""
+    work = asyncio.ensure_future(_collect(exchange))
+    leaving = asyncio.ensure_future(_leave(exchange.request))
+    try:
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Refusal(499, "the client went away", code="cancelled")
+        choices = work.result()
+    finally:
+        for task in (work, leaving):
+            task.cancel()
+    build = wire.chat_completion if exchange.kind == "chat" else wire.completion
+    body = build(exchange.id, exchange.created, exchange.target.label, choices, exchange.usage)
+    return Response(wire.dumps(body), media_type="application/json")
+
+
+async def _leave(request: Request) -> None:
+    """Wait until the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _collect(exchange: _Exchange) -> list[dict[str, Any]]:
+    """All choices."""
+    done: dict[int, Completion] = {}
+    async for events in exchange.events():
+        done |= {exchange.choice(event): event.completion for event in events if event.completion is not None}
+    if not exchange.generates:
+        none = Completion("", [], "length", 0, 0, 0, TokenLogprobs([], [], []))
+        done = dict.fromkeys(range(len(exchange.job.sequences)), none)
+    return [_choice(exchange, index, done[index]) for index in sorted(done)]
+
+
+def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str, Any]:
+    texts, logprobs = exchange.service.texts, None
+    if exchange.kind == "chat":
+        if exchange.params.logprobs:
+            logprobs = wire.chat_logprobs(texts, *_columns(completion))
+        return wire.chat_choice(index, completion.text, completion.finish_reason, logprobs)
+    echo = exchange.echoes[index // exchange.params.n] if exchange.echoes else None
+    text = (echo.text if echo else "") + completion.text
+    if exchange.params.logprobs:
+        tokens, values, tops = _columns(completion)
+        if echo is not None:
+            before, best = echo.logprobs(texts)
+            tokens, values, tops = echo.ids + tokens, before + values, best + tops
+        logprobs = wire.completion_logprobs(texts, tokens, values, tops)
+    return wire.completion_choice(index, text, completion.finish_reason, logprobs)
+
+
+def _columns(completion: Completion) -> tuple[list[int], list[Any], list[Any]]:
+    """Tokens, their log-probabilities, and the best of each position."""
+    scores = completion.logprobs
+    assert scores is not None
+    return completion.tokens, list(scores.aligned), list(scores.top_aligned or [[]] * len(completion.tokens))
+
+
+# ---- streams
+
+
+async def _stream(exchange: _Exchange, chunks: Any) -> Response:
+    exchange.service.worker  # noqa: B018 - refuses now, before the answer begins
+    return StreamingResponse(_guarded(exchange, chunks), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+
+async def _guarded(exchange: _Exchange, chunks: Any) -> AsyncIterator[bytes]:
+    """A stream's events, with what goes wrong as the last of them."""
+    try:
+        async for chunk in chunks(exchange):
+            yield chunk
+    except Refusal as refusal:
+        yield wire.sse(wire.error_body(refusal.message, refusal.type, refusal.param, refusal.code))
+    except TrimtabError as error:
+        yield wire.sse(wire.error_body(str(error), "server_error"))
+    yield wire.DONE
+
+
+async def _chat_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
+    stream = wire.ChatStream(exchange.id, exchange.created, exchange.target.label, include_usage=exchange.include_usage)
+    texts = exchange.service.texts
+    yield b"".join(stream.start(index) for index in range(exchange.params.n))
+    async for events in exchange.events():
+        chunks = []
+        for index, mine in _by_choice(exchange, events).items():
+            text = "".join(event.text for event in mine)
+            logprobs = wire.chat_logprobs(texts, *_event_columns(mine)) if exchange.params.logprobs else None
+            if text or logprobs:
+                chunks.append(stream.text(index, text, logprobs))
+            if reason := mine[-1].finish_reason:
+                chunks.append(stream.end(index, reason))
+        if chunks:
+            yield b"".join(chunks)
+    if exchange.include_usage:
+        yield stream.usage(exchange.usage)
+
+
+async def _completion_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
+    stream = wire.CompletionStream(exchange.id, exchange.created, exchange.target.label, include_usage=exchange.include_usage)
+    texts, count = exchange.service.texts, len(exchange.job.sequences)
+    offsets = [0] * count
+    for index in range(count):
+        if exchange.echoes:
+            echo, logprobs = exchange.echoes[index // exchange.params.n], None
+            if exchange.params.logprobs:
+                logprobs = wire.completion_logprobs(texts, echo.ids, *echo.logprobs(texts))
+            offsets[index] = len(echo.text)
+            yield stream.text(index, echo.text, logprobs, None if exchange.generates else "length")
+    async for events in exchange.events():
+        chunks = []
+        for index, mine in _by_choice(exchange, events).items():
+            text, logprobs, reason = "".join(event.text for event in mine), None, mine[-1].finish_reason
+            if exchange.params.logprobs:
+                logprobs = wire.completion_logprobs(texts, *_event_columns(mine), offset=offsets[index])
+            offsets[index] += len(text)
+            if text or logprobs or reason:
+                chunks.append(stream.text(index, text, logprobs, reason))
+        if chunks:
+            yield b"".join(chunks)
+    if exchange.include_usage:
+        yield stream.usage(exchange.usage)
+
+
+def _by_choice(exchange: _Exchange, events: Sequence[TokenEvent]) -> dict[int, list[TokenEvent]]:
+    sorted_events: dict[int, list[TokenEvent]] = {}
+    for event in events:
+        sorted_events.setdefault(exchange.choice(event), []).append(event)
+    return sorted_events
+
+
+def _event_columns(events: Sequence[TokenEvent]) -> tuple[list[int], list[Any], list[Any]]:
+    """Tokens of some events, their log-probabilities, and the best of each position."""
+    return [e.token for e in events], [e.aligned for e in events], [e.top_aligned or () for e in events]

@@ -1,0 +1,239 @@
+"""The HTTP application: routes, error shapes and the OpenAPI document."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from trimtab import __version__
+from trimtab.errors import InvalidRequest, ModelError, TrimtabError
+from trimtab.serve import wire
+from trimtab.serve.answers import answer_chat, answer_completion
+from trimtab.serve.explain import explain
+from trimtab.serve.guard import Guard
+from trimtab.serve.metrics import CONTENT_TYPE
+from trimtab.serve.registry import NoSuchAligner, NoSuchFolder, OutOfMemory
+from trimtab.serve.schema import ChatRequest, CompletionRequest, LoadAligner, UnloadAligner
+from trimtab.serve.service import Refusal, Service
+
+__all__ = ["make_app"]
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+ERROR = {"$ref": "#/components/schemas/Error"}
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
+MEANINGS = {
+    400: "A field is wrong; the message names it.",
+    401: "The server needs an API key.",
+    404: "There is no such model or aligner.",
+    413: "The body is too long.",
+    429: "Too many requests are waiting; Retry-After says when to ask again.",
+    500: "The server failed.",
+    503: "The server is loading, stopping, or has failed.",
+    504: "The request took too long.",
+}
+
+
+def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application around a service.
+
+    Args:
+        service: it is opened when the application starts, and closed when it ends.
+        on_failure: called if it cannot be opened.
+    """
+
+    async def open_service() -> None:
+        try:
+            await service.open()
+            logger.info("ready: %s", service.settings.name)
+        except Exception as error:
+            if not isinstance(error, TrimtabError):
+                logger.exception("the models cannot be loaded")
+            on_failure()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        opening = asyncio.ensure_future(open_service())  # /health says "loading" meanwhile
+        yield
+        await opening
+        await service.close()
+
+    app = FastAPI(title="Trimtab", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.state.service = service
+    app.add_middleware(
+        Guard,
+        keys=service.settings.api_keys,
+        protected=("/v1",),
+        max_body_bytes=service.settings.max_body_bytes,
+    )
+    _add_errors(app)
+    _add_operations(app, service)
+    _add_models(app, service)
+    _add_generation(app, service)
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health", responses=_answers(503, health=True), tags=["operations"])
+    async def health() -> Response:
+        """Whether the server is loading, ready, stopping or failed."""
+        state = service.state
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["operations"])
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def cards() -> list[dict[str, Any]]:
+        base = service.settings.name
+        listed = [wire.model_card(base, service.created, root=base)]
+        return listed + [wire.model_card(e.name, e.created, root=e.name, parent=base) for e in service.registry.entries]
+
+    @app.get("/v1/models", responses=_answers(503), tags=["models"])
+    async def list_models() -> Response:
+        """The base, and every aligner."""
+        return JSONResponse(wire.model_list(cards()))
+
+    @app.get("/v1/models/{model:path}", responses=_answers(404, 503), tags=["models"])
+    async def retrieve_model(model: str) -> Response:
+        """One of them."""
+        plain = model.removeprefix(f"{service.settings.name}:")
+        names = (service.settings.name if model in service.settings.aliases else model, plain)
+        for card in cards():
+            if card["id"] in names:
+                return JSONResponse(card)
+        raise Refusal(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
+
+    if not service.settings.allow_loading:
+        return
+
+    @app.post("/v1/load_aligner", openapi_extra=_body(LoadAligner), responses=_answers(400, 404, 413, 503), tags=["models"])
+    async def load_aligner(request: Request) -> Response:
+        """Add an aligner from under the server's root folder, or replace the one of that name."""
+        asked, _ = await _parse(request, LoadAligner)
+        if asked.name in (service.settings.name, *service.settings.aliases):
+            raise Refusal(400, f"name: '{asked.name}' is the base's name", param="name")
+        load = service.registry.load
+        try:
+            entry = await asyncio.to_thread(load, asked.name, asked.path, pinned=bool(asked.pin), inside=True)
+        except NoSuchFolder as error:
+            raise Refusal(404, str(error), param="path") from None
+        except (InvalidRequest, ModelError) as error:
+            raise Refusal(400, str(error), param="path") from None
+        except OutOfMemory as error:
+            raise Refusal(400, str(error), param="path", code="out_of_memory") from None
+        return JSONResponse(wire.model_card(entry.name, entry.created, root=entry.name, parent=service.settings.name))
+
+    @app.post("/v1/unload_aligner", openapi_extra=_body(UnloadAligner), responses=_answers(400, 404, 413, 503), tags=["models"])
+    async def unload_aligner(request: Request) -> Response:
+        """Forget an aligner; requests that run with it go on."""
+        asked, _ = await _parse(request, UnloadAligner)
+        try:
+            service.registry.unload(asked.name)
+        except NoSuchAligner as error:
+            raise Refusal(404, str(error), param="name", code="model_not_found") from None
+        service.metrics.forget(asked.name)
+        return JSONResponse({"id": asked.name, "object": "model", "deleted": True})
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    answers = _answers(400, 404, 413, 429, 503, 504, stream=True)
+
+    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest), responses=answers, tags=["generation"])
+    async def completions(request: Request) -> Response:
+        """Complete prompts."""
+        asked, size = await _parse(request, CompletionRequest)
+        return await answer_completion(service, request, asked, size)
+
+    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest), responses=answers, tags=["generation"])
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        asked, size = await _parse(request, ChatRequest)
+        return await answer_chat(service, request, asked, size)
+
+
+async def _parse(request: Request, model: type[M]) -> tuple[M, int]:
+    """The body, and its length in bytes."""
+    body = await request.body()
+    try:
+        return model.model_validate_json(body), len(body)
+    except ValidationError as error:
+        message, param = explain(error)
+        raise Refusal(400, message, param=param) from None
+
+
+# ---- errors
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refuse(_: Request, refusal: Refusal) -> Response:
+        headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
+        body = wire.error_body(refusal.message, refusal.type, refusal.param, refusal.code)
+        return Response(wire.dumps(body), refusal.status, headers, "application/json")
+
+    @app.exception_handler(HTTPException)
+    async def explain_status(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:128]}: {str(error.detail).lower()}"
+        body = wire.error_body(message, "invalid_request_error")
+        return Response(wire.dumps(body), error.status_code, error.headers, "application/json")
+
+
+# ---- the OpenAPI document
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _answers(*statuses: int, stream: bool = False, health: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer besides 200."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in statuses if health else (*statuses, 401, 500):
+        schema = {"type": "object"} if health else ERROR
+        found[status] = {"description": MEANINGS[status], "content": {"application/json": {"schema": schema}}}
+    content = {"application/json": {"schema": {"type": "object"}}} | ({"text/event-stream": {}} if stream else {})
+    return found | {200: {"description": "The answer.", "content": content}}
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the schemas of the bodies, which FastAPI does not parse for us."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas["Error"] = ERROR_SCHEMA
+        for model in (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= schema.pop("$defs", {})
+            schemas[model.__name__] = schema
+        app.openapi_schema = document
+    return app.openapi_schema

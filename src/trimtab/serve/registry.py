@@ -1,0 +1,250 @@
+"""The aligners of a server: which there are, which are in memory, and how a request's models come about.
+
+An aligner is known by name until it is unloaded. Its weights may leave memory before that, when others need the room (the
+longest unused first, pinned ones never), and come back with the next request that names it. A request holds on to the version
+that it started with, so replacing, unloading or evicting an aligner never touches what is running.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.assemble import Loaded, Loader
+from trimtab.errors import InvalidOption, TrimtabError
+from trimtab.models.aligner import Manifest
+from trimtab.models.vocabulary import fingerprint_vocabulary
+
+__all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
+
+logger = logging.getLogger(__name__)
+
+MAX_COMBINATIONS = 1000
+"""Combinations of aligners whose models are remembered; making one anew costs microseconds."""
+
+
+class NoSuchAligner(TrimtabError):
+    """A name that no aligner has."""
+
+
+class NoSuchFolder(TrimtabError):
+    """A client's path that is not, or is not inside, what the server lets clients load from: it does not learn which."""
+
+
+class OutOfMemory(TrimtabError):
+    """An aligner that the memory budget has no room for, whatever else would go."""
+
+
+@dataclass
+class Entry:
+    """One aligner.
+
+    Attributes:
+        name: what requests call it.
+        path: where it was loaded from.
+        weight: its λ where neither request nor manifest says one, or None.
+        pinned: never evicted.
+        loaded: its weights, or None while it is evicted.
+        created: when it became known, in seconds since 1970.
+        used: when a request last named it, in seconds of the monotonic clock.
+    """
+
+    name: str
+    path: str
+    weight: float | None = None
+    pinned: bool = False
+    loaded: Loaded | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    used: float = field(default_factory=time.monotonic)
+
+
+class Registry:
+    """Aligners by name. Methods that load block; all may be called from any thread.
+
+    Args:
+        base: the bare proposal.
+        loader: loads aligners for it.
+        max_bytes: what aligners may take in memory together, the shared bases of adapters included; None for no limit.
+        root: the folder that `load` with `inside=True` may read; None forbids it.
+    """
+
+    def __init__(
+        self,
+        base: AlignedModel,
+        loader: Loader,
+        *,
+        max_bytes: int | None = None,
+        root: Path | None = None,
+    ) -> None:
+        self.base = base
+        self._loader, self._max_bytes = loader, max_bytes
+        self._root = None if root is None else root.resolve(strict=True)
+        self._entries: dict[str, Entry] = {}
+        self._models: dict[tuple[str, ...], tuple[list[Loaded], AlignedModel]] = {}
+        self._held: list[tuple[weakref.ref[Any], int]] = []
+        """Weights that were dropped here, while requests may still use them."""
+        self._loading = threading.Lock()
+        self._lock = threading.RLock()
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All aligners, in the order they came."""
+        with self._lock:
+            return list(self._entries.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """What aligners take in memory: those here, those only running requests hold, and the bases of adapters."""
+        with self._lock:
+            self._held = [(ref, size) for ref, size in self._held if ref() is not None]
+            here = sum(entry.loaded.num_bytes for entry in self._entries.values() if entry.loaded)
+            return here + sum(size for _, size in self._held) + self._loader.shared_bytes
+
+    def load(self, name: str, path: str, *, weight: float | None = None, pinned: bool = False, inside: bool = False) -> Entry:
+        """Add an aligner, or replace the one of that name, once the new one is in memory.
+
+        Args:
+            name: what requests call it.
+            path: its folder or hub id.
+            weight: its default λ.
+            pinned: keep it in memory.
+            inside: `path` comes from a client: it must stay under the root folder, and is relative to it.
+
+        Raises:
+            NoSuchFolder: the path leaves the root folder, or leads nowhere.
+            OutOfMemory: the budget has no room for it.
+            ModelError: it cannot be loaded.
+        """
+        source = self._inside(path) if inside else path
+        with self._loading:
+            entry = Entry(name, source, weight, pinned, created=int(time.time()))
+            self._bring(entry)
+            with self._lock:
+                self._drop(self._entries.pop(name, None))
+                self._entries[name] = entry
+        logger.info("loaded aligner %s", name)
+        return entry
+
+    def unload(self, name: str) -> None:
+        """Forget an aligner; requests that run with it go on.
+
+        Raises:
+            NoSuchAligner: there is none of that name.
+        """
+        with self._lock:
+            entry = self._entries.pop(name, None)
+            if entry is None:
+                raise NoSuchAligner(f"there is no aligner '{name}'")
+            self._drop(entry)
+        logger.info("unloaded aligner %s", name)
+
+    def resident(self, names: Sequence[str]) -> AlignedModel | None:
+        """The model of these aligners together, or None if one has to be brought back into memory first: see `fetch`.
+
+        Raises:
+            NoSuchAligner: one of them is not known.
+        """
+        if not names:
+            return self.base
+        with self._lock:
+            entries = []
+            for name in names:
+                if name not in self._entries:
+                    raise NoSuchAligner(f"there is no aligner '{name}'")
+                entries.append(self._entries[name])
+                entries[-1].used = time.monotonic()
+            loaded = [entry.loaded for entry in entries if entry.loaded]
+            if len(loaded) < len(entries):
+                return None
+            key = tuple(names)
+            if key not in self._models or any(a is not b for a, b in zip(self._models[key][0], loaded, strict=True)):
+                manifests = [self._manifest(entry, one.manifest) for entry, one in zip(entries, loaded, strict=True)]
+                if len(self._models) >= MAX_COMBINATIONS:
+                    self._models.clear()
+                self._models[key] = loaded, self.base.with_aligners([one.model for one in loaded], manifests)
+            return self._models[key][1]
+
+    def fetch(self, names: Sequence[str]) -> AlignedModel:
+        """The model of these aligners, bringing back those that were evicted.
+
+        Raises:
+            NoSuchAligner: one of them is not known.
+            OutOfMemory: they do not fit in memory together.
+            ModelError: one cannot be loaded any more.
+        """
+        with self._loading:
+            while (model := self.resident(names)) is None:
+                for entry in [self._entries[name] for name in names if name in self._entries]:
+                    if entry.loaded is None:
+                        self._bring(entry, keep=names)
+        return model
+
+    def _inside(self, path: str) -> str:
+        """A client's path as the folder it stands for, links resolved."""
+        if self._root is None:
+            raise NoSuchFolder("path: this server loads no aligners; start it with --aligner_root FOLDER")
+        try:
+            found = (self._root / path).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):
+            found = None
+        if found is None or not found.is_relative_to(self._root) or not found.is_dir():
+            raise NoSuchFolder("path: there is no such folder under the server's --aligner_root")
+        return str(found)
+
+    def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> None:
+        """Load an entry's weights and make room for them. What does not fit is dropped again: it is never kept."""
+        loaded = self._loader.load(entry.path)
+        with self._lock:
+            if self._max_bytes is not None:
+                self._make_room(loaded.num_bytes, keep)
+                if self.num_bytes + loaded.num_bytes > self._max_bytes:
+                    budget = f"{self._max_bytes / 2**20:.1f} MiB allowed, {self.num_bytes / 2**20:.1f} held by what must stay"
+                    raise OutOfMemory(f"aligner '{entry.name}' needs {loaded.num_bytes / 2**20:.1f} MiB: {budget}")
+            entry.loaded = loaded
+
+    def _make_room(self, num_bytes: int, keep: Sequence[str]) -> None:
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.used):
+            assert self._max_bytes is not None
+            if self.num_bytes + num_bytes <= self._max_bytes:
+                return
+            if entry.loaded is not None and not entry.pinned and entry.name not in keep:
+                self._drop(entry)
+                logger.info("evicted aligner %s", entry.name)
+
+    def _drop(self, entry: Entry | None) -> None:
+        """Let go of an entry's weights; requests may hold them a while longer."""
+        if entry is None or entry.loaded is None:
+            return
+        loaded, entry.loaded = entry.loaded, None
+        self._models = {names: pair for names, pair in self._models.items() if all(one is not loaded for one in pair[0])}
+        model = getattr(loaded.model, "adapter", loaded.model)
+        self._held.append((weakref.ref(model), loaded.num_bytes))
+
+    def _manifest(self, entry: Entry, manifest: Manifest | None) -> Manifest | None:
+        """The manifest, with the weight that the server was started with."""
+        if entry.weight is None:
+            return manifest
+        if manifest is None:
+            manifest = Manifest(vocabulary=fingerprint_vocabulary(self.base.tokenizer))
+        rule = self.base.defaults.rule
+        return dataclasses.replace(manifest, weight=entry.weight, rule=manifest.rule if rule is None else str(rule))
+
+
+def parse_named(text: str) -> tuple[str, str]:
+    """`NAME=PATH`; a bare path is called by its last part.
+
+    Raises:
+        InvalidOption: there is no name or no path.
+    """
+    name, equals, path = text.partition("=")
+    if not equals:
+        name, path = Path(text).name, text
+    if not name or not path:
+        raise InvalidOption(f"--aligner must be NAME=PATH, not '{text}'")
+    return name, path

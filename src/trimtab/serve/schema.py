@@ -1,0 +1,282 @@
+"""What clients send: OpenAI's fields, some of vLLM's, and Trimtab's own; what we do not know is refused by its name.
+
+Bodies are parsed with `Model.model_validate_json(body)`, by JSON's own types: `"1"` is no number and `true` no integer. The
+bounds in the schema are those of `SamplingParams`, so that the OpenAPI document tells the truth. `null` means the default.
+`user`, `store`, `metadata` and a message's null fields are accepted and ignored, because clients send them unasked; nothing
+else is.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "LoadAligner",
+    "ResponseFormat",
+    "StreamOptions",
+    "TextPart",
+    "UnloadAligner",
+]
+
+MAX_N = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_INT = 2**31 - 1
+"""The largest count or token id: they end up in tensors, where a JSON integer of any size would not fit."""
+
+
+def _only_false(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("only_false", "only false or null is supported here")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """To JSON, 5.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+# Not `Literal[False]`, which takes 0 for false.
+OnlyFalse = Annotated[bool, AfterValidator(_only_false), Field(json_schema_extra={"const": False})]
+OnlyOne = Annotated[int, Field(ge=1, le=1), Whole]
+OnlyZero = Annotated[float, Field(ge=0, le=0)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT), Whole]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT), Whole]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
+Biases = Annotated[dict[TokenKey, Factor], Field(json_schema_extra={"additionalProperties": False})]
+Temperature = Annotated[float, Field(gt=0)]
+TopK = Annotated[int, Field(ge=-1, le=MAX_INT), Whole]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+AlignerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+def _conflict(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("conflict", message, {"field": field})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, regex_engine="rust-regex")
+
+
+class StreamOptions(_Strict):
+    """`stream_options`: whether a last chunk with the usage is sent. Chunks are never padded."""
+
+    include_usage: bool | None = False
+    include_obfuscation: OnlyFalse | None = False
+
+
+def _needs(field: str, given: Mapping[str, Any], other: str, value: Any) -> dict[str, Any]:
+    """JSON schema of a bond between fields: where `field` is like `given`, `other` must be `value`."""
+    condition = {"required": [field], "properties": {field: given}}
+    return {"if": condition, "then": {"required": [other], "properties": {other: {"const": value}}}}
+
+
+_STREAM_OPTIONS = _needs("stream_options", {"type": "object"}, "stream", True)
+
+
+_SAMPLING: tuple[str, ...] = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "ignore_eos")
+_SAMPLING += ("stop", "stop_token_ids", "rule", "weight", "proposal_temperature", "proposal_top_k", "proposal_top_p")
+_SAMPLING += ("aligner_temperature",)
+"""Fields that go to `SamplingParams` under their own names, unless they are null."""
+
+
+class _Request(_Strict):
+    """What both kinds of request have."""
+
+    model: str = Field(description="An aligner's name, BASE:ALIGNER, or the base, which is then unaligned.")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    n: Annotated[int, Field(ge=1, le=MAX_N), Whole] | None = 1
+    temperature: Annotated[float, Field(ge=0)] | None = Field(1.0, description="0 is greedy.")
+    top_p: TopP | None = 1.0
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
+    logit_bias: Biases | None = Field(None, description="Added to the log-probability of token ids.")
+    presence_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
+    frequency_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
+    user: str | None = Field(None, description="Ignored.")
+    store: OnlyFalse | None = Field(None, description="Ignored: nothing is stored.")
+    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+
+    top_k: TopK | None = Field(0, description="0 or -1 keeps all tokens.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = 1.0
+    ignore_eos: bool | None = False
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+
+    aligner: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="One aligner or several, where `model` is the base."
+    )
+    rule: str | None = Field(None, description="A decoding rule, such as `product` or `candidates(n=8)`.")
+    weight: Factor | Annotated[list[Factor], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="The aligner's strength, or one for each aligner."
+    )
+    proposal_temperature: Temperature | None = None
+    proposal_top_k: TopK | None = None
+    proposal_top_p: TopP | None = None
+    aligner_temperature: Temperature | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _conflict("stream_options", "stream_options is allowed only when stream is true")
+        return self
+
+    @property
+    def completions(self) -> int:
+        """How many completions of each prompt are asked for."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that has the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, max_tokens: int, logprobs: bool, top_logprobs: int) -> dict[str, Any]:
+        """Keyword arguments for `SamplingParams`; what is null is left out, and so has its default there."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.logit_bias:
+            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return given | {"max_tokens": max_tokens, "logprobs": logprobs, "top_logprobs": top_logprobs}
+
+
+class CompletionRequest(_Request):
+    """`POST /v1/completions`."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS, _needs("max_tokens", {"const": 0}, "echo", True)]})
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT), Whole] | None = Field(16, description="0 only with `echo`.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = None
+    echo: bool | None = False
+    best_of: OnlyOne | None = Field(None, description="Not supported: 1 or null. Choosing among `n` is up to the client.")
+    suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="Not supported: empty or null.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise _conflict("max_tokens", "max_tokens may be 0 only with echo; otherwise it must be at least 1")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt."""
+        prompt: Any = self.prompt
+        single = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [prompt] if single else list(prompt)
+
+    @property
+    def limit(self) -> int:
+        """The most tokens to generate."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+
+class TextPart(_Strict):
+    """A part of a message's content; there are only texts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One message. The null fields are those that OpenAI's client sends back with an answer of ours."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    name: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+_BOTH: dict[str, Any] = {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}
+
+
+class ResponseFormat(_Strict):
+    """`response_format`: plain text, which is what there is without it."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                _STREAM_OPTIONS,
+                _needs("top_logprobs", {"type": "integer"}, "logprobs", True),
+                {"not": {"required": ["max_tokens", "max_completion_tokens"], "properties": _BOTH}},
+            ]
+        }
+    )
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_tokens: Count | None = Field(None, description="The former name of `max_completion_tokens`.", deprecated=True)
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = Field(None, description="Needs `logprobs`.")
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _conflict("top_logprobs", "top_logprobs needs logprobs to be true")
+        old, new = self.__dict__["max_tokens"], self.max_completion_tokens  # reading a deprecated attribute warns
+        if None not in (old, new) and old != new:  # the schema is simpler, and does not allow both
+            raise _conflict("max_tokens", "max_tokens and max_completion_tokens differ: give only max_completion_tokens")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate, or None for as many as fit."""
+        old: int | None = self.__dict__["max_tokens"]
+        return old if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as chat templates want them.
+
+        Parts are joined by newlines, as vLLM joins them. A developer is OpenAI's newer word for the system, and most
+        templates know only that one: many drop the messages of roles that they do not know.
+        """
+        return [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": message.content
+                if isinstance(message.content, str)
+                else "\n".join(part.text for part in message.content),
+            }
+            | ({} if message.name is None else {"name": message.name})
+            for message in self.messages
+        ]
+
+
+class LoadAligner(_Strict):
+    """`POST /v1/load_aligner`."""
+
+    name: AlignerName = Field(validation_alias=AliasChoices("name", "aligner_name"))
+    path: Text = Field(validation_alias=AliasChoices("path", "aligner_path"), description="Relative to the server's root.")
+    pin: bool | None = Field(False, description="Never evict it.")
+
+
+class UnloadAligner(_Strict):
+    """`POST /v1/unload_aligner`."""
+
+    name: AlignerName = Field(validation_alias=AliasChoices("name", "aligner_name"))

@@ -1,0 +1,439 @@
+"""The server as clients see it: OpenAI's own client, raw HTTP, and samples against enumeration."""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+
+from serving import LETTERS, Server, running, table_service
+from statistics_of import fits
+from tiny import EOS, tiny_tokenizer
+from trimtab.core.rules import parse_rule
+from trimtab.models.table import TableLM, enumerate_sequences
+
+V = len(LETTERS) + 1
+TABLES = [TableLM.random(V, order=2, seed=seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(table_service(TABLES)) as running_server:
+        yield running_server
+
+
+def law(aligners: list[int], rule: str = "product", weights: list[float] | None = None, prompt: str = "abc", length: int = 2):
+    """Log-probabilities of completions, by enumeration; the end of a sequence counts."""
+    parsed = parse_rule(rule)
+    ids = tiny_tokenizer(LETTERS)(prompt)["input_ids"]
+    return enumerate_sequences(
+        lambda prefix: parsed(
+            TABLES[0].row(prefix), [TABLES[1 + q].row(prefix) for q in aligners], weights or [1.0] * len(aligners)
+        ),
+        ids,
+        length,
+        [EOS],
+    )
+
+
+def tokens_of(choice: dict) -> tuple[int, ...]:
+    names = ["<eos>", *LETTERS]
+    return tuple(names.index(token) for token in choice["logprobs"]["tokens"])
+
+
+def drawn(server: Server, rounds: int, **body) -> list[tuple[int, ...]]:
+    samples = []
+    for seed in range(rounds):
+        answer = server.complete(prompt="abc", max_tokens=2, n=100, logprobs=0, seed=seed, **body)
+        samples += [tokens_of(choice) for choice in answer["choices"]]
+    return samples
+
+
+# ---- the law, through HTTP
+
+
+@pytest.mark.parametrize(
+    ("body", "of"),
+    [
+        ({"model": "base"}, ([],)),
+        ({"model": "q0"}, ([0],)),
+        ({"model": "base:q1", "weight": 0.5}, ([1], "product", [0.5])),
+        ({"model": "base", "aligner": "q2", "rule": "geometric", "weight": 0.4}, ([2], "geometric", [0.4])),
+        ({"model": "base", "aligner": ["q0", "q2"], "weight": [0.7, 0.3]}, ([0, 2], "product", [0.7, 0.3])),
+        ({"model": "q1", "rule": "nucleus"}, ([1], "nucleus")),
+    ],
+    ids=["base", "aligner", "strength", "geometric", "two", "nucleus"],
+)
+def test_samples_through_http_follow_the_rule(server, body, of):
+    """While requests for other aligners and the bare base are in the same batch."""
+    stop = threading.Event()
+
+    def traffic() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            i = 0
+            while not stop.is_set():
+                client.post(
+                    "/v1/completions", json={"model": ["q0", "q1", "base"][i % 3], "prompt": "fed", "max_tokens": 5, "seed": i}
+                )
+                i += 1
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    try:
+        samples = drawn(server, 20, **body)
+    finally:
+        stop.set()
+        thread.join()
+    assert fits(samples, law(*of)) > 1e-3
+    assert fits(samples, law([0, 1], "product", [0.2, 1.0])) < 1e-6, "the test cannot tell laws apart"
+
+
+def test_a_seed_gives_the_same_text_streamed_or_not_and_whatever_else_runs(server, client):
+    body = {"model": "q0", "prompt": ["abc", "fade"], "max_tokens": 20, "seed": 5, "n": 2, "ignore_eos": True}
+    alone = [choice["text"] for choice in server.complete(**body)["choices"]]
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(server.complete, model=f"q{i % 3}", prompt="dead", max_tokens=30, seed=i) for i in range(24)]
+        again = [choice["text"] for choice in server.complete(**body)["choices"]]
+        for other in others:
+            other.result()
+    streamed = dict.fromkeys(range(4), "")
+    for chunk in client.completions.create(
+        **{k: v for k, v in body.items() if k != "ignore_eos"}, stream=True, extra_body={"ignore_eos": True}
+    ):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert alone == again == list(streamed.values())
+    assert alone[0] != alone[1]
+
+
+# ---- OpenAI's client
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+def test_models_can_be_listed_and_retrieved(client):
+    assert [model.id for model in client.models.list()] == ["base", "q0", "q1", "q2"]
+    assert client.models.retrieve("q1").id == "q1"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'q9'"):
+        client.models.retrieve("q9")
+
+
+def test_completions_have_openais_shape(client):
+    answer = client.completions.create(
+        model="q0", prompt=["abc", "de"], max_tokens=7, seed=1, n=2, logprobs=3, extra_body={"ignore_eos": True}
+    )
+    assert answer.object == "text_completion"
+    assert answer.model == "q0"
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == 5
+    assert answer.usage.completion_tokens == 28
+    for choice in answer.choices:
+        assert choice.finish_reason == "length"
+        assert "".join(choice.logprobs.tokens).replace("<eos>", "") == choice.text
+        for token, value, best in zip(
+            choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+        ):
+            assert best[token] == value
+            assert len(best) in (3, 4)
+
+
+def test_log_probabilities_are_the_aligned_rows(server):
+    choice = server.complete(model="q1", prompt="abc", max_tokens=6, seed=3, logprobs=7, ignore_eos=True, temperature=0.5)[
+        "choices"
+    ][0]
+    ids = tiny_tokenizer(LETTERS)("abc")["input_ids"]
+    for i, token in enumerate(tokens_of(choice)):
+        prefix = [*ids, *tokens_of(choice)[:i]]
+        row = parse_rule("product")(TABLES[0].row(prefix), [TABLES[2].row(prefix)], [1.0])
+        assert choice["logprobs"]["token_logprobs"][i] == pytest.approx(float(row[token]), abs=1e-9)
+        best = choice["logprobs"]["top_logprobs"][i]
+        assert sorted(best.values()) == pytest.approx(sorted(row.tolist()), abs=1e-9)
+
+
+def test_echo_scores_the_prompt(server):
+    answer = server.complete(model="q0", prompt=["abcd", "e"], max_tokens=0, echo=True, logprobs=2)
+    first, second = answer["choices"]
+    assert (first["text"], second["text"]) == ("abcd", "e")
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 0, "total_tokens": 5}
+    assert second["logprobs"]["token_logprobs"] == [None]
+    scores = first["logprobs"]
+    assert scores["tokens"] == list("abcd")
+    assert scores["text_offset"] == [0, 1, 2, 3]
+    ids = tiny_tokenizer(LETTERS)("abcd")["input_ids"]
+    for i in range(1, 4):
+        row = parse_rule("product")(TABLES[0].row(ids[:i]), [TABLES[1].row(ids[:i])], [1.0])
+        assert scores["token_logprobs"][i] == pytest.approx(float(row[ids[i]]), abs=1e-9)
+        assert max(scores["top_logprobs"][i].values()) == pytest.approx(float(row.max()), abs=1e-9)
+    longer = server.complete(model="q0", prompt="abcd", max_tokens=3, echo=True, logprobs=2, seed=1, ignore_eos=True)[
+        "choices"
+    ][0]
+    assert longer["logprobs"]["token_logprobs"][:4] == scores["token_logprobs"]
+    assert longer["logprobs"]["tokens"][:4] == list("abcd")
+    assert len(longer["logprobs"]["tokens"]) == 7
+    assert longer["text"].startswith("abcd")
+
+
+def test_streams_end_with_usage_and_done(server):
+    body = {"model": "q0", "prompt": "abc", "max_tokens": 12, "seed": 2, "stream": True, "ignore_eos": True}
+    lines = server.post("/v1/completions", **body, stream_options={"include_usage": True}).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    whole = server.complete(**{k: v for k, v in body.items() if k != "stream"})["choices"][0]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == whole["text"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+
+
+def test_stop_bias_and_greedy_do_what_clients_mean(server):
+    free = server.complete(model="q0", prompt="abc", max_tokens=30, seed=8, ignore_eos=True)["choices"][0]["text"]
+    stop = free[5:7]
+    cut = server.complete(model="q0", prompt="abc", max_tokens=30, seed=8, ignore_eos=True, stop=[stop])["choices"][0]
+    assert cut["text"] == free[: free.index(stop)]
+    assert cut["finish_reason"] == "stop"
+    only = server.complete(model="q0", prompt="abc", max_tokens=5, logit_bias={"3": 100}, ignore_eos=True)["choices"][0]
+    assert only["text"] == "ccccc"
+    greedy = [
+        server.complete(model="q0", prompt="abc", max_tokens=9, temperature=0, seed=s)["choices"][0]["text"] for s in (1, 2)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+# ---- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "says"),
+    [
+        ({"model": "q9", "prompt": "a"}, 404, "model", "there is no model 'q9'"),
+        ({"model": "base", "aligner": ["q0", "q9"], "prompt": "a"}, 404, "model", "q9"),
+        ({"model": "q0", "aligner": "q1", "prompt": "a"}, 400, "aligner", "different aligners"),
+        ({"model": "q0", "prompt": "a", "colour": 1}, 400, "colour", "unknown field 'colour'"),
+        ({"model": "q0", "prompt": "a", "temperature": -1}, 400, "temperature", "temperature"),
+        ({"model": "q0", "prompt": "a", "rule": "magic"}, 400, "rule", "there is no rule 'magic'"),
+        ({"model": "q0", "prompt": "a", "weight": [1.0, 2.0]}, 400, "weight", "2 numbers, but there are 1 aligners"),
+        ({"model": "q0", "prompt": ""}, 400, "prompt", "prompt is empty"),
+        ({"model": "q0", "prompt": ["a", ""]}, 400, "prompt", r"prompt[1] is empty"),
+        ({"model": "q0", "prompt": [99]}, 400, "prompt", "ids from 0 to 6"),
+        ({"model": "q0", "prompt": "a", "logit_bias": {"99": 1}}, 400, "logit_bias", "there is no token 99"),
+        ({"model": "q0", "prompt": "a", "n": 128, "max_tokens": 1, "stream": 1}, 400, "stream", "stream"),
+        ({"model": "q0", "prompt": "a", "rule": "candidates(n=4)", "top_p": 0.5}, 400, "top_p", "acts on the aligned row"),
+        ({"model": "q0", "prompt": "ab", "rule": "candidates(n=4)", "echo": True, "max_tokens": 0}, 200, None, ""),
+        (
+            {"model": "q0", "prompt": "ab", "logit_bias": {str(i): -1e6 for i in range(7)}, "top_k": 1, "min_p": 1},
+            200,
+            None,
+            "",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(server, body, status, param, says):
+    answer = server.post("/v1/completions", **body)
+    assert answer.status_code == status, answer.text
+    if status != 200:
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert says in error["message"]
+        assert set(error) == {"message", "type", "param", "code"}
+    assert server.idle()
+
+
+def test_bodies_and_paths_that_make_no_sense_get_openais_error(server):
+    for answer, status in (
+        (server.client.post("/v1/completions", content=b"{"), 400),
+        (server.client.post("/v1/completions", content=b"[]"), 400),
+        (server.client.post("/v1/completions", content=b"\xff\xfe"), 400),
+        (server.client.get("/v1/completions"), 405),
+        (server.client.post("/v1/nothing"), 404),
+        (server.client.post("/v1/load_aligner", json={"name": "x", "path": "y"}), 404),
+        (server.client.get("/v1/models/a%2f..%2fb"), 404),
+    ):
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["message"]
+
+
+def test_a_chat_without_a_template_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="q0", messages=[{"role": "user", "content": "abc"}])
+
+
+# ---- operations
+
+
+def test_health_and_metrics(server):
+    assert server.client.get("/health").json() == {"status": "ready"}
+    before = (
+        server.metric("trimtab:generation_tokens_total", model_name="q2") if "q2" in server.client.get("/metrics").text else 0
+    )
+    server.complete(model="q2", prompt="abc", max_tokens=9, ignore_eos=True, seed=0, n=2)
+    assert server.metric("trimtab:generation_tokens_total", model_name="q2") == before + 18
+    assert server.metric("trimtab:request_success_total", finished_reason="length", model_name="q2") >= 2
+    assert server.metric("trimtab:num_requests_running") == 0
+    assert server.metric("trimtab:aligners_loaded") == 3
+    assert server.metric("trimtab:tokens_per_proposal_call", model_name="q2") >= 1
+    assert -20 < server.metric("trimtab:log_z", model_name="q2") < 0
+    names = {line.split("{")[0] for line in server.client.get("/metrics").text.splitlines() if line.startswith("trimtab:")}
+    assert {"trimtab:time_to_first_token_seconds_bucket", "trimtab:e2e_request_latency_seconds_count"} <= names
+
+
+class Slow(TableLM):
+    """Takes its time."""
+
+    def extend(self, state, tokens, counts):
+        time.sleep(0.01)
+        return super().extend(state, tokens, counts)
+
+
+@pytest.fixture
+def slow():
+    tables = [Slow(table.table) for table in TABLES[:2]]
+    settings = {"max_waiting": 2, "request_timeout": 1.0}
+    with running(table_service(tables, engine={"max_num_seqs": 2}, **settings)) as running_server:
+        yield running_server
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_back(slow):
+    body = {"model": "q0", "prompt": "a", "max_tokens": 6, "ignore_eos": True}
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(slow.post, "/v1/completions", **body) for _ in range(8)]
+        found = [answer.result() for answer in answers]
+    refused = [answer for answer in found if answer.status_code == 429]
+    assert sorted({answer.status_code for answer in found}) == [200, 429]
+    assert 1 <= len(refused) <= 4
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert refused[0].json()["error"]["type"] == "rate_limit_error"
+    assert slow.post("/v1/completions", **body, n=5).status_code == 400, "what can never fit is no matter of waiting"
+    assert slow.idle()
+
+
+def test_a_request_that_takes_too_long_is_ended(slow):
+    answer = slow.post("/v1/completions", model="q0", prompt="a", max_tokens=10_000, ignore_eos=True)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "timeout"
+    lines = slow.post("/v1/completions", model="q0", prompt="a", max_tokens=10_000, ignore_eos=True, stream=True).text
+    assert '"code":"timeout"' in lines
+    assert lines.endswith("data: [DONE]\n\n")
+    assert slow.idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slots(slow, stream):
+    body = {"model": "q0", "prompt": "a", "max_tokens": 10_000, "ignore_eos": True, "stream": stream, "n": 2}
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=slow.url) as client:
+            request = asyncio.ensure_future(client.post("/v1/completions", json=body))
+            while slow.service.worker.outstanding < 2:
+                await asyncio.sleep(0.01)
+            request.cancel()
+
+    asyncio.run(leave())
+    assert slow.idle(0.8), "before the time limit would have ended it"
+
+
+def test_streams_begin_before_they_end(slow):
+    with slow.client.stream(
+        "POST", "/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 40, "ignore_eos": True, "stream": True}
+    ) as answer:
+        arrivals = [time.monotonic() for line in answer.iter_lines() if line.startswith("data:")]
+    assert arrivals[-1] - arrivals[0] > 0.3
+
+
+def test_a_step_that_fails_is_told_to_those_at_work_and_the_next_request_works():
+    class Fragile(TableLM):
+        broken = False
+
+        def extend(self, state, tokens, counts):
+            if Fragile.broken:
+                Fragile.broken = False
+                raise RuntimeError("out of memory")
+            return super().extend(state, tokens, counts)
+
+    with running(table_service([Fragile(TABLES[0].table)])) as server:
+        Fragile.broken = True
+        answer = server.post("/v1/completions", model="base", prompt="ab", max_tokens=3)
+        assert answer.status_code == 500
+        assert "out of memory" not in answer.text
+        assert server.complete(model="base", prompt="ab", max_tokens=3)["usage"]["completion_tokens"] >= 1
+        assert server.client.get("/health").status_code == 200
+
+
+def test_an_engine_that_fails_for_good_is_seen_in_health():
+    class Dead(TableLM):
+        def extend(self, state, tokens, counts):
+            raise RuntimeError("the device is gone")
+
+    with running(table_service([Dead(TABLES[0].table)])) as server:
+        statuses = [server.post("/v1/completions", model="base", prompt="a").status_code for _ in range(4)]
+        assert statuses == [500, 500, 500, 503]
+        assert server.client.get("/health").json() == {"status": "failed"}
+
+
+def test_nan_is_the_requests_error_and_not_the_servers():
+    with running(table_service([TABLES[0], TableLM(TABLES[1].table * torch.nan)])) as server:
+        answer = server.post("/v1/completions", model="q0", prompt="ab")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "dead_row"
+        assert "aligner 0 gives NaN" in answer.json()["error"]["message"]
+        assert server.complete(model="base", prompt="ab")["choices"]
+
+
+def test_loading_is_seen_in_health_and_requests_are_told_to_wait():
+    service = table_service(TABLES[:1])
+    gate, load = threading.Event(), service._load
+
+    def wait_and_load():
+        gate.wait(20)
+        return load()
+
+    service._load = wait_and_load
+    with running(service, wait=False) as server:
+        assert server.client.get("/health").json() == {"status": "loading"}
+        answer = server.post("/v1/completions", model="base", prompt="a")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        gate.set()
+        while server.client.get("/health").status_code != 200:
+            time.sleep(0.01)
+        assert server.complete(model="base", prompt="a")
+
+
+def test_keys_guard_the_api_and_nothing_else():
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running(table_service(TABLES[:2], api_keys=("secret", "other"))))
+        assert server.complete(model="q0", prompt="a")
+        plain = stack.enter_context(httpx.Client(base_url=server.url))
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "secret"},
+            {"authorization": "Bearer secret2"},
+        ):
+            answer = plain.post("/v1/completions", json={"model": "q0", "prompt": "a"}, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert plain.get("/v1/models", headers=headers).status_code == 401
+        assert plain.get("/v1/models", headers={"authorization": "Bearer other"}).status_code == 200
+        assert plain.get("/health").status_code == plain.get("/metrics").status_code == 200
+
+
+def test_limits_of_body_prompt_and_output():
+    limits = {"max_body_bytes": 300, "max_prompt_tokens": 5, "max_tokens": 10}
+    with running(table_service(TABLES[:2], **limits)) as server:
+        assert server.post("/v1/completions", model="q0", prompt="a" * 400).status_code == 413
+        answer = server.post("/v1/completions", model="q0", prompt="abcdef")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+        answer = server.post("/v1/completions", model="q0", prompt="abc", max_tokens=11)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+        assert server.complete(model="q0", prompt="abcde", max_tokens=10)
