@@ -31,7 +31,7 @@ def main() -> None:
     while done < options.requests:
         while len(engine) < 48 and sent < options.requests:
             prompt = [draw.randrange(model.proposal.vocab_size) for _ in range(draw.randint(1, 40))]
-            engine.submit(model._request(sent, prompt, SamplingParams(max_tokens=draw.randint(1, 8), seed=sent)))
+            engine.submit(model.prepare(prompt, SamplingParams(max_tokens=draw.randint(1, 8), seed=sent), sent))
             sent += 1
         for event in engine.step():
             tokens += 1

@@ -102,10 +102,10 @@ def folder_service(
 
 
 def table_service(
-    tables: list[TableLM], *, engine: dict[str, Any] | None = None, model: type = AlignedModel, **settings: Any
+    tables: list[TableLM], *, tokenizer: Any = None, engine: dict[str, Any] | None = None, **settings: Any
 ) -> Service:
     """A service over tables: the first is the proposal, the others are aligners called q0, q1, …"""
-    base = model(tables[0], tokenizer=tiny_tokenizer(LETTERS), eos_token_ids=[EOS])
+    base = AlignedModel(tables[0], tokenizer=tokenizer or tiny_tokenizer(LETTERS), eos_token_ids=[EOS])
 
     def load() -> Opened:
         registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"))

@@ -1,18 +1,25 @@
 """What the documentation shows is true: its code runs, and its links lead somewhere."""
 
+import os
 import re
+import shlex
+import socket
+import subprocess
 import sys
 import textwrap
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
 from trimtab.core.logprobs import entropy
 from trimtab.models.table import TableLM
+from trimtab.serve.votes import VoteBook
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -63,3 +70,81 @@ def test_readme_python_runs_up_to_its_imports():
     assert {"AlignedModel", "SamplingParams"} <= set(code.co_names)
     assert all(hasattr(AlignedModel, name) for name in ("from_pretrained", "generate", "stream", "score"))
     assert sys.version_info >= (3, 11)
+
+
+# ---- docs/serving.md, command by command
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `demo-out` holds what the demo makes, tiny."""
+    folder = tmp_path_factory.mktemp("docs")
+    letters = "".join(map(chr, range(32, 127))) + "\n"
+    for i, name in enumerate(("proposal", "aligner", "sft_aligner")):
+        model = tiny_model("llama", len(letters) + 1, seed=i, spread=0.2, max_position_embeddings=256)
+        save_tiny(folder / "demo-out" / name, model, tiny_tokenizer(letters))
+    return folder
+
+
+def test_every_command_of_the_page_on_serving_works(demo_out: Path):
+    start, *rest = blocks("serving.md", "bash")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def run(command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command.replace("8000", port)],
+            cwd=demo_out,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    server = subprocess.Popen(["bash", "-c", f"exec {start.replace('8000', port)}"], cwd=demo_out, env=environment)
+    try:
+        health, ask, manage, metrics = map(run, rest)
+        assert '"status":"ready"' in health
+        assert '"id":"docs"' in health
+        assert '"model":"docs"' in ask
+        assert '"deleted":true' in manage
+        assert 'trimtab:generation_tokens_total{model_name="sft"}' in metrics
+        (program,) = blocks("serving.md", "python")
+        shown = subprocess.run(
+            [sys.executable, "-c", program.replace("8000", port)], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert shown.returncode == 0, shown.stderr
+        assert len(shown.stdout) > 20
+        page = urllib.request.urlopen(f"http://localhost:{port}/playground/").read().decode()
+        assert "Trimtab" in page
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+def test_votes_of_the_arena_train_an_aligner_by_the_pages_command(demo_out: Path):
+    (command,) = blocks("serving.md", "sh")
+    book = VoteBook(demo_out / "votes.jsonl")
+    for i in range(12):
+        book.append(f"def f{i}():", f"left {i}", f"right {i}", "left" if i % 2 else "right")
+    words = shlex.split(command)
+    assert words[0] == "trimtab"
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", *words[1:], *short],
+        cwd=demo_out,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (demo_out / "better" / "trimtab.json").is_file()

@@ -120,7 +120,10 @@ def _settings(options: Options) -> "Settings":
     if options.aligner_root is not None and not Path(options.aligner_root).is_dir():
         raise UsageError(f"--aligner_root: there is no folder '{options.aligner_root}'")
     names = options.served_model_name or _names_of(options.proposal)
+    from trimtab.serve.guard import check_keys
+
     keys = options.api_key or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    check_keys(keys)
     return Settings(
         name=names[0],
         aliases=tuple(names[1:]),

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimtab.errors import InvalidOption
 from trimtab.serve.wire import dumps, error_body
 
-__all__ = ["REQUEST_ID_HEADER", "Guard"]
+__all__ = ["REQUEST_ID_HEADER", "Guard", "check_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ class Guard:
         self, app: ASGIApp, *, keys: Iterable[str] = (), protected: Sequence[str] = ("/v1",), max_body_bytes: int
     ) -> None:
         keys = list(keys)
-        if not all(key and key == key.strip() and key.isprintable() for key in keys):
-            raise InvalidOption("an API key must be printable characters without space around them")
+        check_keys(keys)
         self._app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._protected = tuple(prefix.rstrip("/") + "/" for prefix in protected)
@@ -106,6 +105,16 @@ class Guard:
         digest = hashlib.sha256(token.strip()).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Refuse keys that no header can carry.
+
+    Raises:
+        InvalidOption: a key is empty, or has space around it.
+    """
+    if not all(key and key == key.strip() and key.isprintable() for key in keys):
+        raise InvalidOption("an API key must be printable characters without space around them")
 
 
 _NO_KEY = "this server needs an API key: send 'Authorization: Bearer KEY' with one of its keys"

@@ -7,6 +7,7 @@ that it started with, so replacing, unloading or evicting an aligner never touch
 
 import dataclasses
 import logging
+import re
 import threading
 import time
 import weakref
@@ -25,6 +26,8 @@ __all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", 
 
 logger = logging.getLogger(__name__)
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What an aligner may be called."""
 MAX_COMBINATIONS = 1000
 """Combinations of aligners whose models are remembered; making one anew costs microseconds."""
 
@@ -245,6 +248,7 @@ def parse_named(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals:
         name, path = Path(text).name, text
-    if not name or not path:
-        raise InvalidOption(f"--aligner must be NAME=PATH, not '{text}'")
+    if not NAME.fullmatch(name) or not path:
+        letters = "up to 128 letters, digits, '.', '_' and '-'"
+        raise InvalidOption(f"--aligner must be NAME=PATH with a name of {letters}, not '{text}'")
     return name, path

@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import logging.config
 import signal
+import socket
 from types import FrameType
 from typing import Any
 
@@ -28,9 +29,10 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no further requests, and let the running ones finish."""
-        self._service.drain()
         logger.info("stopping on %s", signal.Signals(sig).name)
-        super().handle_exit(sig, frame)
+        self._service.drain()
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True  # and no more: uvicorn's own method would raise the signal again, after everything is done
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Wait for the running requests; those that are not done in time are told so before their connections close."""
@@ -74,9 +76,10 @@ def run_server(app: FastAPI, service: Service, *, host: str, port: int, **tls: s
         server.should_exit = True
 
     app.state.stop = stop
-    socket = config.bind_socket()
-    logger.info("listening on %s://%s:%d", "https" if tls.get("ssl_keyfile") else "http", host, socket.getsockname()[1])
-    server.run(sockets=[socket])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=config.backlog)
+    logger.info("listening on %s://%s:%d", "https" if tls.get("ssl_keyfile") else "http", host, listening.getsockname()[1])
+    server.run(sockets=[listening])
     if service.failure is not None:
         raise service.failure
     return service.report()

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from trimtab.serve.registry import NAME
+
 __all__ = [
     "ChatMessage",
     "ChatRequest",
@@ -56,7 +58,7 @@ Temperature = Annotated[float, Field(gt=0)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_INT), Whole]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-AlignerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+AlignerName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
 def _conflict(field: str, message: str) -> PydanticCustomError:
