@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint browser clean
 
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -q
+
+# The playground's tests drive a real browser.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || (apt-get update -q && apt-get install -qy chromium) || \
+		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks

@@ -159,3 +159,12 @@ def test_a_full_slot_waits_while_its_neighbour_goes_on(case):
     model.rollback(state, [1, 0])
     rows = model.extend(state, ids[:, 5:], [1, 0])
     assert_close(rows[0, 0], alone(model, ids[:1])[0, 5], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(SHAPES))
+def test_the_cache_takes_what_it_says(kind):
+    model = HuggingFaceLM(tiny_model(kind))
+    state = model.new_state(3, 9)
+    model.prefill(state, torch.ones(3, 2, dtype=torch.long), [2, 2, 2])
+    held = sum(part.numel() * part.element_size() for layer in state.layers for part in (layer.keys, layer.values))
+    assert held == 3 * (9 + 1) * model.cache_bytes_per_token

@@ -41,7 +41,7 @@ class Options(ModelOptions):
     )
     max_num_batched_tokens: int = option(512, "prompt tokens read between two decoding steps")
     max_cache_tokens: int | None = option(
-        None, "tokens that all sequences together may hold in the cache [default: max_num_seqs contexts, as they are needed]"
+        None, "tokens that all sequences together may hold in the cache [default: what half of the free memory holds]"
     )
     max_waiting: int = option(256, "sequences that may wait for a slot; more are refused with 429")
     max_prompt_tokens: int | None = option(None, "longest prompt [default: what fits the context]")
@@ -101,7 +101,8 @@ def _settings(options: Options) -> "Settings":
     """The limits among the flags, checked."""
     from trimtab.serve.service import Settings
 
-    for name in ("max_waiting", "max_prompt_tokens", "max_tokens", "max_body_bytes", "request_timeout", "max_aligner_memory"):
+    counts = ("max_waiting", "max_cache_tokens", "max_prompt_tokens", "max_tokens", "max_body_bytes")
+    for name in (*counts, "request_timeout", "max_aligner_memory"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be above 0, not {value}")
@@ -188,7 +189,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         base.pace,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
-        max_cache_tokens=options.max_cache_tokens,
+        max_cache_tokens=options.max_cache_tokens or _cache_tokens(base.proposal),
         track_log_z=True,
     )
     memory, root = options.max_aligner_memory, options.aligner_root
@@ -202,6 +203,14 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         registry.load(name, path, weight=weight, pinned=True)
         registry.resident([name])  # what contradicts itself shows now
     return Opened(registry, engine)
+
+
+def _cache_tokens(proposal: Any) -> int | None:
+    """How many tokens of the proposal's cache fit in half of the memory that is free once it is loaded."""
+    from trimtab.hardware import free_memory
+
+    free = free_memory(proposal.device)
+    return None if free is None else max(1, free // 2 // proposal.cache_bytes_per_token)
 
 
 def _add_playground(app: Any, service: Any, options: Options) -> None:

@@ -86,6 +86,14 @@ class HuggingFaceLM:
         if self._lean is not None and owned:
             prepack(self._lean.linears, shared=inner.get_input_embeddings().weight)
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What a token of a slot takes in the key/value cache."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize)
+
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
         if self._lean is not None and not self._owned and not self._lean.is_current(self.model):

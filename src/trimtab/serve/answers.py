@@ -166,7 +166,8 @@ async def _echo(exchange: _Exchange, prompts: Sequence[Prompt]) -> list[_Echo]:
             pair = (mine[:1], mine[1:])
             shaping = model.shaping(params)
             steps = score_in_steps(model.proposal, model.aligners, shaping, [pair], top=params.top_logprobs, step=ECHO_STEP)
-            (scores,) = await exchange.service.worker.score(steps)
+            async with asyncio.timeout(exchange.service.settings.request_timeout):
+                (scores,) = await exchange.service.worker.score(steps)
         text = prompt if isinstance(prompt, str) else model.tokenizer.decode(mine, skip_special_tokens=True)
         echoes.append(_Echo(str(text), mine, scores))
     return echoes

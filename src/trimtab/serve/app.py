@@ -50,6 +50,7 @@ MEANINGS = {
     400: "A field is wrong; the message names it.",
     401: "The server needs an API key.",
     404: "There is no such model or aligner.",
+    408: "The body did not arrive in time.",
     413: "The body is too long.",
     429: "Too many requests are waiting; Retry-After says when to ask again.",
     500: "The server failed.",
@@ -132,13 +133,17 @@ def _add_models(app: FastAPI, service: Service) -> None:
                 return JSONResponse(card)
         raise Refusal(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
 
-    if not service.settings.allow_loading:
-        return
+    if service.settings.allow_loading:
+        _add_loading(app, service)
 
-    @app.post("/v1/load_aligner", openapi_extra=_body(LoadAligner), responses=_answers(400, 404, 413, 503), tags=["models"])
+
+def _add_loading(app: FastAPI, service: Service) -> None:
+    answers = _answers(400, 404, 408, 413, 503)
+
+    @app.post("/v1/load_aligner", openapi_extra=_body(LoadAligner), responses=answers, tags=["models"])
     async def load_aligner(request: Request) -> Response:
         """Add an aligner from under the server's root folder, or replace the one of that name."""
-        asked, _ = await _parse(request, LoadAligner)
+        asked, _ = await _parse(service, request, LoadAligner)
         if asked.name in (service.settings.name, *service.settings.aliases):
             raise Refusal(400, f"name: '{asked.name}' is the base's name", param="name")
         load = service.registry.load
@@ -152,10 +157,10 @@ def _add_models(app: FastAPI, service: Service) -> None:
             raise Refusal(400, str(error), param="path", code="out_of_memory") from None
         return JSONResponse(wire.model_card(entry.name, entry.created, root=entry.name, parent=service.settings.name))
 
-    @app.post("/v1/unload_aligner", openapi_extra=_body(UnloadAligner), responses=_answers(400, 404, 413, 503), tags=["models"])
+    @app.post("/v1/unload_aligner", openapi_extra=_body(UnloadAligner), responses=answers, tags=["models"])
     async def unload_aligner(request: Request) -> Response:
         """Forget an aligner; requests that run with it go on."""
-        asked, _ = await _parse(request, UnloadAligner)
+        asked, _ = await _parse(service, request, UnloadAligner)
         try:
             service.registry.unload(asked.name)
         except NoSuchAligner as error:
@@ -165,26 +170,29 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    answers = _answers(400, 404, 413, 429, 503, 504, stream=True)
+    answers = _answers(400, 404, 408, 413, 429, 503, 504, stream=True)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest), responses=answers, tags=["generation"])
     async def completions(request: Request) -> Response:
         """Complete prompts."""
-        asked, size = await _parse(request, CompletionRequest)
+        asked, size = await _parse(service, request, CompletionRequest)
         return await answer_completion(service, request, asked, size)
 
     @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest), responses=answers, tags=["generation"])
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        asked, size = await _parse(request, ChatRequest)
+        asked, size = await _parse(service, request, ChatRequest)
         return await answer_chat(service, request, asked, size)
 
 
-async def _parse(request: Request, model: type[M]) -> tuple[M, int]:
+async def _parse(service: Service, request: Request, model: type[M]) -> tuple[M, int]:
     """The body, and its length in bytes."""
-    body = await request.body()
     try:
+        async with asyncio.timeout(service.settings.request_timeout):
+            body = await request.body()
         return model.model_validate_json(body), len(body)
+    except TimeoutError:
+        raise Refusal(408, "the body did not arrive in time") from None
     except ValidationError as error:
         message, param = explain(error)
         raise Refusal(400, message, param=param) from None

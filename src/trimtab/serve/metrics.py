@@ -36,6 +36,7 @@ LATENCIES = (
     640.0,
 )
 PACES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+MAX_LABELS = 1000
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
@@ -94,6 +95,7 @@ class Metrics:
             outcome: `"ok"`, or why it failed.
         """
         self.requests += 1
+        label = self._known(label)
         prompts = {s.prompt_index: len(s.prompt) for s in job.sequences}
         tokens = sum(len(s.tokens) for s in job.sequences)
         self._prompt.labels(label).inc(sum(prompts.values()))
@@ -114,6 +116,12 @@ class Metrics:
             if longest > 1:
                 self._next.labels(label).observe((seconds - first) / (longest - 1))
         self._tell_speculation(label, job)
+
+    def _known(self, label: str) -> str:
+        """The label, or `"other"` where clients have made up too many combinations of aligners."""
+        if label not in self._tallies and len(self._tallies) >= MAX_LABELS:
+            return "other"
+        return label
 
     def forget(self, name: str) -> None:
         """Drop the series of an aligner that is gone."""

@@ -28,6 +28,7 @@ __all__ = [
 MAX_N = 128
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_ALIGNERS = 8
 MAX_INT = 2**31 - 1
 """The largest count or token id: they end up in tensors, where a JSON integer of any size would not fit."""
 
@@ -115,11 +116,11 @@ class _Request(_Strict):
     ignore_eos: bool | None = False
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
 
-    aligner: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
+    aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
         None, description="One aligner or several, where `model` is the base."
     )
     rule: str | None = Field(None, description="A decoding rule, such as `product` or `candidates(n=8)`.")
-    weight: Factor | Annotated[list[Factor], Field(min_length=1, fail_fast=True)] | None = Field(
+    weight: Factor | Annotated[list[Factor], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
         None, description="The aligner's strength, or one for each aligner."
     )
     proposal_temperature: Temperature | None = None

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -256,22 +256,24 @@ class Service:
             raise Refusal(400, f"{name} may be at most {most} on this server, not {asked}", param=name)
         return asked
 
-    async def events(self, job: Job) -> AsyncIterator[list[TokenEvent]]:
+    async def events(self, job: Job) -> AsyncGenerator[list[TokenEvent], None]:
         """Submit a job and follow it to its end; closing the iterator, or its task, cancels the job.
 
         Raises:
             Refusal: it cannot be decoded, or takes too long, or the server stops.
         """
-        try:
-            self._check_room(len(job.sequences))  # others may have come since it was prepared
-            with self.refusing(None):
-                self.worker.submit(job)
-                async with asyncio.timeout(self.settings.request_timeout):
-                    async for events in job:
-                        yield events
-        finally:
-            if self._worker is not None:
-                self._worker.cancel(job)
+        self._check_room(len(job.sequences))  # others may have come since it was prepared
+        worker = self.worker
+        loop = asyncio.get_running_loop()
+        with self.refusing(None):
+            worker.submit(job)
+            deadline = loop.call_later(self.settings.request_timeout, worker.cancel, job, TimeoutError())
+            try:
+                async for events in job:
+                    yield events
+            finally:
+                deadline.cancel()
+                worker.cancel(job)
 
     @contextlib.contextmanager
     def refusing(self, param: str | None) -> Iterator[None]:

@@ -108,7 +108,7 @@ class Worker:
         """By the number of each prompt; touched by the worker's thread alone."""
         self._scorings: list[tuple[Scoring, asyncio.Future[Any]]] = []
         self._outstanding = 0
-        """Sequences that were submitted and are not over; touched by the event loop alone."""
+        """Sequences and scorings that are not over; touched by the event loop alone."""
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
 
     def start(self) -> None:
@@ -117,7 +117,7 @@ class Worker:
 
     @property
     def outstanding(self) -> int:
-        """Sequences that are waiting or running."""
+        """Sequences and scorings that are waiting or running."""
         return self._outstanding
 
     def reserve(self, prompts: int) -> int:
@@ -136,9 +136,10 @@ class Worker:
         self._outstanding += len(job.sequences)
         self._commands.put(lambda: self._submit(job))
 
-    def cancel(self, job: Job) -> None:
-        """Stop a job's work at the engine's next step, if any is left."""
+    def cancel(self, job: Job, error: Exception | None = None) -> None:
+        """Stop a job's work at the engine's next step, if any is left; whoever follows it gets the error."""
         if not job.done:
+            self._settle_job(job, [], error or Stopped("cancelled"))
             self._commands.put(lambda: self._cancel(job))
 
     async def score(self, scoring: Scoring) -> Any:
@@ -146,8 +147,12 @@ class Worker:
         if self.failure is not None:
             raise Stopped("the engine has failed; see the server's log")
         future = self._loop.create_future()
-        self._commands.put(lambda: self._scorings.append((scoring, future)))
-        return await future
+        self._outstanding += 1
+        try:
+            self._commands.put(lambda: self._scorings.append((scoring, future)))
+            return await future
+        finally:
+            self._outstanding -= 1
 
     def abandon(self) -> None:
         """Tell all unfinished jobs that the server stops."""
@@ -177,6 +182,10 @@ class Worker:
                 if failures >= MAX_FAILURES:
                     self.failure = error
                     break
+        while not self._commands.empty():  # who was submitted too late to be seen above must not wait for ever
+            command = self._commands.get()
+            if command is not None:
+                command()
         self._fail(self._everyone, self.failure or Stopped("the server is shutting down"))
         for _, future in self._scorings:
             self._settle(future, None, Stopped("the server is shutting down"))
@@ -208,7 +217,6 @@ class Worker:
         self.engine.cancel(left)
         self._deliver()
         self._forget([job])
-        self._call(lambda: self._settle_jobs({job: []}, Stopped("cancelled")))
 
     @torch.inference_mode()
     def _score(self) -> None:
