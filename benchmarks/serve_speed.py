@@ -19,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROMPT = "def add_{}(a, b):\n"
 
@@ -63,16 +63,16 @@ def measure(port: int, options: argparse.Namespace, names: Sequence[str]) -> dic
     base = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models").read())["data"][0]["id"]
     models = {"base": base, "aligned": "aligned"}
 
-    def by_http(model: str, streams: int) -> Callable[[], tuple[float, float]]:
+    def by_http(model: str, streams: int) -> Callable[[], Times]:
         return lambda: stream(port, [models.get(model, model)] * streams, options.max_tokens, options.rule)
 
-    def by_engine(model: str, streams: int) -> Callable[[], tuple[float, float]]:
-        def run() -> tuple[float, float]:
+    def by_engine(model: str, streams: int) -> Callable[[], Times]:
+        def run() -> Times:
             params = SamplingParams(max_tokens=options.max_tokens, ignore_eos=True, seed=0, rule=options.rule)
             started, first = time.perf_counter(), 0.0
             for _ in engines[model].stream([PROMPT.format(i) for i in range(streams)], params):
                 first = first or time.perf_counter() - started
-            return streams * options.max_tokens / (time.perf_counter() - started), first
+            return Times(streams, options.max_tokens, first, time.perf_counter() - started)
 
         return run
 
@@ -91,8 +91,9 @@ def measure(port: int, options: argparse.Namespace, names: Sequence[str]) -> dic
     report: dict[str, Any] = {**describe_machine(engines["base"].proposal.device), "max_tokens": options.max_tokens}
     for (contest, name), found in runs.items():
         report.setdefault(contest, {})[name] = {
-            "tokens_per_second": round(statistics.median(speed for speed, _ in found), 1),
-            "first_token_ms": round(1000 * statistics.median(first for _, first in found), 2),
+            "tokens_per_second": round(statistics.median(times.tokens_per_second for times in found), 1),
+            "first_token_ms": round(1000 * statistics.median(times.first for times in found), 2),
+            "next_token_ms": round(1000 * statistics.median(times.next for times in found), 3),
         }
     one, many = report["http, 1 stream"], report[f"http, {options.streams} streams"]
     report["ratios"] = {
@@ -100,8 +101,8 @@ def measure(port: int, options: argparse.Namespace, names: Sequence[str]) -> dic
         "throughput, aligned / base, 1 stream": ratio(one, "aligned", "base"),
         f"throughput, aligned / base, {options.streams} streams": ratio(many, "aligned", "base"),
         **{
-            f"time per token, http / engine, {name}": round(
-                report["engine, 1 stream"][name]["tokens_per_second"] / one[name]["tokens_per_second"], 3
+            f"time per token after the first, http / engine, {name}": round(
+                one[name]["next_token_ms"] / report["engine, 1 stream"][name]["next_token_ms"], 3
             )
             for name in ("base", "aligned")
         },
@@ -118,9 +119,9 @@ def compare_adapters(port: int, options: argparse.Namespace, names: Sequence[str
         start = turn * options.streams
         spread = [names[(start + i) % len(names)] for i in range(options.streams)]
         for name, wanted in (("one", [names[0]] * options.streams), ("all", spread)):
-            speed, _ = stream(port, wanted, options.max_tokens, options.rule)
+            times = stream(port, wanted, options.max_tokens, options.rule)
             if turn:
-                speeds[name].append(speed)
+                speeds[name].append(times.tokens_per_second)
     found = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
     return {**found, "all / one": round(found["all"] / found["one"], 3), "adapters": len(names)}
 
@@ -129,8 +130,26 @@ def ratio(found: dict[str, Any], above: str, below: str) -> float:
     return round(found[above]["tokens_per_second"] / found[below]["tokens_per_second"], 3)
 
 
-def stream(port: int, models: Sequence[str], max_tokens: int, rule: str | None) -> tuple[float, float]:
-    """Tokens per second of all streams together, and the median time to a stream's first token, in seconds."""
+class Times(NamedTuple):
+    """Seconds of one run: until a stream's first token (the median), and in all."""
+
+    streams: int
+    max_tokens: int
+    first: float
+    total: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.streams * self.max_tokens / self.total
+
+    @property
+    def next(self) -> float:
+        """Seconds from one token of a stream to the next."""
+        return (self.total - self.first) / (self.max_tokens - 1)
+
+
+def stream(port: int, models: Sequence[str], max_tokens: int, rule: str | None) -> Times:
+    """Ask for a stream from each of these models at once."""
     selector, started, firsts = selectors.DefaultSelector(), time.perf_counter(), dict.fromkeys(range(len(models)), 0.0)
     for i, model in enumerate(models):
         connection = socket.create_connection(("127.0.0.1", port))
@@ -159,7 +178,7 @@ def stream(port: int, models: Sequence[str], max_tokens: int, rule: str | None) 
                 selector.unregister(connection)
                 connection.close()
                 left -= 1
-    return len(models) * max_tokens / (time.perf_counter() - started), statistics.median(firsts.values())
+    return Times(len(models), max_tokens, statistics.median(firsts.values()), time.perf_counter() - started)
 
 
 def start(flags: Sequence[str]) -> tuple["subprocess.Popen[str]", int]:

@@ -143,7 +143,7 @@ def test_log_z_is_the_mass_that_the_rule_divides_by():
     base = bare(num_speculative_tokens=3)
     for rule, weights in (("product", [0.7]), ("geometric", [0.3]), ("nucleus", [1.0])):
         model = base.with_aligners(TABLES[:1])
-        engine = Engine(model.proposal, model.pace, track_log_z=True)
+        engine = Engine(model.proposal, model.pace, log_z_every=1)
         (sequence,) = model.prepare([1, 2], SamplingParams(max_tokens=12, ignore_eos=True, seed=4, rule=rule, weight=weights))
         engine.submit([sequence])
         before = []
@@ -157,7 +157,7 @@ def test_log_z_is_the_mass_that_the_rule_divides_by():
             expected.append(float((share[0] * p + share[1] * q).logsumexp(-1)))
         assert sequence.log_z == pytest.approx(expected, abs=1e-9)
     (gated,) = base.with_aligners(TABLES[:1]).prepare([1], SamplingParams(max_tokens=3, seed=0, rule="kl_gate"))
-    engine = Engine(base.proposal, base.pace, track_log_z=True)
+    engine = Engine(base.proposal, base.pace, log_z_every=1)
     engine.submit([gated])
     finish(engine, [gated])
     assert gated.log_z == [], "the gate has none"

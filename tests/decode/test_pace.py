@@ -6,15 +6,16 @@ from hypothesis import strategies as st
 
 from trimtab.core.draw import NO_TOKEN
 from trimtab.decode.draft import Lookup
-from trimtab.decode.pace import LADDER, Hope, Pace, Tally
+from trimtab.decode.pace import LADDER, Hope, Load, Pace, Tally
 
 
 def run(pace, cost, acceptance, steps=200, sequences=1):
     """Steps of a machine on which drafting k tokens for that many sequences costs `cost(k)`; the lengths of the last ones."""
     chosen = []
     for _ in range(steps):
-        chosen.append(pace.choose(sequences, [acceptance] * sequences))
-        pace.observe(sequences, chosen[-1], cost(chosen[-1]))
+        load = Load(sequences, sequences)
+        chosen.append(pace.choose(load, [acceptance] * sequences))
+        pace.observe(load, chosen[-1], cost(chosen[-1]))
     return chosen[-40:]
 
 
@@ -46,13 +47,13 @@ def test_costs_are_learned_apart_for_small_and_large_batches():
     pace = Pace()
     run(pace, lambda k: 1 + 0.05 * k, 0.8, sequences=1)
     run(pace, lambda k: 1 + 1.0 * k, 0.8, sequences=32)
-    assert pace.choose(1, [0.8]) >= 4
-    assert pace.choose(32, [0.8] * 32) == 0
+    assert pace.choose(Load(1, 1), [0.8]) >= 4
+    assert pace.choose(Load(32, 32), [0.8] * 32) == 0
 
 
 def test_a_fixed_length_is_fixed_and_without_drafts_there_is_none():
     assert run(Pace(3), lambda k: 1 + 9 * k, 0.0, steps=40) == [3] * 40
-    assert Pace().choose(4, []) == 0
+    assert Pace().choose(Load(4, 0), []) == 0
 
 
 def test_hope_believes_the_prior_until_there_is_evidence():
@@ -99,3 +100,14 @@ def test_a_draft_depends_on_what_stands_before_it_alone(text, count):
         growing.extend(one_by_one[-1:])
     assert together[: len(one_by_one)] == one_by_one
     assert set(together[len(one_by_one) :]) <= {NO_TOKEN}
+
+
+def test_steps_of_bare_and_of_aligned_requests_are_timed_apart():
+    """A bare step is cheap; that must not make token by token look cheap to those who could draft."""
+    pace = Pace()
+    for _ in range(40):
+        bare, aligned = Load(1, 0), Load(1, 1)
+        pace.observe(bare, pace.choose(bare, []), 1.0)
+        length = pace.choose(aligned, [0.9])
+        pace.observe(aligned, length, 10.0 + 0.1 * length)
+    assert pace.choose(Load(1, 1), [0.9]) >= 6

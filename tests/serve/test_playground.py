@@ -86,7 +86,7 @@ class Server:
     def _load(self):
         self.may_load.wait(60)
         base = AlignedModel.from_pretrained(str(self.folder / "proposal"), eos_token_ids=[], max_num_seqs=8)
-        engine = Engine(base.proposal, base.pace, max_num_seqs=8, track_log_z=True)
+        engine = Engine(base.proposal, base.pace, max_num_seqs=8, log_z_every=1)
         step = engine.step
 
         def slow_step():

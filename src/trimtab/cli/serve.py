@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Options", "render", "run"]
 
 KEY_VARIABLE = "TRIMTAB_API_KEY"
+LOG_Z_EVERY = 8
+"""Steps between two observations of log Z: enough for a mean, and too few to be felt."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_cache_tokens=options.max_cache_tokens or _cache_tokens(base.proposal),
-        track_log_z=True,
+        log_z_every=LOG_Z_EVERY,
     )
     memory, root = options.max_aligner_memory, options.aligner_root
     registry = Registry(

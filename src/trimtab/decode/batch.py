@@ -26,12 +26,12 @@ class Batch:
     Args:
         proposal: P_M, which all of them share.
         pace: told what became of drafts.
-        track_log_z: also observe log Z, once a step.
+        log_z_every: also observe log Z, once in so many steps; 0 for never.
     """
 
-    def __init__(self, proposal: LanguageModel, pace: Pace, *, track_log_z: bool = False) -> None:
+    def __init__(self, proposal: LanguageModel, pace: Pace, *, log_z_every: int = 0) -> None:
         self.sequences: list[Growing] = []
-        self._proposal, self._pace, self._track_log_z = proposal, pace, track_log_z
+        self._proposal, self._pace, self._log_z_every = proposal, pace, log_z_every
         self._state = proposal.new_state(0, 0)
         self._groups: dict[Models, Group] = {}
 
@@ -121,7 +121,7 @@ class Batch:
     def _group(self, models: Models, more: int) -> Group:
         """The group of these models, with room for so many more."""
         if models not in self._groups:
-            self._groups[models] = Group(models, self._pace, track_log_z=self._track_log_z)
+            self._groups[models] = Group(models, self._pace, log_z_every=self._log_z_every)
         group = self._groups[models]
         group.make_room(len(group.sequences) + more, self._state.capacity)
         return group

@@ -19,7 +19,7 @@ import torch
 
 from trimtab.decode.batch import Batch
 from trimtab.decode.draft import Models
-from trimtab.decode.pace import Pace
+from trimtab.decode.pace import Load, Pace
 from trimtab.decode.prefill import pad
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
@@ -40,7 +40,7 @@ class Engine:
         max_num_batched_tokens: the most prompt tokens read in one step.
         max_cache_tokens: the most tokens that the slots may hold together; None for what `max_num_seqs` sequences of any
             length need. A long request then means fewer at a time. Prompts that are being read are held apart, on top.
-        track_log_z: also observe each sequence's log Z, once a step.
+        log_z_every: also observe each sequence's log Z, once in so many steps; 0 for never.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Engine:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         max_cache_tokens: int | None = None,
-        track_log_z: bool = False,
+        log_z_every: int = 0,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if value < 1:
                 raise InvalidOption(f"{name} must be at least 1, not {value}")
         self.pace = pace
-        self._proposal, self._track_log_z = proposal, track_log_z
+        self._proposal, self._log_z_every = proposal, log_z_every
         self.max_num_seqs, self._max_tokens, self._budget = max_num_seqs, max_num_batched_tokens, max_cache_tokens
         self._waiting: deque[Growing] = deque()
         self._reading: deque[_Reading] = deque()
@@ -136,7 +136,7 @@ class Engine:
         return events
 
     def _empty_batch(self) -> Batch:
-        return Batch(self._proposal, self.pace, track_log_z=self._track_log_z)
+        return Batch(self._proposal, self.pace, log_z_every=self._log_z_every)
 
     @property
     def _admitted(self) -> int:
@@ -197,16 +197,17 @@ class Engine:
 
     def _decode(self) -> list[TokenEvent]:
         """One step. Unless the draft length is fixed, a first token is not kept waiting for drafts."""
-        sequences, groups = self._batch.sequences, self._batch.groups
+        sequences = self._batch.sequences
         drafting = [can_draft(s) and (bool(s.tokens) or self.pace.fixed is not None) for s in sequences]
         hopes = [
             s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s, may in zip(sequences, drafting, strict=True) if may
         ]
-        wanted = self.pace.choose(len(sequences), hopes, groups)
+        load = Load(len(sequences), len(hopes), self._batch.groups)
+        wanted = self.pace.choose(load, hopes)
         limits = [min(wanted, s.room - 1) if may else 0 for s, may in zip(sequences, drafting, strict=True)]
         started = time.perf_counter()
         events = self._batch.step(limits)
-        self.pace.observe(len(sequences), max(limits), time.perf_counter() - started, groups)
+        self.pace.observe(load, max(limits), time.perf_counter() - started)
         return events
 
 

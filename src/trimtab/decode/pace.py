@@ -8,8 +8,9 @@ stops by itself where it does not pay. No choice looks at a draft, and with the 
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Pace", "Tally"]
+__all__ = ["Load", "Pace", "Tally"]
 
 LADDER = (0, 1, 2, 3, 4, 6, 8)
 """The draft lengths in use."""
@@ -22,8 +23,23 @@ RECONSIDER = 4
 TRUST = 8.0
 """How many observations what is known of similar requests is worth against a sequence's own."""
 
-Size = tuple[int, int]
-"""Sequences and groups of a step, each by its number of binary digits."""
+Size = tuple[int, ...]
+
+
+class Load(NamedTuple):
+    """Who decodes together in a step; steps of about the same load cost about the same."""
+
+    sequences: int
+    drafting: int
+    """How many of them draft."""
+    groups: int = 1
+    """How many sets of models they need."""
+
+    @property
+    def size(self) -> Size:
+        """Each number by how many binary digits it has."""
+        return tuple(number.bit_length() for number in self)
+
 
 MAX_KINDS = 1000
 """Kinds of requests to remember."""
@@ -113,34 +129,33 @@ class Pace:
             self._kinds.pop(next(iter(self._kinds)), None)
         return self._kinds.setdefault(key, Hope())
 
-    def choose(self, sequences: int, hopes: Sequence[float], groups: int = 1) -> int:
+    def choose(self, load: "Load", hopes: Sequence[float]) -> int:
         """The draft length of the next step.
 
         Args:
-            sequences: how many decode together.
+            load: who decodes together.
             hopes: the estimated acceptance of those that can draft.
-            groups: how many sets of models they need.
         """
         if self.fixed is not None:
             return self.fixed
         if not hopes:
             return 0
-        size = _size(sequences, groups)
+        size = load.size
         for length in FIRST:
             if len(self._seconds.get((size, length), ())) < 2:
                 return length
         self._steps[size] = steps = self._steps.get(size, 0) + 1
         if size not in self._best or steps % RECONSIDER == 0:
-            self._best[size] = max(LADDER, key=lambda k: self._tokens(k, sequences, hopes) / self._cost(size, k))
+            self._best[size] = max(LADDER, key=lambda k: self._tokens(k, load.sequences, hopes) / self._cost(size, k))
         best = self._best[size]
         if steps % LOOK_AROUND == 0:
             step = 1 if steps // LOOK_AROUND % 2 else -1
             return LADDER[min(max(LADDER.index(best) + step, 0), len(LADDER) - 1)]
         return best
 
-    def observe(self, sequences: int, length: int, seconds: float, groups: int = 1) -> None:
+    def observe(self, load: "Load", length: int, seconds: float) -> None:
         """Note how long a step took."""
-        self._seconds.setdefault((_size(sequences, groups), length), deque(maxlen=5)).append(seconds)
+        self._seconds.setdefault((load.size, length), deque(maxlen=5)).append(seconds)
 
     def _tokens(self, k: int, sequences: int, hopes: Sequence[float]) -> float:
         return sequences - len(hopes) + sum((1 - a ** (k + 1)) / (1 - a) for a in hopes)
@@ -157,7 +172,3 @@ class Pace:
             low = known[-2]
         slope = (self._cost(size, high) - self._cost(size, low)) / (high - low)
         return self._cost(size, low) + max(slope, 0.0) * (k - low)
-
-
-def _size(sequences: int, groups: int) -> Size:
-    return sequences.bit_length(), groups.bit_length()

@@ -58,13 +58,13 @@ class Group:
     Args:
         models: what they are decoded with.
         pace: told what became of drafts.
-        track_log_z: also observe log Z, once a step, for rules that have one.
+        log_z_every: also observe log Z, once in so many steps, for rules that have one; 0 for never.
     """
 
-    def __init__(self, models: Models, pace: Pace, *, track_log_z: bool) -> None:
+    def __init__(self, models: Models, pace: Pace, *, log_z_every: int) -> None:
         self.models = models
         self.sequences: list[Growing] = []
-        self._pace, self._track_log_z = pace, track_log_z
+        self._pace, self._log_z_every, self._steps = pace, log_z_every if models.aligners else 0, 0
         self._states = [model.new_state(0, 0) for model in models.all[1:]]
         self._lookups: dict[Growing, Lookup] = {}
         self._settings: _Settings | None = None
@@ -143,7 +143,7 @@ class Group:
         tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
         settings.sampler.note(tokens, verdict.accepted)
         columns = [verdict.accepted[:, None], verdict.kept[:, None]]
-        if self._track_log_z:
+        if self._observes:
             columns.append(settings.shaping.log_z(inputs, aligned, tokens[:, :1]))
         columns.append(tokens)
         if settings.gated:
@@ -166,8 +166,8 @@ class Group:
         for model, state in zip(self.models.all[1:], self._states, strict=True):
             model.rollback(state, [limit - count for limit, count in zip(limits, accepted, strict=True)])
         for slot, (sequence, limit, row) in enumerate(zip(self.sequences, limits, values, strict=True)):
-            kept, drawn = int(row[1]), settings.read(row[2 + self._track_log_z :], accepted[slot] + 1, max(limits) + 1)
-            if self._track_log_z:
+            kept, drawn = int(row[1]), settings.read(row[2 + self._observes :], accepted[slot] + 1, max(limits) + 1)
+            if self._observes:
                 sequence.observe_log_z(row[2])
             for j, one in enumerate(drawn):
                 if one.token < 0:
@@ -184,7 +184,13 @@ class Group:
             sequence.tally.observe(accepted[slot], limit)
             self._pace.tally.observe(accepted[slot], limit)
         self._rows = []
+        self._steps += 1
         return events
+
+    @property
+    def _observes(self) -> bool:
+        """Whether this step observes log Z."""
+        return self._log_z_every > 0 and self._steps % self._log_z_every == 0
 
     def _look_up(self, width: int, device: torch.device) -> Tensor:
         if not self.models.lookup:
