@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from statistics_of import chi_square
-from trimtab.core.draw import NO_TOKEN, inverse_cdf
+from trimtab.core.draw import NO_TOKEN, draw_by_mass, inverse_cdf
 from trimtab.core.noise import fresh_seed, philox, uniforms
 
 ONES = 0xFFFFFFFF
@@ -75,3 +75,25 @@ def test_rows_without_mass_give_no_token():
     rows = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [math.nan, 0.0]])
     half = torch.full((3, 2), 0.5, dtype=torch.float64)
     assert inverse_cdf(rows, half).tolist() == [[0, 0], [NO_TOKEN, NO_TOKEN], [NO_TOKEN, NO_TOKEN]]
+
+
+def test_a_large_vocabulary_is_summed_by_stretches_to_the_same_end():
+    """The same tokens as one running sum over all of it gives, impossible ones and dead rows included."""
+    vocab = 20_011
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[1, :500], logits[1, 700:] = -math.inf, -math.inf  # all mass in the second and third stretch
+    logits[2, :-1] = -math.inf
+    logits[3] = -math.inf
+    logits[4, 77] = math.nan
+    mass = logits.softmax(-1).float()
+    mass[3], mass[5] = 0.0, torch.nn.functional.one_hot(torch.tensor(256), vocab)
+    uniform = torch.cat([uniforms([1], [0], [0], 2_000, 1)[0, :, 0], torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)])
+    drawn = draw_by_mass(mass, uniform.expand(6, -1))
+    cumulative = mass.double().cumsum(-1)
+    for row in (0, 1):
+        expected = torch.searchsorted(cumulative[row], uniform[:-1] * cumulative[row, -1], right=True)
+        assert torch.equal(drawn[row, :-1], expected)
+        assert bool((mass[row, drawn[row]] > 0).all())
+    assert drawn[2].unique().tolist() == [vocab - 1]
+    assert drawn[3].unique().tolist() == drawn[4].unique().tolist() == [NO_TOKEN]
+    assert drawn[5].unique().tolist() == [256]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from trimtab import __version__
 from trimtab.cli.options import UsageError, add_options, read_options
 from trimtab.errors import InvalidOption, TrimtabError
+from trimtab.hardware import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     namespace = vars(parser.parse_args(arguments))
+    keep_freed_memory()
     command = importlib.import_module(f"trimtab.cli.{namespace.pop('command')}")
     as_json = namespace.pop("json", False)
     options = read_options(command.Options, namespace)

@@ -39,12 +39,13 @@ def draft_tokens(logq: Tensor, uniforms: Tensor) -> Tensor:
     return inverse_cdf(logq, uniforms[..., :1]).squeeze(-1)
 
 
-def verify(logp: Tensor, drafts: Tensor, logq: Tensor | None, limits: Tensor, uniforms: Tensor) -> Verdict:
+def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Tensor, uniforms: Tensor) -> Verdict:
     """Accept the longest run of drafts that stay, and decide the position behind it.
 
     Args:
         logp: target rows `[B, P, V]`; row j is right if all drafts before j are.
-        drafts: `[B, P]`, one for each row, the bonus position included; `NO_TOKEN` where nothing was drafted.
+        drafts: `[B, P]`, one for each row, the bonus position included; `NO_TOKEN` where nothing was drafted. None where
+            nobody drafts, and P is 1: the same as a `NO_TOKEN` in each place.
         logq: draft rows `[B, P, V]` that the drafts were drawn from, or None where every draft is certain (looked up in the
             text, say): then it is kept with p(d).
         limits: `[B]` the bonus position of each sequence, at most P − 1: drafts before it may be accepted.
@@ -53,6 +54,9 @@ def verify(logp: Tensor, drafts: Tensor, logq: Tensor | None, limits: Tensor, un
     Returns:
         The verdict; `NO_TOKEN` at the decided position if the target has no mass there, or is NaN.
     """
+    if drafts is None:
+        none = torch.zeros_like(limits)
+        return Verdict(draw_by_mass(_row(logp, none).exp(), uniforms[:, 0, 2:]), none, none)
     drafted = drafts != NO_TOKEN
     at = drafts.clamp(min=0)
     log_ratio = gather(logp, at) - (0 if logq is None else gather(logq, at))
@@ -60,8 +64,8 @@ def verify(logp: Tensor, drafts: Tensor, logq: Tensor | None, limits: Tensor, un
     kept = keep.long().cumprod(-1).sum(-1)
     accepted = torch.minimum(kept, limits)
     last = accepted.unsqueeze(-1)
-    p = _row(logp, accepted).exp().double()
-    q = torch.zeros_like(p) if logq is None else _row(logq, accepted).exp().double()
+    p = _row(logp, accepted).exp()
+    q = torch.zeros_like(p) if logq is None else _row(logq, accepted).exp()
     if logq is None:
         q.scatter_(-1, at.gather(-1, last), drafted.gather(-1, last).to(q.dtype))
     recovered = draw_by_mass(_excess(p, q), uniforms[..., 2].gather(-1, last))
@@ -78,5 +82,5 @@ def _row(rows: Tensor, position: Tensor) -> Tensor:
 
 def _excess(p: Tensor, q: Tensor) -> Tensor:
     """(p − q)⁺; p itself where rounding leaves nothing of it, which is where p = q but for rounding."""
-    excess = (p - q).clamp(min=0)
-    return torch.where((excess > 0).any(-1, keepdim=True), excess, p)
+    excess = (p - q).clamp_(min=0)
+    return torch.where(excess.amax(-1, keepdim=True) > 0, excess, p)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import gather
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import KLGate
@@ -40,15 +39,19 @@ class Drafts:
 
     Attributes:
         tokens: `[b, P]` what the models read: the newest token of each sequence, then its drafts but the last.
-        drafts: `[b, P]` one for each position, the bonus position included.
+        drafts: `[b, P]` one for each position, the bonus position included; None where nobody drafts.
         drawn_from: the rows `[b, P, V]` they were drawn from, if there are any.
         read: rows of models that have read `tokens` already, by their place in `Models.all`.
     """
 
     def __init__(
-        self, newest: Tensor, drafts: Tensor, drawn_from: Tensor | None = None, read: dict[int, Tensor] | None = None
+        self,
+        newest: Tensor,
+        drafts: Tensor | None = None,
+        drawn_from: Tensor | None = None,
+        read: dict[int, Tensor] | None = None,
     ) -> None:
-        self.tokens = torch.cat([newest, drafts[:, :-1].clamp(min=0)], dim=1)
+        self.tokens = newest if drafts is None else torch.cat([newest, drafts[:, :-1].clamp(min=0)], dim=1)
         self.drafts, self.drawn_from, self.read = drafts, drawn_from, read or {}
 
 
@@ -111,7 +114,7 @@ class Group:
         settings.start(width)
         drafter = self.models.drafter
         if drafter is None:
-            return Drafts(newest, self._look_up(width, device))
+            return Drafts(newest, self._look_up(width, device) if self.models.lookup else None)
         model, state = self.models.all[drafter], self._states[drafter - 1]
         token = newest
         drafts: list[Tensor] = []
@@ -193,8 +196,6 @@ class Group:
         return self._log_z_every > 0 and self._steps % self._log_z_every == 0
 
     def _look_up(self, width: int, device: torch.device) -> Tensor:
-        if not self.models.lookup:
-            return torch.full((len(self.sequences), width), NO_TOKEN, device=device)
         for s in self.sequences:
             if s not in self._lookups:
                 self._lookups[s] = Lookup([*s.prompt, *s.tokens])
