@@ -24,15 +24,16 @@ def describe_hardware() -> str:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next allocation, whichever thread makes it.
 
-    By default glibc gives large pieces back to the system at once, and every step faults the pages of its rows in again, which
-    takes longer than the arithmetic on them: four times as long for rows of 32 sequences over 32,000 tokens. This is for programs,
-    early in their life; a library has no business to choose it. Other C libraries are left as they are.
+    By default glibc gives large pieces back to the system at once, and every step faults the pages of its rows in again. That
+    takes longer than the arithmetic on them: four times as long for rows of 32 sequences over 32,000 tokens. This is for
+    programs, early in their life; a library has no business to choose it. Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 64 * 2**20)):
+    sizes = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 2**30, M_TOP_PAD: 64 * 2**20}
+    for option, value in {M_ARENA_MAX: 1, **sizes}.items():
         mallopt(option, value)
 
 

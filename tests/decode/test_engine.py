@@ -307,3 +307,52 @@ def test_nobody_is_lost_when_the_machine_fails_between_two_places(where, monkeyp
         running.step()
     assert running.failed == group
     assert len(running) == 0
+
+
+def test_a_failure_while_the_finished_leave_is_told_to_all_who_lost_tokens(monkeypatch):
+    """A slot cannot be moved: nobody keeps a text with a hole in it."""
+    groups = [sequences([1 + i], seed=i, max_tokens=3 + i) for i in range(3)]
+    running = engine()
+    running.submit([s for group in groups for s in group])
+    copy = TableLM.copy
+
+    def failing(self, source, slots, target, to):
+        if source is target:
+            raise RuntimeError("out of memory")
+        copy(self, source, slots, target, to)
+
+    monkeypatch.setattr(TableLM, "copy", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finish(running)
+    assert sorted(s.seed for s in running.failed) == [0, 1, 2]
+    assert len(running) == 0
+
+
+def test_who_has_read_its_prompt_costs_the_others_nothing():
+    """Thirty short prompts and a long one are admitted together: the long one is read in passes of its own."""
+    passes = []
+
+    class Counting(TableLM):
+        def prefill(self, state, tokens, counts):
+            passes.append(tokens.numel())
+            super().prefill(state, tokens, counts)
+
+    model = AlignedModel(Counting(MODEL.proposal.table), eos_token_ids=[EOS])
+    short = [s for i in range(30) for s in sequences([1, 2, 3], model, seed=i, max_tokens=2)]
+    (long,) = sequences([4] * 400, model, max_tokens=2)
+    running = Engine(model.proposal, model.pace, max_num_batched_tokens=64)
+    running.submit([*short, long])
+    finish(running)
+    assert max(passes) <= 2 * 64
+    assert sum(passes) <= 400 + 30 * 3 + 2 * 64
+    assert long.tokens == model.generate([[4] * 400], SamplingParams(ignore_eos=True, seed=0, max_tokens=2))[0].tokens
+
+
+def test_a_prompt_whose_readers_are_gone_is_not_kept():
+    running = engine(max_num_batched_tokens=4)
+    group = sequences([1] * 50, max_tokens=3)
+    running.submit(group)
+    running.step()
+    running.cancel(group)
+    assert not running
+    assert not running._reading

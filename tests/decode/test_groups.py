@@ -8,11 +8,13 @@ import weakref
 import pytest
 
 from statistics_of import fits
-from tiny import EOS, tiny_model, tiny_tokenizer
+from tiny import EOS, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.rules import parse_rule
 from trimtab.decode.engine import Engine
 from trimtab.decode.sequence import Sequence
+from trimtab.models.adapters import AdapterPool
+from trimtab.models.loading import load_model
 from trimtab.models.table import TableLM, enumerate_sequences
 
 V = 7
@@ -198,3 +200,22 @@ def test_transformers_models_of_many_lineups_give_the_tokens_that_each_gives_alo
     for i, tokens in enumerate(finish(engine, *groups)):
         params = SamplingParams(seed=i, max_tokens=5 + i, ignore_eos=True)
         assert tokens == [lineups[i % 4].generate("the quick brown fox"[: 3 + i], params)[0].tokens]
+
+
+def test_a_group_does_not_hold_the_adapter_of_a_request_that_is_gone(tmp_path):
+    base_folder = save_tiny(tmp_path / "base", tiny_model("llama", 28, seed=3), tiny_tokenizer())
+    folders = [save_lora(tmp_path / f"lora-{i}", base_folder, seed=i, target_modules="all-linear") for i in range(2)]
+    pool = AdapterPool(load_model(base_folder))
+    base = AlignedModel.from_pretrained(tiny_model("llama", 28, seed=0, spread=0.3), tokenizer=tiny_tokenizer())
+    engine = engine_of(base)
+    first, second = (pool.read(folder, str(i)) for i, folder in enumerate(folders))
+    gone = weakref.ref(first.adapter)
+    for i, (adapted, most) in enumerate(((first, 3), (second, 30))):
+        params = SamplingParams(max_tokens=most, ignore_eos=True, seed=0)
+        engine.submit(base.with_aligners([adapted]).prepare("abc", params, i))
+    del first, adapted
+    for _ in range(15):
+        engine.step()
+    gc.collect()
+    assert len(engine) == 1
+    assert gone() is None

@@ -33,7 +33,7 @@ def root(tmp_path_factory) -> Path:
         save_lora(folder / "aligners" / f"l{i}", base, seed=i, r=2 + i % 3, target_modules="all-linear")
         tokenizer.save_pretrained(folder / "aligners" / f"l{i}")
     save_tiny(folder / "aligners" / "odd", tiny_model("llama", V), tiny_tokenizer("zyxwvutsrqponmlkjihgfedcba "))
-    save_tiny(folder / "secret", tiny_model("llama", V, seed=1, spread=0.3), tokenizer)
+    save_tiny(folder / "secret", tiny_model("llama", V, seed=1, spread=0.3, num_hidden_layers=9), tokenizer)
     os.symlink(folder / "secret", folder / "aligners" / "way-out")
     return folder
 
@@ -112,6 +112,20 @@ def test_memory_that_running_requests_hold_is_counted_until_they_end(root):
     assert registry.num_bytes == 0
 
 
+def test_as_few_as_will_do_are_evicted_and_none_for_what_can_never_fit(root):
+    size = size_of(root)
+    registry = registry_of(root, max_bytes=3 * size)
+    for name in ("a0", "a1", "a2"):
+        registry.load(name, str(root / "aligners" / name))
+    in_use = [registry.resident([name]) for name in ("a0", "a1", "a2")]
+    with pytest.raises(OutOfMemory):
+        registry.load("big", str(root / "secret"))
+    assert all(entry.loaded for entry in registry.entries), "what can never fit pushes nobody out"
+    registry.load("a3", str(root / "aligners" / "a3"))
+    assert [entry.name for entry in registry.entries if entry.loaded] == ["a1", "a2", "a3"], "one goes, though all are in use"
+    assert all(texts(model) for model in in_use)
+
+
 def test_errors_name_what_is_wrong_and_change_nothing(root):
     registry = registry_of(root)
     registry.load("a", str(root / "aligners" / "a0"))
@@ -172,6 +186,19 @@ def test_aligners_are_loaded_and_unloaded_over_http(server, root):
         answer = server.post("/v1/load_aligner", **asked)
         assert answer.status_code == (404 if "folder" in says else 400)
         assert says in answer.json()["error"]["message"]
+        assert str(root) not in answer.text, "clients do not learn where folders are"
+
+
+def test_series_of_an_aligner_go_with_it(server):
+    body = {"prompt": "abc", "max_tokens": 2}
+    for turn in range(3):
+        assert server.post("/v1/load_aligner", name=f"v{turn}", path="l1").status_code == 200
+        server.complete(model=f"v{turn}", **body)
+        server.complete(model="base", aligner=[f"v{turn}", "a0"], **body)
+        assert f'model_name="v{turn}"' in server.client.get("/metrics").text
+        server.post("/v1/unload_aligner", name=f"v{turn}")
+        assert f'model_name="v{turn}"' not in server.client.get("/metrics").text
+    assert server.metric("trimtab:generation_tokens_total", model_name="several") >= 3
 
 
 def test_an_aligner_replaced_under_load_gives_each_request_one_version_whole(server, root):

@@ -218,7 +218,7 @@ def test_stop_bias_and_greedy_do_what_clients_mean(server):
     ("body", "status", "param", "says"),
     [
         ({"model": "q9", "prompt": "a"}, 404, "model", "there is no model 'q9'"),
-        ({"model": "base", "aligner": ["q0", "q9"], "prompt": "a"}, 404, "model", "q9"),
+        ({"model": "base", "aligner": ["q0", "q9"], "prompt": "a"}, 404, "aligner", "q9"),
         ({"model": "q0", "aligner": "q1", "prompt": "a"}, 400, "aligner", "different aligners"),
         ({"model": "q0", "prompt": "a", "colour": 1}, 400, "colour", "unknown field 'colour'"),
         ({"model": "q0", "prompt": "a", "temperature": -1}, 400, "temperature", "temperature"),
@@ -318,6 +318,19 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(slow):
     assert slow.idle()
 
 
+def test_streams_that_find_no_room_are_429_too_however_many_come_at_once(slow):
+    body = {"model": "q0", "prompt": "a", "max_tokens": 6, "ignore_eos": True, "stream": True}
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=slow.url, timeout=60) as client:
+            return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(20)))
+
+    found = asyncio.run(ask_all())
+    assert {answer.status_code for answer in found} == {200, 429}
+    assert all('"error"' not in answer.text for answer in found if answer.status_code == 200)
+    assert slow.idle()
+
+
 def test_a_request_that_takes_too_long_is_ended(slow):
     answer = slow.post("/v1/completions", model="q0", prompt="a", max_tokens=10_000, ignore_eos=True)
     assert answer.status_code == 504
@@ -343,6 +356,21 @@ def test_a_client_that_goes_away_frees_its_slots(slow, stream):
     assert slow.idle(0.8), "before the time limit would have ended it"
 
 
+def test_a_client_that_goes_away_while_its_prompt_is_scored_frees_the_engine(slow):
+    body = {"model": "q0", "prompt": ["abc" * 200] * 4, "max_tokens": 0, "echo": True, "logprobs": 1}
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=slow.url) as client:
+            request = asyncio.ensure_future(client.post("/v1/completions", json=body))
+            while slow.service.worker.outstanding < 1:
+                await asyncio.sleep(0.005)
+            request.cancel()
+
+    asyncio.run(leave())
+    assert slow.idle(2.0)
+    assert slow.complete(model="q0", prompt="ab", max_tokens=2)
+
+
 def test_streams_begin_before_they_end(slow):
     with slow.client.stream(
         "POST", "/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 40, "ignore_eos": True, "stream": True}
@@ -366,8 +394,14 @@ def test_a_step_that_fails_is_told_to_those_at_work_and_the_next_request_works()
         answer = server.post("/v1/completions", model="base", prompt="ab", max_tokens=3)
         assert answer.status_code == 500
         assert "out of memory" not in answer.text
+        assert answer.json()["error"]["code"] == "engine_failed"
         assert server.complete(model="base", prompt="ab", max_tokens=3)["usage"]["completion_tokens"] >= 1
         assert server.client.get("/health").status_code == 200
+        Fragile.broken = True
+        lines = server.post("/v1/completions", model="base", prompt="ab", max_tokens=3, stream=True).text
+        assert '"code":"engine_failed"' in lines
+        assert lines.endswith("data: [DONE]\n\n")
+        assert server.metric("trimtab:request_failure_total", model_name="base", reason="engine_failed") == 2
 
 
 def test_an_engine_that_fails_for_good_is_seen_in_health():
@@ -379,6 +413,40 @@ def test_an_engine_that_fails_for_good_is_seen_in_health():
         statuses = [server.post("/v1/completions", model="base", prompt="a").status_code for _ in range(4)]
         assert statuses == [500, 500, 500, 503]
         assert server.client.get("/health").json() == {"status": "failed"}
+
+
+def test_an_engine_that_cannot_even_let_go_is_given_up_and_nobody_waits_for_ever():
+    class Stuck(TableLM):
+        def copy(self, source, slots, target, to):
+            if source is target:
+                raise RuntimeError("out of memory")
+            super().copy(source, slots, target, to)
+
+    with running(table_service([Stuck(TABLES[0].table)])) as server:
+        body = {"model": "base", "prompt": "a", "ignore_eos": True}
+        with ThreadPoolExecutor(6) as pool:
+            answers = [pool.submit(server.post, "/v1/completions", **body, max_tokens=3 + 2 * i) for i in range(6)]
+            statuses = {answer.result(timeout=30).status_code for answer in answers}
+        assert statuses <= {200, 500, 503}
+        assert 500 in statuses
+
+
+def test_scrapes_do_not_disturb_the_engine_nor_the_engine_them(server):
+    stop = threading.Event()
+
+    def traffic(seed: int) -> int:
+        count = 0
+        while not stop.is_set():
+            server.complete(model=f"q{seed % 3}", prompt="abc" * (1 + count % 9), max_tokens=2, seed=seed)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(6) as pool:
+        running_traffic = [pool.submit(traffic, seed) for seed in range(6)]
+        statuses = {server.client.get("/metrics").status_code for _ in range(150)}
+        stop.set()
+        assert all(work.result() for work in running_traffic)
+    assert statuses == {200}
 
 
 def test_nan_is_the_requests_error_and_not_the_servers():

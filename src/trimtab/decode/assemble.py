@@ -127,7 +127,7 @@ class Loader:
     @property
     def shared_bytes(self) -> int:
         """What the bases of adapters take."""
-        return sum(pool.num_bytes for pool in self._pools.values())
+        return sum(pool.num_bytes for pool in list(self._pools.values()))
 
     def _check(self, tokenizer: Any, name: str) -> None:
         if self._tokenizer is not None:

@@ -5,6 +5,7 @@ The sequences occupy the first slots of one state of the proposal, whichever ali
 many aligners share every pass of the large model. Whoever leaves is replaced by the last one.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,7 @@ class Batch:
             self._proposal.copy(self._state, live, state, live)
         self._state = state
         for group in self._groups.values():
-            group.make_room(len(group.sequences), capacity)
+            group.make_room(len(group.sequences), capacity, slots)
 
     def add(self, models: Models, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
         """Take over sequences of these models, whose prompts, all but the last token, are in slots of other states."""
@@ -121,7 +122,10 @@ class Batch:
     def _group(self, models: Models, more: int) -> Group:
         """The group of these models, with room for so many more."""
         if models not in self._groups:
+            models = dataclasses.replace(
+                models, adapters=()
+            )  # a group outlives its first request, and must not hold its adapter
             self._groups[models] = Group(models, self._pace, log_z_every=self._log_z_every)
         group = self._groups[models]
-        group.make_room(len(group.sequences) + more, self._state.capacity)
+        group.make_room(len(group.sequences) + more, self._state.capacity, len(self._state))
         return group

@@ -23,7 +23,7 @@ from trimtab.decode.pace import Load, Pace
 from trimtab.decode.prefill import pad
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.speculative import can_draft
+from trimtab.decode.speculative import can_draft, vacate
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.models.base import LanguageModel
 
@@ -108,6 +108,7 @@ class Engine:
         self._waiting = deque(s for s in self._waiting if s not in gone)
         for reading in self._reading:
             reading.drop(gone)
+        self._reading = deque(reading for reading in self._reading if len(reading))
         self._batch.remove([s for s in self._batch.sequences if s in gone])
 
     @torch.inference_mode()
@@ -118,21 +119,23 @@ class Engine:
         were at work end so, and the error is raised; those that wait can go on.
         """
         self.failed = []
+        decoding: list[Growing] = []
         try:
             self._admit()
             self._read()
-            events = self._decode() if self._batch.sequences else []
+            decoding = list(self._batch.sequences)
+            events = self._decode() if decoding else []
+            self._batch.remove([s for s in decoding if s.finish_reason or s.error])
         except Exception as error:
             reading = [s for reading in self._reading for s in reading.sequences]
-            self.failed = list(dict.fromkeys([*self._batch.sequences, *reading, *self._moving]))
+            self.failed = list(dict.fromkeys([*decoding, *self._batch.sequences, *reading, *self._moving]))
             for sequence in self.failed:
                 sequence.error = error
             self._reading.clear()
             self._moving = []
             self._batch = self._empty_batch()
             raise
-        self.failed = [s for s in self._batch.sequences if s.error]
-        self._batch.remove([s for s in self._batch.sequences if s.finish_reason or s.error])
+        self.failed = [s for s in decoding if s.error]
         return events
 
     def _empty_batch(self) -> Batch:
@@ -140,7 +143,7 @@ class Engine:
 
     @property
     def _admitted(self) -> int:
-        return self.running + sum(len(reading) for reading in self._reading)
+        return self.running + sum(len(reading) for reading in list(self._reading))  # a copy: another thread may look
 
     def _admit(self) -> None:
         """Let waiting sequences in, in their order, while slots and cache have room."""
@@ -253,8 +256,9 @@ class _Reading:
 
     def step(self, budget: int) -> tuple[list[Growing], list[int]]:
         """Read up to `budget` tokens, the same share of each prompt; those that are through, with the slot of each."""
-        lengths = self.states[0].lengths
-        left = [len(p) - 1 - n if readers else 0 for p, n, readers in zip(self._prompts, lengths, self._readers, strict=True)]
+        self._close_ranks()
+        lengths = self.states[0].lengths[: len(self._prompts)]
+        left = [len(p) - 1 - n for p, n in zip(self._prompts, lengths, strict=True)]
         busy = sum(n > 0 for n in left)
         if busy:
             share = max(1, budget // busy)
@@ -266,6 +270,16 @@ class _Reading:
         for i in done:
             self._readers[i] = []
         return [sequence for sequence, _ in ready], [i for _, i in ready]
+
+    def _close_ranks(self) -> None:
+        """Give up the slots of prompts that nobody reads any more, so that no pass is made for them."""
+        for i in reversed(range(len(self._prompts))):
+            if not self._readers[i]:
+                for model, state in zip(self.models.all, self.states, strict=True):
+                    vacate(model, state, i, len(self._prompts) - 1)
+                for items in (self._prompts, self._readers):
+                    items[i] = items[-1]  # type: ignore[assignment]
+                    items.pop()
 
 
 def _need(sequence: Growing) -> int:

@@ -109,7 +109,7 @@ class Hope:
 
 
 class Pace:
-    """Chooses draft lengths; one for each set of models, shared by all that decodes with them.
+    """Chooses draft lengths; one for each proposal, shared by all that decodes with it.
 
     Args:
         fixed: a draft length for every step, or None to adapt.

@@ -73,11 +73,11 @@ class Group:
         self._settings: _Settings | None = None
         self._rows: list[Tensor] = []
 
-    def make_room(self, slots: int, capacity: int) -> None:
-        """Move to larger states, if these are too small; slots at least double, so that moving is rare."""
+    def make_room(self, slots: int, capacity: int, most: int) -> None:
+        """Move to larger states, if these are too small; slots at least double, up to `most`, so that moving is rare."""
         for i, (model, old) in enumerate(zip(self.models.all[1:], self._states, strict=True)):
             if slots > len(old) or capacity != old.capacity:
-                self._states[i] = model.new_state(slots if slots <= len(old) else max(slots, 2 * len(old)), capacity)
+                self._states[i] = model.new_state(slots if slots <= len(old) else min(max(slots, 2 * len(old)), most), capacity)
                 if live := range(len(self.sequences)):
                     model.copy(old, live, self._states[i], live)
 

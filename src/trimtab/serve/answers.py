@@ -4,16 +4,16 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.scoring import score_in_steps
-from trimtab.errors import TrimtabError
 from trimtab.serve import wire
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import Refusal, Service, Target
@@ -33,11 +33,16 @@ class _Exchange:
 
     Attributes:
         service: the server.
+        request: the client's.
+        kind: `"chat"` or `"completion"`.
         target: its model.
         params: what was asked for.
         job: its sequences.
-        echoes: what precedes each prompt's completions: text, ids and scores of the prompt, where it is echoed.
+        include_usage: whether a stream ends with the usage.
         generates: whether anything is generated at all.
+        echoed: the prompts that completions begin with, if they are echoed.
+        echoes: they, with ids and scores, once `events` has begun.
+        tokens: how many were generated so far.
     """
 
     service: Service
@@ -47,8 +52,9 @@ class _Exchange:
     params: SamplingParams
     job: Job
     include_usage: bool
-    echoes: list["_Echo"] = field(default_factory=list)
     generates: bool = True
+    echoed: Sequence[Prompt] = ()
+    echoes: list["_Echo"] = field(default_factory=list)
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
@@ -68,9 +74,13 @@ class _Exchange:
         return wire.Usage(sum(prompts.values()), self.tokens)
 
     async def events(self) -> AsyncIterator[list[TokenEvent]]:
-        """What happens; logged and counted at the end, however it comes."""
+        """What happens; logged and counted at the end, however it comes. The first is empty: what precedes is ready then."""
         outcome = "cancelled"
         try:
+            if self.echoed:
+                with self.service.refusing("prompt"):
+                    self.echoes = await _echo(self)
+            yield []
             if self.generates:
                 async for events in self.service.events(self.job):
                     self.tokens += len(events)
@@ -111,7 +121,7 @@ class _Echo:
     ids: list[int]
     scores: TokenLogprobs | None
 
-    def logprobs(self, texts: wire.TokenTexts) -> tuple[list[float | None], list[wire.TopLogprobs | None]]:
+    def logprobs(self) -> tuple[list[float | None], list[wire.TopLogprobs | None]]:
         """Log-probability and best tokens of each id; nothing predicts the first."""
         if self.scores is None:
             return [None], [None]
@@ -133,11 +143,20 @@ async def answer_completion(service: Service, request: Request, asked: Completio
         params = SamplingParams(**asked.sampling(max(limit, 1), wants, asked.logprobs or 0))
     prompts: Sequence[Prompt] = asked.prompts
     job = await service.prepare(target, prompts, params, "prompt", size=size)
-    exchange = _Exchange(service, request, "completion", target, params, job, asked.include_usage, generates=limit > 0)
-    if asked.echo:
-        with service.refusing("prompt"):
-            exchange.echoes = await _echo(exchange, prompts)
-    return await (_stream(exchange, _completion_stream) if asked.stream else _whole(exchange))
+    if asked.echo and wants and not target.model.shaping(params).rule.has_row:
+        raise Refusal(400, f"logprobs with echo need a rule with a row, not '{params.rule}'", param="rule")
+    exchange = _Exchange(
+        service,
+        request,
+        "completion",
+        target,
+        params,
+        job,
+        asked.include_usage,
+        generates=limit > 0,
+        echoed=prompts if asked.echo else (),
+    )
+    return _stream(exchange, _completion_stream) if asked.stream else await _whole(exchange)
 
 
 async def answer_chat(service: Service, request: Request, asked: ChatRequest, size: int) -> Response:
@@ -152,21 +171,21 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest, si
         params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0))
     job = await service.prepare(target, [asked.chat], params, "messages", size=size)
     exchange = _Exchange(service, request, "chat", target, params, job, asked.include_usage)
-    return await (_stream(exchange, _chat_stream) if asked.stream else _whole(exchange))
+    return _stream(exchange, _chat_stream) if asked.stream else await _whole(exchange)
 
 
-async def _echo(exchange: _Exchange, prompts: Sequence[Prompt]) -> list[_Echo]:
+async def _echo(exchange: _Exchange) -> list[_Echo]:
     """The prompts as their completions begin with them, scored if log-probabilities are wanted."""
     model, params = exchange.target.model, exchange.params
     ids = {s.prompt_index: s.prompt for s in exchange.job.sequences}
     echoes = []
-    for prompt, mine in zip(prompts, ids.values(), strict=True):
+    for prompt, mine in zip(exchange.echoed, ids.values(), strict=True):
         scores = None
         if params.logprobs and len(mine) > 1:
             pair = (mine[:1], mine[1:])
             shaping = model.shaping(params)
             steps = score_in_steps(model.proposal, model.aligners, shaping, [pair], top=params.top_logprobs, step=ECHO_STEP)
-            async with asyncio.timeout(exchange.service.settings.request_timeout):
+            async with asyncio.timeout(exchange.service.remaining(exchange.job)):
                 (scores,) = await exchange.service.worker.score(steps)
         text = prompt if isinstance(prompt, str) else model.tokenizer.decode(mine, skip_special_tokens=True)
         echoes.append(_Echo(str(text), mine, scores))
@@ -221,7 +240,7 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
     if exchange.params.logprobs:
         tokens, values, tops = _columns(completion)
         if echo is not None:
-            before, best = echo.logprobs(texts)
+            before, best = echo.logprobs()
             tokens, values, tops = echo.ids + tokens, before + values, best + tops
         logprobs = wire.completion_logprobs(texts, tokens, values, tops)
     return wire.completion_choice(index, text, completion.finish_reason, logprobs)
@@ -237,20 +256,35 @@ def _columns(completion: Completion) -> tuple[list[int], list[Any], list[Any]]:
 # ---- streams
 
 
-async def _stream(exchange: _Exchange, chunks: Any) -> Response:
-    exchange.service.worker  # noqa: B018 - refuses now, before the answer begins
-    return StreamingResponse(_guarded(exchange, chunks), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+class _Events(StreamingResponse):
+    """A stream of server-sent events, which gives up its job however it ends, and even if it never begins."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, exchange: _Exchange, chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(chunks, headers={"cache-control": "no-cache"})
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.service.release(self._exchange.job)
 
 
-async def _guarded(exchange: _Exchange, chunks: Any) -> AsyncIterator[bytes]:
+def _stream(exchange: _Exchange, chunks: Callable[[_Exchange], AsyncIterator[bytes]]) -> Response:
+    if exchange.generates and not exchange.echoed:
+        exchange.service.start(exchange.job)  # what has no room is refused now, before the answer begins
+    return _Events(exchange, _guarded(exchange, chunks))
+
+
+async def _guarded(exchange: _Exchange, chunks: Callable[[_Exchange], AsyncIterator[bytes]]) -> AsyncIterator[bytes]:
     """A stream's events, with what goes wrong as the last of them."""
     try:
         async for chunk in chunks(exchange):
             yield chunk
     except Refusal as refusal:
         yield wire.sse(wire.error_body(refusal.message, refusal.type, refusal.param, refusal.code))
-    except TrimtabError as error:
-        yield wire.sse(wire.error_body(str(error), "server_error"))
     yield wire.DONE
 
 
@@ -277,15 +311,14 @@ async def _completion_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
     stream = wire.CompletionStream(exchange.id, exchange.created, exchange.target.label, include_usage=exchange.include_usage)
     texts, count = exchange.service.texts, len(exchange.job.sequences)
     offsets = [0] * count
-    for index in range(count):
-        if exchange.echoes:
-            echo, logprobs = exchange.echoes[index // exchange.params.n], None
-            if exchange.params.logprobs:
-                logprobs = wire.completion_logprobs(texts, echo.ids, *echo.logprobs(texts))
-            offsets[index] = len(echo.text)
-            yield stream.text(index, echo.text, logprobs, None if exchange.generates else "length")
     async for events in exchange.events():
         chunks = []
+        for index in range(count) if exchange.echoes and not events else ():
+            echo, logprobs = exchange.echoes[index // exchange.params.n], None
+            if exchange.params.logprobs:
+                logprobs = wire.completion_logprobs(texts, echo.ids, *echo.logprobs())
+            offsets[index] = len(echo.text)
+            chunks.append(stream.text(index, echo.text, logprobs, None if exchange.generates else "length"))
         for index, mine in _by_choice(exchange, events).items():
             text, logprobs, reason = "".join(event.text for event in mine), None, mine[-1].finish_reason
             if exchange.params.logprobs:

@@ -109,7 +109,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["operations"])
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(await asyncio.to_thread(service.metrics.render), media_type=CONTENT_TYPE)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -126,10 +126,11 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model:path}", responses=_answers(404, 503), tags=["models"])
     async def retrieve_model(model: str) -> Response:
         """One of them."""
-        plain = model.removeprefix(f"{service.settings.name}:")
-        names = (service.settings.name if model in service.settings.aliases else model, plain)
+        bases = (service.settings.name, *service.settings.aliases)
+        named = [model.removeprefix(f"{base}:") for base in bases if model.startswith(f"{base}:")] or [model]
+        wanted = service.settings.name if model in bases else named[0]
         for card in cards():
-            if card["id"] in names:
+            if card["id"] == wanted:
                 return JSONResponse(card)
         raise Refusal(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
 
@@ -146,13 +147,14 @@ def _add_loading(app: FastAPI, service: Service) -> None:
         asked, _ = await _parse(service, request, LoadAligner)
         if asked.name in (service.settings.name, *service.settings.aliases):
             raise Refusal(400, f"name: '{asked.name}' is the base's name", param="name")
-        load = service.registry.load
+        registry = service.registry
         try:
-            entry = await asyncio.to_thread(load, asked.name, asked.path, pinned=bool(asked.pin), inside=True)
+            entry = await service.load(registry.load, asked.name, asked.path, pinned=bool(asked.pin), inside=True)
         except NoSuchFolder as error:
             raise Refusal(404, str(error), param="path") from None
         except (InvalidRequest, ModelError) as error:
-            raise Refusal(400, str(error), param="path") from None
+            logger.warning("aligner %s cannot be loaded: %s", asked.name, error)
+            raise Refusal(400, registry.hide_root(str(error)), param="path") from None
         except OutOfMemory as error:
             raise Refusal(400, str(error), param="path", code="out_of_memory") from None
         return JSONResponse(wire.model_card(entry.name, entry.created, root=entry.name, parent=service.settings.name))

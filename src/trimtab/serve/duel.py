@@ -61,7 +61,7 @@ class Answer:
         self.shown: list[Shown] = []
         self.completion: Completion | None = None
         self.problem = ""
-        self._service, self._job = service, job
+        self._service, self._job, self._tally = service, job, job.sequences[0].tally
         self._parts, self._over = TextParts(), False
         self._special = set(getattr(target.model.tokenizer, "all_special_ids", ()))
         self._began = self._last = time.perf_counter()
@@ -135,7 +135,7 @@ class Answer:
         if not self.events:
             return []
         said = [f"{len(self.events) / max(self._last - self._began, 1e-9):.0f} tokens/s"]
-        if (acceptance := self._job.sequences[0].tally.acceptance) is not None:
+        if (acceptance := self._tally.acceptance) is not None:
             said.append(f"{acceptance:.0%} of drafts accepted")
         ratios = [token.log_ratio for token in self.shown if token.log_ratio is not None]
         if ratios:
@@ -156,6 +156,7 @@ class Answer:
         finally:
             self._over = True
             self._service.metrics.finish(self.label, self._job, time.perf_counter() - self._job.arrived, outcome)
+            del self._job  # which holds its models; answers may be kept for long
 
     def _show(self, event: TokenEvent) -> Shown:
         texts, special = self._service.texts, event.token in self._special

@@ -1,6 +1,6 @@
 """Prometheus metrics: vLLM's names under `trimtab:`, and what only an aligned model has."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from trimtab.serve.worker import Job, Worker
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
+
+M = TypeVar("M", Counter, Gauge, Histogram)
 
 CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 LATENCIES = (
@@ -36,15 +38,17 @@ LATENCIES = (
     640.0,
 )
 PACES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-MAX_LABELS = 1000
+MAX_LABELS = 500
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
 class Metrics:
-    """All metrics of one server. `model_name` is an aligner's name, several joined by `+`, or the base's."""
+    """All metrics of one server. `model_name` is an aligner's name, the base's, or `several` for combinations."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._all: list[Counter | Gauge | Histogram] = []
+        """Those that have a `model_name`."""
         count, measure = self._counter, self._histogram
         self._prompt = count("prompt_tokens", "Tokens of prompts.")
         self._generated = count("generation_tokens", "Tokens generated.")
@@ -118,7 +122,8 @@ class Metrics:
         self._tell_speculation(label, job)
 
     def _known(self, label: str) -> str:
-        """The label, or `"other"` where clients have made up too many combinations of aligners."""
+        """What a model is called here: combinations of aligners share a name, or clients could make up series without end."""
+        label = "several" if "+" in label else label
         if label not in self._tallies and len(self._tallies) >= MAX_LABELS:
             return "other"
         return label
@@ -126,9 +131,8 @@ class Metrics:
     def forget(self, name: str) -> None:
         """Drop the series of an aligner that is gone."""
         self._tallies.pop(name, None)
-        for metric in (self._acceptance, self._per_call, self._mean_log_z):
-            if (name,) in metric._metrics:
-                metric.remove(name)
+        for metric in self._all:
+            metric.remove_by_labels({"model_name": name})
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -155,10 +159,14 @@ class Metrics:
                 gauge.labels(label).set(value)
 
     def _counter(self, name: str, text: str, *more: str) -> Counter:
-        return Counter(f"trimtab:{name}", text, ["model_name", *more], registry=self._registry)
+        return self._add(Counter(f"trimtab:{name}", text, ["model_name", *more], registry=self._registry))
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"trimtab:{name}", text, ["model_name"], registry=self._registry)
+        return self._add(Gauge(f"trimtab:{name}", text, ["model_name"], registry=self._registry))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"trimtab:{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+        return self._add(Histogram(f"trimtab:{name}", text, ["model_name"], buckets=buckets, registry=self._registry))
+
+    def _add(self, metric: M) -> M:
+        self._all.append(metric)
+        return metric

@@ -1,8 +1,9 @@
 """The aligners of a server: which there are, which are in memory, and how a request's models come about.
 
 An aligner is known by name until it is unloaded. Its weights may leave memory before that, when others need the room (the
-longest unused first, pinned ones never), and come back with the next request that names it. A request holds on to the version
-that it started with, so replacing, unloading or evicting an aligner never touches what is running.
+longest unused first, pinned ones never), and come back with the next request that names it. A request holds on to the
+version that it started with, so replacing, unloading or evicting an aligner never touches what is running. What running
+requests so hold comes on top of the budget, until they end.
 """
 
 import dataclasses
@@ -188,6 +189,10 @@ class Registry:
                         self._bring(entry, keep=names)
         return model
 
+    def hide_root(self, message: str) -> str:
+        """A message for clients, who are not to learn where on this machine the root folder is."""
+        return message.replace(f"{self._root}/", "")
+
     def _inside(self, path: str) -> str:
         """A client's path as the folder it stands for, links resolved."""
         if self._root is None:
@@ -205,20 +210,26 @@ class Registry:
         loaded = self._loader.load(entry.path)
         with self._lock:
             if self._max_bytes is not None:
-                self._make_room(loaded.num_bytes, keep)
-                if self.num_bytes + loaded.num_bytes > self._max_bytes:
-                    budget = f"{self._max_bytes / 2**20:.1f} MiB allowed, {self.num_bytes / 2**20:.1f} held by what must stay"
-                    raise OutOfMemory(f"aligner '{entry.name}' needs {loaded.num_bytes / 2**20:.1f} MiB: {budget}")
+                self._make_room(entry, loaded.num_bytes, keep, self._max_bytes)
             entry.loaded = loaded
 
-    def _make_room(self, num_bytes: int, keep: Sequence[str]) -> None:
-        for entry in sorted(self._entries.values(), key=lambda entry: entry.used):
-            assert self._max_bytes is not None
-            if self.num_bytes + num_bytes <= self._max_bytes:
-                return
-            if entry.loaded is not None and not entry.pinned and entry.name not in keep:
-                self._drop(entry)
-                logger.info("evicted aligner %s", entry.name)
+    def _make_room(self, newcomer: Entry, num_bytes: int, keep: Sequence[str], max_bytes: int) -> None:
+        """Evict as few as will do, those unused longest first; none if all that may go would not be enough."""
+        here = {e.name: e for e in self._entries.values() if e.loaded is not None}
+        total = sum(e.loaded.num_bytes for e in here.values() if e.loaded) + self._loader.shared_bytes + num_bytes
+        victims = []
+        for entry in sorted(here.values(), key=lambda entry: (entry.name != newcomer.name, entry.used)):
+            replaced = entry.name == newcomer.name  # which goes anyway
+            if total > max_bytes and (replaced or not (entry.pinned or entry.name in keep)):
+                assert entry.loaded is not None
+                total -= entry.loaded.num_bytes
+                victims.append(entry)
+        if total > max_bytes:
+            sizes = f"{num_bytes / 2**20:.1f} MiB, of {max_bytes / 2**20:.1f} allowed"
+            raise OutOfMemory(f"aligner '{newcomer.name}' needs {sizes}, and too little of the rest may be evicted")
+        for entry in victims:
+            self._drop(entry)
+            logger.info("evicted aligner %s", entry.name)
 
     def _drop(self, entry: Entry | None) -> None:
         """Let go of an entry's weights; requests may hold them a while longer."""

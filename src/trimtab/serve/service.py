@@ -2,24 +2,28 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.engine import Engine
 from trimtab.decode.request import Prompt, SamplingParams, TokenEvent
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 from trimtab.serve.metrics import Metrics
-from trimtab.serve.registry import NoSuchAligner, OutOfMemory, Registry
+from trimtab.serve.registry import NoSuchAligner, Registry
 from trimtab.serve.wire import TokenTexts
-from trimtab.serve.worker import Job, Stopped, Worker
+from trimtab.serve.worker import EngineFailed, Job, Stopped, Worker
 
 __all__ = ["Opened", "Refusal", "Service", "Settings", "Target"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LONG_PROMPT = 20_000
 """Characters from which a prompt is tokenized outside of the event loop."""
@@ -107,6 +111,8 @@ class Service:
         self.created = int(time.time())
         self.failure: BaseException | None = None
         self._load = load
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="trimtab-load")
+        self._fetching = 0
         self._stopping = False
         self._unfinished = 0
         self._opened: Opened | None = None
@@ -152,7 +158,7 @@ class Service:
             TrimtabError: something cannot be loaded; the state is `failed` then.
         """
         try:
-            opened = await asyncio.to_thread(self._load)
+            opened = await self.load(self._load)
         except BaseException as error:
             self.failure = error
             raise
@@ -195,13 +201,28 @@ class Service:
         try:
             found = registry.resident(names)
             if found is None:
-                found = await asyncio.to_thread(registry.fetch, names)
+                found = await self._fetch(names)
         except NoSuchAligner as error:
-            raise Refusal(404, f"{error}; {LISTED}", param="model", code="model_not_found") from None
-        except (OutOfMemory, TrimtabError) as error:
+            param = "model" if aligner is None else "aligner"
+            raise Refusal(404, f"{error}; {LISTED}", param=param, code="model_not_found") from None
+        except TrimtabError as error:
             logger.warning("aligner %s cannot be brought back: %s", label, error)
-            raise Refusal(503, f"the model '{label}' cannot be loaded now: {error}", retry_after=5) from None
+            message = f"the model '{label}' cannot be loaded now; the server's log says why"
+            raise Refusal(503, message, retry_after=5) from None
         return Target(label, found)
+
+    async def _fetch(self, names: tuple[str, ...]) -> AlignedModel:
+        """Bring evicted aligners back, in a thread that does nothing else; who waits for them counts as waiting."""
+        self._check_room(self._fetching + 1)
+        self._fetching += 1
+        try:
+            return await self.load(self.registry.fetch, names)
+        finally:
+            self._fetching -= 1
+
+    async def load(self, work: Callable[..., T], *args: Any, **settings: Any) -> T:
+        """Do something that loads weights; one at a time, outside of the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._loader, functools.partial(work, *args, **settings))
 
     def _names(self, model: str, aligner: str | Sequence[str] | None) -> tuple[str, ...]:
         bases = (self.settings.name, *self.settings.aliases)
@@ -262,18 +283,37 @@ class Service:
         Raises:
             Refusal: it cannot be decoded, or takes too long, or the server stops.
         """
-        self._check_room(len(job.sequences))  # others may have come since it was prepared
-        worker = self.worker
-        loop = asyncio.get_running_loop()
         with self.refusing(None):
-            worker.submit(job)
-            deadline = loop.call_later(self.settings.request_timeout, worker.cancel, job, TimeoutError())
+            self.start(job)
             try:
                 async for events in job:
                     yield events
             finally:
-                deadline.cancel()
-                worker.cancel(job)
+                self.release(job)
+
+    def start(self, job: Job) -> None:
+        """Submit a job, unless that has been done.
+
+        Raises:
+            Refusal: there is no room for it: others may have come since it was prepared.
+        """
+        if job.deadline is None:
+            self._check_room(len(job.sequences))
+            worker, left = self.worker, self.remaining(job)
+            with self.refusing(None):
+                worker.submit(job)
+            job.deadline = asyncio.get_running_loop().call_later(left, worker.cancel, job, TimeoutError())
+
+    def release(self, job: Job) -> None:
+        """Nobody follows a job any more."""
+        if job.deadline is not None:
+            job.deadline.cancel()
+        if self._worker is not None:
+            self._worker.cancel(job)
+
+    def remaining(self, job: Job) -> float:
+        """Seconds until a job has taken too long."""
+        return max(0.0, self.settings.request_timeout - (time.perf_counter() - job.arrived))
 
     @contextlib.contextmanager
     def refusing(self, param: str | None) -> Iterator[None]:
@@ -287,6 +327,8 @@ class Service:
             raise Refusal(400, str(error), code="dead_row") from None
         except Stopped as error:
             raise Refusal(503, str(error), retry_after=5) from None
+        except EngineFailed as error:
+            raise Refusal(500, str(error), code="engine_failed") from None
         except TimeoutError:
             limit = f"{self.settings.request_timeout:g} seconds"
             raise Refusal(504, f"the request took longer than {limit}: ask for fewer tokens", code="timeout") from None

@@ -19,10 +19,11 @@ from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.errors import TrimtabError
 
-__all__ = ["Job", "Stopped", "Worker"]
+__all__ = ["EngineFailed", "Job", "Stopped", "Worker"]
 
 logger = logging.getLogger(__name__)
 
+ENGINE_FAILED = "the engine failed; the server's log says why"
 MAX_FAILURES = 3
 """Steps that fail one after another before the engine is given up."""
 
@@ -33,8 +34,12 @@ class Stopped(TrimtabError):
     """The server stops, or its engine has failed for good; ask again, elsewhere or later."""
 
 
+class EngineFailed(TrimtabError):
+    """A step of the engine failed; the server's log says why, its clients do not learn it."""
+
+
 class Job:
-    """One request in the engine. Iterate over it, in the event loop that made it, for lists of (prompt, event).
+    """One request in the engine. Iterate over it, in the event loop that made it, for what happens, as soon as it happens.
 
     Args:
         sequences: what to decode; those of the i-th prompt carry the number `first + i`.
@@ -44,6 +49,8 @@ class Job:
     def __init__(self, sequences: Sequence[Growing], first: int) -> None:
         self.sequences, self.first = list(sequences), first
         self.arrived = time.perf_counter()
+        self.deadline: asyncio.TimerHandle | None = None
+        """Ends it if it takes too long; None before it is submitted."""
         self.first_token: float | None = None
         """When its first token came, on the clock of `arrived`."""
         self.begun = False
@@ -107,6 +114,8 @@ class Worker:
         self._jobs: dict[int, Job] = {}
         """By the number of each prompt; touched by the worker's thread alone."""
         self._scorings: list[tuple[Scoring, asyncio.Future[Any]]] = []
+        self._closed = False
+        """Whether the thread has done its work; the engine is left alone then."""
         self._outstanding = 0
         """Sequences and scorings that are not over; touched by the event loop alone."""
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
@@ -156,7 +165,7 @@ class Worker:
 
     def abandon(self) -> None:
         """Tell all unfinished jobs that the server stops."""
-        self._commands.put(lambda: self._fail(self._everyone, Stopped("the server is shutting down")))
+        self._commands.put(self._abandon)
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the thread; unfinished jobs are told."""
@@ -164,6 +173,19 @@ class Worker:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            logger.exception("the engine's thread failed")
+            self.failure = error
+        self._closed = True
+        while not self._commands.empty():  # who was submitted too late to be seen must not wait for ever
+            command = self._commands.get()
+            if command is not None:
+                command()
+        self._abandon()
+
+    def _work(self) -> None:
         failures = 0
         while True:
             try:
@@ -172,9 +194,8 @@ class Worker:
                 self._score()
                 if not self.engine:
                     continue
-                events = self.engine.step()
+                self._report(self.engine.step())
                 failures = 0
-                self._report(events)
             except Exception as error:  # memory, mostly: who was at work is told, and the rest goes on
                 failures += 1
                 logger.exception("a step of the engine failed")
@@ -182,13 +203,13 @@ class Worker:
                 if failures >= MAX_FAILURES:
                     self.failure = error
                     break
-        while not self._commands.empty():  # who was submitted too late to be seen above must not wait for ever
-            command = self._commands.get()
-            if command is not None:
-                command()
-        self._fail(self._everyone, self.failure or Stopped("the server is shutting down"))
+
+    def _abandon(self) -> None:
+        error = Stopped("the server is shutting down") if self.failure is None else EngineFailed(ENGINE_FAILED)
+        self._fail(self._everyone, error)
         for _, future in self._scorings:
-            self._settle(future, None, Stopped("the server is shutting down"))
+            self._settle(future, None, error)
+        self._scorings = []
 
     @property
     def _everyone(self) -> list[Growing]:
@@ -207,38 +228,43 @@ class Worker:
 
     def _submit(self, job: Job) -> None:
         self._jobs |= {sequence.prompt_index: job for sequence in job.sequences}
+        if self._closed:
+            return
         try:
             self.engine.submit(job.sequences)
         except TrimtabError as error:
             self._fail(job.sequences, error)
 
     def _cancel(self, job: Job) -> None:
-        left = [s for s in job.sequences if not s.finish_reason]
-        self.engine.cancel(left)
         self._deliver()
         self._forget([job])
+        self._drop([job])
 
     @torch.inference_mode()
     def _score(self) -> None:
-        """One piece of the scoring that has waited longest."""
+        """One piece of the scoring that came first; the others have not begun, so only its cache is in memory."""
         if not self._scorings:
             return
-        scoring, future = self._scorings.pop(0)
-        if future.cancelled():
-            return
+        scoring, future = self._scorings[0]
         try:
-            next(scoring)
-            self._scorings.append((scoring, future))
+            if not future.cancelled():
+                next(scoring)
+                return
         except StopIteration as done:
             self._settle(future, done.value, None)
         except Exception as error:
-            self._settle(future, None, error)
+            if not isinstance(error, TrimtabError):
+                logger.exception("scoring a prompt failed")
+            self._settle(future, None, _told(error))
+        self._scorings.pop(0)
 
     def _report(self, events: Sequence[TokenEvent]) -> None:
         """Hand a step's events to the jobs they belong to, and fail those whose sequences cannot go on."""
         due = time.perf_counter() - self._delivered >= self._interval
         for event in events:
-            job = self._jobs[event.prompt_index]
+            job = self._jobs.get(event.prompt_index)
+            if job is None:
+                continue
             self._held.setdefault(job, []).append(event)
             due = due or event.finish_reason is not None or not job.begun
             job.begun = True
@@ -255,16 +281,20 @@ class Worker:
         if held:
             self._call(lambda: self._settle_jobs(held, None))
 
-    def _fail(self, sequences: Sequence[Growing], error: BaseException) -> None:
-        """Tell the jobs of these sequences; what is left of them is dropped."""
+    def _fail(self, sequences: Sequence[Growing], error: Exception) -> None:
+        """Tell the jobs of these sequences, and then drop what is left of them."""
         self._deliver()
         jobs = list(dict.fromkeys(self._jobs[s.prompt_index] for s in sequences if s.prompt_index in self._jobs))
         self._forget(jobs)
-        told = error if isinstance(error, Exception) else RuntimeError(str(error))
-        for job in jobs:
-            self.engine.cancel([s for s in job.sequences if not s.finish_reason])
         if jobs:
-            self._call(lambda: self._settle_jobs({job: [] for job in jobs}, told))
+            self._call(lambda: self._settle_jobs({job: [] for job in jobs}, _told(error)))
+        self._drop(jobs)
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        """Take what is left of jobs out of the engine."""
+        left = [s for job in jobs for s in job.sequences if not s.finish_reason]
+        if left and not self._closed:
+            self.engine.cancel(left)
 
     def _forget(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -299,3 +329,8 @@ class Worker:
         """Run something in the event loop, unless that is over."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(action)
+
+
+def _told(error: Exception) -> Exception:
+    """What clients learn of an error: ours are meant for them, others are not."""
+    return error if isinstance(error, TrimtabError) else EngineFailed(ENGINE_FAILED)
