@@ -116,7 +116,7 @@ def test_every_command_of_the_page_on_serving_works(demo_out: Path):
         assert '"id":"docs"' in health
         assert '"model":"docs"' in ask
         assert '"deleted":true' in manage
-        assert 'trimtab:generation_tokens_total{model_name="sft"}' in metrics
+        assert 'trimtab:generation_tokens_total{model_name="docs"}' in metrics
         (program,) = blocks("serving.md", "python")
         shown = subprocess.run(
             [sys.executable, "-c", program.replace("8000", port)], env=environment, capture_output=True, text=True, timeout=120

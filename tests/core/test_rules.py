@@ -244,3 +244,10 @@ def test_candidates_law_starts_at_the_proposal_and_approaches_product():
 def test_candidates_have_no_row():
     with pytest.raises(InvalidOption, match="closed form"):
         Candidates()(rows(44), [rows(45)], [1.0])
+
+
+@pytest.mark.parametrize("tau", ["1" + "0" * 170, "-" * 150 + "1", "0x" + "f" * 150, "1e999", "((((1))))" * 9, "-" * 10**6])
+def test_settings_out_of_all_bounds_are_refused_in_few_words(tau):
+    with pytest.raises(InvalidOption) as refused:
+        parse_rule(f"candidates(n={tau})")
+    assert len(str(refused.value)) < 400

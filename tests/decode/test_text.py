@@ -345,3 +345,17 @@ def test_a_stop_is_seen_in_a_token_that_also_begins_a_character():
     assert stream.stopped
     plain = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
     assert [plain.push(1), plain.push(2), plain.close()] == ["A", "é", ""]
+
+
+def test_bytes_that_never_become_characters_are_left_behind(monkeypatch):
+    """However many come, a push decodes only the last of them, and nothing is lost."""
+    bad = encode("é")[0]
+    decoded = []
+    whole = TextStream._decode
+    monkeypatch.setattr(
+        TextStream, "_decode", lambda self, start: (decoded.append(len(self._tokens) - start), whole(self, start))[1]
+    )
+    stream = TextStream(TOKENIZER)
+    shown = "".join(stream.push(token) for token in [*encode("a"), *[bad] * 500, *encode("b")]) + stream.close()
+    assert shown == stream.text == TOKENIZER.decode([*encode("a"), *[bad] * 500, *encode("b")])
+    assert max(decoded) < 60

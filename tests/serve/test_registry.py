@@ -1,7 +1,9 @@
 """Aligners come and go: loaded, replaced, evicted, brought back, unloaded, under load, and from nowhere but the root folder."""
 
 import gc
+import json
 import os
+import shutil
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ from serving import folder_service, running
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.decode.assemble import Loader
-from trimtab.errors import VocabularyMismatch
+from trimtab.errors import InvalidRequest, VocabularyMismatch
 from trimtab.models.adapters import Adapted
 from trimtab.serve.registry import NoSuchAligner, NoSuchFolder, OutOfMemory, Registry
 
@@ -28,7 +30,7 @@ def root(tmp_path_factory) -> Path:
     save_tiny(folder / "proposal", tiny_model("llama", V, seed=0, spread=0.3), tokenizer)
     for i in range(4):
         save_tiny(folder / "aligners" / f"a{i}", tiny_model("llama", V, seed=1 + i, spread=0.3, num_hidden_layers=1), tokenizer)
-    base = save_tiny(folder / "base", tiny_model("qwen3", V, seed=9, spread=0.3), tokenizer)
+    base = save_tiny(folder / "aligners" / "base", tiny_model("qwen3", V, seed=9, spread=0.3), tokenizer)
     for i in range(6):
         save_lora(folder / "aligners" / f"l{i}", base, seed=i, r=2 + i % 3, target_modules="all-linear")
         tokenizer.save_pretrained(folder / "aligners" / f"l{i}")
@@ -154,6 +156,51 @@ def test_no_path_leaves_the_root(root, path):
     registry.load("y", str(root / "aligners" / "a1"), inside=True)
     with pytest.raises(NoSuchFolder, match="start it with --aligner_root"):
         registry_of(root).load("x", "a0", inside=True)
+
+
+def test_an_adapters_base_is_inside_too_or_what_the_operator_named(root, tmp_path):
+    tokenizer = tiny_tokenizer()
+    inside = tmp_path / "inside"
+    outside = save_tiny(tmp_path / "outside", tiny_model("qwen3", V, seed=9, spread=0.3), tokenizer)
+    save_lora(inside / "lora", outside, target_modules="all-linear")
+    tokenizer.save_pretrained(inside / "lora")
+    registry = registry_of(root, root=inside)
+    with pytest.raises(InvalidRequest, match="base model must lie under"):
+        registry.load("x", "lora", inside=True)
+    config = json.loads((inside / "lora" / "adapter_config.json").read_text())
+    (inside / "hub").mkdir()
+    (inside / "hub" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/model"}))
+    with pytest.raises(InvalidRequest, match="base model must lie under"):
+        registry.load("x", "hub", inside=True)
+    registry.load("named", str(outside))
+    assert registry.load("x", "lora", inside=True).loaded
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"hidden_size": 10_000_000}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"hidden_size": "x"}),
+        ("tokenizer_config.json", []),
+        ("trimtab.json", {"format_version": 1, "vocabulary": "sha256:x", "weight": 10**400}),
+        ("trimtab.json", {"format_version": 1, "vocabulary": "sha256:x", "rule": f"kl_gate(tau=1{'0' * 150})"}),
+    ],
+)
+def test_a_broken_folder_is_the_requests_error_and_changes_nothing(root, tmp_path, file, content):
+    shutil.copytree(root / "aligners" / "a1", tmp_path / "broken")
+    target = tmp_path / "broken" / file
+    if isinstance(content, dict) and target.exists():
+        content = json.loads(target.read_text()) | content
+    target.write_text(json.dumps(content))
+    settings = {"allow_loading": True, "registry_root": tmp_path}
+    with running(folder_service(root / "proposal", {"a": root / "aligners" / "a0"}, **settings)) as server:
+        body = {"model": "a", "prompt": "abc", "max_tokens": 5, "seed": 1}
+        before = server.complete(**body)["choices"]
+        answer = server.post("/v1/load_aligner", name="a", path="broken")
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "path"
+        assert server.complete(**body)["choices"] == before
 
 
 @pytest.fixture

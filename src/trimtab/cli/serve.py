@@ -50,7 +50,7 @@ class Options(ModelOptions):
     max_tokens: int | None = option(
         None, "longest completion [default: what fits the context; a chat that does not say gets up to 4096]"
     )
-    max_body_bytes: int = option(4 * 2**20, "longest request body")
+    max_body_bytes: int = option(2**20, "longest request body")
     request_timeout: float = option(600.0, "seconds a request may take")
     stream_interval: float = option(0.02, "seconds between two chunks of a stream at the least; 0 sends each step's tokens")
     shutdown_timeout: float = option(30.0, "seconds that running requests get when the server stops")

@@ -102,6 +102,9 @@ class Rule:
 MAX_CANDIDATES = 65536
 """Beyond that, `product` is the same law for a fraction of the cost."""
 
+MAX_TEXT = 200
+"""Characters that any rule with its settings fits in."""
+
 RULES: dict[str, type[Rule]] = {}
 """Every rule by its name."""
 
@@ -261,6 +264,8 @@ def parse_rule(text: str | Rule) -> Rule:
         return text
     if not isinstance(text, str):
         raise InvalidOption(f"rule must be the name of a rule, or a rule, not {text!r}")
+    if len(text) > MAX_TEXT:
+        raise InvalidOption(f"rule: no rule is longer than {MAX_TEXT} characters; choose one of {', '.join(sorted(RULES))}")
     name, bracket, rest = text.strip().partition("(")
     if name not in RULES:
         raise InvalidOption(f"rule: there is no rule '{name}'; choose one of {', '.join(sorted(RULES))}")
@@ -284,10 +289,9 @@ def _read_setting(rule: str, field: "dataclasses.Field[Any]", text: str) -> Any:
     kind = type(field.default)
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+        value = float(value) if kind is float and type(value) is int else value
+    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         value = None
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not kind:
         raise InvalidOption(f"rule: '{rule}' wants {field.name} as {kind.__name__}, not '{text}'")
     return value

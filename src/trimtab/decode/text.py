@@ -8,6 +8,9 @@ __all__ = ["TextStream"]
 WINDOW = 8
 """Tokens that are decoded together before the oldest are left behind."""
 
+LONGEST = 48
+"""Tokens after which a stretch is left behind though it does not end with a whole character."""
+
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -39,9 +42,14 @@ class TextStream:
             return ""
         self._tokens.append(token)
         after = self._decode(self._settled)
-        new = after.rstrip(_BROKEN)[self._shown :]
+        stuck = len(self._tokens) - self._settled > LONGEST  # bytes that never become characters, or tokens without any text
+        new = (_whole(after) if stuck else after.rstrip(_BROKEN))[self._shown :]
         self._shown += len(new)
-        if not after.endswith(_BROKEN) and new:
+        if stuck:
+            held = len(after) - self._shown
+            self._settled = self._read = len(self._tokens) - WINDOW
+            self._shown = max(0, len(self._decode(self._settled)) - held)
+        elif not after.endswith(_BROKEN) and new:
             if len(self._tokens) - self._settled > WINDOW:
                 self._settled = self._read
                 self._shown = len(self._decode(self._settled))
@@ -79,3 +87,9 @@ class TextStream:
             if any(stop.startswith(pending[-length:]) for stop in self._stops):
                 return length
         return 0
+
+
+def _whole(text: str) -> str:
+    """A text without what may become another character: at most three broken ones at its end, for four bytes make a whole."""
+    whole = text.rstrip(_BROKEN)
+    return whole if len(text) - len(whole) <= 3 else text[:-3]

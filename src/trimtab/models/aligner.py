@@ -21,7 +21,7 @@ from trimtab.files import atomic_folder, write_json
 from trimtab.models.loading import check_finite, load_model, load_tokenizer, readable
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
-__all__ = ["MANIFEST_NAME", "Aligner", "Description", "Manifest", "describe", "load_weights"]
+__all__ = ["MANIFEST_NAME", "Aligner", "Description", "Manifest", "base_of", "describe", "load_weights"]
 
 MANIFEST_NAME = "trimtab.json"
 FORMAT_VERSION = 1
@@ -70,6 +70,8 @@ class Manifest:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ManifestError(f"{name} must be a finite number, not {value!r}")
+            if name == "weight" and abs(value) > 1e6:
+                raise ManifestError(f"weight must be from -1e+06 to 1e+06, not {value}")
             if name != "weight" and value <= 0:
                 raise ManifestError(f"{name} must be above 0, not {value}")
         if self.proposal_top_p > 1:
@@ -179,7 +181,7 @@ def describe(path: str | Path, *, revision: str | None = None) -> Description:
     """Read an aligner's tokenizer and manifest; the arguments and errors are those of `Aligner.from_pretrained`."""
     folder = _fetch(path, revision)
     is_adapter = (folder / "adapter_config.json").is_file()
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not is_adapter else _base_of(folder))
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not is_adapter else base_of(folder))
     manifest = None
     if (folder / MANIFEST_NAME).is_file():
         source = str(Path(path) / MANIFEST_NAME)
@@ -251,8 +253,8 @@ def _fetch(path: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
 
 
-def _base_of(folder: Path) -> str:
-    """The model under a PEFT adapter."""
+def base_of(folder: Path) -> str:
+    """The model under a PEFT adapter: a folder or a hub id."""
     with readable(folder, "aligner"):
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
@@ -266,7 +268,7 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.de
     if not (folder / "adapter_model.safetensors").is_file():
         pickled = " (adapter_model.bin is pickled and not loaded)" if (folder / "adapter_model.bin").is_file() else ""
         raise CheckpointError(f"'{folder}' holds no adapter_model.safetensors{pickled}")
-    base = load_model(_base_of(folder), dtype=dtype, device=device)
+    base = load_model(base_of(folder), dtype=dtype, device=device)
     with readable(folder, "aligner"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         try:

@@ -6,12 +6,13 @@ weight at its random initial value, or that contains a NaN, is an error.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError
 from trimtab.models.huggingface import check_supported
@@ -56,7 +57,9 @@ def load_model(
     placement = {"device_map": "auto"} if device == "auto" else {"device_map": {"": pick_device(device)}}
     with readable(source, "model"):
         source = expand(source)
-        check_supported(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        check_supported(config)
+        _check_size(config, source)
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -74,6 +77,24 @@ def load_model(
             raise CheckpointError(f"'{source}' does not fill the model: {len(report[problem])} {problem}, such as {example}")
     check_finite(model, source)
     return model.eval()
+
+
+def _check_size(config: Any, source: str | Path) -> None:
+    """Refuse a folder whose configuration asks for more weights than its files hold, before memory is taken for them."""
+    from transformers import AutoModelForCausalLM
+
+    if not Path(source).is_dir() or getattr(config, "quantization_config", None):
+        return
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    held = 0
+    for file in Path(source).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 - no mapping
+    if wanted > held:
+        raise CheckpointError(
+            f"'{source}' does not fill the model: config.json asks for {wanted:,} weights, its files hold {held:,}"
+        )
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from trimtab import __version__
-from trimtab.errors import InvalidRequest, ModelError, TrimtabError
+from trimtab.errors import TrimtabError
 from trimtab.serve import wire
 from trimtab.serve.answers import answer_chat, answer_completion
 from trimtab.serve.explain import explain
@@ -152,11 +152,14 @@ def _add_loading(app: FastAPI, service: Service) -> None:
             entry = await service.load(registry.load, asked.name, asked.path, pinned=bool(asked.pin), inside=True)
         except NoSuchFolder as error:
             raise Refusal(404, str(error), param="path") from None
-        except (InvalidRequest, ModelError) as error:
-            logger.warning("aligner %s cannot be loaded: %s", asked.name, error)
-            raise Refusal(400, registry.hide_root(str(error)), param="path") from None
         except OutOfMemory as error:
             raise Refusal(400, str(error), param="path", code="out_of_memory") from None
+        except TrimtabError as error:
+            logger.warning("aligner %s cannot be loaded: %s", asked.name, error)
+            raise Refusal(400, registry.hide_root(str(error)), param="path") from None
+        except Exception as error:  # what is in the folder may break the libraries in any way
+            logger.exception("aligner %s cannot be loaded", asked.name)
+            raise Refusal(400, f"the folder cannot be loaded: {type(error).__name__}", param="path") from None
         return JSONResponse(wire.model_card(entry.name, entry.created, root=entry.name, parent=service.settings.name))
 
     @app.post("/v1/unload_aligner", openapi_extra=_body(UnloadAligner), responses=answers, tags=["models"])

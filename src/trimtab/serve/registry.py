@@ -19,8 +19,8 @@ from typing import Any
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loaded, Loader
-from trimtab.errors import InvalidOption, TrimtabError
-from trimtab.models.aligner import Manifest
+from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
+from trimtab.models.aligner import Manifest, base_of
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What an aligner may be called."""
+ADAPTER_NAME = "adapter_config.json"
 MAX_COMBINATIONS = 1000
 """Combinations of aligners whose models are remembered; making one anew costs microseconds."""
 
@@ -75,7 +76,8 @@ class Registry:
         base: the bare proposal.
         loader: loads aligners for it.
         max_bytes: what aligners may take in memory together, the shared bases of adapters included; None for no limit.
-        root: the folder that `load` with `inside=True` may read; None forbids it.
+        root: the folder that `load` with `inside=True` may read; None forbids it. Adapters from there may have their bases
+            there, or among what else was loaded: nowhere else, and not on the hub.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Registry:
         self.base = base
         self._loader, self._max_bytes = loader, max_bytes
         self._root = None if root is None else root.resolve(strict=True)
+        self._trusted: set[Path] = set()
+        """Folders that the operator has named."""
         self._entries: dict[str, Entry] = {}
         self._models: dict[tuple[str, ...], tuple[list[Loaded], AlignedModel]] = {}
         self._held: list[tuple[weakref.ref[Any], int]] = []
@@ -122,10 +126,13 @@ class Registry:
 
         Raises:
             NoSuchFolder: the path leaves the root folder, or leads nowhere.
+            InvalidRequest: it is an adapter whose base is elsewhere.
             OutOfMemory: the budget has no room for it.
             ModelError: it cannot be loaded.
         """
         source = self._inside(path) if inside else path
+        if not inside:
+            self._trust(source)
         with self._loading:
             entry = Entry(name, source, weight, pinned, created=int(time.time()))
             self._bring(entry)
@@ -203,7 +210,19 @@ class Registry:
             found = None
         if found is None or not found.is_relative_to(self._root) or not found.is_dir():
             raise NoSuchFolder("path: there is no such folder under the server's --aligner_root")
+        if (found / ADAPTER_NAME).is_file():
+            base = Path(base_of(found)).resolve()
+            if not base.is_relative_to(self._root) and base not in self._trusted:
+                raise InvalidRequest("path: the adapter's base model must lie under the server's --aligner_root, too")
         return str(found)
+
+    def _trust(self, path: str) -> None:
+        """Adapters of clients may use what the operator uses."""
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            self._trusted.add(folder.resolve())
+            if (folder / ADAPTER_NAME).is_file():
+                self._trusted.add(Path(base_of(folder)).resolve())
 
     def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> None:
         """Load an entry's weights and make room for them. What does not fit is dropped again: it is never kept."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from trimtab.core.rules import MAX_TEXT
 from trimtab.serve.registry import NAME
 
 __all__ = [
@@ -29,6 +30,7 @@ MAX_N = 128
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_ALIGNERS = 8
+MAX_BIASES = 4096
 MAX_INT = 2**31 - 1
 """The largest count or token id: they end up in tensors, where a JSON integer of any size would not fit."""
 
@@ -54,7 +56,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT), Whole]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
-Biases = Annotated[dict[TokenKey, Factor], Field(json_schema_extra={"additionalProperties": False})]
+Biases = Annotated[dict[TokenKey, Factor], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})]
 Temperature = Annotated[float, Field(gt=0)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_INT), Whole]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -108,7 +110,7 @@ class _Request(_Strict):
     frequency_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
     user: str | None = Field(None, description="Ignored.")
     store: OnlyFalse | None = Field(None, description="Ignored: nothing is stored.")
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="Ignored.")
 
     top_k: TopK | None = Field(0, description="0 or -1 keeps all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
@@ -119,7 +121,9 @@ class _Request(_Strict):
     aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
         None, description="One aligner or several, where `model` is the base."
     )
-    rule: str | None = Field(None, description="A decoding rule, such as `product` or `candidates(n=8)`.")
+    rule: Annotated[str, Field(max_length=MAX_TEXT)] | None = Field(
+        None, description="A decoding rule, such as `product` or `candidates(n=8)`."
+    )
     weight: Factor | Annotated[list[Factor], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
         None, description="The aligner's strength, or one for each aligner."
     )

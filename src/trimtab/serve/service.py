@@ -54,7 +54,7 @@ class Settings:
     name: str
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 2**20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_waiting: int = 256
@@ -201,7 +201,9 @@ class Service:
         try:
             found = registry.resident(names)
             if found is None:
-                found = await self._fetch(names)
+                found = await asyncio.wait_for(self._fetch(names), self.settings.request_timeout)
+        except TimeoutError:
+            raise Refusal(503, f"the model '{label}' is being loaded", retry_after=5) from None
         except NoSuchAligner as error:
             param = "model" if aligner is None else "aligner"
             raise Refusal(404, f"{error}; {LISTED}", param=param, code="model_not_found") from None
