@@ -356,3 +356,24 @@ def test_a_prompt_whose_readers_are_gone_is_not_kept():
     running.cancel(group)
     assert not running
     assert not running._reading
+
+
+def test_the_budget_of_a_step_holds_across_all_that_read():
+    """Slots that are given up must not look like tokens that were not read."""
+    passes = []
+
+    class Counting(TableLM):
+        def prefill(self, state, tokens, counts):
+            passes.append(sum(counts))
+            super().prefill(state, tokens, counts)
+
+    model = AlignedModel(Counting(MODEL.proposal.table), eos_token_ids=[EOS])
+    lineups = [model, *(model.with_aligners([TableLM.random(V, seed=seed)]) for seed in range(3))]
+    running = Engine(model.proposal, model.pace, max_num_batched_tokens=40)
+    groups = [sequences([1 + i % 6] * (5 + 37 * (i % 3)), lineups[i % 4], seed=i, max_tokens=2) for i in range(16)]
+    running.submit([s for group in groups for s in group])
+    while running:
+        passes.clear()
+        running.step()
+        assert sum(passes) <= 40 + 16, "a token more for each prompt where the budget is less than there are prompts"
+    assert all(group[0].finish_reason for group in groups)

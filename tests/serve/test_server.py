@@ -318,8 +318,9 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(slow):
     assert slow.idle()
 
 
-def test_streams_that_find_no_room_are_429_too_however_many_come_at_once(slow):
-    body = {"model": "q0", "prompt": "a", "max_tokens": 6, "ignore_eos": True, "stream": True}
+@pytest.mark.parametrize("echo", [False, True])
+def test_streams_that_find_no_room_are_429_too_however_many_come_at_once(slow, echo):
+    body = {"model": "q0", "prompt": "a", "max_tokens": 6, "ignore_eos": True, "stream": True, "echo": echo}
 
     async def ask_all() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=slow.url, timeout=60) as client:

@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import openai.types
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,8 +29,7 @@ def parsed(event):
 
 
 def openai_type(name):
-    types = pytest.importorskip("openai.types")
-    return getattr(types if hasattr(types, name) else types.chat, name)
+    return getattr(openai.types if hasattr(openai.types, name) else openai.types.chat, name)
 
 
 def check(name, body):

@@ -15,8 +15,8 @@ from trimtab.decode.draft import Models
 from trimtab.decode.pace import Pace
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.speculative import Group, vacate
-from trimtab.models.base import LanguageModel, State
+from trimtab.decode.speculative import Group
+from trimtab.models.base import LanguageModel, State, vacate
 
 __all__ = ["Batch"]
 
@@ -122,9 +122,7 @@ class Batch:
     def _group(self, models: Models, more: int) -> Group:
         """The group of these models, with room for so many more."""
         if models not in self._groups:
-            models = dataclasses.replace(
-                models, adapters=()
-            )  # a group outlives its first request, and must not hold its adapter
+            models = dataclasses.replace(models, adapters=())  # or it would hold its first request's for as long as it lives
             self._groups[models] = Group(models, self._pace, log_z_every=self._log_z_every)
         group = self._groups[models]
         group.make_room(len(group.sequences) + more, self._state.capacity, len(self._state))

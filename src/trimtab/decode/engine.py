@@ -2,7 +2,7 @@
 
 Each `step` is schedule → run → postprocess:
 
-    schedule   cancelled sequences go; waiting ones are admitted in order while there is room, and begin to read their prompts
+    schedule   waiting sequences are admitted in order while there is room, and begin to read their prompts
     run        one chunk of prompts is read, so that a long one does not hold up the rest; then every sequence that has read
                its prompt decodes for one draft-and-verify step (trimtab.decode.batch)
     postprocess  finished sequences leave at once, and their slots are free for the next step
@@ -23,11 +23,14 @@ from trimtab.decode.pace import Load, Pace
 from trimtab.decode.prefill import pad
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.speculative import can_draft, vacate
+from trimtab.decode.speculative import can_draft
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.models.base import LanguageModel
+from trimtab.models.base import LanguageModel, vacate
 
 __all__ = ["Engine"]
+
+SPARE = 4
+"""An idle cache with slots longer than so many times what is needed is made anew."""
 
 
 class Engine:
@@ -188,9 +191,8 @@ class Engine:
         for reading in list(self._reading):
             if budget <= 0:
                 break
-            before = sum(reading.states[0].lengths)
-            self._moving, slots = reading.step(budget)
-            budget -= sum(reading.states[0].lengths) - before
+            read, self._moving, slots = reading.step(budget)
+            budget -= read
             if self._moving:
                 self._batch.add(reading.models, self._moving, reading.states, slots)
             self._moving = []
@@ -212,10 +214,6 @@ class Engine:
         events = self._batch.step(limits)
         self.pace.observe(load, max(limits), time.perf_counter() - started)
         return events
-
-
-SPARE = 4
-"""An idle cache with slots longer than so many times what is needed is made anew."""
 
 
 class _Reading:
@@ -254,22 +252,26 @@ class _Reading:
         """Forget cancelled sequences; a prompt without readers is read no further."""
         self._readers = [[s for s in readers if s not in gone] for readers in self._readers]
 
-    def step(self, budget: int) -> tuple[list[Growing], list[int]]:
-        """Read up to `budget` tokens, the same share of each prompt; those that are through, with the slot of each."""
+    def step(self, budget: int) -> tuple[int, list[Growing], list[int]]:
+        """Read up to `budget` tokens, the same share of each prompt.
+
+        Returns:
+            How many tokens were read; the sequences that are through, and the slot of each.
+        """
         self._close_ranks()
         lengths = self.states[0].lengths[: len(self._prompts)]
         left = [len(p) - 1 - n for p, n in zip(self._prompts, lengths, strict=True)]
-        busy = sum(n > 0 for n in left)
-        if busy:
-            share = max(1, budget // busy)
-            chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
+        share = max(1, budget // max(1, sum(n > 0 for n in left)))
+        chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
+        read = sum(map(len, chunks))
+        if read:
             for model, state in zip(self.models.all, self.states, strict=True):
                 model.prefill(state, pad(chunks, model.device), [len(chunk) for chunk in chunks])
         done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] >= len(prompt) - 1]
         ready = [(sequence, i) for i in done for sequence in self._readers[i]]
         for i in done:
             self._readers[i] = []
-        return [sequence for sequence, _ in ready], [i for _, i in ready]
+        return read, [sequence for sequence, _ in ready], [i for _, i in ready]
 
     def _close_ranks(self) -> None:
         """Give up the slots of prompts that nobody reads any more, so that no pass is made for them."""

@@ -26,9 +26,9 @@ from trimtab.decode.sequence import Drawn
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import BatchShaping
 from trimtab.errors import DeadRow
-from trimtab.models.base import LanguageModel, State
+from trimtab.models.base import State, vacate
 
-__all__ = ["Drafts", "Group"]
+__all__ = ["Drafts", "Group", "can_draft"]
 
 NOISE_BLOCK = 64
 """Positions for which noise is drawn at once."""
@@ -270,11 +270,3 @@ class _Settings:
                 tops.append([(int(i), value) for i, value in zip(ids, values, strict=True)])
             drawn.append(Drawn(int(token), rest[self.gated :], bool(self.gated and rest[0]), tops))
         return drawn
-
-
-def vacate(model: LanguageModel, state: State, slot: int, last: int) -> None:
-    """Empty a slot by moving the last one into it."""
-    if slot != last:
-        model.copy(state, [last], state, [slot])
-    state.lengths[last] = 0
-    state.adapters[last] = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.errors import InvalidRequest
 
-__all__ = ["LanguageModel", "State"]
+__all__ = ["LanguageModel", "State", "vacate"]
 
 
 class State:
@@ -101,3 +101,11 @@ class LanguageModel(Protocol):
 
     def select(self, state: State, rows: Sequence[int]) -> State:
         """A new state whose slots are copies of the given ones, which may repeat or be left out."""
+
+
+def vacate(model: LanguageModel, state: State, slot: int, last: int) -> None:
+    """Empty a slot by moving the last one that is in use into it."""
+    if slot != last:
+        model.copy(state, [last], state, [slot])
+    state.lengths[last] = 0
+    state.adapters[last] = None

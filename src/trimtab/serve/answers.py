@@ -136,8 +136,7 @@ async def answer_completion(service: Service, request: Request, asked: Completio
         Refusal: it cannot be answered.
     """
     target = await service.find(asked.model, asked.aligner)
-    said = asked.limit if asked.max_tokens is not None and "max_tokens" in asked.model_fields_set else None
-    limit = service.limit(target, said, "max_tokens", unsaid=asked.limit)
+    limit = service.limit(target, asked.max_tokens, "max_tokens", unsaid=16)
     wants = asked.logprobs is not None
     with service.refusing(None):
         params = SamplingParams(**asked.sampling(max(limit, 1), wants, asked.logprobs or 0))
@@ -273,7 +272,7 @@ class _Events(StreamingResponse):
 
 
 def _stream(exchange: _Exchange, chunks: Callable[[_Exchange], AsyncIterator[bytes]]) -> Response:
-    if exchange.generates and not exchange.echoed:
+    if exchange.generates:
         exchange.service.start(exchange.job)  # what has no room is refused now, before the answer begins
     return _Events(exchange, _guarded(exchange, chunks))
 

@@ -126,11 +126,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model:path}", responses=_answers(404, 503), tags=["models"])
     async def retrieve_model(model: str) -> Response:
         """One of them."""
-        bases = (service.settings.name, *service.settings.aliases)
-        named = [model.removeprefix(f"{base}:") for base in bases if model.startswith(f"{base}:")] or [model]
-        wanted = service.settings.name if model in bases else named[0]
         for card in cards():
-            if card["id"] == wanted:
+            if card["id"] == service.plain_name(model):
                 return JSONResponse(card)
         raise Refusal(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
 
@@ -145,7 +142,7 @@ def _add_loading(app: FastAPI, service: Service) -> None:
     async def load_aligner(request: Request) -> Response:
         """Add an aligner from under the server's root folder, or replace the one of that name."""
         asked, _ = await _parse(service, request, LoadAligner)
-        if asked.name in (service.settings.name, *service.settings.aliases):
+        if service.plain_name(asked.name) == service.settings.name:
             raise Refusal(400, f"name: '{asked.name}' is the base's name", param="name")
         registry = service.registry
         try:

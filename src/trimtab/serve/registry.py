@@ -110,9 +110,8 @@ class Registry:
     def num_bytes(self) -> int:
         """What aligners take in memory: those here, those only running requests hold, and the bases of adapters."""
         with self._lock:
-            self._held = [(ref, size) for ref, size in self._held if ref() is not None]
             here = sum(entry.loaded.num_bytes for entry in self._entries.values() if entry.loaded)
-            return here + sum(size for _, size in self._held) + self._loader.shared_bytes
+            return here + sum(size for ref, size in self._held if ref() is not None) + self._loader.shared_bytes
 
     def load(self, name: str, path: str, *, weight: float | None = None, pinned: bool = False, inside: bool = False) -> Entry:
         """Add an aligner, or replace the one of that name, once the new one is in memory.
@@ -257,7 +256,8 @@ class Registry:
         loaded, entry.loaded = entry.loaded, None
         self._models = {names: pair for names, pair in self._models.items() if all(one is not loaded for one in pair[0])}
         model = getattr(loaded.model, "adapter", loaded.model)
-        self._held.append((weakref.ref(model), loaded.num_bytes))
+        still = [(ref, size) for ref, size in self._held if ref() is not None]
+        self._held = [*still, (weakref.ref(model), loaded.num_bytes)]
 
     def _manifest(self, entry: Entry, manifest: Manifest | None) -> Manifest | None:
         """The manifest, with the weight that the server was started with."""

@@ -167,7 +167,9 @@ class CompletionRequest(_Request):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT), Whole] | None = Field(16, description="0 only with `echo`.")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT), Whole] | None = Field(
+        None, description="16 unsaid; 0 only with `echo`."
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = None
     echo: bool | None = False
     best_of: OnlyOne | None = Field(None, description="Not supported: 1 or null. Choosing among `n` is up to the client.")
@@ -185,11 +187,6 @@ class CompletionRequest(_Request):
         prompt: Any = self.prompt
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
         return [prompt] if single else list(prompt)
-
-    @property
-    def limit(self) -> int:
-        """The most tokens to generate."""
-        return 16 if self.max_tokens is None else self.max_tokens
 
 
 class TextPart(_Strict):

@@ -215,7 +215,7 @@ class Service:
 
     async def _fetch(self, names: tuple[str, ...]) -> AlignedModel:
         """Bring evicted aligners back, in a thread that does nothing else; who waits for them counts as waiting."""
-        self._check_room(self._fetching + 1)
+        self._check_room(1)
         self._fetching += 1
         try:
             return await self.load(self.registry.fetch, names)
@@ -226,12 +226,18 @@ class Service:
         """Do something that loads weights; one at a time, outside of the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._loader, functools.partial(work, *args, **settings))
 
-    def _names(self, model: str, aligner: str | Sequence[str] | None) -> tuple[str, ...]:
+    def plain_name(self, model: str) -> str:
+        """The name under which a model is listed: without `BASE:` before an aligner's, and the base's own for its others."""
         bases = (self.settings.name, *self.settings.aliases)
-        wanted = () if aligner is None else (aligner,) if isinstance(aligner, str) else tuple(aligner)
         if model in bases:
+            return self.settings.name
+        return next((model.removeprefix(f"{base}:") for base in bases if model.startswith(f"{base}:")), model)
+
+    def _names(self, model: str, aligner: str | Sequence[str] | None) -> tuple[str, ...]:
+        wanted = () if aligner is None else (aligner,) if isinstance(aligner, str) else tuple(aligner)
+        own = self.plain_name(model)
+        if own == self.settings.name:
             return wanted
-        own = next((model.removeprefix(f"{base}:") for base in bases if model.startswith(f"{base}:")), model)
         if own not in [entry.name for entry in self.registry.entries]:
             raise Refusal(404, f"there is no model '{own[:128]}'; {LISTED}", param="model", code="model_not_found")
         if wanted not in ((), (own,)):
@@ -348,8 +354,9 @@ class Service:
         if sequences > running + self.settings.max_waiting:
             most = running + self.settings.max_waiting
             raise Refusal(400, f"a request may have at most {most} completions, not {sequences}: ask for fewer", param="n")
-        if self.worker.outstanding + sequences > running + self.settings.max_waiting:
-            message = f"{self.worker.outstanding} sequences are running or waiting, which is what this server takes: try again"
+        busy = self.worker.outstanding + self._fetching
+        if busy + sequences > running + self.settings.max_waiting:
+            message = f"{busy} sequences are running or waiting, which is what this server takes: try again"
             raise Refusal(429, message, code="queue_full", retry_after=1)
 
 
