@@ -29,11 +29,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = make_adapters(Path(folder), options.aligner, options.adapters) if options.adapters else []
         flags = ["--proposal", options.proposal, "--aligner", f"aligned={options.aligner}", "--aligner_root", folder]
-        server, port = start([*flags, "--dtype", options.dtype, "--num_speculative_tokens", options.num_speculative_tokens])
+        for name in ("dtype", "num_speculative_tokens", "stream_interval"):
+            flags += [f"--{name}", getattr(options, name)]
+        server, port = start(flags)
         try:
             for name in names:
                 post(port, "/v1/load_aligner", {"name": name, "path": name})
-            report = measure(port, options, names)
+            report = measure(server.pid, port, options, names)
         finally:
             server.terminate()
             server.wait()
@@ -51,10 +53,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num_speculative_tokens", default="", help="default: adaptive")
     parser.add_argument("--rule", default=None)
+    parser.add_argument("--stream_interval", default="", help="default: the server's own")
     return parser.parse_args()
 
 
-def measure(port: int, options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def measure(pid: int, port: int, options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     from trimtab import AlignedModel, SamplingParams
     from trimtab.evaluate.speed import describe_machine
 
@@ -107,9 +110,21 @@ def measure(port: int, options: argparse.Namespace, names: Sequence[str]) -> dic
             for name in ("base", "aligned")
         },
     }
+    report["event loop, 1 stream"] = time_event_loop(pid, port, base, options)
     if names:
         report["adapters"] = compare_adapters(port, options, names)
     return report
+
+
+def time_event_loop(pid: int, port: int, base: str, options: argparse.Namespace) -> dict[str, float]:
+    """Processor time of the server's event loop, which is its first thread, for each token of a stream of the base."""
+    schedule = Path(f"/proc/{pid}/task/{pid}/schedstat")
+    before, started, runs = int(schedule.read_text().split()[0]), time.perf_counter(), 2 * options.repeats
+    for _ in range(runs):
+        stream(port, [base], options.max_tokens, options.rule)
+    spent, passed = (int(schedule.read_text().split()[0]) - before) / 1e9, time.perf_counter() - started
+    tokens = runs * options.max_tokens
+    return {"us_per_token": round(1e6 * spent / tokens, 1), "share_of_time": round(spent / passed, 3)}
 
 
 def compare_adapters(port: int, options: argparse.Namespace, names: Sequence[str]) -> dict[str, float]:

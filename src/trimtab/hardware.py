@@ -25,8 +25,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next allocation, whichever thread makes it.
 
     By default glibc gives large pieces back to the system at once, and every step faults the pages of its rows in again. That
-    takes longer than the arithmetic on them: four times as long for rows of 32 sequences over 32,000 tokens. This is for
-    programs, early in their life; a library has no business to choose it. Other C libraries are left as they are.
+    can take longer than the arithmetic on them (benchmarks/row_cost.py). This is for programs, early in their life; a library
+    has no business to choose it. Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
