@@ -10,13 +10,15 @@ import trimtab
 
 ROOT = Path(trimtab.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-BELOW: dict[str, set[str]] = {"core": set()}
+BELOW: dict[str, set[str]] = {"core": set(), "endpoints": set()}
 """The packages that each package may import, itself apart."""
 BELOW["models"] = {"core"}
 BELOW["decode"] = {"core", "models"}
 for _package in ("train", "evaluate", "serve", "vllm"):
     BELOW[_package] = {"core", "models", "decode"}
-BELOW["demo"] = {"core", "models", "decode", "train", "evaluate"}
+BELOW["train"] |= {"endpoints"}
+BELOW["evaluate"] |= {"endpoints"}
+BELOW["demo"] = {"core", "models", "decode", "endpoints", "train", "evaluate"}
 BELOW["cli"] = set(BELOW)
 BELOW["__main__"] = {"cli"}
 GROUND = {path.stem for path in ROOT.glob("*.py")} - {"__init__"} - set(BELOW)
@@ -77,6 +79,8 @@ def test_imports_point_down(path):
         ("evaluate", "from trimtab.train.records import Record"),
         ("demo", "from trimtab.cli import main"),
         ("files", "from trimtab.core.rules import Rule"),
+        ("endpoints", "from trimtab.train.records import Record"),
+        ("decode", "from trimtab.endpoints.client import Endpoints"),
     ],
 )
 def test_an_import_that_points_up_or_sideways_is_found(where, source):

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tiny import save_tiny, tiny_model, tiny_tokenizer
+from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
 
 V = 28
@@ -36,6 +39,17 @@ def task_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     while len(prompts) < count:
         prompts.setdefault(word("defghijklmnop", 2, 7))
     return [{"prompt": prompt, "chosen": word("xyz", 2, 6), "rejected": word("abc", 2, 6)} for prompt in prompts]
+
+
+def make_examples(count: int, seed: int = 0, vocab_size: int = V) -> list[Example]:
+    """Prompts and answers of 1 to 6 tokens each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids() -> list[int]:
+        length = int(torch.randint(1, 7, (1,), generator=generator))
+        return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+
+    return [Example(ids(), ids(), []) for _ in range(count)]
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -10,6 +10,7 @@
     │   ├── VocabularyMismatch  two models that do not share a vocabulary
     │   └── ManifestError       a `trimtab.json` that says something we do not understand
     ├── CacheMismatch           cached proposal log-probabilities that belong to something else
+    ├── EndpointError           an OpenAI-compatible server that refuses a request, or does not answer
     └── DeadRow                 a next-token distribution without any probability, or with NaN
 
 The command line prints the message of any of them on one line and exits with 2 for `InvalidOption` and 1 for the rest.
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DeadRow",
+    "EndpointError",
     "InvalidOption",
     "InvalidRequest",
     "ManifestError",
@@ -68,6 +70,13 @@ class ManifestError(ModelError):
 
 class CacheMismatch(TrimtabError):
     """Cached proposal log-probabilities made for another model, tokenizer, data set or setting."""
+
+
+class EndpointError(TrimtabError):
+    """A server that refuses a request, or does not answer as often as it was asked; the message has its own words."""
+
+    status: int | None = None
+    """The HTTP status of a refusal."""
 
 
 class DeadRow(TrimtabError):

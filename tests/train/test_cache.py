@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_task
 from tiny import tiny_model
 from trimtab.core.logprobs import Warp, gather, kl_divergence, warp
 from trimtab.errors import CacheMismatch
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import cache as cache_module
-from trimtab.train.cache import CachedRows, ProposalCache
+from trimtab.train import rows as rows_module
+from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
+from trimtab.train.rows import CachedRows, ModelRows
 
 V = 32
+make_examples = partial(tiny_task.make_examples, vocab_size=V)
 FIELDS = ["ids", "logp", "token", "token_logp", "tail"]
 
 
@@ -40,17 +45,6 @@ class Counting(HuggingFaceLM):
         return super().extend(state, tokens, counts)
 
 
-def make_examples(count: int, seed: int = 0) -> list[Example]:
-    """Prompts and answers of 1 to 6 tokens each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids() -> list[int]:
-        length = int(torch.randint(1, 7, (1,), generator=generator))
-        return torch.randint(0, V, (length,), generator=generator).tolist()
-
-    return [Example(ids(), ids(), []) for _ in range(count)]
-
-
 def exact_rows(model: Any, example: Example, temperature: float = 1.0) -> Tensor:
     """Rows `[T, V]` from the stock model, without slots, batches or caches."""
     ids = torch.tensor([example.prompt + example.chosen])
@@ -61,7 +55,8 @@ def exact_rows(model: Any, example: Example, temperature: float = 1.0) -> Tensor
 
 def build(folder: Path, proposal: HuggingFaceLM, examples: list[Example], **changes: Any) -> ProposalCache:
     settings: dict[str, Any] = {"fingerprint": "sha256:p", "vocabulary": "sha256:v", "top_k": 4} | changes
-    return ProposalCache.build(folder, proposal, examples=examples, **settings)
+    source = ModelRows(proposal, settings.pop("fingerprint"))
+    return ProposalCache.build(folder, source, examples=examples, **settings)
 
 
 def tensors(cache: ProposalCache) -> list[Tensor]:
@@ -73,7 +68,7 @@ def tensors(cache: ProposalCache) -> list[Tensor]:
 def small_shards(monkeypatch):
     """Three examples in a file, two in a forward pass."""
     monkeypatch.setattr(cache_module, "SHARD", 3)
-    monkeypatch.setattr(cache_module, "BATCH", 2)
+    monkeypatch.setattr(rows_module, "BATCH", 2)
 
 
 # ---- what is in it
@@ -113,7 +108,7 @@ def test_rows_are_normalised_and_keep_the_best_and_the_token(top_k, tmp_path, sm
 def test_an_impossible_tail_stays_impossible():
     """Where the k best hold all the mass, the others keep none, and no NaN appears."""
     logp = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25, 0.75, 0.0, 0.0]]).log()
-    rows = cache_module._compress_rows(logp, torch.tensor([1, 2]), 2).rebuild(4)
+    rows = rows_module.compress(logp, torch.tensor([1, 2]), 2).rebuild(4)
     torch.testing.assert_close(rows, logp)
 
 
@@ -145,7 +140,7 @@ def test_rows_do_not_depend_on_shards_and_batches(tmp_path, monkeypatch):
     examples = make_examples(9)
     whole = tensors(build(tmp_path / "whole", Counting(), examples))
     monkeypatch.setattr(cache_module, "SHARD", 2)
-    monkeypatch.setattr(cache_module, "BATCH", 1)
+    monkeypatch.setattr(rows_module, "BATCH", 1)
     cut = build(tmp_path / "cut", Counting(), examples)
     assert len(list((tmp_path / "cut").glob("shard-*"))) == 5
     for ours, theirs in zip(tensors(cut), whole, strict=True):

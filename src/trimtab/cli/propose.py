@@ -11,7 +11,7 @@ from trimtab.cli.common import (
     make_sampling_params,
     refuse_overwriting,
 )
-from trimtab.cli.options import option
+from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
 
@@ -20,29 +20,62 @@ __all__ = ["Options", "render", "run"]
 class Options(SamplingOptions):
     """Flags of `trimtab propose`."""
 
-    proposal: str = option("", "the model to sample from: a folder or a hub id", required=True, metavar="P")
+    proposal: str = option(
+        "",
+        "the model to sample from: a folder or a hub id (required without --endpoint); with --endpoint, its name there"
+        " [default: the first that is served]",
+        metavar="P",
+    )
     dataset: str = option("", "data with a 'prompt' or 'messages'", required=True, metavar="D")
     dataset_split: str = option("train", "split of a hub data set")
     out: str = option("", "the data set to write; an interrupted run goes on", required=True, metavar="FILE")
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    dtype: str | None = option(None, "auto, float32, bfloat16 or float16 [default: auto]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
-    max_num_seqs: int = option(32, "most completions drawn at once")
+    max_num_seqs: int | None = option(None, "most completions drawn at once [default: 32]")
+    endpoint: tuple[str, ...] = option(
+        (), "an OpenAI-compatible server to sample from instead, such as http://localhost:8000/v1; may repeat", metavar="URL"
+    )
+    concurrency: int | None = option(None, "most requests in flight for each --endpoint [default: 16]")
+    request_timeout: float | None = option(None, "seconds that one request may take [default: 600]")
+    max_retries: int | None = option(None, "tries after the first, of a request or for an endpoint in a row [default: 6]")
 
 
 def run(options: Options) -> dict[str, Any]:
     """Sample and write."""
-    from trimtab.train.propose import propose
+    from trimtab.endpoints.settings import make_limits
     from trimtab.train.records import read_records
 
+    if not options.proposal and not options.endpoint:
+        raise UsageError("--proposal is required")
+    limits = make_limits(
+        "endpoint",
+        options.endpoint,
+        {name: getattr(options, name) for name in ("dtype", "device", "max_num_seqs")},
+        {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")},
+    )
     params = make_sampling_params(options, seed=options.seed or 0)
     refuse_overwriting(options.out, options.dataset)
     records = read_records(options.dataset, need="prompt", split=options.dataset_split)
-    model = load_aligned_model(
-        ModelOptions(options.proposal, dtype=options.dtype, device=options.device, max_num_seqs=options.max_num_seqs)
-    )
-    check_prompts(model, records, params)
-    rows = propose(model, records, options.out, params, batch_size=max(1, options.max_num_seqs // params.n))
+    rows = _remotely(options, limits, records, params) if options.endpoint else _here(options, records, params)
     return {"out": options.out, "rows": rows, "seed": params.seed}
+
+
+def _here(options: Options, records: Any, params: Any) -> int:
+    from trimtab.train.propose import propose
+
+    most = 32 if options.max_num_seqs is None else options.max_num_seqs
+    asked = ModelOptions(options.proposal, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most)
+    model = load_aligned_model(asked)
+    check_prompts(model, records, params)
+    return propose(model, records, options.out, params, batch_size=max(1, most // params.n))
+
+
+def _remotely(options: Options, limits: Any, records: Any, params: Any) -> int:
+    from trimtab.endpoints.client import Endpoints
+    from trimtab.train.propose_remotely import propose_remotely
+
+    with Endpoints(options.endpoint, limits) as endpoints:
+        return propose_remotely(endpoints, options.proposal or None, records, options.out, params)
 
 
 def render(report: dict[str, Any]) -> str:

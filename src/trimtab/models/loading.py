@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from trimtab.errors import CheckpointError, InvalidOption, ModelError
 from trimtab.models.huggingface import check_supported
 
-__all__ = ["check_finite", "load_model", "load_tokenizer", "pick_device", "readable"]
+__all__ = ["check_finite", "load_configs", "load_model", "load_tokenizer", "pick_device", "readable"]
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -77,6 +77,19 @@ def load_model(
             raise CheckpointError(f"'{source}' does not fill the model: {len(report[problem])} {problem}, such as {example}")
     check_finite(model, source)
     return model.eval()
+
+
+def load_configs(source: str | Path) -> tuple[Any, Any]:
+    """The configuration of a model and of its generation (None if there is none), without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    with readable(source, "configuration"):
+        source = expand(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        return config, GenerationConfig.from_pretrained(source)
+    except OSError:
+        return config, None
 
 
 def _check_size(config: Any, source: str | Path) -> None:
@@ -145,7 +158,7 @@ def readable(source: str | Path, what: str) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, source: str | Path, what: str) -> None:
-    needed = "config.json" if what == "model" else "tokenizer_config.json"
+    needed = "tokenizer_config.json" if what == "tokenizer" else "config.json"
     if what == "aligner":
         return
     if not (folder / needed).is_file():

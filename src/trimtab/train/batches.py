@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.core.logprobs import row_from_logits
-from trimtab.train.cache import CachedRows, ProposalCache
+from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
+from trimtab.train.rows import CachedRows
 
 __all__ = ["ExampleDataset", "answer_rows", "collate"]
 

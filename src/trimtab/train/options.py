@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
+from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import OBJECTIVES
 
-__all__ = ["TrainOptions"]
+__all__ = ["ENDPOINT_OPTIONS", "TrainOptions"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ MATCHES = {
     "preference": ("product", "candidates"),
 }
 """The rules that decode what each objective trains."""
+
+ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
+"""Where rows come from, and not what they are."""
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -62,6 +66,15 @@ class TrainOptions:
     lora_target_modules: tuple[str, ...] = _option((), "modules to adapt; repeat the flag [default: all linear layers]")
     dtype: str = _option("auto", "dtype of the proposal; the aligner's master weights are float32")
     device: str | None = _option(None, "device of the proposal [default: the first GPU, or the CPU]")
+    proposal_endpoint: tuple[str, ...] = _option(
+        (),
+        "a vLLM server that has the proposal, such as http://localhost:8000/v1, for the cached rows: then of --proposal only"
+        " tokenizer and configuration are loaded; may repeat",
+        metavar="URL",
+    )
+    concurrency: int | None = _option(None, "most requests in flight for each endpoint [default: 16]")
+    request_timeout: float | None = _option(None, "seconds that one request may take [default: 600]")
+    max_retries: int | None = _option(None, "tries after the first, of a request or for an endpoint in a row [default: 6]")
     overwrite_output_dir: bool = _option(False, "discard what an earlier run left in OUTPUT_DIR instead of resuming it")
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -96,11 +109,23 @@ class TrainOptions:
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
         if self.use_peft and self.start == "uniform":
             raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
+        _ = self.limits  # raises where they cannot be
+        if self.proposal_endpoint and self.proposal_temperature != 1 and self.cache_top_k:
+            raise InvalidOption(
+                "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
+            )
         if rule.name not in MATCHES[self.objective]:
             logger.warning(
                 "objective '%s' does not train what rule '%s' decodes; it fits %s",
                 self.objective, rule, " or ".join(MATCHES[self.objective]),
             )  # fmt: skip
+
+    @property
+    def limits(self) -> Limits:
+        """How much is asked of the endpoints."""
+        local = {"dtype": None if self.dtype == "auto" else self.dtype, "device": self.device}
+        remote = {name: getattr(self, name) for name in ENDPOINT_OPTIONS[1:]}
+        return make_limits("proposal_endpoint", self.proposal_endpoint, local, remote)
 
     @property
     def parsed_rule(self) -> Rule:

@@ -2,25 +2,29 @@
 
 The output is a data set in TRL's layout: `prompt`, `chosen` (the record's own answer) and `rejected` (the sample) where the
 record has an answer, else `prompt` and `completion`. Every prompt has a seed of its own, so an interrupted run gives the same
-file as one that was left alone.
+file as one that was left alone. Who draws is a model here, or endpoints: `trimtab.train.propose_remotely`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.jsonlines import ResumableLines
 from trimtab.train.records import Record
 
-__all__ = ["propose"]
+__all__ = ["Draw", "propose", "seeded", "write_samples"]
 
 logger = logging.getLogger(__name__)
+
+Draw: TypeAlias = Callable[[int], Generator[list[list[str]], None, None]]
+"""From the number of a record on: the samples of that record and those after it, in order, some records at a time."""
 
 
 def propose(model: AlignedModel, records: Sequence[Record], out: str | Path, params: SamplingParams, batch_size: int) -> int:
@@ -36,18 +40,47 @@ def propose(model: AlignedModel, records: Sequence[Record], out: str | Path, par
     Raises:
         InvalidOption: `out` holds part of a run with other settings.
     """
-    assert params.seed is not None
-    prompts = hashlib.sha256(json.dumps([record.prompt for record in records]).encode()).hexdigest()
-    lines = ResumableLines(
-        out, {"proposal": getattr(model.proposal, "fingerprint", None), "prompts": prompts, "sampling": repr(params)}, params.n
-    )
-    with lines:
-        for start in range(lines.done, len(records), batch_size):
-            part = records[start : start + batch_size]
-            each = [dataclasses.replace(params, seed=params.seed + start + i) for i in range(len(part))]
+
+    def draw(start: int) -> Generator[list[list[str]], None, None]:
+        for first in range(start, len(records), batch_size):
+            part = records[first : first + batch_size]
+            each = [seeded(params, first + i) for i in range(len(part))]
             samples = model.generate([record.prompt for record in part], each)
-            lines.write(_row(part[i // params.n], sample.text) for i, sample in enumerate(samples))
-            logger.info("proposed for %d of %d prompts", start + len(part), len(records))
+            texts = [sample.text for sample in samples]
+            yield [texts[i : i + params.n] for i in range(0, len(texts), params.n)]
+
+    return write_samples(getattr(model.proposal, "fingerprint", None), draw, records, out, params)
+
+
+def seeded(params: SamplingParams, more: int) -> SamplingParams:
+    """The same with something added to the seed."""
+    assert params.seed is not None
+    return dataclasses.replace(params, seed=params.seed + more)
+
+
+def write_samples(proposal: Any, draw: Draw, records: Sequence[Record], out: str | Path, params: SamplingParams) -> int:
+    """Write what is drawn to `out`, going on where an interrupted run stopped; the number of rows.
+
+    Args:
+        proposal: what tells the proposal from others.
+        draw: draws `params.n` samples for each record.
+        records: what to sample for.
+        out: a `.jsonl` file.
+        params: how it samples.
+
+    Raises:
+        InvalidOption: `out` holds part of a run with other settings.
+    """
+    prompts = hashlib.sha256(json.dumps([record.prompt for record in records]).encode()).hexdigest()
+    lines = ResumableLines(out, {"proposal": proposal, "prompts": prompts, "sampling": repr(params)}, params.n)
+    with lines:
+        done = lines.done
+        with contextlib.closing(draw(done)) as drawn:
+            for groups in drawn:
+                pairs = zip(records[done : done + len(groups)], groups, strict=True)
+                lines.write(_row(record, text) for record, texts in pairs for text in texts)
+                done += len(groups)
+                logger.info("proposed for %d of %d prompts", done, len(records))
     return len(records) * params.n
 
 

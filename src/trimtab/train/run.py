@@ -23,15 +23,16 @@ from trimtab.errors import DataError, InvalidOption
 from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
 from trimtab.models.aligner import MANIFEST_NAME, Aligner, Manifest
 from trimtab.models.fingerprint import fingerprint_model
-from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
-from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, fingerprint_vocabulary, vocabulary_size
+from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
-from trimtab.train.options import TrainOptions
+from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
 from trimtab.train.progress import CompactProgress
+from trimtab.train.proposal import open_proposal
 from trimtab.train.records import read_records
+from trimtab.train.rows import RowSource
 from trimtab.train.start import add_lora, zero_output_layer
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
@@ -88,14 +89,14 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.proposal)
     check_same_vocabulary(tokenizer, load_tokenizer(options.aligner), options.aligner)
     model = load_model(options.aligner, dtype=torch.float32, device="cpu")
-    proposal = load_model(options.proposal, dtype=options.dtype, device=options.device)
-    context = min(model.config.max_position_embeddings, proposal.config.max_position_embeddings)
-    examples, development = _examples(options, tokenizer, find_eos_token_ids(proposal, tokenizer), context)
+    proposal = open_proposal(options, tokenizer)
+    context = min(model.config.max_position_embeddings, proposal.context)
+    examples, development = _examples(options, tokenizer, proposal.eos_token_ids, context)
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
-    run |= {"proposal_weights": fingerprint_model(proposal), "aligner_weights": fingerprint_model(model)}
+    run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     with PartialState().main_process_first():
         _open_run(output, run, options.overwrite_output_dir)
-        caches = _caches(options, proposal, tokenizer, examples, development)
+        caches = _caches(options, proposal.rows, tokenizer, examples, development)
     del proposal
     if _is_finished(output):
         logger.info("%s is already trained with these settings", output)
@@ -162,34 +163,32 @@ def _examples(
 
 
 def _caches(
-    options: TrainOptions, proposal: Any, tokenizer: Any, examples: list[Example], development: list[Example]
+    options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example]
 ) -> dict[str, ProposalCache]:
     """Cached rows for development, which the diagnostics and the weight need, and for training where the loss does."""
     folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
-    backend = HuggingFaceLM(proposal, vocabulary_size(tokenizer))
     wanted = {"dev": development} | ({"train": examples} if options.objective == "likelihood" else {})
     caches = {}
     for name, items in wanted.items():
         caches[name] = ProposalCache.build(
             folder / name,
-            backend,
-            fingerprint_model(proposal),
+            rows,
             fingerprint_vocabulary(tokenizer),
             items,
             top_k=options.cache_top_k,
             temperature=options.proposal_temperature,
         )
         facts = caches[name].facts
-        logger.info(
-            "%s cache: %d tokens, %.0f bytes and an error of %.2g nats a token (worst token %.2g)",
-            name, facts["tokens"], facts["bytes_per_token"], facts["kl_per_token"], facts["kl_worst_token"],
-        )  # fmt: skip
+        error = "an error that is not known"
+        if facts["kl_per_token"] is not None:
+            error = f"an error of {facts['kl_per_token']:.2g} nats a token (worst token {facts['kl_worst_token']:.2g})"
+        logger.info("%s cache: %d tokens, %.0f bytes a token and %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
 
 
 def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
-    ignored = {"output_dir", "overwrite_output_dir", "training", "proposal_cache", "device"}
+    ignored = {"output_dir", "overwrite_output_dir", "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     described = {key: value for key, value in dataclasses.asdict(options).items() if key not in ignored}
     reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
     training = {key: value for key, value in options.training.items() if not any(word in key for word in reporting)}

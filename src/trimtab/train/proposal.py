@@ -1,0 +1,36 @@
+"""What a training run needs of its proposal: rows for the cache, and little else. Its weights are not needed for the rest."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_configs, load_model
+from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
+from trimtab.train.endpoint_rows import EndpointRows
+from trimtab.train.options import TrainOptions
+from trimtab.train.rows import ModelRows, RowSource
+
+__all__ = ["Proposal", "open_proposal"]
+
+
+class Proposal(NamedTuple):
+    """A proposal as training sees it."""
+
+    rows: RowSource
+    context: int
+    """The most tokens of a prompt and its answer."""
+    eos_token_ids: tuple[int, ...]
+
+
+def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
+    """Load the model; or, where endpoints have it, no more than its configuration."""
+    if not options.proposal_endpoint:
+        model = load_model(options.proposal, dtype=options.dtype, device=options.device)
+        rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), fingerprint_model(model))
+        return Proposal(rows, model.config.max_position_embeddings, find_eos_token_ids(model, tokenizer))
+    config, generation = load_configs(options.proposal)
+    described = SimpleNamespace(config=config, generation_config=generation)
+    remote = EndpointRows(options.proposal_endpoint, options.limits, options.proposal, vocabulary_size(tokenizer))
+    context = config.get_text_config().max_position_embeddings - 1  # vLLM does not score without drawing a token
+    return Proposal(remote, context, find_eos_token_ids(described, tokenizer))

@@ -1,0 +1,120 @@
+"""The proposal's rows on completions, compressed, and where they come from: a model here, or others (`endpoint_rows`).
+
+For each token of a completion we keep the row's k most probable entries, the token's own, and the log of the mass of all
+others: the *tail*. A row is rebuilt by spreading the tail evenly, so rebuilt rows are normalised, any rule takes them as it
+takes exact ones, and what is lost is only how the tail was spread. (Without the tail bucket, training is ruined: RAM.md.)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import Warp, gather, warp
+from trimtab.decode.scoring import completion_rows
+from trimtab.models.base import LanguageModel
+from trimtab.train.examples import Example
+
+__all__ = ["CachedRows", "Compressed", "ModelRows", "RowSource", "compress"]
+
+BATCH = 16
+"""Examples in a forward pass."""
+
+
+class CachedRows(NamedTuple):
+    """Compressed rows of T tokens."""
+
+    ids: Tensor
+    """`[T, k]` int32, the most probable tokens."""
+    logp: Tensor
+    """`[T, k]` their log-probabilities."""
+    token: Tensor
+    """`[T]` int32, the completion's tokens."""
+    token_logp: Tensor
+    """`[T]` their log-probabilities."""
+    tail: Tensor
+    """`[T]` log of the mass of all other tokens."""
+
+    def rebuild(self, vocab_size: int) -> Tensor:
+        """Normalised rows `[T, V]`, the tail spread evenly."""
+        ids, token = self.ids.long(), self.token.long().unsqueeze(-1)
+        kept = ids.shape[-1] + (~(ids == token).any(-1, keepdim=True)).to(self.tail.dtype)
+        spread = self.tail.unsqueeze(-1) - (vocab_size - kept).clamp(min=1).log()
+        rows = spread.expand(*ids.shape[:-1], vocab_size).scatter(-1, ids, self.logp)
+        return rows.scatter(-1, token, self.token_logp.unsqueeze(-1))
+
+
+class Compressed(NamedTuple):
+    """The rows of some examples."""
+
+    rows: list[CachedRows]
+    """For each example, on its wanted answer."""
+    error: Tensor
+    """`[2]` float64: the sum of KL(exact‖rebuilt) over all tokens, and the largest; NaN where that cannot be known."""
+
+
+class RowSource(Protocol):
+    """Whoever has the proposal's rows."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this proposal from others, found without asking it for rows."""
+
+    def who(self) -> str:
+        """Who computes the rows, where the fingerprint cannot tell; else ''. Asked only where rows are wanted."""
+
+    def compress(self, examples: Sequence[Example], top_k: int, temperature: float) -> Compressed:
+        """The rows of the examples at a temperature, of which each keeps the `top_k` ≤ V best entries."""
+
+
+class ModelRows:
+    """The rows of a model that runs here.
+
+    Args:
+        model: P_M.
+        fingerprint: of its weights, see `trimtab.models.fingerprint`.
+    """
+
+    def __init__(self, model: LanguageModel, fingerprint: str) -> None:
+        self._model, self.fingerprint = model, fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._model.vocab_size
+
+    def who(self) -> str:
+        """The fingerprint says it."""
+        return ""
+
+    def compress(self, examples: Sequence[Example], top_k: int, temperature: float) -> Compressed:
+        """Examples of like length go through the model together."""
+        parts: list[list[CachedRows]] = [[] for _ in examples]
+        losses = []
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].chosen))
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            pairs = [(examples[i].prompt, examples[i].chosen) for i in batch]
+            for (rows,), tokens, counts in completion_rows([self._model], pairs):
+                rows = warp(rows, Warp(temperature))
+                compressed = compress(rows, tokens, top_k)
+                for slot, count in enumerate(counts):
+                    parts[batch[slot]].append(CachedRows(*(column[slot, :count].cpu() for column in compressed)))
+                    rebuilt = CachedRows(*(column[slot, :count] for column in compressed)).rebuild(rows.shape[-1])
+                    exact = rows[slot, :count]
+                    losses.append((exact.exp() * torch.where(exact.isneginf(), 0.0, exact - rebuilt)).sum(-1).double().cpu())
+        error = torch.cat(losses).clamp(min=0)
+        whole = [CachedRows(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+        return Compressed(whole, torch.stack([error.sum(), error.max()]))
+
+
+def compress(rows: Tensor, tokens: Tensor, top_k: int) -> CachedRows:
+    """Rows `[…, T, V]` and tokens `[…, T]`, compressed."""
+    best = rows.topk(top_k, dim=-1)
+    rest = rows.scatter(-1, best.indices, -torch.inf).scatter(-1, tokens.unsqueeze(-1), -torch.inf)
+    return CachedRows(best.indices.int(), best.values, tokens.int(), gather(rows, tokens), rest.logsumexp(-1))
