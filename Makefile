@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint browser clean
+.PHONY: demo test test-vllm lint browser clean
 
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
@@ -21,6 +21,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
+# The vLLM plugin, in an environment of its own: $(VENV)-vllm.
+test-vllm: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest -q -c tests_vllm/pytest.ini tests_vllm
+
+$(VENV)-vllm/.ready: pyproject.toml constraints.txt tests_vllm/requirements.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests_vllm/requirements.txt --editable .
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not fit torch's
+	touch $@
+
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trimtab needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +44,4 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,63 +1,15 @@
-"""The law of what `AlignedModel` generates, against enumeration written here from the definitions, on tables and models.
-
-Nothing in `expected_row` comes from `trimtab`: it is the specification of each rule in plain Python.
-"""
-
-import math
+"""The law of what `AlignedModel` generates, against enumeration from the definitions (`law_of`), on tables and models."""
 
 import pytest
-import torch
 
+from law_of import EOS, expected_law
 from statistics_of import fits
 from tiny import tiny_model
 from trimtab import AlignedModel, SamplingParams
-from trimtab.models.table import TableLM, enumerate_sequences
+from trimtab.models.table import TableLM
 
 V = 5
-EOS = 0
 SAMPLES = 6000
-
-
-def tempered(row: list[float], temperature: float, top_p: float = 1.0) -> list[float]:
-    weights = [p ** (1 / temperature) for p in row]
-    probs = [w / math.fsum(weights) for w in weights]
-    if top_p < 1:
-        probs = [p if math.fsum(q for q in probs if q > p) < top_p else 0.0 for p in probs]
-    return [p / math.fsum(probs) for p in probs]
-
-
-def expected_row(rule: str, p: list[float], qs: list[list[float]], weights: list[float]) -> list[float]:
-    """The decoding rules of the specification, in plain Python on probabilities."""
-    q = [math.prod(row[v] ** w for row, w in zip(qs, weights, strict=True)) for v in range(len(p))]
-    if rule == "product":
-        raw = [a * b for a, b in zip(p, q, strict=True)]
-    elif rule == "geometric":
-        raw = [a ** (1 - sum(weights)) * b if a else 0.0 for a, b in zip(p, q, strict=True)]
-    else:
-        raw = [b if a else 0.0 for a, b in zip(p, q, strict=True)]
-    if rule.startswith("kl_gate"):
-        unit = [b / math.fsum(q) for b in q]
-        tau = float(rule.removeprefix("kl_gate(tau=").removesuffix(")"))
-        if math.fsum(a * math.log(a / b) for a, b in zip(p, unit, strict=True) if a) > tau:
-            raw = p
-    return [r / math.fsum(raw) for r in raw]
-
-
-def probabilities(model, prefix) -> list[float]:
-    state = model.new_state(1, len(prefix))
-    return model.extend(state, torch.tensor([list(prefix)]), [len(prefix)])[0, -1].double().exp().tolist()
-
-
-def expected_law(proposal, aligners, rule, weights, prompt, length, *, warps=(1.0, 1.0, 1.0), temperature=1.0):
-    proposal_temperature, proposal_top_p, aligner_temperature = warps
-
-    def row(prefix):
-        p = tempered(probabilities(proposal, prefix), proposal_temperature, proposal_top_p)
-        qs = [tempered(probabilities(q, prefix), aligner_temperature) for q in aligners]
-        target = tempered(expected_row(rule, p, qs, weights), temperature)
-        return torch.tensor(target, dtype=torch.float64).log()
-
-    return enumerate_sequences(row, prompt, length, [EOS])
 
 
 def sampled(model: AlignedModel, prompt: list[int], **settings) -> list[tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """`trimtab serve`: many aligners over one frozen proposal, behind OpenAI's API."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import ModelOptions
 from trimtab.cli.options import UsageError, option
-from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.serve.service import Opened, Settings
@@ -27,6 +28,10 @@ class Options(ModelOptions):
         (), "an aligner, and what requests call it; may repeat. It stays in memory", metavar="NAME=PATH"
     )
     weight: tuple[float, ...] = option((), "default weight of each --aligner [default: the manifest's, or the rule's]")
+    engine: str = option(
+        "trimtab", "what decodes: our own engine, or vLLM with our plugin (needs the extra 'vllm')", choices=("trimtab", "vllm")
+    )
+    vllm_args: str = option("", "further flags of `vllm serve`, such as '--tensor-parallel-size 2'", metavar="FLAGS")
     host: str = option("127.0.0.1", "address to listen on; the default lets in this machine alone")
     port: int = option(8000, "port to listen on; 0 for any that is free")
     api_key: tuple[str, ...] = option((), f"a key that clients must send; may repeat [default: ${KEY_VARIABLE}]", metavar="KEY")
@@ -63,6 +68,10 @@ class Options(ModelOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Serve until the process is told to stop."""
+    if options.engine == "vllm":
+        return _run_vllm(options)
+    if options.vllm_args:
+        raise UsageError("--vllm_args belongs to --engine vllm")
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -92,8 +101,20 @@ def run(options: Options) -> dict[str, Any]:
     return run_server(app, service, host=options.host, port=options.port, **tls)
 
 
+def _run_vllm(options: Options) -> dict[str, Any]:
+    from trimtab.vllm.launch import launch
+
+    settings, named = _settings(options), _aligners(options)
+    status = launch(dataclasses.replace(options, api_key=settings.api_keys), named, [settings.name, *settings.aliases])
+    if status:
+        raise TrimtabError(f"vllm serve ended with status {status}; its messages stand above")
+    return {"model": settings.name, "engine": "vllm"}
+
+
 def render(report: dict[str, Any]) -> str:
     """A line when the server has stopped."""
+    if report.get("engine") == "vllm":
+        return f"{report['model']}: vllm serve has stopped"
     line = f"{report['model']}: served {report['requests']} requests"
     left = report["unfinished_sequences"]
     return f"{line}; {left} sequences could not be finished" if left else line

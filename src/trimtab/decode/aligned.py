@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import torch
 
-from trimtab.core.logprobs import Warp
 from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.decode.assemble import AlignerLike, load_parts
@@ -18,6 +17,7 @@ from trimtab.decode.prompts import as_list, encode_completion, encode_prompt
 from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, check_number, check_shaping
 from trimtab.decode.scoring import Score, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
+from trimtab.decode.settings import settle
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
 from trimtab.models.aligner import Manifest
@@ -246,47 +246,13 @@ class AlignedModel:
         self._pair(0, prompt, completion)
 
     def shaping(self, params: SamplingParams) -> Shaping:
-        """How a request's aligned row comes about: its own settings, else the model's, else the manifests', else neutral.
-
-        A manifest's weight belongs to the manifest's rule: under another rule, that rule's default weight counts.
-        """
-        count = len(self.aligners)
-        rule = self._setting("rule", params) or "product"
-        rule = parse_rule(rule)
-        weight = params.weight if params.weight is not None else self.defaults.weight
-        if weight is None:
-            fallback = rule.default_weights(count)
-            weights = tuple(
-                m.weight if m is not None and m.weight is not None and parse_rule(m.rule) == rule else default
-                for m, default in zip(self._manifests, fallback, strict=True)
-            )
-        else:
-            numbers: Any = weight if isinstance(weight, Sequence) else [weight]
-            weights = tuple(float(number) for number in numbers)
-        if len(weights) != count and (count or params.weight is not None):
-            raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
-        temperature = params.aligner_temperature or self.defaults.aligner_temperature
-        temperatures = [temperature or (m.aligner_temperature if m else None) or 1.0 for m in self._manifests]
-        proposal = Warp(
-            self._setting("proposal_temperature", params) or 1.0,
-            max(self._setting("proposal_top_k", params) or 0, 0),
-            self._setting("proposal_top_p", params) or 1.0,
-        )
-        draft = self._draft_temperature or 1.0
-        if self.models.drafter is not None and self.models.draft is None:  # an aligner drafts from its row as the rule sees it
-            draft = temperatures[0] * (self._draft_temperature or rule.draft_temperature)
-        return Shaping(rule.bind(self.eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)), draft)
-
-    def _setting(self, name: str, params: SamplingParams) -> Any:
-        """A setting that all aligners of a request share."""
-        for source in (params, self.defaults):
-            if getattr(source, name) is not None:
-                return getattr(source, name)
-        wanted = {getattr(m, name, None) for m in self._manifests if m is not None} - {None}
-        if len(wanted) > 1:
-            values = " and ".join(sorted(map(str, wanted)))
-            raise InvalidOption(f"the aligners' manifests disagree on {name}: {values}; say which with {name}=")
-        return next(iter(wanted), None)
+        """How a request's aligned row comes about, see `trimtab.decode.settings.settle`."""
+        shaping = settle(params, self.defaults, self._manifests, self.eos_token_ids)
+        if self.models.drafter is None or self.models.draft is not None:
+            return dataclasses.replace(shaping, draft_temperature=self._draft_temperature or 1.0)
+        own = shaping.aligners[0].temperature  # an aligner drafts from its row as the rule sees it
+        assert isinstance(own, float | int)
+        return dataclasses.replace(shaping, draft_temperature=own * (self._draft_temperature or shaping.rule.draft_temperature))
 
     def _sequences(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

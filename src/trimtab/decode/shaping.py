@@ -69,7 +69,7 @@ class BatchShaping:
         rows = logp.clone()
         for rule, index in self._groups:
             if rule.has_row:
-                rows[index] = rule.target(*self._part(inputs, index))
+                rows[index] = rule.target(*self._part(inputs, index)).to(rows.dtype)
         return rows
 
     def sample(self, inputs: Inputs, uniforms: Callable[[list[int], int], Tensor], tokens: Tensor) -> Tensor:

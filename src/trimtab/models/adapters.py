@@ -184,6 +184,11 @@ class Gathered:
         self._layout, self._flat = layout, flat
         self._deltas: dict[int, Deltas] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the copies take."""
+        return self._flat.nbytes
+
     def write(self, row: int, adapter: Adapter | None) -> None:
         """Put an adapter, or none, into a row that is written or the first that is not."""
         self.held[row : row + 1] = [_reference(adapter)]
@@ -250,6 +255,10 @@ class AdapterPool(HuggingFaceLM):
                 raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {', '.join(PROJECTIONS)} only")
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
         return Adapted(self, Adapter(name, flat, shape, self._layout))
+
+    def gathered_bytes(self, adapters: Iterable[Adapter]) -> int:
+        """What each slot of a step takes in which several of these adapters are used."""
+        return self._layout.size(Shape.around(adapter.shape for adapter in adapters)) * self.dtype.itemsize
 
     def _plan(self, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
         """Rank and scaling of each adapted module. PEFT itself lays them out, around a base without weights."""

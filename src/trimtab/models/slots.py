@@ -138,6 +138,17 @@ class SlotState(State):
         for slot, other in zip(slots, to, strict=True):
             target.lengths[other], target.adapters[other] = self.lengths[slot], self.adapters[slot]
 
+    def window(self, start: int, stop: int) -> "SlotState":
+        """Slots `start` … `stop` − 1 as a state of their own, on the same memory, which must have been allocated by a step.
+
+        What is appended there stands here, too, once the lengths are taken over.
+        """
+        view = SlotState(self.lengths[start:stop], self.capacity, len(self.layers))
+        view.adapters = self.adapters[start:stop]
+        for mine, its in zip(self.layers, view.layers, strict=True):
+            its.keys, its.values, its.is_initialized = mine.keys[start:stop], mine.values[start:stop], mine.is_initialized
+        return view
+
     def select(self, rows: Sequence[int]) -> "SlotState":
         """Copies of the given slots."""
         selected = SlotState([0] * len(rows), self.capacity, len(self.layers))

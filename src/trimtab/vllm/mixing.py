@@ -1,0 +1,46 @@
+"""The proposal's logits and the aligners' rows become aligned logits, for all aligned requests of a step."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import row_from_logits
+from trimtab.decode.shaping import BatchShaping, Shaping
+
+__all__ = ["Mixer"]
+
+
+class Mixer:
+    """Writes aligned rows over the proposal's logits.
+
+    Args:
+        vocab_size: V; columns beyond it are padding, which an aligned row never draws.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._last: tuple[list[Shaping], BatchShaping] | None = None
+
+    def mix(self, logits: Tensor, rows: Sequence[int], logqs: Sequence[Tensor], shapings: Sequence[Shaping]) -> None:
+        """Put the log-probabilities of aligned models where the proposal's logits were.
+
+        Args:
+            logits: `[requests, columns]` float32, changed in place.
+            rows: which of them are aligned.
+            logqs: `[n, V]` the rows of their first aligner, of their second, …: n requests with the same number of aligners.
+            shapings: how each is to be aligned.
+        """
+        index = slice(None) if list(rows) == list(range(len(logits))) else torch.tensor(list(rows), device=logits.device)
+        logp = row_from_logits(logits[index][:, None], self._vocab_size)
+        shaping = self._shaping(list(shapings), logits.device)
+        target = shaping.target(shaping.inputs(logp, [logq[:, None].to(logp) for logq in logqs]))
+        logits[index, : self._vocab_size] = target[:, 0].to(logits.dtype)
+        logits[index, self._vocab_size :] = -math.inf
+
+    def _shaping(self, shapings: list[Shaping], device: torch.device) -> BatchShaping:
+        """A batch is mostly that of the step before."""
+        if self._last is None or self._last[0] != shapings:
+            self._last = shapings, BatchShaping(shapings, device)
+        return self._last[1]
