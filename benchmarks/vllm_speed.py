@@ -28,6 +28,7 @@ def main() -> None:
     for plugin in (False, True):
         engines[plugin], theirs = context.Pipe()
         context.Process(target=engine, args=(theirs, plugin, vars(options))).start()
+        theirs.close()  # so that an engine that fails is noticed
         ready = engines[plugin].recv()
     report: dict[str, Any] = {**ready, "max_tokens": options.max_tokens, "dtype": options.dtype}
     bound = report["proposal_bytes"] / (report["proposal_bytes"] + report["aligner_bytes"])
@@ -35,7 +36,9 @@ def main() -> None:
     for batch in options.batch:
         speeds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         for turn in range(options.repeats + 1):
-            for name, asked in CONTESTANTS.items():
+            names = list(CONTESTANTS)
+            for name in names[turn % 3 :] + names[: turn % 3]:  # who follows whom changes
+                asked = CONTESTANTS[name]
                 engines[asked is not None].send((batch, asked, turn))
                 speeds[name].append(engines[asked is not None].recv())
         middle = {name: statistics.median(found[1:]) for name, found in speeds.items()}  # the first turn warms up
@@ -82,7 +85,8 @@ def engine(connection: Connection, plugin: bool, options: dict[str, Any]) -> Non
         additional_config=config,
     )
     sizes = [sum(p.nbytes for p in load_model(options[name]).parameters()) for name in ("proposal", "aligner")]
-    connection.send({"hardware": describe_hardware(), "proposal_bytes": sizes[0], "aligner_bytes": sizes[1]})
+    facts = {"hardware": describe_hardware(), "proposal_bytes": sizes[0], "aligner_bytes": sizes[1]}
+    connection.send(facts | ({"plugin, microseconds of a bare step": time_hooks(llm)} if plugin else {}))
     vocabulary = llm.get_tokenizer().vocab_size
     while (work := connection.recv()) is not None:
         batch, asked, turn = work
@@ -96,12 +100,27 @@ def engine(connection: Connection, plugin: bool, options: dict[str, Any]) -> Non
         connection.send(batch * options["max_tokens"] / (time.perf_counter() - started))
 
 
+def time_hooks(llm: Any, steps: int = 10_000) -> float:
+    """What the plugin does at a step without aligned requests."""
+    from trimtab.vllm import internals
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    processor = internals._ours(runner.input_batch.logitsprocs)
+    started = time.perf_counter()
+    for _ in range(steps):
+        processor.update_state(None)
+        internals._sample(lambda *_: None, runner, None, None)
+        internals._bookkeeping_sync(lambda *_: None, runner)
+    return round(1e6 * (time.perf_counter() - started) / steps, 1)
+
+
 def hide_plugin() -> None:
     """Let vLLM find no entry point of ours in this process."""
     theirs = importlib.metadata.entry_points
 
     def others(**wanted: Any) -> Any:
-        return [point for point in theirs(**wanted) if point.name != "trimtab"]
+        found = theirs(**wanted)
+        return [p for p in found if p.name != "trimtab"] if str(wanted.get("group")).startswith("vllm.") else found
 
     importlib.metadata.entry_points = others
 
