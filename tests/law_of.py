@@ -52,3 +52,8 @@ def expected_law(proposal, aligners, rule, weights, prompt, length, *, warps=(1.
         return torch.tensor(target, dtype=torch.float64).log()
 
     return enumerate_sequences(row, prompt, length, [EOS])
+
+
+def possible(logits: torch.Tensor) -> torch.Tensor:
+    """Logits as a softmax in float32 sees them: what stands far below the rest cannot be drawn."""
+    return torch.where(logits < logits.amax(-1, keepdim=True) - 1e5, -math.inf, logits)

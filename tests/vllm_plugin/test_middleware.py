@@ -32,11 +32,11 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [{"id": "base"}]}, headers={"x-seen": "yes"})
 
 
-def make_app(config: Any = CONFIG, served: list[str] | None = BASES) -> Starlette:
+def make_app(config: Any = CONFIG, served: list[str] | None = BASES, api_key: list[str] | None = None) -> Starlette:
     paths = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/api/v1/completions"]
     routes = [Route(path, echo, methods=["POST", "GET"]) for path in paths]
     app = Starlette(routes=[*routes, Route("/v1/models", models, methods=["GET", "POST"])])
-    app.state.args = SimpleNamespace(served_model_name=served, model="folder/base")
+    app.state.args = SimpleNamespace(served_model_name=served, model="folder/base", api_key=api_key)
     app.state.vllm_config = SimpleNamespace(additional_config=config)
     app.add_middleware(AlignerNames)
     return app
@@ -280,3 +280,15 @@ def test_a_client_that_leaves_before_its_body_ends_is_not_answered():
 
     cut = {"type": "http.request", "body": b'{"model": "docs"}', "more_body": True}
     assert play([cut, {"type": "http.disconnect"}], app) == ([], [])
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_what_comes_without_vllms_key_is_not_even_read(variable, monkeypatch):
+    if variable:
+        monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    app = make_app(api_key=None if variable else ["other", "sesame"])
+    clash = {"model": "docs", "aligner": "terse"}
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"}):
+        answer = ask(app, "POST", "/v1/completions", json=clash, headers=headers)
+        assert json.loads(answer.json()["body"]) == clash, "as it came, for vLLM to refuse"
+    assert ask(app, "POST", "/v1/completions", json=clash, headers={"authorization": "Bearer sesame"}).status_code == 400

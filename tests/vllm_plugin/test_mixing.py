@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from law_of import expected_row, tempered
+from law_of import expected_row, possible, tempered
 from trimtab.core.logprobs import Warp
 from trimtab.core.rules import parse_rule
 from trimtab.decode.shaping import Shaping
@@ -53,7 +53,9 @@ def test_each_row_is_as_its_own_rule_specifies(rows):
     before, logqs = logits.clone(), [make_rows(5, 1), make_rows(5, 2)]
     Mixer(V).mix(logits, rows, logqs, DIFFERENT)
     for i, row in enumerate(rows):
-        assert_close(logits[row], specified(before[row], [logq[i] for logq in logqs], DIFFERENT[i]), atol=1e-5, rtol=0)
+        assert_close(
+            possible(logits[row]), specified(before[row], [logq[i] for logq in logqs], DIFFERENT[i]), atol=1e-5, rtol=0
+        )
         assert (logits[row, V:] == -math.inf).all()
     for row in set(range(len(logits))) - set(rows):
         assert torch.equal(logits[row], before[row])
@@ -66,7 +68,7 @@ def test_what_the_batch_before_wanted_is_forgotten():
         before = logits.clone()
         mixer.mix(logits, range(len(hows)), logqs, hows)
         for i, how in enumerate(hows):
-            assert_close(logits[i], specified(before[i], [logq[i] for logq in logqs], how), atol=1e-5, rtol=0)
+            assert_close(possible(logits[i]), specified(before[i], [logq[i] for logq in logqs], how), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -77,7 +79,7 @@ def test_aligners_in_another_precision(dtype):
     before = logits.clone()
     Mixer(V).mix(logits, [0, 1], [logq], hows)
     for i, how in enumerate(hows):
-        assert_close(logits[i], specified(before[i], [logq[i]], how), atol=1e-5, rtol=0)
+        assert_close(possible(logits[i]), specified(before[i], [logq[i]], how), atol=1e-5, rtol=0)
 
 
 def test_what_the_proposal_cannot_say_stays_impossible():
@@ -103,3 +105,15 @@ def test_without_padding():
     before = logits.clone()
     Mixer(V).mix(logits, [0], [logq], [shaping("product", 1.0)])
     assert_close(logits, torch.log_softmax(before + logq, -1), atol=1e-5, rtol=0)
+
+
+def test_what_a_cut_leaves_out_comes_before_what_vllm_forbids():
+    """Under a nucleus of one token that must not come, the proposal's best of the others does; forbidden ones stay so."""
+    logits = torch.tensor([[4.0, 1.0, 2.0, -math.inf, 0.0]])
+    one = Shaping(parse_rule("nucleus"), (1.0,), Warp(top_p=0.05), (Warp(),))
+    Mixer(4).mix(logits, [0], [torch.log_softmax(torch.zeros(1, 4), -1)], [one])
+    assert torch.softmax(logits, -1).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert torch.softmax(logits / 100, -1).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]], "at any temperature"
+    logits[0, 0] = -math.inf  # as `min_tokens` does
+    assert torch.softmax(logits, -1)[0].argmax() == 2
+    assert logits[0, 3:].isneginf().all()

@@ -161,10 +161,14 @@ def _build_validator(original: Callable[..., Any], self: Any) -> Callable[[Any],
 
 
 def _make_sampling_metadata(original: Callable[..., Any], self: Any) -> Any:
-    processor = _ours(self.logitsprocs)
-    if processor is not None:
-        self.logitsprocs_need_output_token_ids = processor.is_busy
-    return original(self)
+    processor, others_need = _ours(self.logitsprocs), self.logitsprocs_need_output_token_ids
+    if processor is None or not processor.is_busy:
+        return original(self)
+    self.logitsprocs_need_output_token_ids = True
+    try:
+        return original(self)
+    finally:
+        self.logitsprocs_need_output_token_ids = others_need
 
 
 def _sample(original: Callable[..., Any], self: Any, logits: Any, spec_decode_metadata: Any) -> Any:

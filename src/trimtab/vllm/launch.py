@@ -118,8 +118,9 @@ def command_line(options: Any, named: Sequence[tuple[str, str, float | None]], n
         raise InvalidOption(f"--vllm_args: {error}: {options.vllm_args}") from None
     for word in further:
         name = word.partition("=")[0].partition(".")[0].replace("_", "-")
-        if name in OURS and (named or name != "--additional-config"):
-            raise InvalidOption(f"--vllm_args: {name} does not go there: {OURS[name]}")
+        meant = next((flag for flag in OURS if len(name) > len("--a") and flag.startswith(name)), None)  # vLLM takes beginnings
+        if meant is not None and (named or meant != "--additional-config"):
+            raise InvalidOption(f"--vllm_args: {meant} does not go there: {OURS[meant]}")
     return [*words, *further]
 
 

@@ -6,6 +6,8 @@ that clients of `trimtab serve` need not change. `/v1/models` lists the aligners
 """
 
 import json
+import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,7 +20,10 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-REQUESTS = ("/v1/completions", "/v1/chat/completions")
+REQUESTS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"),
+    *("/v1/responses", "/v1/messages", "/invocations"),
+)
 MODELS = "/v1/models"
 
 
@@ -36,6 +41,8 @@ class AlignerNames:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
         method, path = (scope["method"], _path(scope)) if scope["type"] == "http" else ("", "")
+        if method and not _has_key(scope):  # vLLM looks at keys behind us: what comes without one is not ours to read
+            method = ""
         if method == "POST" and path in REQUESTS:
             await self._translate(scope, receive, send)
         elif method == "GET" and path == MODELS:
@@ -133,6 +140,14 @@ def _path(scope: Message) -> str:
     """Without `--root-path`, which some proxies leave in it."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
+
+
+def _has_key(scope: Message) -> bool:
+    """Whether the request has a key that vLLM would take; any request, where vLLM wants none."""
+    keys = scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")]
+    wanted = [f"Bearer {key}".encode() for key in keys if key]
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    return not wanted or any(secrets.compare_digest(given, key) for key in wanted)
 
 
 async def _read(receive: Receive) -> bytes | None:

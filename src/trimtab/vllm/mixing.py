@@ -11,6 +11,9 @@ from trimtab.decode.shaping import BatchShaping, Shaping
 
 __all__ = ["Mixer"]
 
+CUT = 1e6
+"""Nats: e^−CUT is 0 in float32, at any temperature below 1,000."""
+
 
 class Mixer:
     """Writes aligned rows over the proposal's logits.
@@ -36,6 +39,9 @@ class Mixer:
         logp = row_from_logits(logits[index][:, None], self._vocab_size)
         shaping = self._shaping(list(shapings), logits.device)
         target = shaping.target(shaping.inputs(logp, [logq[:, None].to(logp) for logq in logqs]))
+        # What a cut leaves out has no probability, but comes before what vLLM forbids later, such as an early end: where only
+        # such tokens are left, the proposal decides among them.
+        target = torch.where(target.isneginf(), logp - CUT, target)
         logits[index, : self._vocab_size] = target[:, 0].to(logits.dtype)
         logits[index, self._vocab_size :] = -math.inf
 
