@@ -110,7 +110,6 @@ BAD = [
     ("proposal_top_p", [0, 1.2, math.nan]),
     ("aligner_temperature", [0.0, -2, math.nan]),
 ]
-NAMED_OTHERWISE = {"candidates(n=0)": "candidates", "kl_gate(tau=-1)": "kl_gate"}
 
 
 CASES = [(name, value) for name, values in BAD for value in values]
@@ -118,7 +117,7 @@ CASES = [(name, value) for name, values in BAD for value in values]
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=lambda x: repr(x)[:20])
 def test_a_bad_value_is_refused_by_the_name_of_its_field(name, value):
-    with pytest.raises(InvalidRequest, match=f"^{NAMED_OTHERWISE.get(value, name) if isinstance(value, str) else name}"):
+    with pytest.raises(InvalidRequest, match=f"^{name}"):
         SamplingParams(**{name: value})
 
 

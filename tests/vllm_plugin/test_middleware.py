@@ -291,4 +291,7 @@ def test_what_comes_without_vllms_key_is_not_even_read(variable, monkeypatch):
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"}):
         answer = ask(app, "POST", "/v1/completions", json=clash, headers=headers)
         assert json.loads(answer.json()["body"]) == clash, "as it came, for vLLM to refuse"
-    assert ask(app, "POST", "/v1/completions", json=clash, headers={"authorization": "Bearer sesame"}).status_code == 400
+    for scheme in ("Bearer", "bearer"):  # vLLM takes either
+        answer = ask(app, "POST", "/v1/completions", json=clash, headers={"authorization": f"{scheme} sesame"})
+        assert answer.status_code == 400
+    assert ask(app, "POST", "/invocations", json=clash).status_code == 400, "vLLM wants no key there"

@@ -282,7 +282,10 @@ def parse_rule(text: str | Rule) -> Rule:
         if key in settings:
             raise InvalidOption(f"rule: '{text}' gives {key} twice")
         settings[key] = _read_setting(name, options[key], value)
-    return rule(**settings)
+    try:
+        return rule(**settings)
+    except InvalidOption as error:
+        raise InvalidOption(f"rule: {error}") from None
 
 
 def _read_setting(rule: str, field: "dataclasses.Field[Any]", text: str) -> Any:

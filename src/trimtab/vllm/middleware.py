@@ -25,6 +25,8 @@ REQUESTS = (
     *("/v1/responses", "/v1/messages", "/invocations"),
 )
 MODELS = "/v1/models"
+GUARDED = "/v1"
+"""Where vLLM wants a key; `/invocations` it answers without one."""
 
 
 class AlignerNames:
@@ -41,7 +43,9 @@ class AlignerNames:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
         method, path = (scope["method"], _path(scope)) if scope["type"] == "http" else ("", "")
-        if method and not _has_key(scope):  # vLLM looks at keys behind us: what comes without one is not ours to read
+        if path.startswith(GUARDED) and not _has_key(
+            scope
+        ):  # vLLM looks at keys behind us: what comes without one is not ours to read
             method = ""
         if method == "POST" and path in REQUESTS:
             await self._translate(scope, receive, send)
@@ -145,9 +149,9 @@ def _path(scope: Message) -> str:
 def _has_key(scope: Message) -> bool:
     """Whether the request has a key that vLLM would take; any request, where vLLM wants none."""
     keys = scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")]
-    wanted = [f"Bearer {key}".encode() for key in keys if key]
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    return not wanted or any(hmac.compare_digest(given, key) for key in wanted)
+    wanted = [key.encode() for key in keys if key]
+    scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    return not wanted or (scheme.lower() == b"bearer" and any(hmac.compare_digest(given, key) for key in wanted))
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trimtab.core.rules import parse_rule
 from trimtab.decode.request import SamplingParams, check_number, check_shaping
 from trimtab.decode.settings import settle, with_weight
 from trimtab.decode.shaping import Shaping
@@ -149,10 +148,6 @@ class Catalog:
                 f"{unknown[0]}: an aligned request has no such field; it may have {', '.join(FIELDS)} "
                 f"(fields of other plugins belong into {KEY}.ignore)"
             )
-        try:
-            parse_rule(asked.get("rule", "product"))
-        except InvalidOption as error:
-            raise InvalidRequest(str(error) if field_of(error) == "rule" else f"rule: {error}") from None
         params = SamplingParams(**asked)
         try:
             shaping = settle(params, self.settings.defaults, [self._manifests[name] for name in names], self._eos)
