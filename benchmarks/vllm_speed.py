@@ -2,8 +2,8 @@
 
 VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/vllm_speed.py --proposal pair/proposal --aligner pair/aligner
 
-Run it in an environment with vLLM (docs/vllm.md). Two engines live at a time, each in a process of its own: vLLM without the
-plugin, and with it; they take turns. The second is asked for bare text, too.
+Run it in an environment with vLLM (docs/vllm.md). Three engines live at a time, each in a process of its own: vLLM that does
+not find the plugin, the same again, and vLLM with it, which is asked for bare text, too. They take turns.
 """
 
 import argparse
@@ -16,7 +16,13 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-CONTESTANTS = {"vllm alone": None, "plugin, bare": {}, "plugin, aligned": {"aligner": "aligned"}}
+CONTESTANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "alone": ("alone", {}),
+    "alone again": ("alone again", {}),  # the same twice: how far two engines differ that do the same
+    "bare": ("plugin", {}),
+    "aligned": ("plugin", {"aligner": "aligned"}),
+}
+"""Which engine each asks, and what for."""
 PROMPT = 32
 """Tokens of each prompt; all differ."""
 
@@ -24,12 +30,12 @@ PROMPT = 32
 def main() -> None:
     options = parse()
     context = multiprocessing.get_context("spawn")
-    engines: dict[bool, Connection] = {}
-    for plugin in (False, True):
-        engines[plugin], theirs = context.Pipe()
-        context.Process(target=engine, args=(theirs, plugin, vars(options))).start()
+    engines: dict[str, Connection] = {}
+    for kind in ("alone", "alone again", "plugin"):
+        engines[kind], theirs = context.Pipe()
+        context.Process(target=engine, args=(theirs, kind == "plugin", vars(options))).start()
         theirs.close()  # so that an engine that fails is noticed
-        ready = engines[plugin].recv()
+        ready = engines[kind].recv()
     report: dict[str, Any] = {**ready, "max_tokens": options.max_tokens, "dtype": options.dtype}
     bound = report["proposal_bytes"] / (report["proposal_bytes"] + report["aligner_bytes"])
     report["proposal / (proposal + aligner) bytes"] = round(bound, 3)
@@ -37,15 +43,15 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         for turn in range(options.repeats + 1):
             names = list(CONTESTANTS)
-            for name in names[turn % 3 :] + names[: turn % 3]:  # who follows whom changes
-                asked = CONTESTANTS[name]
-                engines[asked is not None].send((batch, asked, turn))
-                speeds[name].append(engines[asked is not None].recv())
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                kind, asked = CONTESTANTS[name]
+                engines[kind].send((batch, asked, turn))
+                speeds[name].append(engines[kind].recv())
         middle = {name: statistics.median(found[1:]) for name, found in speeds.items()}  # the first turn warms up
         report[f"{batch} at once"] = {
             "tokens_per_second": {name: round(speed, 1) for name, speed in middle.items()},
-            "bare / alone": round(middle["plugin, bare"] / middle["vllm alone"], 3),
-            "aligned / alone": round(middle["plugin, aligned"] / middle["vllm alone"], 3),
+            **{f"{name} / alone": round(middle[name] / middle["alone"], 3) for name in CONTESTANTS if name != "alone"},
         }
     for connection in engines.values():
         connection.send(None)
@@ -80,7 +86,7 @@ def engine(connection: Connection, plugin: bool, options: dict[str, Any]) -> Non
         max_model_len=PROMPT + options["max_tokens"] + 16,
         max_num_seqs=max(options["batch"]),
         distributed_executor_backend="uni",
-        gpu_memory_utilization=0.4,
+        gpu_memory_utilization=0.25,
         enable_prefix_caching=False,
         additional_config=config,
     )

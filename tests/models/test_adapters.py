@@ -16,9 +16,10 @@ from torch.testing import assert_close
 from models import test_contract as contract
 from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
-from trimtab.models.adapters import Adapted, AdapterPool, poolable
+from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.lean import LEAN
 from trimtab.models.loading import load_model
+from trimtab.models.lora_folder import poolable
 
 # The contract suite, run over an adapter: its tests take the fixture `case`, which this module defines anew.
 test_stepwise_is_chunked = contract.test_stepwise_is_chunked

@@ -10,11 +10,12 @@ import torch
 
 from trimtab.decode.draft import DRAFTS
 from trimtab.errors import InvalidOption, UnsupportedModel
-from trimtab.models.adapters import Adapted, AdapterPool, poolable
+from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.aligner import Aligner, Manifest, describe, load_weights
 from trimtab.models.base import LanguageModel
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.lora_folder import poolable
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
 __all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts"]

@@ -1,0 +1,75 @@
+"""The folder of a LoRA adapter that can share a base with others: what it may hold, and how to tell."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
+from trimtab.models.loading import readable
+
+__all__ = ["PRODUCTS", "PROJECTIONS", "WEIGHTS_NAME", "poolable", "read_plain"]
+
+PRODUCTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The linear layers of each product of the lean pass, in its order."""
+PROJECTIONS = [path.split(".")[1] for linears in PRODUCTS for path in linears]
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_HARMLESS = {
+    *("peft_type", "bias", "init_lora_weights"),  # looked at by themselves
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "megatron_core", "qalora_group_size"),  # without a meaning here
+}
+"""Keys of adapter_config.json that may have a value. PEFT writes what a newer version can do as further keys, and any of
+those with a value makes an adapter that is not plain."""
+_HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
+"""`init_lora_weights` that leave the base's weights alone; PiSSA, OLoRA and others change them."""
+
+
+def poolable(folder: str | Path) -> str | None:
+    """The name of the base model of a LoRA adapter that a pool over that base can run.
+
+    None where the folder holds anything else, or what cannot be read: load it as a model of its own, which says what is wrong.
+    Whether the base is of a kind that can be shared, `AdapterPool` says.
+    """
+    try:
+        base = read_plain(Path(folder).expanduser()).get("base_model_name_or_path")
+    except ModelError:
+        return None
+    return base if isinstance(base, str) and base else None
+
+
+def read_plain(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json holds, if it describes plain LoRA of the projections and the weights are there and no others."""
+    with readable(folder, "aligner"):
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ModelError(f"'{folder}': adapter_config.json must hold one JSON object")
+        if not (folder / WEIGHTS_NAME).is_file():
+            pickled = " (adapter_model.bin is pickled and not loaded)" if (folder / "adapter_model.bin").is_file() else ""
+            raise CheckpointError(f"'{folder}' holds no {WEIGHTS_NAME}{pickled}")
+        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+            keys = list(file.keys())
+    further = [key for key, value in values.items() if value and key not in _HARMLESS]
+    if values.get("peft_type") != "LORA":
+        further.append("peft_type")
+    if values.get("bias", "none") != "none":
+        further.append("bias")
+    if values.get("init_lora_weights") not in _HARMLESS_STARTS:
+        further.append("init_lora_weights")
+    if further:
+        what = f"{further[0]} is {values.get(further[0])!r}"
+        raise UnsupportedModel(f"'{folder}' is no plain LoRA adapter, as adapters in a pool must be: {what}")
+    for key in keys:
+        if not re.search(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\.weight$", key):
+            raise UnsupportedModel(f"'{folder}' holds {key}, but adapters in a pool adapt {', '.join(PROJECTIONS)} only")
+    return values
