@@ -2,8 +2,9 @@
 
 import json
 import logging
+import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 __all__ = ["configure_logs"]
 
@@ -18,13 +19,21 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class _CurrentStderr(logging.StreamHandler[TextIO]):
+    """To what standard error is at the time: a caller in the same process may have replaced it since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def configure_logs() -> dict[str, Any]:
     """The configuration of `logging.config.dictConfig` for a server, its libraries included."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": _JsonLines}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
+        "handlers": {"stderr": {"()": _CurrentStderr, "formatter": "json"}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {"trimtab": {"level": "INFO"}, "uvicorn": {"level": "WARNING"}},
     }
