@@ -9,6 +9,7 @@ from trimtab.cli.options import option
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 
 __all__ = [
+    "DataOptions",
     "ModelOptions",
     "SamplingOptions",
     "check_prompts",
@@ -46,6 +47,20 @@ class ModelOptions:
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     max_num_seqs: int = option(32, "most completions decoded at once")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a data set is read: `trimtab.train.records.DataOptions`."""
+
+    dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it")
+    dataset_config: str | None = option(None, "configuration of a hub data set that has several")
+    dataset_data_dir: str | None = option(None, "folder of a hub data set that is sorted into folders")
+    columns: tuple[str, ...] = option(
+        (),
+        "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
+        metavar="FIELD=COLUMN",
+    )
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.common import ModelOptions, SamplingOptions
+from trimtab.cli.common import DataOptions, ModelOptions, SamplingOptions
 from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
 
 
 @dataclass(frozen=True)
-class Options(SamplingOptions, ModelOptions):
+class Options(DataOptions, SamplingOptions, ModelOptions):
     """Flags of `trimtab eval`."""
 
     annotations: str | None = option(
@@ -22,7 +22,6 @@ class Options(SamplingOptions, ModelOptions):
     dataset: str | None = option(
         None, "prompts, with wanted answers if there are any: a TRL layout, or AlpacaEval's JSON", metavar="D"
     )
-    dataset_split: str = option("train", "split of a hub data set")
     max_prompts: int | None = option(None, "take only the first so many prompts")
     apply_chat_template: bool = option(False, "ask a prompt that is a text as a user's message")
     system: str = option(

@@ -162,7 +162,7 @@ def _read(dataset: str, options: "Options") -> Prompts:
         rows = read_outputs(dataset, need_output=False)
         sources = [f"{dataset} entry {i}" for i in range(1, len(rows) + 1)]
         return Prompts([row["instruction"] for row in rows], [row["output"] for row in rows], sources)
-    records = read_records(dataset, need="prompt", split=options.dataset_split)
+    records = read_records(dataset, need="prompt", how=options)
     return Prompts([r.prompt for r in records], [_text(r.chosen) for r in records], [r.source for r in records])
 
 
