@@ -13,6 +13,7 @@ __all__ = [
     "ModelOptions",
     "SamplingOptions",
     "check_prompts",
+    "check_weights",
     "load_aligned_model",
     "make_sampling_params",
     "refuse_overwriting",
@@ -78,13 +79,18 @@ class SamplingOptions:
     seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
 
 
+def check_weights(options: ModelOptions) -> None:
+    """Refuse weights that are not one for each aligner."""
+    if options.weight and len(options.weight) != len(options.aligner):
+        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
+
+
 def load_aligned_model(options: ModelOptions) -> Any:
     """The models that the flags name, ready to decode."""
     from trimtab.cli import quiet_loading
     from trimtab.decode.aligned import AlignedModel
 
-    if options.weight and len(options.weight) != len(options.aligner):
-        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
+    check_weights(options)
     quiet_loading()
     try:
         return AlignedModel.from_pretrained(

@@ -66,7 +66,8 @@ def _render_estimate(report: dict[str, Any]) -> str:
     shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
     lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")
-    lines += ["", f"training on {report['device']}"]
+    alone = "" if report["accelerator"] else " (this machine has no accelerator: a run here needs --use_cpu)"
+    lines += ["", f"training on {report['device']}{alone}"]
     lines += [
         f"  {name.replace('_', ' '):28}{in_bytes(memory[name]):>12}" for name in ("weights", "gradients", "optimizer", "batch")
     ]

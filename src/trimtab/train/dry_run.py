@@ -1,10 +1,10 @@
-"""What a training run will take, before it starts: nothing is downloaded but small files, no weights are read, nothing is written.
+"""What a training run will take, before it starts: no weights are read, and nothing is written.
 
-Options, configurations, tokenizers and data are checked by the code that the run itself goes through, as far as they are at hand.
-What is not yet at hand is said to be so; figures that depend on it are left out (None), or are for the longest batch that
-`max_length` allows.
+Options, configurations, tokenizers and data are checked by the code that the run goes through, as far as they are at hand.
+What is not is said; figures that depend on it are left out (None), or are for the longest batch that `max_length` allows.
 """
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from trimtab.train.examples import Example, encode_records
 from trimtab.train.options import TrainOptions
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
+from trimtab.train.rehearse_caching import rehearse_caching
 from trimtab.train.run import (
     open_tokenizer,
     parts_to_cache,
@@ -72,6 +73,8 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     Raises:
         TrimtabError: what the run itself would raise, as far as it can be known.
     """
+    if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
+        options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
     with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder; the run's own stays as it is
         arguments = training_arguments(options)
         refuse_foreign(Path(options.output_dir), options.overwrite_output_dir)
@@ -97,10 +100,6 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     parameters = rehearsal.parameters
     batch_size = arguments.train_batch_size
     step = rehearsal.step(_longest(examples, batch_size, pad=data.examples is None))
-    other = not arguments.activation_checkpointing
-    rehearsal.checkpoint(other)
-    otherwise = rehearsal.step(_longest(examples, batch_size, pad=data.examples is None))
-    rehearsal.checkpoint(not other)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     processes = max(arguments.world_size, int(os.environ.get("WORLD_SIZE", "1")))
     evaluating = rehearsal.evaluation(_longest(development, arguments.eval_batch_size, pad=data.development is None))
@@ -108,6 +107,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     report: dict[str, Any] = {
         "dry_run": True,
         "device": str(arguments.device),
+        "accelerator": torch.accelerator.is_available(),
         "hardware": describe_hardware(),
         "processes": processes,
         "proposal": _describe(options.proposal, proposal, None),
@@ -131,17 +131,18 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
             "saved_for_backward": step.saved,
             "rows_at_peak": step.wide_at_peak,
             "rebuilt_rows": step.rebuilt,
-            "activation_checkpointing": not other,
-            "total_if_checkpointing_were_otherwise": weights + otherwise.batch + otherwise.peak,
+            "activation_checkpointing": bool(arguments.activation_checkpointing),
+            "total_if_checkpointing_were_otherwise": weights + step.batch + step.peak_otherwise,
             "evaluation": weights + step.optimizer + evaluating,
             "free": free_memory(arguments.device),
         },
     }
     report |= _steps(rehearsal, arguments, data, processes)
-    caching = _caching(options, rehearsal, proposal, max(map(_length, examples + development)))
+    caching = None if options.proposal_endpoint else _caching(options, proposal, vocab_size, examples, development)
     report["caching"] = caching
     report["cache"] = _cache(options, data, vocab_size)
-    report |= _work(options, expected, rehearsal, arguments, data, examples, proposal, report["micro_batches"])
+    per_batch = _flops(rehearsal, examples, batch_size)
+    report |= _work(options, expected, arguments, data, per_batch, report["micro_batches"], caching)
     return report
 
 
@@ -239,13 +240,21 @@ def _dtype(options: TrainOptions, proposal: FoundConfig) -> torch.dtype:
     return getattr(torch, named) if isinstance(named, str) else named
 
 
-def _caching(options: TrainOptions, rehearsal: Rehearsal, proposal: FoundConfig, longest: int) -> dict[str, Any] | None:
-    """Memory of the pass over the data; None where endpoints do it."""
-    if options.proposal_endpoint:
-        return None
+def _caching(
+    options: TrainOptions,
+    proposal: FoundConfig,
+    vocab_size: int,
+    examples: Sequence[Example],
+    development: Sequence[Example],
+) -> dict[str, Any]:
+    """Memory and operations of the pass over the data."""
     device = pick_device(None if options.device == "auto" else options.device)
     dtype = _dtype(options, proposal)
-    found = rehearsal.caching(proposal.config, dtype, device, longest)
+    top_k = min(options.cache_top_k or vocab_size, vocab_size)
+    longest = max(map(_length, (*examples, *development)))
+    sample = examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED]
+    temperature = options.proposal_temperature
+    found = rehearse_caching(proposal.config, dtype, device, vocab_size, top_k, temperature, longest, sample)
     total = found.weights + found.keys_and_values + found.passing
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **found._asdict(), "total": total}
 
@@ -261,35 +270,34 @@ def _cache(options: TrainOptions, data: _Data, vocab_size: int) -> dict[str, Any
     return {"bytes_per_token": bytes_per_token(top_k), "tokens": tokens, "bytes": size}
 
 
+def _flops(rehearsal: Rehearsal, examples: Sequence[Example], size: int) -> float:
+    """Of a micro-batch, the mean of a few that are spread over the data."""
+    count = min(SAMPLED, max(1, len(examples) // size))
+    starts = range(0, count * (len(examples) // count), len(examples) // count)
+    batches = [[examples[(start + i) % len(examples)] for i in range(size)] for start in starts]
+    return sum(map(rehearsal.flops, batches)) / count
+
+
 def _work(
     options: TrainOptions,
     expected: Expected,
-    rehearsal: Rehearsal,
     arguments: TrainingArguments,
     data: _Data,
-    examples: Sequence[Example],
-    proposal: FoundConfig,
+    per_batch: float,
     micro_batches: int | None,
+    caching: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Floating-point operations, and the least time for them: of the training and of the caching pass, for this process."""
-    size = arguments.train_batch_size
-    known = data.examples is not None
-    count = min(SAMPLED, max(1, len(examples) // size)) if known else 1
-    stride = max(1, len(examples) // count)
-    batches = [[examples[(i * stride + j) % len(examples)] for j in range(size)] for i in range(count)]
-    per_batch = sum(map(rehearsal.flops, batches)) / count
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    flops: dict[str, Any] = {"micro_batch": per_batch, "at_most": not known}
+    flops: dict[str, Any] = {"micro_batch": per_batch, "at_most": data.examples is None}
     flops["training"] = per_batch * micro_batches if micro_batches is not None else None
     passes = {"training": (arguments.device, half)}
-    if not options.proposal_endpoint:
+    if caching is not None:
         parts = parts_to_cache(options, *(data.counts or (0, 0)))
-        sample = [batch[0] for batch in batches]
-        each = rehearsal.caching_flops(proposal.config, sample) / len(sample)
-        flops["caching"] = each * sum(parts.values()) if data.counts else None
-        passes["caching"] = (pick_device(None if options.device == "auto" else options.device), _dtype(options, proposal))
+        flops["caching"] = caching["flops"] * sum(parts.values()) if data.counts else None
+        passes["caching"] = (torch.device(caching["device"]), getattr(torch, caching["dtype"]))
     rates = {
-        name: expected.tflops * 1e12 if expected.tflops is not None else measure_matmul_rate(*where)
+        name: measure_matmul_rate(*where) if expected.tflops is None else expected.tflops * 1e12
         for name, where in passes.items()
     }
     seconds = {name: flops[name] / rate if flops[name] is not None else None for name, rate in rates.items()}

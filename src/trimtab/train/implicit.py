@@ -15,8 +15,8 @@ def implicit_prompt(chosen: T, rejected: T) -> T:
     """The prompt that a wanted and an unwanted answer share: two texts, or two lists of messages. It may be empty.
 
     Of messages it is all that are alike, and no more than leaves each side one. Of texts it is the longest common beginning,
-    cut after the last turn of a transcript (answers may begin with the same words); in other texts without the space that it may
-    end with, as TRL's `extract_prompt` does.
+    cut after the last turn of a transcript (answers may begin with the same words); in other texts without a space at its end,
+    as TRL's `extract_prompt` does.
     """
     length = _common(chosen, rejected)
     if not isinstance(chosen, str):

@@ -1,6 +1,6 @@
-"""A training step, and a piece of the caching pass, on models without weights: what they take of memory and arithmetic.
+"""A training step on a model without weights: what it takes of memory and arithmetic.
 
-Models are made from their configurations as torch's fake tensors, and the trainer takes its own step on them: the loss, the
+The model is made from its configuration, of torch's fake tensors, and the trainer takes its own step on it: the loss, the
 autocast, the checkpointing and the optimizer are those of the run.
 """
 
@@ -13,20 +13,17 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from trimtab.core.logprobs import row_from_logits
-from trimtab.decode.prefill import CHUNK
-from trimtab.decode.scoring import ROW_BUDGET
 from trimtab.errors import InvalidOption
 from trimtab.train.batches import cached_rows, collate
 from trimtab.train.diagnostics import measure
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.options import TrainOptions
-from trimtab.train.rows import BATCH, CachedRows, compress_each
+from trimtab.train.rows import CachedRows
 from trimtab.train.run import prepare_model
 from trimtab.train.trainer import AlignerTrainer
 
-__all__ = ["Caching", "Rehearsal", "Step"]
+__all__ = ["Rehearsal", "Step"]
 
 
 class Step(NamedTuple):
@@ -38,24 +35,14 @@ class Step(NamedTuple):
     """What the forward pass leaves for the backward pass."""
     peak: int
     """The most there is at any time beyond weights and batch: gradients, optimizer state, and all that is passing."""
+    peak_otherwise: int
+    """The same with checkpointed activations, if they are not, or without."""
     wide_at_peak: int
-    """Of that, tensors as wide as the vocabulary."""
+    """Of `peak`, tensors as wide as the vocabulary."""
     gradients: int
     optimizer: int
     rebuilt: int
     """The proposal's rows `[N, V]`, rebuilt from the cache; 0 where the objective needs none."""
-    rows: int
-    """N, the rows of the wanted answers."""
-
-
-class Caching(NamedTuple):
-    """What the proposal takes while its rows are cached, in bytes."""
-
-    parameters: int
-    weights: int
-    keys_and_values: int
-    passing: int
-    """Activations and rows of the vocabulary, at most."""
 
 
 class Rehearsal:
@@ -98,6 +85,7 @@ class Rehearsal:
 
     def checkpoint(self, on: bool) -> None:
         """Recompute activations in the backward pass, or keep them."""
+        self._checkpointing = on
         if on:
             self.trainer.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=self._arguments.activation_checkpointing_kwargs
@@ -116,29 +104,39 @@ class Rehearsal:
         self.trainer.train_dataset = _Counted(examples if launched else -(-examples // processes))
         loader = self.trainer.get_train_dataloader()
         _, updates, _, _, _, batches, steps = self.trainer.set_initial_training_values(self._arguments, loader)
-        return steps, round(steps / updates * batches)
+        return int(steps), round(steps / updates * batches)
 
     def step(self, examples: Sequence[Example]) -> Step:
-        """Take optimizer steps on a micro-batch, as long as they differ: the second finds gradients and optimizer state."""
+        """Take two optimizer steps on a micro-batch: the second finds gradients, if it adds to some, and optimizer state."""
         lengths = collate([(example, None) for example in examples])
         with self._making(), Ledger((self._vocab_size, self._columns)) as ledger:
             batch = self._batch(lengths)
             held = ledger.live
-            ledger.forget_peak()
             loss = self.trainer.compute_loss(self.model.train(), batch)
             saved = ledger.live - held
+            self.trainer.accelerator.backward(loss)
             del loss
-            for _ in range(2):
-                ledger.forget_peak()
-                for _ in range(min(2, self._arguments.gradient_accumulation_steps)):
-                    self.trainer.training_step(self.model, batch)
-                gradients = nbytes([parameter.grad for parameter in self.parameters])
-                self._update()
-                optimizer = nbytes([list(state.values()) for state in self.trainer.optimizer.state.values()])
-                self.model.zero_grad()
+            gradients = nbytes([parameter.grad for parameter in self.parameters])
+            self._update()
+            optimizer = nbytes([list(state.values()) for state in self.trainer.optimizer.state.values()])
+            ledger.forget_peak()
+            self._step(batch)
+            peak, wide = ledger.peak, ledger.wide_at_peak
+            self.checkpoint(not self._checkpointing)
+            ledger.forget_peak()
+            self._step(batch)
+            self.checkpoint(not self._checkpointing)
+            self.model.zero_grad()
+            self.trainer.optimizer.state.clear()
         rows = len(batch["chosen_tokens"])
         rebuilt = 4 * rows * self._vocab_size if "proposal_ids" in batch else 0
-        return Step(held, saved, ledger.peak - held, ledger.wide_at_peak, gradients, optimizer, rebuilt, rows)
+        return Step(held, saved, peak - held, ledger.peak - held, wide, gradients, optimizer, rebuilt)
+
+    def _step(self, batch: dict[str, Tensor]) -> None:
+        if self._arguments.gradient_accumulation_steps == 1:
+            self.model.zero_grad()
+        self.trainer.training_step(self.model, batch)
+        self._update()
 
     def flops(self, examples: Sequence[Example]) -> int:
         """Of one micro-batch, forwards and backwards."""
@@ -146,7 +144,7 @@ class Rehearsal:
         with self._making(), count_flops() as flops:
             self.trainer.training_step(self.model, self._batch(lengths))
             self.model.zero_grad()
-            return flops()
+            return int(flops())
 
     def evaluation(self, examples: Sequence[Example]) -> int:
         """The most bytes there are beyond weights, gradients and optimizer while a development batch is looked at."""
@@ -156,41 +154,11 @@ class Rehearsal:
             batch = self._batch(lengths, rows=True)
             logq = self.trainer._rows(self.model.eval(), batch, "chosen")
             measure(rule, cached_rows(batch, self._vocab_size), logq, weight, batch["chosen_tokens"], 0.95)
-        return ledger.peak
-
-    def caching(self, config: Any, dtype: torch.dtype, device: torch.device, longest: int) -> Caching:
-        """The proposal's rows of examples of at most `longest` tokens, see `ModelRows`."""
-        width = min(max(1, ROW_BUDGET // (BATCH * self._vocab_size)), longest)
-        with self._making(device), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-            parameters = list(model.parameters())
-            with Ledger() as prefill:
-                self._forward(model, min(CHUNK, longest), 1)
-            with Ledger() as scoring:
-                rows = row_from_logits(self._forward(model, width, width), self._vocab_size)
-                tokens = torch.empty(BATCH, width, dtype=torch.long)
-                list(compress_each(rows, tokens, [width] * BATCH, self._kept, self._options.proposal_temperature))
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        cached = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize * BATCH * longest
-        return Caching(sum(map(Tensor.numel, parameters)), nbytes(parameters), cached, max(prefill.peak, scoring.peak))
-
-    def caching_flops(self, config: Any, examples: Sequence[Example]) -> int:
-        """Of the proposal's forward pass over a few examples."""
-        with self._making(), torch.no_grad(), count_flops() as flops:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-            for example in examples:
-                self._forward(model, len(example.prompt) + len(example.chosen) - 1, len(example.chosen), batch=1)
-            return flops()
+        return int(ledger.peak)
 
     @property
     def _kept(self) -> int:
         return min(self._options.cache_top_k or self._vocab_size, self._vocab_size)
-
-    def _forward(self, model: Any, length: int, keep: int, batch: int = BATCH) -> Tensor:
-        ids = torch.empty(batch, length, dtype=torch.long)
-        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-        return logits
 
     def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:
         """A batch of these shapes, with the proposal's rows where the loss or `rows` want them."""

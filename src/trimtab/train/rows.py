@@ -112,7 +112,7 @@ class ModelRows:
 def compress_each(
     rows: Tensor, tokens: Tensor, counts: Sequence[int], top_k: int, temperature: float
 ) -> Iterator[tuple[CachedRows, Tensor]]:
-    """For each of B completions: its first `counts` rows of `[B, T, V]`, compressed, and what each loses `[count]`, on the CPU."""
+    """For each of B completions: its first `counts` rows of `[B, T, V]`, compressed, and what each loses `[count]`."""
     rows = warp(rows, Warp(temperature))
     compressed = compress(rows, tokens, top_k)
     for slot, count in enumerate(counts):
