@@ -61,7 +61,10 @@ def make_configs(pair: str) -> list[Any]:
         return [make_config(name, **CHANGED) for name in REAL[pair]]
     vocab_size, *shapes = SMALL[pair]
     sizes = [dict(zip(FIELDS, shape, strict=True)) for shape in shapes]
-    return [CONFIG_MAPPING["llama"](vocab_size=vocab_size, max_position_embeddings=8192, pad_token_id=None, **size, **CHANGED) for size in sizes]
+    return [
+        CONFIG_MAPPING["llama"](vocab_size=vocab_size, max_position_embeddings=8192, pad_token_id=None, **size, **CHANGED)
+        for size in sizes
+    ]
 
 
 def make_model(config: Any, seed: int, options: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""The recipes: every file is accepted by --dry_run as it stands and without a hub, and whole recipes run with tiny stand-ins."""
+"""The recipes: --dry_run accepts every file as it stands, without a hub, and whole recipes run with tiny stand-ins."""
 
 import importlib.util
 import json
@@ -19,7 +19,16 @@ from trimtab.train.records import read_records
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 TRAINING = [path for path in FILES if "propose" not in path.name and "eval" not in path.name]
-QUICK = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--disable_tqdm", "--use_cpu")
+QUICK = (
+    "--max_steps",
+    2,
+    "--per_device_train_batch_size",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    "--disable_tqdm",
+    "--use_cpu",
+)
 QUICK += ("--bf16", "false", "--max_length", 512, "--dtype", "float32", "--eval_steps", 2, "--save_steps", 2)
 
 
@@ -157,7 +166,18 @@ def test_a_whole_recipe_runs_with_stand_ins(recipe, stand_ins, tmp_path, capsys)
     start, pairs = models / "aligner", tmp_path / "samples.jsonl"
     if task == "hh":
         start, pairs = tmp_path / "sft-aligner", data
-        run("train", "2-sft-aligner.yaml", *warm, "--aligner", models / "aligner", "--dataset", data, "--output_dir", start, *QUICK)
+        run(
+            "train",
+            "2-sft-aligner.yaml",
+            *warm,
+            "--aligner",
+            models / "aligner",
+            "--dataset",
+            data,
+            "--output_dir",
+            start,
+            *QUICK,
+        )
     else:
         run("propose", "2-propose.yaml", *warm, "--dataset", data, "--out", pairs, *small)
         assert len(pairs.read_text(encoding="utf-8").splitlines()) == 48

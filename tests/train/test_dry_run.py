@@ -1,6 +1,5 @@
 """What a dry run says is what a run does: parameters, bytes, steps; and what it checks, and leaves alone."""
 
-import contextlib
 import json
 
 import pytest
@@ -8,15 +7,16 @@ import torch
 
 from eval_task import called
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import TRAINING, V, make_examples, make_task, task_options, write_rows
+from tiny_task import V, make_examples, make_task, task_options, write_rows
 from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
+from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.batches import ExampleDataset, collate
-from trimtab.train.cache import bytes_per_token, shard_bytes
+from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rehearsal import Rehearsal
-from trimtab.train.rows import compress
+from trimtab.train.rows import ModelRows, compress
 from trimtab.train.run import prepare_model, train, training_arguments
 from trimtab.train.trainer import AlignerTrainer
 
@@ -67,7 +67,7 @@ CASES = {
 def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, name):
     """Exactly: the same operators make tensors of the same sizes, and drop them at the same places."""
     settings, training = CASES[name]
-    options = task_options(task, "none", {"output_dir": str(tmp_path)} and training, **settings)
+    options = task_options(task, "none", training, **settings)
     examples = [example._replace(rejected=[1, 2, 3] if options.needs_pairs else []) for example in make_examples(8)]
     arguments = training_arguments(options)
     arguments.output_dir = str(tmp_path)
@@ -99,7 +99,7 @@ def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, na
 
 @pytest.mark.parametrize("objective", ["likelihood", "sft"])
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(task, tmp_path, objective):
-    """Against autograd's own account of a real step, weights and batch apart; what the loss's last lines hold makes a little more."""
+    """Against autograd's own account of a real step, weights and batch apart; the loss's last lines hold a little more."""
     rule = "product" if objective == "likelihood" else "geometric"
     options = task_options(task, "none", objective=objective, rule=rule)
     examples = make_examples(8)
@@ -153,7 +153,7 @@ def test_a_ledger_counts_storages_once_and_while_they_live():
 
 
 def test_steps_and_cache_are_those_of_the_run(task):
-    """Thirty-six examples in micro-batches of 8, three at a time, over two epochs; two shards' worth of headers."""
+    """Thirty-six examples in micro-batches of 8, three at a time, over two epochs."""
     training = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "eval_steps": 2, "save_steps": 2}
     for name, settings in (("exact", {}), ("top", {"cache_top_k": 5}), ("sft", {"objective": "sft", "rule": "geometric"})):
         options = task_options(task, f"whole-{name}", training, **settings)
@@ -173,10 +173,6 @@ def test_steps_and_cache_are_those_of_the_run(task):
 
 def test_a_cache_of_several_shards_is_told_to_the_byte(task):
     """More than one file, and lengths whose number of digits differs."""
-    from trimtab.models.huggingface import HuggingFaceLM
-    from trimtab.train.cache import ProposalCache
-    from trimtab.train.rows import ModelRows
-
     source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
     examples = make_examples(300)
     for k in (1, 4, V):
@@ -269,7 +265,18 @@ def test_a_measured_rate_is_a_rate(task):
 
 
 def test_propose_says_what_it_would_write(task, capsys, tmp_path):
-    words = ["propose", "--dry_run", "--proposal", task / "proposal", "--out", tmp_path / "o.jsonl", "--n", 2, "--max_tokens", 3]
+    words = [
+        "propose",
+        "--dry_run",
+        "--proposal",
+        task / "proposal",
+        "--out",
+        tmp_path / "o.jsonl",
+        "--n",
+        2,
+        "--max_tokens",
+        3,
+    ]
     status, out, _ = called(capsys, *words, "--dataset", task / "held_out.jsonl", "--json")
     told = json.loads(out)
     assert (status, told["rows"], told["most_tokens"]) == (0, 32, 96)
@@ -282,5 +289,3 @@ def test_propose_says_what_it_would_write(task, capsys, tmp_path):
     assert "'prompt' is missing" in errors[0]
     _, out, _ = called(capsys, *words, "--dataset", tmp_path / "later.jsonl")
     assert "a number of samples that is not known" in out
-    with contextlib.suppress(KeyError):
-        assert TRAINING["report_to"] == "none"

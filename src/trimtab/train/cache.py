@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 SHARD = 256
 """Examples in a file."""
 
-ONE_EACH = ("tail", "token", "token_logp")
-"""What a shard has one number of for each token; of `ids` and `logp` it has k."""
-
 
 class ProposalCache:
     """Compressed rows of a list of examples, on disk; made by `build`."""
@@ -124,8 +121,15 @@ def shard_bytes(tokens: Sequence[int], top_k: int) -> list[int]:
     for start in range(0, len(tokens), SHARD):
         part = tokens[start : start + SHARD]
         n = sum(part)
-        shapes = {"error": ("F64", [2]), "offsets": ("I64", [len(part) + 1]), "ids": ("I32", [n, top_k])}
-        shapes |= {"logp": ("F32", [n, top_k])} | {name: ("I32" if name == "token" else "F32", [n]) for name in ONE_EACH}
+        shapes = {  # in safetensors' order: what is aligned most widely first, and then by name
+            "offsets": ("I64", [len(part) + 1]),
+            "error": ("F64", [2]),
+            "logp": ("F32", [n, top_k]),
+            "tail": ("F32", [n]),
+            "token_logp": ("F32", [n]),
+            "ids": ("I32", [n, top_k]),
+            "token": ("I32", [n]),
+        }
         end, header = 0, {"__metadata__": {"who": ""}}
         for name, (dtype, shape) in shapes.items():
             size = math.prod(shape) * (8 if dtype.endswith("64") else 4)
@@ -138,7 +142,7 @@ def shard_bytes(tokens: Sequence[int], top_k: int) -> list[int]:
 
 def bytes_per_token(top_k: int) -> int:
     """What a token takes in a shard, header and offsets apart."""
-    return 4 * (2 * top_k + len(ONE_EACH))
+    return 4 * (2 * top_k + 3)  # two numbers for each entry, and the token, its log-probability and the tail
 
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:

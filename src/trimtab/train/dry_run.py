@@ -4,10 +4,11 @@ Options, configurations, tokenizers and data are checked by the code that the ru
 What is not is said; figures that depend on it are left out (None), or are for the longest batch that `max_length` allows.
 """
 
+import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,14 +76,25 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
-    with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder; the run's own stays as it is
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with tempfile.TemporaryDirectory() as scratch, _alone():  # the trainer wants a folder; the run's own stays as it is
         arguments = training_arguments(options)
         refuse_foreign(Path(options.output_dir), options.overwrite_output_dir)
         arguments.output_dir = scratch
-        return _estimate(options, expected, arguments)
+        return _estimate(options, expected, arguments, processes)
 
 
-def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments) -> dict[str, Any]:
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the other processes of a launch: one is looked at, and waiting for the rest would only take time."""
+    hidden = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
     proposal = find_config(options.proposal, expected.proposal)
     aligner = find_config(options.aligner, expected.aligner)
     for found in (proposal, aligner):
@@ -101,7 +113,6 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     batch_size = arguments.train_batch_size
     step = rehearsal.step(_longest(examples, batch_size, pad=data.examples is None))
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    processes = max(arguments.world_size, int(os.environ.get("WORLD_SIZE", "1")))
     evaluating = rehearsal.evaluation(_longest(development, arguments.eval_batch_size, pad=data.development is None))
     training = weights + step.batch + step.peak
     report: dict[str, Any] = {

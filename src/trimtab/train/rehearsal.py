@@ -92,6 +92,7 @@ class Rehearsal:
             )
         else:
             self.trainer.model.activation_checkpointing_disable()
+            self.trainer.model.disable_input_require_grads()  # which checkpointing turns on for adapters, and leaves on
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -100,8 +101,7 @@ class Rehearsal:
 
     def steps(self, examples: int, processes: int) -> tuple[int, int]:
         """Optimizer steps of a run over so many examples, and the micro-batches of one of the `processes` that share it."""
-        launched = self._arguments.world_size == processes  # or else only said, and the trainer knows of one
-        self.trainer.train_dataset = _Counted(examples if launched else -(-examples // processes))
+        self.trainer.train_dataset = _Counted(-(-examples // processes))
         loader = self.trainer.get_train_dataloader()
         _, updates, _, _, _, batches, steps = self.trainer.set_initial_training_values(self._arguments, loader)
         return int(steps), round(steps / updates * batches)
