@@ -289,3 +289,39 @@ def test_propose_says_what_it_would_write(task, capsys, tmp_path):
     assert "'prompt' is missing" in errors[0]
     _, out, _ = called(capsys, *words, "--dataset", tmp_path / "later.jsonl")
     assert "a number of samples that is not known" in out
+
+
+def test_eval_says_what_it_would_ask_and_asks_nothing(task, capsys, tmp_path):
+    words = ["eval", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset"]
+    words += [task / "held_out.jsonl", "--judge", "http://127.0.0.1:9/v1#judge", "--out", tmp_path / "out"]
+    status, out, _ = called(capsys, *words, "--json")
+    told = json.loads(out)
+    assert (status, told["data"]["prompts"]) == (0, 16)
+    assert list(told["most_questions"].values()) == [16 * 3 * 2]  # the pair, the null and the references, in both orders
+    assert [model["parameters"] for model in told["models"]] == [
+        sum(parameter.numel() for parameter in load_model(task / name, device="cpu").parameters())
+        for name in ("proposal", "start")
+    ]
+    assert not (tmp_path / "out").exists()
+    once = json.loads(called(capsys, *words, "--json", "--orders", "random", "--null", "false", "--max_prompts", 3)[1])
+    assert list(once["most_questions"].values()) == [6]
+    assert "at most 96 questions" in called(capsys, *words)[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (("--rule", "par"), 2, "there is no rule 'par'"),
+        (("--weight", 1, "--weight", 2), 2, "2 --weight for 1 --aligner"),
+        (("--baseline", "nobody"), 2, "'nobody' is no system"),
+        (("--criterion", "kindest"), 2, "criterion"),
+        (("--expected_examples", 0), 2, "--expected_examples must be at least 2"),
+        (("--proposal", "nowhere/at/all"), 1, "does not exist; if an earlier command is to make it"),
+    ],
+)
+def test_a_dry_run_of_eval_refuses_what_eval_would(task, capsys, tmp_path, more, status, message):
+    words = ["eval", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset"]
+    words += [task / "held_out.jsonl", "--judge", "http://127.0.0.1:9/v1#judge", "--out", tmp_path / "out"]
+    got, out, errors = called(capsys, *words, *more)
+    assert (got, out, len(errors)) == (status, "", 1)
+    assert message in errors[0]

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.options import option
+from trimtab.cli.options import UsageError, option
 
-__all__ = ["DryRunOptions", "describe_model", "in_bytes", "in_time", "model_weights"]
+__all__ = ["DryRunOptions", "check_expected", "describe_model", "in_bytes", "in_time", "model_weights"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,12 @@ class DryRunOptions:
         None, "for --dry_run, where an earlier command will make --proposal: a model of its shape", metavar="P"
     )
     expected_examples: int | None = option(None, "for --dry_run, where --dataset is not at hand: how many records it has")
+
+
+def check_expected(options: DryRunOptions) -> None:
+    """Refuse a number of records that no data set has."""
+    if options.expected_examples is not None and options.expected_examples < 2:
+        raise UsageError(f"--expected_examples must be at least 2, not {options.expected_examples}")
 
 
 def in_bytes(count: float | None) -> str:

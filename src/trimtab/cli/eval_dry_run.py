@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import check_weights, make_sampling_params
-from trimtab.cli.dry_run import describe_model, in_bytes, model_weights
+from trimtab.cli.dry_run import check_expected, describe_model, in_bytes, model_weights
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.eval_setup import make_judges, make_settings, name_system, read_prompts
 from trimtab.core.rules import parse_rule
@@ -24,6 +24,7 @@ def rehearse(options: "Options") -> dict[str, Any]:
     baseline, system = systems = _system(options.baseline, "baseline"), _system(options.system, "system")
     check_flags(options, baseline, system)
     check_weights(options)
+    check_expected(options)
     parse_columns(options.columns)
     params = make_sampling_params(options, seed=options.seed)
     settings = make_settings(options, params)

@@ -12,7 +12,7 @@ from trimtab.cli.common import (
     make_sampling_params,
     refuse_overwriting,
 )
-from trimtab.cli.dry_run import DryRunOptions, describe_model, in_bytes, model_weights
+from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, model_weights
 from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
@@ -58,6 +58,7 @@ def run(options: Options) -> dict[str, Any]:
     )
     params = make_sampling_params(options, seed=options.seed)
     refuse_overwriting(options.out, options.dataset)
+    check_expected(options)
     if options.dry_run:
         return _rehearse(options)
     records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.dry_run import DryRunOptions, describe_model, in_bytes, in_time
+from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, in_time
 from trimtab.cli.options import UsageError, option
 from trimtab.train.options import TrainOptions
 
@@ -29,8 +29,7 @@ def run(options: Options) -> dict[str, Any]:
     quiet_loading()
     if options.assume_tflops is not None and options.assume_tflops <= 0:
         raise UsageError(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
-    if options.expected_examples is not None and options.expected_examples < 2:
-        raise UsageError(f"--expected_examples must be at least 2, not {options.expected_examples}")
+    check_expected(options)
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
         return estimate(options, Expected(*known))

@@ -31,6 +31,7 @@ from trimtab.train.rehearse_caching import rehearse_caching
 from trimtab.train.run import (
     open_tokenizer,
     parts_to_cache,
+    read_chat_template,
     read_parts,
     refuse_foreign,
     training_arguments,
@@ -159,6 +160,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
 
 def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig) -> tuple[Any, int]:
     """The proposal's tokenizer, if both are at hand and agree, and V."""
+    read_chat_template(options)
     here = [is_here(found.source, "tokenizer_config.json") for found in (proposal, aligner)]
     tokenizer = open_tokenizer(options, proposal.source) if here[0] else None
     if tokenizer is not None and here[1]:
@@ -171,8 +173,6 @@ def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConf
     size = vocabulary_size(tokenizer) if tokenizer is not None else next(iter(known.values()), columns)
     if columns < size:
         raise UnsupportedModel(f"a model has {columns} output columns, but the tokenizer {size} tokens: resize its embeddings")
-    if options.chat_template_path is not None and tokenizer is None:
-        Path(options.chat_template_path).read_text(encoding="utf-8")
     return tokenizer, size
 
 

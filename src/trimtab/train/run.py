@@ -43,6 +43,7 @@ __all__ = [
     "open_tokenizer",
     "parts_to_cache",
     "prepare_model",
+    "read_chat_template",
     "read_examples",
     "read_parts",
     "refuse_foreign",
@@ -150,13 +151,21 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
 
 def open_tokenizer(options: TrainOptions, source: str) -> Any:
     """The proposal's tokenizer, with the chat template that was asked for."""
+    template = read_chat_template(options)
     tokenizer = load_tokenizer(source)
-    if options.chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(options.chat_template_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidOption(f"chat_template_path: {error}") from error
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def read_chat_template(options: TrainOptions) -> str | None:
+    """The chat template that was asked for; None if none was."""
+    if options.chat_template_path is None:
+        return None
+    try:
+        return Path(options.chat_template_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidOption(f"chat_template_path: {error}") from error
 
 
 def training_arguments(options: TrainOptions) -> TrainingArguments:
