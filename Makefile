@@ -17,8 +17,8 @@ browser:
 		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests tests_vllm benchmarks
-	$(BIN)/ruff format --check src tests tests_vllm benchmarks
+	$(BIN)/ruff check src tests tests_vllm benchmarks recipes
+	$(BIN)/ruff format --check src tests tests_vllm benchmarks recipes
 	$(BIN)/mypy
 
 # The vLLM plugin, in an environment of its own: $(VENV)-vllm.

@@ -1,12 +1,14 @@
 """What this machine is, in words that can stand beside a measurement."""
 
 import ctypes
+import math
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_hardware", "free_memory", "keep_freed_memory"]
+__all__ = ["describe_hardware", "free_memory", "keep_freed_memory", "measure_matmul_rate"]
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 """Options of glibc's `mallopt`, from its malloc.h."""
@@ -47,6 +49,22 @@ def free_memory(device: Any) -> int | None:
     lines = info.read_text(encoding="utf-8").splitlines() if device.type == "cpu" and info.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return found[0] if found else None
+
+
+def measure_matmul_rate(device: Any, dtype: Any) -> float:
+    """Floating-point operations a second of a large square matrix product here, the best of a few."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    one = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        one @ one
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def _processor() -> str:

@@ -28,6 +28,10 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"max_length": 1}, "max_length must be from 2"),
         ({"cache_top_k": -1}, "cache_top_k must be from 0"),
         ({"lora_r": 0}, "lora_r must be from 1"),
+        ({"max_examples": 1}, "max_examples must be from 2"),
+        ({"columns": ("prompt",)}, "columns must be FIELD=COLUMN"),
+        ({"columns": ("post=prompt",)}, "with a field of prompt, completion, chosen, rejected, messages, not 'post=prompt'"),
+        ({"columns": ("prompt=a", "prompt=b")}, "columns names 'prompt' twice"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message):

@@ -9,9 +9,11 @@ from trimtab.cli.options import option
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 
 __all__ = [
+    "DataOptions",
     "ModelOptions",
     "SamplingOptions",
     "check_prompts",
+    "check_weights",
     "load_aligned_model",
     "make_sampling_params",
     "refuse_overwriting",
@@ -49,6 +51,20 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class DataOptions:
+    """How a data set is read: `trimtab.train.records.DataOptions`."""
+
+    dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it")
+    dataset_config: str | None = option(None, "configuration of a hub data set that has several")
+    dataset_data_dir: str | None = option(None, "folder of a hub data set that is sorted into folders")
+    columns: tuple[str, ...] = option(
+        (),
+        "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
+        metavar="FIELD=COLUMN",
+    )
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How to draw from the aligned row."""
 
@@ -63,13 +79,18 @@ class SamplingOptions:
     seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
 
 
+def check_weights(options: ModelOptions) -> None:
+    """Refuse weights that are not one for each aligner."""
+    if options.weight and len(options.weight) != len(options.aligner):
+        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
+
+
 def load_aligned_model(options: ModelOptions) -> Any:
     """The models that the flags name, ready to decode."""
     from trimtab.cli import quiet_loading
     from trimtab.decode.aligned import AlignedModel
 
-    if options.weight and len(options.weight) != len(options.aligner):
-        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
+    check_weights(options)
     quiet_loading()
     try:
         return AlignedModel.from_pretrained(

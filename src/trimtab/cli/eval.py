@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.common import ModelOptions, SamplingOptions
+from trimtab.cli.common import DataOptions, ModelOptions, SamplingOptions
+from trimtab.cli.dry_run import DryRunOptions
 from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
 
 
 @dataclass(frozen=True)
-class Options(SamplingOptions, ModelOptions):
+class Options(DryRunOptions, DataOptions, SamplingOptions, ModelOptions):
     """Flags of `trimtab eval`."""
 
     annotations: str | None = option(
@@ -22,7 +23,6 @@ class Options(SamplingOptions, ModelOptions):
     dataset: str | None = option(
         None, "prompts, with wanted answers if there are any: a TRL layout, or AlpacaEval's JSON", metavar="D"
     )
-    dataset_split: str = option("train", "split of a hub data set")
     max_prompts: int | None = option(None, "take only the first so many prompts")
     apply_chat_template: bool = option(False, "ask a prompt that is a text as a user's message")
     system: str = option(
@@ -60,6 +60,7 @@ class Options(SamplingOptions, ModelOptions):
     seed: int = option(0, "prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]")
     out: str | None = option(None, "the folder to write; a run that is started again goes on", metavar="DIR")
     max_tokens: int = option(512, "most tokens of an answer")
+    expected_aligner: str | None = option(None, "for --dry_run: the same for every --aligner", metavar="A")
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -70,11 +71,19 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.out is None:
         raise UsageError("--out is required, or --annotations")
+    if options.dry_run:
+        from trimtab.cli.eval_dry_run import rehearse
+
+        return rehearse(options)
     return evaluate(options)
 
 
 def render(report: dict[str, Any]) -> str:
     """The figures that matter."""
+    if "dry_run" in report:
+        from trimtab.cli.eval_dry_run import render_rehearsal
+
+        return render_rehearsal(report)
     if "judging" not in report:
         return "\n".join(_summary_lines(report))
     lines = [f"{report['title']}, {report['dataset']['prompts']} prompts"]

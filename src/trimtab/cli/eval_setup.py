@@ -34,7 +34,7 @@ from trimtab.train.records import read_records
 if TYPE_CHECKING:
     from trimtab.cli.eval import Options
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "make_judges", "make_settings", "name_system", "read_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,13 @@ DENIED = (401, 403)
 def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda results: {}) -> dict[str, Any]:
     """Set everything up, sweep if that is asked for, and compare; `amend` adds sections to the results."""
     assert options.out is not None
-    baseline, system = systems = _system(options.baseline, "baseline"), _system(options.system, "system")
+    baseline, system = systems = name_system(options.baseline, "baseline"), name_system(options.system, "system")
     check_flags(options, baseline, system)
     params = make_sampling_params(options, seed=options.seed)
-    settings = _settings(options, params)
+    settings = make_settings(options, params)
     limits = Limits(options.concurrency, options.request_timeout, options.max_retries)
-    judges = _judges(options, limits)
-    prompts, development = _prompts(options, baseline)
+    judges = make_judges(options, limits)
+    prompts, development = read_prompts(options, baseline)
     loaded = [judge for judge in judges if not isinstance(judge, str)]
     check_data(options, systems, prompts, loaded)
     if development is not None:
@@ -83,14 +83,14 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
     return run_evaluation(plan, frontier, amend) | {"out": options.out}
 
 
-def _system(text: str, flag: str) -> System:
+def name_system(text: str, flag: str) -> System:
     try:
         return parse_system(text)
     except InvalidOption as error:
         raise UsageError(f"--{flag}: {error}") from error
 
 
-def _settings(options: "Options", params: SamplingParams) -> list[Setting]:
+def make_settings(options: "Options", params: SamplingParams) -> list[Setting]:
     """The points of a sweep."""
     rules: Sequence[str | None] = options.sweep_rule or (None,)
     settings = list(dict.fromkeys(Setting(rule, weight) for rule in rules for weight in options.sweep_weight))
@@ -121,7 +121,7 @@ def _model(
     return model
 
 
-def _prompts(options: "Options", baseline: System) -> tuple[Prompts, Prompts | None]:
+def read_prompts(options: "Options", baseline: System) -> tuple[Prompts, Prompts | None]:
     """The prompts to report on, and the development prompts of a sweep."""
     if options.dataset is not None:
         prompts = _read(options.dataset, options)
@@ -162,7 +162,7 @@ def _read(dataset: str, options: "Options") -> Prompts:
         rows = read_outputs(dataset, need_output=False)
         sources = [f"{dataset} entry {i}" for i in range(1, len(rows) + 1)]
         return Prompts([row["instruction"] for row in rows], [row["output"] for row in rows], sources)
-    records = read_records(dataset, need="prompt", split=options.dataset_split)
+    records = read_records(dataset, need="prompt", how=options)
     return Prompts([r.prompt for r in records], [_text(r.chosen) for r in records], [r.source for r in records])
 
 
@@ -179,8 +179,8 @@ def _as_chats(prompts: Prompts) -> Prompts:
     return dataclasses.replace(prompts, prompts=asked)
 
 
-def _judges(options: "Options", limits: Limits) -> list[Any]:
-    """The judges; where one is a reward model, its folder or hub id."""
+def make_judges(options: "Options", limits: Limits, *, reach: bool = True) -> list[Any]:
+    """The judges, of which endpoints must answer if `reach`; where one is a reward model, its folder or hub id."""
     judges: list[Any] = []
     for spec in options.judge:
         if is_url(spec):
@@ -188,7 +188,7 @@ def _judges(options: "Options", limits: Limits) -> list[Any]:
             url, _, model = spec.partition("#")
             settings: dict[str, Any] = {"criterion": options.criterion, "orders": options.orders, "limits": limits}
             judge = EndpointJudge(url, model or None, max_tokens=options.judge_max_tokens, budget=budget, **settings)
-            judge.model = _reach(url, judge.model, limits)
+            judge.model = _reach(url, judge.model, limits) if reach else judge.model
             judges.append(judge)
         elif spec in METRICS:
             judges.append(ReferenceJudge(ReferenceMetric(spec, tokenizer=options.rouge_tokenizer if spec != "chrf" else None)))

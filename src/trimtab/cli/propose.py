@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.cli.common import (
+    DataOptions,
     ModelOptions,
     SamplingOptions,
     check_prompts,
@@ -11,13 +12,14 @@ from trimtab.cli.common import (
     make_sampling_params,
     refuse_overwriting,
 )
+from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, model_weights
 from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
 
 
 @dataclass(frozen=True)
-class Options(SamplingOptions):
+class Options(DryRunOptions, DataOptions, SamplingOptions):
     """Flags of `trimtab propose`."""
 
     proposal: str = option(
@@ -27,7 +29,7 @@ class Options(SamplingOptions):
         metavar="P",
     )
     dataset: str = option("", "data with a 'prompt' or 'messages'", required=True, metavar="D")
-    dataset_split: str = option("train", "split of a hub data set")
+    max_examples: int | None = option(None, "take only the first so many records [default: all]")
     seed: int = option(0, "of the first prompt; each further one adds to it [default: 0]")
     out: str = option("", "the data set to write; an interrupted run goes on", required=True, metavar="FILE")
     dtype: str | None = option(None, "auto, float32, bfloat16 or float16 [default: auto]")
@@ -56,7 +58,10 @@ def run(options: Options) -> dict[str, Any]:
     )
     params = make_sampling_params(options, seed=options.seed)
     refuse_overwriting(options.out, options.dataset)
-    records = read_records(options.dataset, need="prompt", split=options.dataset_split)
+    check_expected(options)
+    if options.dry_run:
+        return _rehearse(options)
+    records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples)
     rows = _remotely(options, limits, records, params) if options.endpoint else _here(options, records, params)
     return {"out": options.out, "rows": rows, "seed": params.seed}
 
@@ -79,6 +84,38 @@ def _remotely(options: Options, limits: Any, records: Any, params: Any) -> int:
         return propose_remotely(endpoints, options.proposal or None, records, options.out, params)
 
 
+def _rehearse(options: Options) -> dict[str, Any]:
+    """What would be asked, of whom, and for how much."""
+    from trimtab.train.dry_run import count_records
+
+    data = count_records(options.dataset, options, options.max_examples, options.expected_examples)
+    records = data["examples"]
+    report: dict[str, Any] = {"dry_run": True, "out": options.out, "data": data, "endpoints": list(options.endpoint)}
+    report |= {"rows": None if records is None else records * options.n}
+    report["most_tokens"] = None if records is None else records * options.n * options.max_tokens
+    if not options.endpoint:
+        report["proposal"] = model_weights(options.proposal, options.expected_proposal, options.dtype or "auto")
+    return report
+
+
+def _render_rehearsal(report: dict[str, Any]) -> str:
+    data = report["data"]
+    there = "at hand" if data["at_hand"] else f"not at hand: {data['why_not']}"
+    lines = [f"data      {there}"]
+    rows = "a number of samples that is not known" if report["rows"] is None else f"{report['rows']:,} samples"
+    tokens = "" if report["most_tokens"] is None else f", at most {report['most_tokens']:,} tokens"
+    lines.append(f"would write {rows}{tokens}, to {report['out']}")
+    if "proposal" in report:
+        model = report["proposal"]
+        lines.append(f"proposal  {describe_model(model)}")
+        lines.append(f"          {model['parameters']:,} parameters, {in_bytes(model['weights'])} in {model['dtype']}")
+    else:
+        lines.append(f"would ask {', '.join(report['endpoints'])}")
+    return "\n".join(lines)
+
+
 def render(report: dict[str, Any]) -> str:
     """Where the samples are."""
+    if "dry_run" in report:
+        return _render_rehearsal(report)
     return f"{report['rows']} samples in {report['out']}"

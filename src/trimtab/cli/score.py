@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import ModelOptions, load_aligned_model
+from trimtab.cli.common import DataOptions, ModelOptions, load_aligned_model
 from trimtab.cli.options import option
 
 __all__ = ["Options", "render", "run"]
@@ -13,11 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(DataOptions, ModelOptions):
     """Flags of `trimtab score`."""
 
     dataset: str = option("", "data in a TRL layout; 'completion' or 'chosen' is scored", required=True, metavar="D")
-    dataset_split: str = option("train", "split of a hub data set")
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def run(options: Options) -> dict[str, Any]:
     from trimtab.evaluate.likelihood import held_out
     from trimtab.train.records import read_records
 
-    records = read_records(options.dataset, split=options.dataset_split)
+    records = read_records(options.dataset, how=options)
     model = load_aligned_model(options)
     return held_out(model, [r.prompt for r in records], [r.chosen for r in records], [r.source for r in records])
 

@@ -1,18 +1,38 @@
 """`trimtab train`: an aligner for a frozen proposal."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from trimtab.train.options import TrainOptions as Options
+from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, in_time
+from trimtab.cli.options import UsageError, option
+from trimtab.train.options import TrainOptions
 
 __all__ = ["Options", "render", "run"]
 
 
+@dataclass(frozen=True)
+class Options(DryRunOptions, TrainOptions):
+    """Flags of `trimtab train`."""
+
+    expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A")
+    assume_tflops: float | None = option(
+        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]"
+    )
+
+
 def run(options: Options) -> dict[str, Any]:
-    """Train, tune the weight, save."""
+    """Train, tune the weight, save; or say what that will take."""
     from trimtab.cli import quiet_loading
+    from trimtab.train.dry_run import Expected, estimate
     from trimtab.train.run import train
 
     quiet_loading()
+    if options.assume_tflops is not None and options.assume_tflops <= 0:
+        raise UsageError(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
+    check_expected(options)
+    if options.dry_run:
+        known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
+        return estimate(options, Expected(*known))
     report = train(options)
     report.pop("history")
     return {"output_dir": options.output_dir, **report}
@@ -20,7 +40,54 @@ def run(options: Options) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """What came out of it, on the development prompts."""
+    if "dry_run" in report:
+        return _render_estimate(report)
     metrics = report["metrics"]
     lines = [f"aligner in {report['output_dir']}, weight {report['weight']:g}", ""]
     lines += [f"{name.removeprefix('eval_'):22}{metrics[name]:10.4f}" for name in metrics if isinstance(metrics[name], float)]
+    return "\n".join(lines)
+
+
+def _render_estimate(report: dict[str, Any]) -> str:
+    data, memory, aligner, caching = (report[name] for name in ("data", "memory", "aligner", "caching"))
+    lines = [f"proposal   {describe_model(report['proposal'])}", f"aligner    {describe_model(aligner)}"]
+    lines.append(f"           {aligner['parameters']:,} parameters, {aligner['trainable']:,} of them trained")
+    checked = "tokenizers agree" if report["vocabulary"]["checked"] else "tokenizers are not at hand, and not compared"
+    lines.append(f"vocabulary {report['vocabulary']['tokens']:,} tokens; {checked}")
+    counts = "" if data["examples"] is None else f"{data['examples']:,} examples and {data['development']:,} for development"
+    if data["tokens"] is not None:
+        lines.append(f"data       {counts}, {data['tokens']:,} answer tokens, the longest example has {data['longest']}")
+    else:
+        lines.append(f"data       not at hand: {data['why_not']}" + (f"; {counts} are expected" if counts else ""))
+        lines.append(
+            f"           all that follows is for batches of {data['longest']} tokens each, which is the most there can be"
+        )
+    shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
+    steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
+    lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")
+    alone = "" if report["accelerator"] else " (this machine has no accelerator: a run here needs --use_cpu)"
+    lines += ["", f"training on {report['device']}{alone}"]
+    lines += [
+        f"  {name.replace('_', ' '):28}{in_bytes(memory[name]):>12}" for name in ("weights", "gradients", "optimizer", "batch")
+    ]
+    lines.append(f"  {'activations and rows, at most':28}{in_bytes(memory['passing']):>11}")
+    lines.append(f"  {'in all, at the peak':28}{in_bytes(memory['total']):>12}")
+    lines.append(f"  of that as wide as the vocabulary: {in_bytes(memory['rows_at_peak'])}; the proposal's rebuilt rows: "
+                 f"{in_bytes(memory['rebuilt_rows'])}")  # fmt: skip
+    other = "without" if memory["activation_checkpointing"] else "with"
+    lines.append(f"  in all {other} --activation_checkpointing: {in_bytes(memory['total_if_checkpointing_were_otherwise'])}")
+    lines.append(f"  a look at development prompts: {in_bytes(memory['evaluation'])}; free now: {in_bytes(memory['free'])}")
+    if caching is None:
+        lines += ["", "the proposal's rows come from endpoints"]
+    else:
+        lines += ["", f"caching the proposal's rows on {caching['device']} in {caching['dtype']}"]
+        names = ("weights", "keys_and_values", "passing", "total")
+        lines += [f"  {name.replace('_', ' '):28}{in_bytes(caching[name]):>12}" for name in names]
+    cache = report["cache"]
+    lines += ["", f"cache on disk: {cache['bytes_per_token']} bytes a token, {in_bytes(cache['bytes'])} in all"]
+    for name, seconds in report["seconds"].items():
+        flops, rate = report["flops"][name], report["rate"][name] / 1e12
+        amount = "not known" if flops is None else f"{flops:.3g} operations"
+        how = "assumed" if report["rate"]["assumed"] else "measured in a matrix product"
+        lines.append(f"time for {name}: at least {in_time(seconds)} ({amount} at {rate:.3g} TFLOP/s, {how})")
     return "\n".join(lines)

@@ -105,15 +105,18 @@ def check_filled(report: Mapping[str, Any], source: str | Path) -> None:
             raise CheckpointError(f"'{source}' does not fill the model: {len(report[problem])} {problem}, such as {example}")
 
 
-def load_configs(source: str | Path) -> tuple[Any, Any]:
-    """The configuration of a model and of its generation (None if there is none), without its weights."""
+def load_configs(source: str | Path, *, local_only: bool = False) -> tuple[Any, Any]:
+    """The configuration of a model and of its generation (None if there is none), without its weights.
+
+    With `local_only` the hub is not asked, only its cache.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     with readable(source, "configuration"):
         source = expand(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_only)
     try:
-        return config, GenerationConfig.from_pretrained(source)
+        return config, GenerationConfig.from_pretrained(source, local_files_only=local_only)
     except OSError:
         return config, None
 

@@ -35,8 +35,8 @@ class ExampleDataset(torch.utils.data.Dataset[Any]):
 def collate(items: Sequence[tuple[Example, CachedRows | None]]) -> dict[str, Any]:
     """Tensors of a batch: `chosen_*` and, where the data have them, `rejected_*` and `proposal_*`.
 
-    `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s and
-    the proposal's rows have no padding: the answers stand end to end.
+    `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
+    and `*_column`s and the proposal's rows have no padding: the answers stand end to end.
     """
     examples = [example for example, _ in items]
     prompts = [example.prompt for example in examples]
@@ -65,7 +65,7 @@ def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size:
         use_cache=False,
         logits_to_keep=mask.shape[1] + 1,
     ).logits[:, :-1]
-    return row_from_logits(logits[mask], vocab_size)
+    return row_from_logits(logits[batch[f"{which}_owner"], batch[f"{which}_column"]], vocab_size)
 
 
 def _answers(which: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -75,11 +75,13 @@ def _answers(which: str, prompts: Sequence[Sequence[int]], answers: Sequence[Seq
     answer_ids = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
     mask = pad_sequence([torch.ones(len(answer), dtype=torch.bool) for answer in answers], batch_first=True)
     attention = torch.cat([left, mask.long()], 1)
+    owner, column = mask.nonzero().unbind(1)
     return {
         f"{which}_ids": torch.cat([prompt_ids, answer_ids], 1),
         f"{which}_attention": attention,
         f"{which}_positions": (attention.cumsum(1) - 1).clamp(min=0),
         f"{which}_mask": mask,
         f"{which}_tokens": answer_ids[mask],
-        f"{which}_owner": mask.nonzero()[:, 0],
+        f"{which}_owner": owner,
+        f"{which}_column": column,
     }

@@ -7,6 +7,7 @@ Shards are written one by one and whole, so a killed build goes on where it stop
 on; a cache made for anything else is refused.
 """
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from trimtab.files import atomic_write, read_json, write_json
 from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.rows import CachedRows, Compressed, RowSource
 
-__all__ = ["ProposalCache"]
+__all__ = ["ProposalCache", "bytes_per_token", "shard_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,41 @@ def _tensors(compressed: Compressed) -> dict[str, Tensor]:
     tensors["offsets"] = torch.tensor([0, *(len(row.token) for row in rows)]).cumsum(0)
     tensors["error"] = compressed.error
     return tensors
+
+
+def shard_bytes(tokens: Sequence[int], top_k: int) -> list[int]:
+    """The sizes of the shards that a cache of examples will have, in bytes, if their author needs no name.
+
+    Args:
+        tokens: the number of tokens in each example's wanted answer.
+        top_k: entries kept of a row.
+    """
+    sizes = []
+    for start in range(0, len(tokens), SHARD):
+        part = tokens[start : start + SHARD]
+        n = sum(part)
+        shapes = {  # in safetensors' order: what is aligned most widely first, and then by name
+            "offsets": ("I64", [len(part) + 1]),
+            "error": ("F64", [2]),
+            "logp": ("F32", [n, top_k]),
+            "tail": ("F32", [n]),
+            "token_logp": ("F32", [n]),
+            "ids": ("I32", [n, top_k]),
+            "token": ("I32", [n]),
+        }
+        end, header = 0, {"__metadata__": {"who": ""}}
+        for name, (dtype, shape) in shapes.items():
+            size = math.prod(shape) * (8 if dtype.endswith("64") else 4)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}  # type: ignore[dict-item]
+            end += size
+        text = len(json.dumps(header, separators=(",", ":")))
+        sizes.append(8 + -(-text // 8) * 8 + end)  # safetensors: the header's length, the header in whole words, the data
+    return sizes
+
+
+def bytes_per_token(top_k: int) -> int:
+    """What a token takes in a shard, header and offsets apart."""
+    return 4 * (2 * top_k + 3)  # two numbers for each entry, and the token, its log-probability and the tail
 
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:

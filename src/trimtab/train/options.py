@@ -9,6 +9,7 @@ from trimtab.core.rules import Geometric, Product, Rule, parse_rule
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import OBJECTIVES
+from trimtab.train.records import parse_columns
 
 __all__ = ["ENDPOINT_OPTIONS", "TrainOptions"]
 
@@ -55,7 +56,18 @@ class TrainOptions:
     )
     eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")
     dev_fraction: float = _option(0.1, "share of the prompts kept aside for development")
-    dataset_split: str = _option("train", "split of a hub data set")
+    dataset_split: str = _option("train", "split of a hub data set; 'train[:1000]' is a part of it")
+    dataset_config: str | None = _option(None, "configuration of a hub data set that has several")
+    dataset_data_dir: str | None = _option(None, "folder of a hub data set that is sorted into folders")
+    columns: tuple[str, ...] = _option(
+        (),
+        "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
+        metavar="FIELD=COLUMN",
+    )
+    max_examples: int | None = _option(None, "take only the first so many records of --dataset [default: all]")
+    chat_template_path: str | None = _option(
+        None, "a Jinja file: the chat template of the tokenizer, in training and in what is saved [default: its own]"
+    )
     max_length: int = _option(1024, "longest prompt and answer together, in tokens")
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
@@ -95,12 +107,13 @@ class TrainOptions:
             ("aligner_temperature", 1e-3, math.inf),
             ("proposal_top_p", 1e-9, 1),
             ("max_length", 2, math.inf),
+            ("max_examples", 2, math.inf),
             ("cache_top_k", 0, math.inf),
             ("lora_r", 1, math.inf),
             ("lora_dropout", 0, 1),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
         if self.weight is not None and not math.isfinite(self.weight):
             raise InvalidOption(f"weight must be a finite number, not {self.weight}")
@@ -109,7 +122,7 @@ class TrainOptions:
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
         if self.use_peft and self.start == "uniform":
             raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
-        _ = self.limits  # raises where they cannot be
+        _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
         if self.proposal_endpoint and self.proposal_temperature != 1 and self.cache_top_k:
             raise InvalidOption(
                 "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
@@ -136,6 +149,11 @@ class TrainOptions:
     def starting_weight(self) -> float:
         """The weight to train at."""
         return self.parsed_rule.default_weights(1)[0] if self.weight is None else self.weight
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the data must have unwanted answers, too."""
+        return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0)
 
     @property
     def starts_uniform(self) -> bool:

@@ -2,26 +2,32 @@
 
     prompt, completion           a prompt with a wanted answer
     prompt, chosen, rejected     a prompt with a wanted and an unwanted answer
+    chosen, rejected             the same, where both begin with the prompt: transcripts or conversations, see `implicit_prompt`
     messages                     a conversation whose last message is the wanted answer
     prompt                       a prompt alone, to sample from
 
-A prompt is a text or a list of messages, and an answer is of the same kind. Further columns are ignored.
+A prompt is a text or a list of messages, and an answer is of the same kind. Further columns are ignored. Data that call their
+columns otherwise are mapped: `prompt=post`.
 """
 
 import gzip
+import itertools
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trimtab.decode.prompts import is_chat
-from trimtab.errors import DataError
+from trimtab.errors import DataError, InvalidOption
+from trimtab.train.implicit import implicit_prompt
 
-__all__ = ["Record", "read_records", "read_rows"]
+__all__ = ["DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
 
 _FILES = (".jsonl", ".jsonl.gz", ".parquet")
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
+"""The columns that mean something."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +47,87 @@ class Record:
     source: str
 
 
-def read_records(dataset: str, *, need: str = "chosen", split: str = "train") -> list[Record]:
-    """Read a whole data set.
+class DataOptions(Protocol):
+    """The flags that say how a data set is read."""
+
+    @property
+    def dataset_split(self) -> str:
+        """The split of a hub data set, maybe sliced: `train[:1000]`."""
+
+    @property
+    def dataset_config(self) -> str | None:
+        """The configuration of a hub data set that has several."""
+
+    @property
+    def dataset_data_dir(self) -> str | None:
+        """The folder of a hub data set that is sorted into folders."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What `parse_columns` takes."""
+
+
+def parse_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Column names from `FIELD=COLUMN` texts: the layout's field to the data's column.
+
+    Raises:
+        InvalidOption: no such field, or the same one twice.
+    """
+    found: dict[str, str] = {}
+    for text in columns:
+        field, equals, column = text.partition("=")
+        if not equals or not column or field not in COLUMNS:
+            raise InvalidOption(f"columns must be FIELD=COLUMN with a field of {', '.join(COLUMNS)}, not '{text}'")
+        if field in found:
+            raise InvalidOption(f"columns names '{field}' twice")
+        found[field] = column
+    return found
+
+
+def read_records(
+    dataset: str, *, need: str = "chosen", how: DataOptions | None = None, limit: int | None = None
+) -> list[Record]:
+    """Read a data set.
 
     Args:
         dataset: a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a hub id.
         need: what every record must have: `"prompt"`, `"chosen"` or `"rejected"` (which includes the ones before).
-        split: which split of a hub data set.
+        how: which part of a hub data set, and how its columns are called. Default: the split `train`, as it is.
+        limit: take the first so many.
 
     Raises:
         DataError: names the file and the line, or the row.
     """
-    records = [_record(row, source, need) for source, row in read_rows(dataset, split=split)]
+    columns = parse_columns(how.columns) if how else {}
+    rows = itertools.islice(read_rows(dataset, how), limit)
+    records = [_record(_renamed(row, columns, source), source, need) for source, row in rows]
     if not records:
         raise DataError(f"{dataset}: holds no records")
     return records
 
 
-def read_rows(dataset: str, *, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+def is_local(dataset: str) -> bool:
+    """Whether a name can only be that of a file here, there or not."""
+    path = Path(dataset).expanduser()
+    return path.suffix in (".jsonl", ".gz", ".parquet", ".json") or path.is_absolute() or len(path.parts) > 2
+
+
+def is_cached(dataset: str) -> bool:
+    """Whether a hub data set was loaded on this machine before."""
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
+
+
+def read_rows(dataset: str, how: DataOptions | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row with the name of its place, such as `data.jsonl:12`."""
     path = Path(dataset).expanduser()
     if path.is_dir():
         raise DataError(f"{dataset}: is a folder; give one of its files ({', '.join(_FILES)})")
     if not path.exists():
-        if path.suffix in (".jsonl", ".gz", ".parquet", ".json") or path.is_absolute() or len(path.parts) > 2:
+        if is_local(dataset):
             raise DataError(f"{dataset}: there is no such file")
-        yield from _hub_rows(dataset, split)
+        yield from _hub_rows(dataset, how)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _json_rows(path, dataset)
     elif path.name.endswith(".parquet"):
@@ -107,15 +168,23 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]
     yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub_rows(name: str, how: DataOptions | None) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
 
+    config, folder, split = (how.dataset_config, how.dataset_data_dir, how.dataset_split) if how else (None, None, "train")
     try:
-        data = load_dataset(name, split=split)
+        data = load_dataset(name, config, data_dir=folder, split=split)
     except Exception as error:  # whatever the hub, the network or the data set's own files give rise to
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"'{name}' is no file here, and the hub gave no data set of that name: {first}") from error
     yield from ((f"{name} row {i}", dict(row)) for i, row in enumerate(data, 1))
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The columns that are mapped, and no others; all of them where none is."""
+    if missing := [column for column in columns.values() if column not in row]:
+        raise DataError(f"{source}: there is no column '{missing[0]}', which --columns names; it has: {', '.join(row)}")
+    return {field: row[column] for field, column in columns.items()} if columns else row
 
 
 def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
@@ -129,6 +198,8 @@ def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
             raise DataError(f"{source}: 'messages' must be a conversation that ends with the assistant's answer")
         _check_messages(messages, "messages", source)
         return Record(messages[:-1], messages[-1:], None, source)
+    if all(row.get(name) is not None for name in ("chosen", "rejected")) and row.get("prompt") is None:
+        row = {**row, **_implicit(row, source)}
     prompt = _text_or_chat(row, "prompt", source)
     if not prompt:
         raise DataError(f"{source}: 'prompt' is empty")
@@ -139,6 +210,19 @@ def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
     if rejected is None and need == "rejected":
         raise DataError(f"{source}: 'rejected' is missing, which this objective needs; it has: {', '.join(row)}")
     return Record(prompt, chosen, rejected, source)
+
+
+def _implicit(row: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`prompt`, `chosen` and `rejected` of a pair whose answers both begin with the prompt."""
+    chosen, rejected = (_text_or_chat(row, name, source) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise DataError(f"{source}: 'chosen' and 'rejected' must both be texts, or both messages")
+    prompt = implicit_prompt(chosen, rejected)
+    if not prompt:
+        raise DataError(
+            f"{source}: 'prompt' is missing, and 'chosen' and 'rejected' do not begin alike; it has: {', '.join(row)}"
+        )
+    return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
 
 
 def _answer(row: Mapping[str, Any], name: str, prompt: Any, source: str) -> Any:

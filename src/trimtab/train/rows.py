@@ -5,7 +5,7 @@ others: the *tail*. A row is rebuilt by spreading the tail evenly, so rebuilt ro
 takes exact ones, and what is lost is only how the tail was spread. (Without the tail bucket, training is ruined: RAM.md.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from trimtab.decode.scoring import completion_rows
 from trimtab.models.base import LanguageModel
 from trimtab.train.examples import Example
 
-__all__ = ["CachedRows", "Compressed", "ModelRows", "RowSource", "compress"]
+__all__ = ["BATCH", "CachedRows", "Compressed", "ModelRows", "RowSource", "compress", "compress_each"]
 
 BATCH = 16
 """Examples in a forward pass."""
@@ -101,16 +101,25 @@ class ModelRows:
             batch = order[start : start + BATCH]
             pairs = [(examples[i].prompt, examples[i].chosen) for i in batch]
             for (rows,), tokens, counts in completion_rows([self._model], pairs):
-                rows = warp(rows, Warp(temperature))
-                compressed = compress(rows, tokens, top_k)
-                for slot, count in enumerate(counts):
-                    parts[batch[slot]].append(CachedRows(*(column[slot, :count].cpu() for column in compressed)))
-                    rebuilt = CachedRows(*(column[slot, :count] for column in compressed)).rebuild(rows.shape[-1])
-                    exact = rows[slot, :count]
-                    losses.append((exact.exp() * torch.where(exact.isneginf(), 0.0, exact - rebuilt)).sum(-1).double().cpu())
+                for slot, (kept, loss) in enumerate(compress_each(rows, tokens, counts, top_k, temperature)):
+                    parts[batch[slot]].append(kept)
+                    losses.append(loss)
         error = torch.cat(losses).clamp(min=0)
         whole = [CachedRows(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
         return Compressed(whole, torch.stack([error.sum(), error.max()]))
+
+
+def compress_each(
+    rows: Tensor, tokens: Tensor, counts: Sequence[int], top_k: int, temperature: float
+) -> Iterator[tuple[CachedRows, Tensor]]:
+    """For each of B completions: its first `counts` rows of `[B, T, V]`, compressed, and what each loses `[count]`."""
+    rows = warp(rows, Warp(temperature))
+    compressed = compress(rows, tokens, top_k)
+    for slot, count in enumerate(counts):
+        kept = CachedRows(*(column[slot, :count] for column in compressed))
+        exact, rebuilt = rows[slot, :count], kept.rebuild(rows.shape[-1])
+        loss = (exact.exp() * torch.where(exact.isneginf(), 0.0, exact - rebuilt)).sum(-1).double()
+        yield CachedRows(*(column.cpu() for column in kept)), loss.cpu()
 
 
 def compress(rows: Tensor, tokens: Tensor, top_k: int) -> CachedRows:

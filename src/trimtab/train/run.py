@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -31,15 +31,29 @@ from trimtab.train.examples import Example, encode_records, fingerprint_examples
 from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
-from trimtab.train.records import read_records
+from trimtab.train.records import Record, read_records
 from trimtab.train.rows import RowSource
 from trimtab.train.start import add_lora, zero_output_layer
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
-__all__ = ["OWNED", "train"]
+__all__ = [
+    "DEFAULTS",
+    "OWNED",
+    "open_tokenizer",
+    "parts_to_cache",
+    "prepare_model",
+    "read_chat_template",
+    "read_examples",
+    "read_parts",
+    "refuse_foreign",
+    "train",
+    "training_arguments",
+]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOCK = ".run.lock"
 
@@ -77,7 +91,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     output = Path(options.output_dir)
     with contextlib.ExitStack() as stack:
         if PartialState().is_main_process:
-            _refuse_foreign(output, options.overwrite_output_dir)
+            refuse_foreign(output, options.overwrite_output_dir)
             stack.enter_context(only_writer(output / LOCK))
         stack.enter_context(named_errors(output))
         return _train(options, output)
@@ -85,13 +99,13 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
 def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     started = time.monotonic()
-    arguments = _training_arguments(options)
-    tokenizer = load_tokenizer(options.proposal)
+    arguments = training_arguments(options)
+    tokenizer = open_tokenizer(options, options.proposal)
     check_same_vocabulary(tokenizer, load_tokenizer(options.aligner), options.aligner)
     model = load_model(options.aligner, dtype=torch.float32, device="cpu")
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
-    examples, development = _examples(options, tokenizer, proposal.eos_token_ids, context)
+    examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     with PartialState().main_process_first():
@@ -106,7 +120,7 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         options,
         vocabulary_size(tokenizer),
         sum(len(example.chosen) for example in examples) / len(examples),
-        model=_prepare(model, options, arguments.seed),
+        model=prepare_model(model, options, arguments.seed),
         args=arguments,
         train_dataset=ExampleDataset(examples, caches.get("train")),
         eval_dataset=ExampleDataset(development, caches["dev"]),
@@ -135,7 +149,31 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     return report
 
 
-def _training_arguments(options: TrainOptions) -> TrainingArguments:
+def open_tokenizer(options: TrainOptions, source: str) -> Any:
+    """The proposal's tokenizer, with the chat template that was asked for."""
+    template = read_chat_template(options)
+    tokenizer = load_tokenizer(source)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_chat_template(options: TrainOptions) -> str | None:
+    """The chat template that was asked for; None if none was."""
+    if options.chat_template_path is None:
+        return None
+    try:
+        return Path(options.chat_template_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidOption(f"chat_template_path: {error}") from error
+
+
+def training_arguments(options: TrainOptions) -> TrainingArguments:
+    """The options that are transformers' own, over our defaults.
+
+    Raises:
+        InvalidOption: one that a run sets itself, or a value that transformers refuses.
+    """
     if owned := OWNED & set(options.training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
     settings = DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | options.training
@@ -146,30 +184,39 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
 
 
-def _examples(
-    options: TrainOptions, tokenizer: Any, eos_token_ids: tuple[int, ...], context: int
-) -> tuple[list[Example], list[Example]]:
-    """Training and development examples."""
-    pairs = options.objective == "preference" or (options.objective == "ram" and options.alpha > 0)
-    need = "rejected" if pairs else "chosen"
-    records = read_records(options.dataset, need=need, split=options.dataset_split)
+def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
+    """Training and development records."""
+    need = "rejected" if options.needs_pairs else "chosen"
+    records = read_records(options.dataset, need=need, how=options, limit=options.max_examples)
     if options.eval_dataset is None:
         records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
     else:
-        kept = read_records(options.eval_dataset, need=need, split=options.dataset_split)
+        kept = read_records(options.eval_dataset, need=need, how=options)
+    return records, kept
+
+
+def read_examples(
+    options: TrainOptions, tokenizer: Any, eos_token_ids: tuple[int, ...], context: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and development examples."""
+    records, kept = read_parts(options)
     max_length = min(options.max_length, context)
     train_examples = encode_records(records, tokenizer, eos_token_ids, max_length)
     return train_examples, encode_records(kept, tokenizer, eos_token_ids, max_length)
 
 
+def parts_to_cache(options: TrainOptions, examples: T, development: T) -> dict[str, T]:
+    """Whose rows are needed: development's for the diagnostics and the weight, training's where the loss needs them."""
+    return {"dev": development} | ({"train": examples} if options.objective == "likelihood" else {})
+
+
 def _caches(
     options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example]
 ) -> dict[str, ProposalCache]:
-    """Cached rows for development, which the diagnostics and the weight need, and for training where the loss does."""
+    """The cached rows of every part that has them."""
     folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
-    wanted = {"dev": development} | ({"train": examples} if options.objective == "likelihood" else {})
     caches = {}
-    for name, items in wanted.items():
+    for name, items in parts_to_cache(options, examples, development).items():
         caches[name] = ProposalCache.build(
             folder / name,
             rows,
@@ -189,7 +236,8 @@ def _caches(
 def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
     ignored = {"output_dir", "overwrite_output_dir", "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
-    described = {key: value for key, value in dataclasses.asdict(options).items() if key not in ignored}
+    names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
+    described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
     reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
     training = {key: value for key, value in options.training.items() if not any(word in key for word in reporting)}
     described |= {"training": training, "seed": arguments.seed, "data": data}
@@ -217,7 +265,7 @@ def _foreign(output: Path) -> list[str]:
     return sorted(item.name for item in output.iterdir() if item.name not in ours) if output.is_dir() else []
 
 
-def _refuse_foreign(output: Path, overwrite: bool) -> None:
+def refuse_foreign(output: Path, overwrite: bool) -> None:
     """Before anything is written: refuse a folder that holds something, but no run."""
     if output.exists() and not output.is_dir():
         raise InvalidOption(f"output_dir: {output} is a file; name a folder")
@@ -266,7 +314,7 @@ def _last_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def _prepare(model: Any, options: TrainOptions, seed: int) -> Any:
+def prepare_model(model: Any, options: TrainOptions, seed: int) -> Any:
     """The aligner as it starts."""
     if options.starts_uniform:
         logger.info("the output layer starts at zero: the aligned model starts at the proposal")

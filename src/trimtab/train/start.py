@@ -16,12 +16,13 @@ def zero_output_layer(model: Any) -> None:
     The aligned model then *is* the proposal, and training moves it away from there.
     """
     old = model.get_output_embeddings()
-    new = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, dtype=old.weight.dtype)
+    like = {"dtype": old.weight.dtype, "device": old.weight.device}
+    new = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, **like)
     torch.nn.init.zeros_(new.weight)
     if new.bias is not None:
         torch.nn.init.zeros_(new.bias)
     model.config.tie_word_embeddings = False
-    model.set_output_embeddings(new.to(old.weight.device))
+    model.set_output_embeddings(new)
 
 
 def add_lora(model: Any, options: TrainOptions, seed: int) -> Any:

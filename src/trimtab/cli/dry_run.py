@@ -1,0 +1,78 @@
+"""`--dry_run`: flags that several commands share, and the words for bytes and times."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.cli.options import UsageError, option
+
+__all__ = ["DryRunOptions", "check_expected", "describe_model", "in_bytes", "in_time", "model_weights"]
+
+
+@dataclass(frozen=True)
+class DryRunOptions:
+    """Check and estimate, and do nothing else; the others say what is not there yet."""
+
+    dry_run: bool = option(False, "check everything and say what the run will take; reads no weights and writes nothing")
+    expected_proposal: str | None = option(
+        None, "for --dry_run, where an earlier command will make --proposal: a model of its shape", metavar="P"
+    )
+    expected_examples: int | None = option(None, "for --dry_run, where --dataset is not at hand: how many records it has")
+
+
+def check_expected(options: DryRunOptions) -> None:
+    """Refuse a number of records that no data set has."""
+    if options.expected_examples is not None and options.expected_examples < 2:
+        raise UsageError(f"--expected_examples must be at least 2, not {options.expected_examples}")
+
+
+def in_bytes(count: float | None) -> str:
+    """As people read it, in powers of ten."""
+    if count is None:
+        return "not known"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def in_time(seconds: float | None) -> str:
+    """As people read it."""
+    if seconds is None:
+        return "not known"
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def model_weights(name: str, expected: str | None, dtype: str) -> dict[str, Any]:
+    """What a model is and what its weights take, from its configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.models.huggingface import check_supported
+    from trimtab.models.loading import loading_arguments
+    from trimtab.models.shapes import find_config
+
+    loading_arguments(dtype, "cpu", None)
+    found = find_config(name, expected)
+    check_supported(found.config)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(found.config).parameters())
+    own = getattr(found.config, "dtype", None) or torch.float32
+    named = own if dtype == "auto" else dtype
+    loaded = getattr(torch, named) if isinstance(named, str) else named
+    return {
+        "name": name,
+        "shape_of": found.source,
+        "shape_from": found.origin,
+        "parameters": parameters,
+        "dtype": str(loaded).removeprefix("torch."),
+        "weights": parameters * loaded.itemsize,
+    }
+
+
+def describe_model(model: dict[str, Any]) -> str:
+    """One line about a model."""
+    like = "" if model["shape_of"] == model["name"] else f", like {model['shape_of']}"
+    return f"{model['name']}{like} (shape from {model['shape_from']})"

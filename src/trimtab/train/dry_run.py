@@ -1,0 +1,315 @@
+"""What a training run will take, before it starts: no weights are read, and nothing is written.
+
+Options, configurations, tokenizers and data are checked by the code that the run goes through, as far as they are at hand.
+What is not is said; figures that depend on it are left out (None), or are for the longest batch that `max_length` allows.
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainingArguments
+
+from trimtab.errors import UnsupportedModel, VocabularyMismatch
+from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
+from trimtab.models.huggingface import check_supported
+from trimtab.models.loading import pick_device
+from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
+from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
+from trimtab.train.cache import bytes_per_token, shard_bytes
+from trimtab.train.examples import Example, encode_records
+from trimtab.train.options import TrainOptions
+from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
+from trimtab.train.rehearsal import Rehearsal
+from trimtab.train.rehearse_caching import rehearse_caching
+from trimtab.train.run import (
+    open_tokenizer,
+    parts_to_cache,
+    read_chat_template,
+    read_parts,
+    refuse_foreign,
+    training_arguments,
+)
+
+__all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
+
+SAMPLED = 4
+"""Batches that stand for all where operations are counted."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the user knows of things that are not there yet.
+
+    Attributes:
+        proposal, aligner: models of the same shape, for folders that an earlier command will make.
+        examples: how many records the data will have.
+        tflops: what the device does in a second, instead of a measurement.
+    """
+
+    proposal: str | None = None
+    aligner: str | None = None
+    examples: int | None = None
+    tflops: float | None = None
+
+
+class _Data(NamedTuple):
+    """Training and development examples, or how many there will be."""
+
+    examples: list[Example] | None
+    development: list[Example] | None
+    counts: tuple[int, int] | None
+    why: str | None
+    """Why the examples are not known."""
+
+
+def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
+    """Check a run and say what it will take: bytes, steps, floating-point operations and seconds, for one process.
+
+    Raises:
+        TrimtabError: what the run itself would raise, as far as it can be known.
+    """
+    if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
+        options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with tempfile.TemporaryDirectory() as scratch, _alone():  # the trainer wants a folder; the run's own stays as it is
+        arguments = training_arguments(options)
+        refuse_foreign(Path(options.output_dir), options.overwrite_output_dir)
+        arguments.output_dir = scratch
+        return _estimate(options, expected, arguments, processes)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the other processes of a launch: one is looked at, and waiting for the rest would only take time."""
+    hidden = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
+    proposal = find_config(options.proposal, expected.proposal)
+    aligner = find_config(options.aligner, expected.aligner)
+    for found in (proposal, aligner):
+        check_supported(found.config)
+    tokenizer, vocab_size = _vocabulary(options, proposal, aligner)
+    context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
+    longest = min(options.max_length, aligner.config.max_position_embeddings, context)
+    data = _data(options, expected, tokenizer, proposal, longest)
+    of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_pairs else [])
+    examples = data.examples or [of_one]
+    development = data.development or [of_one]
+    mean_length = sum(len(example.chosen) for example in examples) / len(examples)
+
+    rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length)
+    parameters = rehearsal.parameters
+    batch_size = arguments.train_batch_size
+    step = rehearsal.step(_longest(examples, batch_size, pad=data.examples is None))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    evaluating = rehearsal.evaluation(_longest(development, arguments.eval_batch_size, pad=data.development is None))
+    training = weights + step.batch + step.peak
+    report: dict[str, Any] = {
+        "dry_run": True,
+        "device": str(arguments.device),
+        "accelerator": torch.accelerator.is_available(),
+        "hardware": describe_hardware(),
+        "processes": processes,
+        "proposal": _describe(options.proposal, proposal, None),
+        "aligner": _describe(options.aligner, aligner, parameters),
+        "vocabulary": {"tokens": vocab_size, "checked": tokenizer is not None},
+        "data": {
+            "at_hand": data.why is None,
+            "why_not": data.why,
+            "examples": data.counts and data.counts[0],
+            "development": data.counts and data.counts[1],
+            "tokens": sum(len(e.chosen) for e in data.examples) if data.examples else None,
+            "longest": max(map(_length, examples)),
+        },
+        "memory": {
+            "weights": weights,
+            "gradients": step.gradients,
+            "optimizer": step.optimizer,
+            "batch": step.batch,
+            "passing": step.peak - step.gradients - step.optimizer,
+            "total": training,
+            "saved_for_backward": step.saved,
+            "rows_at_peak": step.wide_at_peak,
+            "rebuilt_rows": step.rebuilt,
+            "activation_checkpointing": bool(arguments.activation_checkpointing),
+            "total_if_checkpointing_were_otherwise": weights + step.batch + step.peak_otherwise,
+            "evaluation": weights + step.optimizer + evaluating,
+            "free": free_memory(arguments.device),
+        },
+    }
+    report |= _steps(rehearsal, arguments, data, processes)
+    caching = None if options.proposal_endpoint else _caching(options, proposal, vocab_size, examples, development)
+    report["caching"] = caching
+    report["cache"] = _cache(options, data, vocab_size)
+    per_batch = _flops(rehearsal, examples, batch_size)
+    report |= _work(options, expected, arguments, data, per_batch, report["micro_batches"], caching)
+    return report
+
+
+def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig) -> tuple[Any, int]:
+    """The proposal's tokenizer, if both are at hand and agree, and V."""
+    read_chat_template(options)
+    here = [is_here(found.source, "tokenizer_config.json") for found in (proposal, aligner)]
+    tokenizer = open_tokenizer(options, proposal.source) if here[0] else None
+    if tokenizer is not None and here[1]:
+        check_same_vocabulary(tokenizer, open_tokenizer(options, aligner.source), options.aligner)
+    known = {found.source: SHAPES[found.source].tokens for found in (proposal, aligner) if found.source in SHAPES}
+    if len(set(known.values())) > 1:
+        counts = " and ".join(f"{name} has {tokens} tokens" for name, tokens in known.items())
+        raise VocabularyMismatch(f"the aligner '{options.aligner}' does not share the proposal's vocabulary: {counts}")
+    columns = min(found.config.vocab_size for found in (proposal, aligner))
+    size = vocabulary_size(tokenizer) if tokenizer is not None else next(iter(known.values()), columns)
+    if columns < size:
+        raise UnsupportedModel(f"a model has {columns} output columns, but the tokenizer {size} tokens: resize its embeddings")
+    return tokenizer, size
+
+
+def why_not_at_hand(dataset: str) -> str | None:
+    """Why a data set cannot be read without the network; None if it can."""
+    if Path(dataset).expanduser().exists():
+        return None
+    if is_local(dataset):
+        return f"there is no file {dataset} yet"
+    return None if is_cached(dataset) else f"{dataset} is not in this machine's cache of data sets"
+
+
+def count_records(dataset: str, how: DataOptions, limit: int | None, expected: int | None) -> dict[str, Any]:
+    """Whether a data set of prompts is at hand, and how many records it has or is expected to have."""
+    parse_columns(how.columns)
+    why = why_not_at_hand(dataset)
+    if why is None:
+        return {"at_hand": True, "why_not": None, "examples": len(read_records(dataset, need="prompt", how=how, limit=limit))}
+    counted = expected if expected is None or limit is None else min(expected, limit)
+    return {"at_hand": False, "why_not": why, "examples": counted}
+
+
+def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: FoundConfig, longest: int) -> _Data:
+    """The examples, if data and tokenizer are at hand; otherwise their number, if that is known."""
+    missing = [why for name in (options.dataset, options.eval_dataset) if name and (why := why_not_at_hand(name))]
+    if missing:
+        return _Data(None, None, _counts(options, expected.examples), missing[0])
+    records, kept = read_parts(options)
+    if tokenizer is None:
+        return _Data(None, None, (len(records), len(kept)), f"the tokenizer of {options.proposal} is not on this machine")
+    ends = find_eos_token_ids(proposal, tokenizer)
+    examples, development = (encode_records(part, tokenizer, ends, longest) for part in (records, kept))
+    return _Data(examples, development, (len(examples), len(development)), None)
+
+
+def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | None:
+    """Of training and development, if every record has a prompt of its own."""
+    if records is None:
+        return None
+    records = min(records, options.max_examples or records)
+    kept = max(1, round(options.dev_fraction * records)) if options.eval_dataset is None else 0
+    return records - kept, kept
+
+
+def _longest(examples: Sequence[Example], count: int, *, pad: bool) -> list[Example]:
+    """A batch of the longest examples; with `pad`, of one that stands for all."""
+    if pad:
+        return [examples[0]] * count
+    return sorted(examples, key=_length, reverse=True)[:count]
+
+
+def _length(example: Example) -> int:
+    return len(example.prompt) + max(len(example.chosen), len(example.rejected))
+
+
+def _describe(name: str, found: FoundConfig, parameters: Sequence[torch.Tensor] | None) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": name, "shape_of": found.source, "shape_from": found.origin}
+    if parameters is not None:
+        described["parameters"] = sum(parameter.numel() for parameter in parameters)
+        described["trainable"] = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return described
+
+
+def _steps(rehearsal: Rehearsal, arguments: TrainingArguments, data: _Data, processes: int) -> dict[str, Any]:
+    accumulation = arguments.gradient_accumulation_steps
+    batch = arguments.train_batch_size * accumulation * processes
+    if data.counts is None and arguments.max_steps <= 0:
+        return {"steps": None, "micro_batches": None, "batch": batch}
+    steps, micro = rehearsal.steps(data.counts[0] if data.counts else batch, processes)
+    return {"steps": steps, "micro_batches": micro, "batch": batch}
+
+
+def _dtype(options: TrainOptions, proposal: FoundConfig) -> torch.dtype:
+    """The dtype that the proposal is loaded in."""
+    named = options.dtype if options.dtype != "auto" else getattr(proposal.config, "dtype", None) or torch.float32
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
+def _caching(
+    options: TrainOptions,
+    proposal: FoundConfig,
+    vocab_size: int,
+    examples: Sequence[Example],
+    development: Sequence[Example],
+) -> dict[str, Any]:
+    """Memory and operations of the pass over the data."""
+    device = pick_device(None if options.device == "auto" else options.device)
+    dtype = _dtype(options, proposal)
+    top_k = min(options.cache_top_k or vocab_size, vocab_size)
+    longest = max(map(_length, (*examples, *development)))
+    sample = examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED]
+    temperature = options.proposal_temperature
+    found = rehearse_caching(proposal.config, dtype, device, vocab_size, top_k, temperature, longest, sample)
+    total = found.weights + found.keys_and_values + found.passing
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **found._asdict(), "total": total}
+
+
+def _cache(options: TrainOptions, data: _Data, vocab_size: int) -> dict[str, Any]:
+    """What the cached rows take on disk."""
+    top_k = min(options.cache_top_k or vocab_size, vocab_size)
+    size, tokens = None, None
+    if data.examples is not None and data.development is not None:
+        parts = parts_to_cache(options, data.examples, data.development).values()
+        lengths = [[len(example.chosen) for example in part] for part in parts]
+        size, tokens = sum(sum(shard_bytes(part, top_k)) for part in lengths), sum(map(sum, lengths))
+    return {"bytes_per_token": bytes_per_token(top_k), "tokens": tokens, "bytes": size}
+
+
+def _flops(rehearsal: Rehearsal, examples: Sequence[Example], size: int) -> float:
+    """Of a micro-batch, the mean of a few that are spread over the data."""
+    count = min(SAMPLED, max(1, len(examples) // size))
+    starts = range(0, count * (len(examples) // count), len(examples) // count)
+    batches = [[examples[(start + i) % len(examples)] for i in range(size)] for start in starts]
+    return sum(map(rehearsal.flops, batches)) / count
+
+
+def _work(
+    options: TrainOptions,
+    expected: Expected,
+    arguments: TrainingArguments,
+    data: _Data,
+    per_batch: float,
+    micro_batches: int | None,
+    caching: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Floating-point operations, and the least time for them: of the training and of the caching pass, for this process."""
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    flops: dict[str, Any] = {"micro_batch": per_batch, "at_most": data.examples is None}
+    flops["training"] = per_batch * micro_batches if micro_batches is not None else None
+    passes = {"training": (arguments.device, half)}
+    if caching is not None:
+        parts = parts_to_cache(options, *(data.counts or (0, 0)))
+        flops["caching"] = caching["flops"] * sum(parts.values()) if data.counts else None
+        passes["caching"] = (torch.device(caching["device"]), getattr(torch, caching["dtype"]))
+    rates = {
+        name: measure_matmul_rate(*where) if expected.tflops is None else expected.tflops * 1e12
+        for name, where in passes.items()
+    }
+    seconds = {name: flops[name] / rate if flops[name] is not None else None for name, rate in rates.items()}
+    return {"flops": flops, "rate": {"assumed": expected.tflops is not None, **rates}, "seconds": seconds}

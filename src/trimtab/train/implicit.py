@@ -1,0 +1,34 @@
+"""Pairs of answers without a prompt of their own: both begin with it, and this finds where it ends."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+__all__ = ["implicit_prompt"]
+
+TURN = "\n\nAssistant:"
+"""What precedes an answer in Anthropic's transcripts."""
+
+T = TypeVar("T", str, list[Any])
+
+
+def implicit_prompt(chosen: T, rejected: T) -> T:
+    """The prompt that a wanted and an unwanted answer share: two texts, or two lists of messages. It may be empty.
+
+    Of messages it is all that are alike, and no more than leaves each side one. Of texts it is the longest common beginning,
+    cut after the last turn of a transcript (answers may begin with the same words); in other texts without a space at its end,
+    as TRL's `extract_prompt` does.
+    """
+    length = _common(chosen, rejected)
+    if not isinstance(chosen, str):
+        return chosen[: min(length, len(chosen) - 1, len(rejected) - 1)]
+    shared = chosen[:length]
+    turn = shared.rfind(TURN)
+    if turn >= 0:
+        return shared[: turn + len(TURN)]
+    return shared[:-1] if shared.endswith(" ") else shared
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements are alike from the beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,0 +1,214 @@
+"""A training step on a model without weights: what it takes of memory and arithmetic.
+
+The model is made from its configuration, of torch's fake tensors, and the trainer takes its own step on it: the loss, the
+autocast, the checkpointing and the optimizer are those of the run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from trimtab.errors import InvalidOption
+from trimtab.train.batches import cached_rows, collate
+from trimtab.train.diagnostics import measure
+from trimtab.train.examples import Example
+from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.options import TrainOptions
+from trimtab.train.rows import CachedRows
+from trimtab.train.run import prepare_model
+from trimtab.train.trainer import AlignerTrainer
+
+__all__ = ["Rehearsal", "Step"]
+
+
+class Step(NamedTuple):
+    """What a step takes, in bytes."""
+
+    batch: int
+    """The micro-batch, with its compressed rows."""
+    saved: int
+    """What the forward pass leaves for the backward pass."""
+    peak: int
+    """The most there is at any time beyond weights and batch: gradients, optimizer state, and all that is passing."""
+    peak_otherwise: int
+    """The same with checkpointed activations, if they are not, or without."""
+    wide_at_peak: int
+    """Of `peak`, tensors as wide as the vocabulary."""
+    gradients: int
+    optimizer: int
+    rebuilt: int
+    """The proposal's rows `[N, V]`, rebuilt from the cache; 0 where the objective needs none."""
+
+
+class Rehearsal:
+    """An aligner without weights, in the hands of the trainer.
+
+    Args:
+        options: of the run.
+        arguments: transformers' part of them; `output_dir` must be a folder that may be written to.
+        config: the aligner's configuration.
+        vocab_size: V.
+        mean_length: mean number of tokens in the training answers.
+    """
+
+    def __init__(
+        self, options: TrainOptions, arguments: TrainingArguments, config: Any, vocab_size: int, mean_length: float
+    ) -> None:
+        self._options, self._arguments, self._vocab_size = options, arguments, vocab_size
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = prepare_model(model, options, arguments.seed)
+        with self._making():
+            _give_devices(model)
+            model.to = lambda *args, **kwargs: model  # it was made where it belongs, and torch cannot move it
+            self.trainer = AlignerTrainer(
+                options,
+                vocab_size,
+                mean_length,
+                model=model,
+                args=arguments,
+                train_dataset=_Counted(1),
+                eval_dataset=_Counted(1),
+                data_collator=collate,
+            )
+            self.trainer.create_optimizer()
+            self.trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
+            self.model = self.trainer.accelerator.prepare_model(self.trainer.model, evaluation_mode=True)  # unwrapped by DDP
+        self._columns = self.model.get_output_embeddings().weight.shape[0]
+        self.checkpoint(bool(arguments.activation_checkpointing))
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute activations in the backward pass, or keep them."""
+        self._checkpointing = on
+        if on:
+            self.trainer.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=self._arguments.activation_checkpointing_kwargs
+            )
+        else:
+            self.trainer.model.activation_checkpointing_disable()
+            self.trainer.model.disable_input_require_grads()  # which checkpointing turns on for adapters, and leaves on
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The aligner's, frozen ones too."""
+        return list(self.model.parameters())
+
+    def steps(self, examples: int, processes: int) -> tuple[int, int]:
+        """Optimizer steps of a run over so many examples, and the micro-batches of one of the `processes` that share it."""
+        self.trainer.train_dataset = _Counted(-(-examples // processes))
+        loader = self.trainer.get_train_dataloader()
+        _, updates, _, _, _, batches, steps = self.trainer.set_initial_training_values(self._arguments, loader)
+        return int(steps), round(steps / updates * batches)
+
+    def step(self, examples: Sequence[Example]) -> Step:
+        """Take two optimizer steps on a micro-batch: the second finds gradients, if it adds to some, and optimizer state."""
+        lengths = collate([(example, None) for example in examples])
+        with self._making(), Ledger((self._vocab_size, self._columns)) as ledger:
+            batch = self._batch(lengths)
+            held = ledger.live
+            loss = self.trainer.compute_loss(self.model.train(), batch)
+            saved = ledger.live - held
+            self.trainer.accelerator.backward(loss)
+            del loss
+            gradients = nbytes([parameter.grad for parameter in self.parameters])
+            self._update()
+            optimizer = nbytes([list(state.values()) for state in self.trainer.optimizer.state.values()])
+            ledger.forget_peak()
+            self._step(batch)
+            peak, wide = ledger.peak, ledger.wide_at_peak
+            self.checkpoint(not self._checkpointing)
+            ledger.forget_peak()
+            self._step(batch)
+            self.checkpoint(not self._checkpointing)
+            self.model.zero_grad()
+            self.trainer.optimizer.state.clear()
+        rows = len(batch["chosen_tokens"])
+        rebuilt = 4 * rows * self._vocab_size if "proposal_ids" in batch else 0
+        return Step(held, saved, peak - held, ledger.peak - held, wide, gradients, optimizer, rebuilt)
+
+    def _step(self, batch: dict[str, Tensor]) -> None:
+        if self._arguments.gradient_accumulation_steps == 1:
+            self.model.zero_grad()
+        self.trainer.training_step(self.model, batch)
+        self._update()
+
+    def flops(self, examples: Sequence[Example]) -> int:
+        """Of one micro-batch, forwards and backwards."""
+        lengths = collate([(example, None) for example in examples])
+        with self._making(), count_flops() as flops:
+            self.trainer.training_step(self.model, self._batch(lengths))
+            self.model.zero_grad()
+            return int(flops())
+
+    def evaluation(self, examples: Sequence[Example]) -> int:
+        """The most bytes there are beyond weights, gradients and optimizer while a development batch is looked at."""
+        rule, weight = self._options.parsed_rule, self._options.starting_weight
+        lengths = collate([(example, None) for example in examples])
+        with self._making(), torch.no_grad(), Ledger() as ledger:
+            batch = self._batch(lengths, rows=True)
+            logq = self.trainer._rows(self.model.eval(), batch, "chosen")
+            measure(rule, cached_rows(batch, self._vocab_size), logq, weight, batch["chosen_tokens"], 0.95)
+        return int(ledger.peak)
+
+    @property
+    def _kept(self) -> int:
+        return min(self._options.cache_top_k or self._vocab_size, self._vocab_size)
+
+    def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:
+        """A batch of these shapes, with the proposal's rows where the loss or `rows` want them."""
+        batch = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in lengths.items()}
+        if rows or self._options.objective == "likelihood":
+            n = len(batch["chosen_tokens"])
+            blank = CachedRows(
+                torch.empty(n, self._kept, dtype=torch.int32),
+                torch.empty(n, self._kept),
+                torch.empty(n, dtype=torch.int32),
+                torch.empty(n),
+                torch.empty(n),
+            )
+            batch |= {f"proposal_{name}": value for name, value in blank._asdict().items()}
+        return batch
+
+    def _update(self) -> None:
+        try:
+            self.trainer.optimizer.step()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            name = self._arguments.optim
+            raise InvalidOption(
+                f"optim: '{name}' cannot be tried without weights, so --dry_run cannot tell its size: {error}"
+            ) from error
+
+    @contextmanager
+    def _making(self, device: torch.device | None = None) -> Iterator[None]:
+        """Tensors that are made here have no values. They are on the trainer's device, or on the one that is named."""
+        with self._mode, torch.device(device or self._arguments.device):
+            yield
+
+
+def _give_devices(model: Any) -> None:
+    """Turn the meta tensors of a module into fake ones on the default device; those that are shared stay shared."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+                module._parameters[name] = known.setdefault(id(parameter), made)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _Counted(torch.utils.data.Dataset[Any]):
+    """So many examples that nobody has seen yet."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count

@@ -1,0 +1,77 @@
+"""A piece of the caching pass on a proposal without weights: what it takes of memory and arithmetic."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from trimtab.core.logprobs import row_from_logits
+from trimtab.decode.prefill import CHUNK
+from trimtab.decode.scoring import ROW_BUDGET
+from trimtab.train.examples import Example
+from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.rows import BATCH, compress_each
+
+__all__ = ["Caching", "rehearse_caching"]
+
+
+class Caching(NamedTuple):
+    """What the proposal takes while its rows are cached, in bytes."""
+
+    parameters: int
+    weights: int
+    keys_and_values: int
+    passing: int
+    """Activations and rows of the vocabulary, at most; of the stock forward pass."""
+    flops: float
+    """Floating-point operations of an example."""
+
+
+def rehearse_caching(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocab_size: int,
+    top_k: int,
+    temperature: float,
+    longest: int,
+    examples: Sequence[Example],
+) -> Caching:
+    """The pieces in which `ModelRows` takes a batch: a part of the prompts, and rows of a part of the answers.
+
+    Args:
+        config: the proposal's.
+        dtype: what it is loaded in.
+        device: where.
+        vocab_size: V.
+        top_k: entries kept of a row.
+        temperature: of the rows.
+        longest: tokens of the longest example.
+        examples: some that stand for all where operations are counted.
+    """
+    width = min(max(1, ROW_BUDGET // (BATCH * vocab_size)), longest)
+    with FakeTensorMode(), torch.device(device), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        parameters = list(model.parameters())
+        with Ledger() as prefill:
+            _logits(model, BATCH, min(CHUNK, longest), 1)
+        with Ledger() as scoring:
+            rows = row_from_logits(_logits(model, BATCH, width, width), vocab_size)
+            tokens = torch.empty(BATCH, width, dtype=torch.long)
+            list(compress_each(rows, tokens, [width] * BATCH, top_k, temperature))
+        with count_flops() as flops:
+            for example in examples:
+                _logits(model, 1, len(example.prompt) + len(example.chosen) - 1, len(example.chosen))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize * BATCH * longest
+    passing = max(prefill.peak, scoring.peak)
+    return Caching(sum(map(Tensor.numel, parameters)), nbytes(parameters), cached, passing, flops() / len(examples))
+
+
+def _logits(model: Any, batch: int, length: int, keep: int) -> Tensor:
+    logits: Tensor = model(input_ids=torch.empty(batch, length, dtype=torch.long), use_cache=False, logits_to_keep=keep).logits
+    return logits

@@ -1,0 +1,327 @@
+"""What a dry run says is what a run does: parameters, bytes, steps; and what it checks, and leaves alone."""
+
+import json
+
+import pytest
+import torch
+
+from eval_task import called
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny_task import V, make_examples, make_task, task_options, write_rows
+from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_model
+from trimtab.train.batches import ExampleDataset, collate
+from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
+from trimtab.train.dry_run import Expected, estimate
+from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.rehearsal import Rehearsal
+from trimtab.train.rows import ModelRows, compress
+from trimtab.train.run import prepare_model, train, training_arguments
+from trimtab.train.trainer import AlignerTrainer
+
+QUICK = Expected(tflops=1.0)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+# ---- bytes and operations, against a real step
+
+
+def real_trainer(options):
+    """The trainer of a run with its real model, ready to step."""
+    arguments = training_arguments(options)
+    model = prepare_model(load_model(options.aligner, dtype=torch.float32, device="cpu"), options, arguments.seed)
+    data = ExampleDataset([])
+    trainer = AlignerTrainer(options, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
+    if arguments.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()
+    return trainer, trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
+
+
+def real_batch(examples, options):
+    """A batch with rows that some model might have."""
+    rows = [torch.log_softmax(torch.zeros(len(example.chosen), V), -1) for example in examples]
+    kept = [compress(row, torch.tensor(e.chosen), options.cache_top_k or V) for row, e in zip(rows, examples, strict=True)]
+    return collate(list(zip(examples, kept if options.objective == "likelihood" else [None] * len(kept), strict=True)))
+
+
+CASES = {
+    "likelihood": ({}, {}),
+    "geometric, top-k": ({"rule": "geometric", "cache_top_k": 5}, {}),
+    "sft in bfloat16": ({"objective": "sft", "rule": "geometric"}, {"bf16": True}),
+    "ram, accumulated": ({"objective": "ram", "alpha": 0.1}, {"gradient_accumulation_steps": 4, "optim": "rmsprop"}),
+    "preference, checkpointed": ({"objective": "preference"}, {"activation_checkpointing": True}),
+    "adafactor": ({}, {"optim": "adafactor"}),
+    "sgd": ({}, {"optim": "sgd"}),
+    "lora": ({"use_peft": True, "lora_r": 4}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, name):
+    """Exactly: the same operators make tensors of the same sizes, and drop them at the same places."""
+    settings, training = CASES[name]
+    options = task_options(task, "none", training, **settings)
+    examples = [example._replace(rejected=[1, 2, 3] if options.needs_pairs else []) for example in make_examples(8)]
+    arguments = training_arguments(options)
+    arguments.output_dir = str(tmp_path)
+    rehearsal = Rehearsal(options, arguments, load_model(options.aligner, device="cpu").config, V, 3.0)
+    step = rehearsal.step(examples)
+
+    trainer, model = real_trainer(options)
+    assert [tuple(p.shape) for p in rehearsal.parameters] == [tuple(p.shape) for p in model.parameters()]
+    batch = real_batch(examples, options)
+    assert step.batch == nbytes(batch)
+    trainer.training_step(model, batch)
+    assert step.gradients == nbytes([parameter.grad for parameter in model.parameters()])
+    trainer.optimizer.step()
+    assert step.optimizer == nbytes([list(state.values()) for state in trainer.optimizer.state.values()])
+    held = step.optimizer
+    if arguments.gradient_accumulation_steps == 1:
+        model.zero_grad()
+    else:
+        held += step.gradients
+    with Ledger() as ledger:
+        trainer.training_step(model, batch)
+        trainer.optimizer.step()
+    assert step.peak == ledger.peak + held
+
+    with count_flops() as flops:
+        trainer.training_step(model, batch)
+    assert rehearsal.flops(examples) == flops()
+
+
+@pytest.mark.parametrize("objective", ["likelihood", "sft"])
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(task, tmp_path, objective):
+    """Against autograd's own account of a real step, weights and batch apart; the loss's last lines hold a little more."""
+    rule = "product" if objective == "likelihood" else "geometric"
+    options = task_options(task, "none", objective=objective, rule=rule)
+    examples = make_examples(8)
+    arguments = training_arguments(options)
+    arguments.output_dir = str(tmp_path)
+    config = load_model(options.aligner, device="cpu").config
+    step = Rehearsal(options, arguments, config, V, 3.0).step(examples)
+    trainer, model = real_trainer(options)
+    batch = real_batch(examples, options)
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
+    saved = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in known:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = trainer.compute_loss(model.train(), batch)
+    assert loss.requires_grad
+    counted = nbytes(list(saved.values()))
+    assert counted <= step.saved <= 1.1 * counted
+
+
+def test_checkpointing_takes_less_where_layers_weigh_and_is_said_beforehand(task, tmp_path):
+    peaks = {}
+    for on in (False, True):
+        options = task_options(task, "none", {"activation_checkpointing": on}, proposal=str(task / "proposal"))
+        arguments = training_arguments(options)
+        arguments.output_dir = str(tmp_path)
+        config = load_model(options.aligner, device="cpu").config
+        config.num_hidden_layers = 12
+        step = Rehearsal(options, arguments, config, V, 3.0).step(make_examples(8))
+        peaks[on] = step.peak, step.peak_otherwise
+    assert peaks[True][0] < peaks[False][0]
+    assert peaks[True] == pytest.approx(peaks[False][::-1], rel=0.01)
+
+
+def test_a_ledger_counts_storages_once_and_while_they_live():
+    weight = torch.zeros(10, 10)
+    with Ledger((10,)) as ledger:
+        one = weight.t() + 1  # a view of what was there before is nothing new
+        assert (ledger.live, ledger.wide) == (400, 400)
+        both = one[:, :3], torch.zeros(5)
+        assert (ledger.live, ledger.wide) == (420, 400)
+        del one, both
+        assert (ledger.live, ledger.peak) == (0, 420)
+
+
+# ---- a whole run
+
+
+def test_steps_and_cache_are_those_of_the_run(task):
+    """Thirty-six examples in micro-batches of 8, three at a time, over two epochs."""
+    training = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "eval_steps": 2, "save_steps": 2}
+    for name, settings in (("exact", {}), ("top", {"cache_top_k": 5}), ("sft", {"objective": "sft", "rule": "geometric"})):
+        options = task_options(task, f"whole-{name}", training, **settings)
+        told = estimate(options, QUICK)
+        assert not (task / f"whole-{name}").exists()
+        report = train(options)
+        files = list((task / f"whole-{name}").glob("proposal_cache/*/*.safetensors"))
+        assert told["cache"]["bytes"] == sum(file.stat().st_size for file in files)
+        assert told["steps"] == max(row["step"] for row in report["history"]) == 4
+        assert (told["micro_batches"], told["batch"]) == (10, 24)
+        assert (told["data"]["examples"], told["data"]["development"]) == (36, 12)
+        assert told["data"]["tokens"] == report["tokens"]
+        assert told["vocabulary"] == {"tokens": V, "checked": True}
+        saved = load_model(task / f"whole-{name}", device="cpu")
+        assert told["aligner"]["parameters"] == sum(parameter.numel() for parameter in saved.parameters())
+
+
+def test_a_cache_of_several_shards_is_told_to_the_byte(task):
+    """More than one file, and lengths whose number of digits differs."""
+    source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
+    examples = make_examples(300)
+    for k in (1, 4, V):
+        cache = ProposalCache.build(task / f"shards-{k}", source, "sha256:1", examples, top_k=k)
+        sizes = [file.stat().st_size for file in sorted((task / f"shards-{k}").glob("*.safetensors"))]
+        assert shard_bytes([len(example.chosen) for example in examples], k) == sizes
+        row = cache[0]
+        assert bytes_per_token(k) * len(row.token) == sum(column.numel() * column.element_size() for column in row)
+
+
+def test_no_weights_are_read_and_nothing_is_written(tmp_path):
+    folder = make_task(tmp_path)
+    for name in ("proposal", "start"):
+        (folder / name / "model.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    told = estimate(task_options(folder, "out"), QUICK)
+    assert told["data"]["at_hand"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_processes_share_the_steps_and_not_the_memory(task, monkeypatch):
+    training = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    alone = estimate(task_options(task, "none", training), QUICK)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shared = estimate(task_options(task, "none", training), QUICK)
+    assert (alone["steps"], alone["micro_batches"], alone["processes"]) == (6, 12, 1)
+    assert (shared["steps"], shared["micro_batches"], shared["processes"]) == (2, 4, 3)
+    assert shared["memory"]["total"] == alone["memory"]["total"]
+
+
+# ---- what is not at hand, and what is wrong
+
+
+def test_what_is_not_at_hand_is_said_and_bounded(task):
+    training = {"max_steps": -1, "num_train_epochs": 1}
+    missing = str(task / "later.jsonl")
+    told = estimate(task_options(task, "none", training, dataset=missing, max_length=32), QUICK)
+    assert told["data"] == {
+        "at_hand": False, "why_not": f"there is no file {missing} yet", "examples": None, "development": None,
+        "tokens": None, "longest": 32,
+    }  # fmt: skip
+    assert (told["steps"], told["cache"]["bytes"], told["seconds"]["training"]) == (None, None, None)
+    known = estimate(task_options(task, "none", training, dataset=missing, max_length=32), Expected(examples=80, tflops=2.0))
+    assert (known["data"]["examples"], known["steps"]) == (60, 8)
+    assert known["seconds"]["training"] == known["flops"]["training"] / 2e12 == known["flops"]["micro_batch"] * 8 / 2e12
+    real = estimate(task_options(task, "none", training), QUICK)
+    assert real["memory"]["total"] < known["memory"]["total"]
+    assert real["flops"]["micro_batch"] < known["flops"]["micro_batch"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"proposal": "{}/nowhere"}, ModelError, "does not exist"),
+        ({"aligner": "{}/other"}, VocabularyMismatch, "does not share the proposal's vocabulary: token"),
+        ({"proposal": "Qwen/Qwen2.5-14B", "aligner": "meta-llama/Llama-3.2-1B"}, VocabularyMismatch, "has 151665 tokens and"),
+        ({"output_dir": "{}/proposal"}, InvalidOption, "is not empty and holds no training run"),
+        ({"training": {"optim": "adamwx"}}, InvalidOption, "adamwx"),
+        ({"training": {"output_dir": "x"}}, InvalidOption, "output_dir is set by trimtab itself"),
+        ({"chat_template_path": "{}/none.jinja"}, InvalidOption, "chat_template_path: "),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(task, settings, error, message):
+    if not (task / "other").exists():
+        save_tiny(task / "other", tiny_model("llama", 28, seed=3), tiny_tokenizer("zyxwvutsrqponmlkjihgfedcba "))
+    said = {key: value.replace("{}", str(task)) if isinstance(value, str) else value for key, value in settings.items()}
+    with pytest.raises(error, match=message):
+        estimate(task_options(task, "none", **said), QUICK)
+
+
+def test_the_command_prints_it(task, capsys):
+    words = ["train", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset"]
+    words += [task / "train.jsonl", "--output_dir", task / "none", "--assume_tflops", 0.5, "--max_steps", 5, "--use_cpu"]
+    status, out, _ = called(capsys, *words, "--json")
+    told = json.loads(out)
+    assert (status, told["dry_run"], told["steps"]) == (0, True, 5)
+    assert told["rate"]["training"] == 5e11
+    _, out, _ = called(capsys, *words)
+    assert "tokenizers agree" in out
+    assert f"{told['aligner']['parameters']:,} parameters" in out
+    assert "cache on disk: 236 bytes a token" in out
+    status, _, errors = called(capsys, *words, "--assume_tflops", -1)
+    assert (status, len(errors)) == (2, 1)
+
+
+def test_a_measured_rate_is_a_rate(task):
+    told = estimate(task_options(task, "none"), Expected())
+    assert not told["rate"]["assumed"]
+    assert 1e8 < told["rate"]["training"] < 1e15
+
+
+def test_propose_says_what_it_would_write(task, capsys, tmp_path):
+    words = [
+        "propose",
+        "--dry_run",
+        "--proposal",
+        task / "proposal",
+        "--out",
+        tmp_path / "o.jsonl",
+        "--n",
+        2,
+        "--max_tokens",
+        3,
+    ]
+    status, out, _ = called(capsys, *words, "--dataset", task / "held_out.jsonl", "--json")
+    told = json.loads(out)
+    assert (status, told["rows"], told["most_tokens"]) == (0, 32, 96)
+    model = load_model(task / "proposal", device="cpu")
+    assert told["proposal"]["weights"] == nbytes(list(model.parameters()))
+    assert not (tmp_path / "o.jsonl").exists()
+    write_rows(tmp_path / "bad.jsonl", [{"text": "a"}])
+    status, _, errors = called(capsys, *words, "--dataset", tmp_path / "bad.jsonl")
+    assert status == 1
+    assert "'prompt' is missing" in errors[0]
+    _, out, _ = called(capsys, *words, "--dataset", tmp_path / "later.jsonl")
+    assert "a number of samples that is not known" in out
+
+
+def test_eval_says_what_it_would_ask_and_asks_nothing(task, capsys, tmp_path):
+    words = ["eval", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset"]
+    words += [task / "held_out.jsonl", "--judge", "http://127.0.0.1:9/v1#judge", "--out", tmp_path / "out"]
+    status, out, _ = called(capsys, *words, "--json")
+    told = json.loads(out)
+    assert (status, told["data"]["prompts"]) == (0, 16)
+    assert list(told["most_questions"].values()) == [16 * 3 * 2]  # the pair, the null and the references, in both orders
+    assert [model["parameters"] for model in told["models"]] == [
+        sum(parameter.numel() for parameter in load_model(task / name, device="cpu").parameters())
+        for name in ("proposal", "start")
+    ]
+    assert not (tmp_path / "out").exists()
+    once = json.loads(called(capsys, *words, "--json", "--orders", "random", "--null", "false", "--max_prompts", 3)[1])
+    assert list(once["most_questions"].values()) == [6]
+    assert "at most 96 questions" in called(capsys, *words)[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (("--rule", "par"), 2, "there is no rule 'par'"),
+        (("--weight", 1, "--weight", 2), 2, "2 --weight for 1 --aligner"),
+        (("--baseline", "nobody"), 2, "'nobody' is no system"),
+        (("--criterion", "kindest"), 2, "criterion"),
+        (("--expected_examples", 0), 2, "--expected_examples must be at least 2"),
+        (("--proposal", "nowhere/at/all"), 1, "does not exist; if an earlier command is to make it"),
+    ],
+)
+def test_a_dry_run_of_eval_refuses_what_eval_would(task, capsys, tmp_path, more, status, message):
+    words = ["eval", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset"]
+    words += [task / "held_out.jsonl", "--judge", "http://127.0.0.1:9/v1#judge", "--out", tmp_path / "out"]
+    got, out, errors = called(capsys, *words, *more)
+    assert (got, out, len(errors)) == (status, "", 1)
+    assert message in errors[0]
