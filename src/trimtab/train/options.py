@@ -138,6 +138,11 @@ class TrainOptions:
         return self.parsed_rule.default_weights(1)[0] if self.weight is None else self.weight
 
     @property
+    def needs_rejected(self) -> bool:
+        """Whether the loss looks at unwanted answers."""
+        return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0)
+
+    @property
     def starts_uniform(self) -> bool:
         """Whether the output layer is zeroed before training."""
         fits = self.objective == "likelihood" and isinstance(self.parsed_rule, Product) and not self.use_peft

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
@@ -31,6 +30,7 @@ from trimtab.train.examples import Example, encode_records, fingerprint_examples
 from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
+from trimtab.train.ranks import Ranks
 from trimtab.train.records import read_records
 from trimtab.train.rows import RowSource
 from trimtab.train.start import add_lora, zero_output_layer
@@ -75,17 +75,22 @@ def train(options: TrainOptions) -> dict[str, Any]:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
     output = Path(options.output_dir)
-    with contextlib.ExitStack() as stack:
-        if PartialState().is_main_process:
-            _refuse_foreign(output, options.overwrite_output_dir)
-            stack.enter_context(only_writer(output / LOCK))
-        stack.enter_context(named_errors(output))
-        return _train(options, output)
-
-
-def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
-    started = time.monotonic()
     arguments = _training_arguments(options)
+    ranks = Ranks(arguments.process_index, arguments.world_size)
+    with contextlib.ExitStack() as stack:
+        ranks.first_does(lambda: _take(stack, output, options.overwrite_output_dir))
+        stack.enter_context(named_errors(output))
+        return _train(options, output, arguments, ranks)
+
+
+def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
+    """Make sure that this run, and no other, writes into the output folder."""
+    _refuse_foreign(output, overwrite)
+    stack.enter_context(only_writer(output / LOCK))
+
+
+def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
+    started = time.monotonic()
     tokenizer = load_tokenizer(options.proposal)
     check_same_vocabulary(tokenizer, load_tokenizer(options.aligner), options.aligner)
     model = load_model(options.aligner, dtype=torch.float32, device="cpu")
@@ -94,11 +99,10 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     examples, development = _examples(options, tokenizer, proposal.eos_token_ids, context)
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
-    with PartialState().main_process_first():
-        _open_run(output, run, options.overwrite_output_dir)
-        caches = _caches(options, proposal.rows, tokenizer, examples, development)
+    ranks.first_does(lambda: _open_run(output, run, options.overwrite_output_dir))
+    caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
     del proposal
-    if _is_finished(output):
+    if ranks.first_does(lambda: _is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         return dict(read_json(output / "training.json"))
 
@@ -106,6 +110,7 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         options,
         vocabulary_size(tokenizer),
         sum(len(example.chosen) for example in examples) / len(examples),
+        ranks=ranks,
         model=_prepare(model, options, arguments.seed),
         args=arguments,
         train_dataset=ExampleDataset(examples, caches.get("train")),
@@ -113,7 +118,7 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         data_collator=collate,
     )
     CompactProgress.install(trainer, options.objective)
-    _fit(trainer, _last_checkpoint(output))
+    _fit(trainer, ranks.first_does(lambda: _last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
         "cache": caches["train" if "train" in caches else "dev"].facts,
@@ -122,7 +127,7 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer))
+        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(_finite(report))
@@ -138,7 +143,8 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
 def _training_arguments(options: TrainOptions) -> TrainingArguments:
     if owned := OWNED & set(options.training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
-    settings = DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | options.training
+    here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
+    settings = DEFAULTS | here | options.training
     fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
     try:
         return TrainingArguments(**settings, **fixed)
@@ -150,8 +156,7 @@ def _examples(
     options: TrainOptions, tokenizer: Any, eos_token_ids: tuple[int, ...], context: int
 ) -> tuple[list[Example], list[Example]]:
     """Training and development examples."""
-    pairs = options.objective == "preference" or (options.objective == "ram" and options.alpha > 0)
-    need = "rejected" if pairs else "chosen"
+    need = "rejected" if options.needs_rejected else "chosen"
     records = read_records(options.dataset, need=need, split=options.dataset_split)
     if options.eval_dataset is None:
         records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
@@ -163,7 +168,7 @@ def _examples(
 
 
 def _caches(
-    options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example]
+    options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, ProposalCache]:
     """Cached rows for development, which the diagnostics and the weight need, and for training where the loss does."""
     folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
@@ -177,6 +182,7 @@ def _caches(
             items,
             top_k=options.cache_top_k,
             temperature=options.proposal_temperature,
+            ranks=ranks,
         )
         facts = caches[name].facts
         error = "an error that is not known"
@@ -228,13 +234,12 @@ def _refuse_foreign(output: Path, overwrite: bool) -> None:
 
 def _open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     """Make the output folder this run's own, or refuse it."""
-    if PartialState().is_main_process:
-        for folder in (output, *output.glob("proposal_cache/*")):
-            remove_leftovers(folder)
-        if overwrite:
-            for name in sorted(_foreign(output), key=lambda name: name == "run.json"):  # the last to go: a kill leaves it
-                item = output / name
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+    for folder in (output, *output.glob("proposal_cache/*")):
+        remove_leftovers(folder)
+    if overwrite:
+        for name in sorted(_foreign(output), key=lambda name: name == "run.json"):  # the last to go: a kill leaves it
+            item = output / name
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     if not (output / "run.json").exists():
         write_json(output / "run.json", run)
         return
@@ -279,7 +284,7 @@ def _prepare(model: Any, options: TrainOptions, seed: int) -> Any:
 
 
 def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch, logp, logq in trainer.development_rows():
+    for batch, logp, logq, _ in trainer.development_rows():
         yield logp, logq, batch["chosen_tokens"]
 
 
