@@ -1,9 +1,9 @@
 """Which examples make an update, and how they are dealt to processes and micro-batches.
 
 An *update* is one step of the optimiser, on `batch_size × accumulation × processes` examples, fewer at an epoch's end. Which
-ones depends on the seed and the epoch alone; within an update, examples of like length share a micro-batch. Every example counts
-once: what is left over at the end is dealt evenly, and a process that gets nothing runs an example that counts nothing, for
-all must take part. So the gradient is that of one process with one large batch, however it is cut.
+ones depends on the seed and the epoch alone; within an update, examples of like length share a micro-batch. Every example
+counts once: what is left over at the end is dealt evenly, and a process that gets nothing runs an example that counts
+nothing, for all must take part. So the gradient is that of one process with one large batch, however it is cut.
 """
 
 import random

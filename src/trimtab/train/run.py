@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
@@ -131,13 +133,23 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(_finite(report))
-    if trainer.is_world_process_zero():
-        write_json(output / "training.json", report)
-        manifest = _manifest(options, tokenizer, report["weight"])
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        trained.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
-        Aligner(trained, tokenizer, manifest, str(output)).save_pretrained(output)
+    _save(
+        trainer, Aligner(None, tokenizer, _manifest(options, tokenizer, report["weight"]), str(output)), report, output, ranks
+    )
     return report
+
+
+def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
+    """Write what came of it; where the weights are spread over processes, all take part in gathering them."""
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    aligner.model = trainer.accelerator.unwrap_model(trainer.model)
+    aligner.model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
+
+    def write() -> None:
+        write_json(output / "training.json", report)
+        aligner.save_pretrained(output, weights=weights)
+
+    ranks.first_does(write)
 
 
 def _training_arguments(options: TrainOptions) -> TrainingArguments:
@@ -145,11 +157,19 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
     settings = DEFAULTS | here | options.training
+    if str(settings.get("fsdp")).lower() in ("true", "false"):
+        settings["fsdp"] = str(settings["fsdp"]).lower() == "true"  # as text, transformers takes it for a name
     fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
     try:
-        return TrainingArguments(**settings, **fixed)
+        arguments = TrainingArguments(**settings, **fixed)
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
+    kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU) and (
+        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):  # accelerate would not say a word, and shard nothing
+        raise InvalidOption("fsdp: weights are sharded over several processes with an accelerator each; leave it out here")
+    return arguments
 
 
 def _examples(
