@@ -80,11 +80,12 @@ def cached_rows(batch: Mapping[str, Tensor], vocab_size: int) -> Tensor:
 
 def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int) -> Tensor:
     """The model's log-probabilities `[N, V]` where it predicts the tokens of the `which` answers."""
-    return row_from_logits(answer_logits(model, batch, which), vocab_size)
+    logits, positions = answer_logits(model, batch, which)
+    return row_from_logits(logits.index_select(0, positions), vocab_size)
 
 
-def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> Tensor:
-    """The model's logits `[N, W]`, W ≥ V, in its own precision, where it predicts the tokens of the `which` answers."""
+def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
+    """The model's logits `[M, W]`, W ≥ V, in its own precision; and which of them `[N]` predict the `which` answers' tokens."""
     mask = batch[f"{which}_mask"]
     logits: Tensor = model(
         input_ids=batch[f"{which}_ids"],
@@ -92,8 +93,10 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> Tensor
         position_ids=batch[f"{which}_positions"],
         use_cache=False,
         logits_to_keep=mask.shape[1] + 1,
-    ).logits[:, :-1]
-    return logits[mask]
+    ).logits
+    width = logits.shape[1]
+    owner, column = mask.nonzero(as_tuple=True)
+    return logits.flatten(0, 1), owner * width + column
 
 
 def _answers(which: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:

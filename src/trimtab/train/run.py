@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
@@ -157,6 +158,8 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
     settings = DEFAULTS | here | options.training
+    if isinstance(settings.get("report_to"), str):
+        settings["report_to"] = settings["report_to"].replace(",", " ").split()
     if str(settings.get("fsdp")).lower() in ("true", "false"):
         settings["fsdp"] = str(settings["fsdp"]).lower() == "true"  # as text, transformers takes it for a name
     fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
@@ -164,12 +167,25 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         arguments = TrainingArguments(**settings, **fixed)
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
+    _check_trackers(arguments.report_to)
     kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU) and (
         arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     ):  # accelerate would not say a word, and shard nothing
         raise InvalidOption("fsdp: weights are sharded over several processes with an accelerator each; leave it out here")
     return arguments
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Find out before any work whether the trackers can be had."""
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except ValueError as error:
+            raise InvalidOption(f"report_to: {error}") from None
+        except (RuntimeError, ImportError) as error:
+            raise InvalidOption(f"report_to: '{name}' is not installed here (pip install {name}): {error}") from None
 
 
 def _examples(

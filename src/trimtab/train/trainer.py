@@ -6,6 +6,7 @@ token, and the same gradient however a batch is cut into micro-batches or spread
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from transformers import Trainer
 
 from trimtab.core.logprobs import Warp, warp
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
-from trimtab.train.batches import ExampleDataset, answer_rows, cached_rows
+from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, cached_rows
 from trimtab.train.diagnostics import measure, summarise
+from trimtab.train.fused_likelihood import fused_likelihood
 from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.ranks import ALONE, Ranks
@@ -48,9 +50,12 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss of a micro-batch, of which the mean over an update's micro-batches is the update's."""
-        chosen = self._rows(model, inputs, "chosen")
-        rejected = self._rows(model, inputs, "rejected") if self._options.needs_rejected else None
-        loss = (self._losses(inputs, chosen, rejected) * inputs["share"]).sum()
+        if self._options.objective == "likelihood":
+            losses = self._likelihood(model, inputs)
+        else:
+            other = self._rows(model, inputs, "rejected") if self._options.needs_rejected else None
+            losses = self._losses(inputs, self._rows(model, inputs, "chosen"), other)
+        loss = (losses * inputs["share"]).sum()
         return (loss, {}) if return_outputs else loss
 
     def get_train_dataloader(self) -> EpochLoader:
@@ -67,6 +72,11 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             drop_last=args.dataloader_drop_last,
         )
         return self._loader(self.train_dataset, batches)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Make the folder first: where FSDP saves shards, processes that look for it too early disagree which one is best."""
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and diagnostics on the development data, logged under `eval_…`."""
@@ -120,6 +130,20 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
+    def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """What `_losses` says of `likelihood`, from logits and compressed rows."""
+        logits, positions = answer_logits(model, inputs, "chosen")
+        losses = fused_likelihood(
+            self._rule,
+            cached_batch(inputs),
+            logits,
+            positions,
+            self._weight,
+            self._options.aligner_temperature,
+            self._vocab_size,
+        )
+        return self._sum(losses, inputs, "chosen") / self._mean_length
+
     def _losses(self, inputs: dict[str, Tensor], rows: Tensor, other: Tensor | None, logp: Tensor | None = None) -> Tensor:
         """One loss for each example `[B]`, from log q on wanted and unwanted answers, and log p̃ where it is at hand."""
         o = self._options
@@ -138,7 +162,9 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
         """Log q at the decoding temperature `[N, V]`."""
-        return warp(answer_rows(model, inputs, which, self._vocab_size), Warp(self._options.aligner_temperature))
+        rows = answer_rows(model, inputs, which, self._vocab_size)
+        temperature = self._options.aligner_temperature
+        return rows if temperature == 1 else warp(rows, Warp(temperature))
 
     def _sum(self, values: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
         return per_example(values, inputs[f"{which}_owner"], len(inputs[f"{which}_ids"]))
