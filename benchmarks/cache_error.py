@@ -1,7 +1,7 @@
 """What the cache of the proposal's rows costs and loses: bytes a token, and the error in the aligned model's NLL.
 
 For each k, rows are rebuilt from k entries and a tail bucket, combined with the aligner's, and the wanted tokens' NLL is
-compared with that from exact rows: the error of the mean, which is what a loss or a metric shows, and the mean error of one token.
+compared with that from exact rows: the error of the mean, which is what a loss or a metric shows, and of one token.
 
     python benchmarks/cache_error.py --proposal P --aligner A --dataset held_out.jsonl --weight 1.0
 """

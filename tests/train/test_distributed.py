@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from processes import run_processes
 from tiny_task import make_task, task_options
 from trimtab.errors import InvalidOption
 from trimtab.train.run import train
-from two_processes import run_two
 
 HALF = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 5, "logging_steps": 1}
 QUARTER = HALF | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -31,7 +31,7 @@ JOBS = [
 def task(tmp_path_factory):
     """A folder in which two processes have done all jobs."""
     folder = make_task(tmp_path_factory.mktemp("task"))
-    for status, messages in run_two(folder, JOBS):
+    for status, messages in run_processes(folder, JOBS):
         assert status == 0, messages
     train(task_options(folder, "likelihood-1", WHOLE))
     train(task_options(folder, "preference-1", WHOLE, objective="preference"))
@@ -79,7 +79,7 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(task):
     assert json.loads((task / "fsdp-2" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     for name in ("trimtab.json", "training.json", "model.safetensors", "checkpoint-12/trainer_state.json"):
         (task / "fsdp-2" / name).unlink()
-    for status, messages in run_two(task, [JOBS[4]]):
+    for status, messages in run_processes(task, [JOBS[4]]):
         assert status == 0, messages
     again = weights(task / "fsdp-2")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -87,11 +87,11 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(task):
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(task):
     job = {"name": "killed", "training": HALF}
-    (first, messages), (second, _) = run_two(task, [job], dies="step 6")
+    (first, messages), (second, _) = run_processes(task, [job], dies="step 6")
     assert second == -9
     assert first not in (0, None), messages
     assert not (task / "killed" / "training.json").exists()
-    for status, messages in run_two(task, [job]):
+    for status, messages in run_processes(task, [job]):
         assert status == 0, messages
     some, other = weights(task / "killed"), weights(task / "likelihood-2")
     assert all(torch.equal(some[name], other[name]) for name in some)
@@ -99,7 +99,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(task):
 
 def test_an_error_in_one_process_ends_the_other(task):
     """Process 0 has built its shards and waits for process 1, which has failed."""
-    (first, _), (second, messages) = run_two(task, [{"name": "failed", "training": HALF}], dies="cache")
+    (first, _), (second, messages) = run_processes(task, [{"name": "failed", "training": HALF}], dies="error")
     assert "no room" in messages
     assert second == 1
     assert first not in (0, None)

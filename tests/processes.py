@@ -1,4 +1,4 @@
-"""Training jobs in two processes on this machine, started without a launcher that would clean up after them."""
+"""Training jobs in processes of their own on this machine, without a launcher that would clean up after them."""
 
 import json
 import os
@@ -16,28 +16,30 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run_two(folder: Path, jobs: Sequence[dict[str, Any]], *, dies: str = "", timeout: float = 120) -> list[tuple[int, str]]:
+def run_processes(
+    folder: Path, jobs: Sequence[dict[str, Any]], *, count: int = 2, dies: str = "", timeout: float = 120
+) -> list[tuple[int, str]]:
     """Run jobs, `{"name", "training", …options}` of `tiny_task`, one after another; each process's exit status and messages.
 
-    `dies`: where process 1 is killed, or fails: see `_install_death`.
+    `dies`: where the last process is killed, or fails: see `_install_death`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    for rank in (0, 1):
+    for rank in range(count):
         where = {
             "RANK": rank,
             "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "LOCAL_WORLD_SIZE": 2,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
         paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
         environment = os.environ | {name: str(value) for name, value in where.items()}
         environment |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "two_processes.py"), str(folder), json.dumps(jobs), dies]
+        command = [sys.executable, str(HERE / "processes.py"), str(folder), json.dumps(jobs), dies]
         processes.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         )
@@ -57,7 +59,7 @@ def _work(folder: Path, jobs: Sequence[dict[str, Any]], dies: str) -> None:
     from trimtab.train.run import train
 
     cache.SHARD = 8  # several for each process
-    if dies and os.environ["RANK"] == "1":
+    if dies and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         _install_death(dies)
     for job in jobs:
         settings = dict(job)
@@ -85,26 +87,39 @@ def _posing_as_accelerator() -> Any:
 
 
 def _install_death(where: str) -> None:
+    """Have this process killed at the n-th call of something, said as `what n`; or fail, at `error`."""
+    from transformers import Trainer
+
+    from trimtab.models import aligner
+    from trimtab.train import run
     from trimtab.train.rows import ModelRows
     from trimtab.train.trainer import AlignerTrainer
 
-    if where == "step 6":
-        compute, calls = AlignerTrainer.compute_loss, 0
-
-        def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return compute(self, *args, **kwargs)
-
-        AlignerTrainer.compute_loss = killed  # type: ignore[method-assign]
-    else:
+    what, _, number = where.partition(" ")
+    if what == "error":
 
         def fails(*_: Any) -> Any:
             raise RuntimeError("no room")
 
         ModelRows.compress = fails  # type: ignore[method-assign, assignment]
+        return
+    owner, name = {
+        "cache": (ModelRows, "compress"),
+        "step": (AlignerTrainer, "compute_loss"),
+        "checkpoint": (Trainer, "_save_rng_state"),
+        "tune": (run, "tune_weight"),
+        "save": (aligner, "write_json"),
+    }[what]
+    original, calls = getattr(owner, name), 0
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killed)
 
 
 if __name__ == "__main__":
