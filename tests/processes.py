@@ -14,6 +14,8 @@ from unittest.mock import patch
 import torch
 
 HERE = Path(__file__).parent
+SHARD = 8
+"""Examples in a file of a cache here, so that each process makes several."""
 
 
 def run_processes(
@@ -58,7 +60,7 @@ def _work(folder: Path, jobs: Sequence[dict[str, Any]], dies: str) -> None:
     from trimtab.train import cache
     from trimtab.train.run import train
 
-    cache.SHARD = 8  # several for each process
+    cache.SHARD = SHARD
     if dies and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         _install_death(dies)
     for job in jobs:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from processes import run_processes
+from processes import SHARD, run_processes
 from tiny import tiny_model
 from tiny_task import make_examples, make_task, task_options
 from trimtab.errors import InvalidOption
@@ -40,6 +40,7 @@ def assert_like_plain(task, name, **tolerance):
         assert_close(mine[key], plain[key], **tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # 5.23's new name is not in 5.17
 def test_gradient_checkpointing_changes_nothing(task):
     train(task_options(task, "checkpointing", {"gradient_checkpointing": True}))
     assert_like_plain(task, "checkpointing", atol=1e-6, rtol=1e-5)
@@ -77,9 +78,10 @@ def test_bfloat16_learns_what_float32_learns(task):
     assert mine["eval_loss"] == pytest.approx(plain["eval_loss"], abs=0.1)
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_aligner(task):
+def test_a_run_killed_again_and_again_ends_with_the_same_aligner(task, monkeypatch):
     """`kill -9` in the cache, while a checkpoint is written, in a step, while tuning, and while the aligner is saved."""
     grouped = {"train_sampling_strategy": "group_by_length"}
+    monkeypatch.setattr(cache_module, "SHARD", SHARD)  # which examples the proposal sees together shows in the last bits
     train(task_options(task, "whole", grouped))
     assert not torch.equal(weights(task / "whole")["lm_head.weight"], weights(task / "plain")["lm_head.weight"])
     for dies in [*DEATHS, ""]:
@@ -117,7 +119,7 @@ def test_tensorboard_has_losses_and_diagnostics(task):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(task_options(task, "tracked", {"report_to": "tensorboard"}))
-    (events,) = (task / "tracked" / "runs").rglob("events.*")
+    (events,) = (task / "tracked" / "runs").iterdir()
     found = EventAccumulator(str(events)).Reload()
     report = json.loads((task / "tracked" / "training.json").read_text())
     for tag, key in (("train/loss", "loss"), ("eval/nll_aligned", "eval_nll_aligned"), ("eval/log_z_std", "eval_log_z_std")):

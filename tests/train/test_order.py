@@ -7,7 +7,7 @@ import pytest
 
 from trimtab.train.order import Updates, whole_passes
 
-LENGTHS = [random.Random(0).randint(1, 50) for _ in range(45)]
+LENGTHS = random.Random(0).sample(range(1, 100), 45)
 CUTS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
 """Micro-batch, accumulation, processes: eight examples in an update, so the sixth of 45 has five."""
 
