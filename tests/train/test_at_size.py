@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from tiny_task import make_examples, make_task, task_options
 from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import cache as cache_module
-from trimtab.train.rows import ModelRows
-from trimtab.train.run import train
+from trimtab.train.batches import ExampleDataset, collate
+from trimtab.train.examples import Example
+from trimtab.train.order import Pick
+from trimtab.train.rows import CachedRows, Compressed, ModelRows
+from trimtab.train.run import _one_device_each, train
 from trimtab.train.trainer import AlignerTrainer
 
 DEATHS = ["cache 2", "checkpoint 2", "step 3", "tune 1", "save 1"]
@@ -113,6 +117,51 @@ def test_a_cache_of_many_files_keeps_few_of_them_open(tmp_path, monkeypatch):
         assert cache[i].token.tolist() == examples[i].chosen
     assert held() <= 3
     assert all(torch.equal(a, b) for a, b in zip(cache[0], first, strict=True))
+
+
+class Made:
+    """A source of rows that costs nothing."""
+
+    vocab_size, fingerprint = 4000, "made"
+
+    def who(self):
+        return ""
+
+    def compress(self, examples, top_k, temperature):
+        rows = []
+        for example in examples:
+            logp = torch.zeros(len(example.chosen), top_k).log_softmax(-1) - 0.1
+            ids = torch.arange(top_k).expand_as(logp).int()
+            rows.append(CachedRows(ids, logp, torch.tensor(example.chosen).int(), logp[:, 0], logp[:, 0] - 2))
+        return Compressed(rows, torch.zeros(2, dtype=torch.float64))
+
+
+def test_memory_does_not_grow_with_the_cache(tmp_path, monkeypatch):
+    """Reading 64 MB in random order makes no more private memory than one file's offsets and a batch."""
+    monkeypatch.setattr(cache_module, "SHARD", 40)
+    examples = [Example([1], [2] * 100, []) for _ in range(400)]
+    cache = cache_module.ProposalCache.build(tmp_path / "cache", Made(), "sha256:v", examples, top_k=200)
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert size > 60e6
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def private():
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    data = ExampleDataset(examples, cache)
+    collate([data[Pick(i)] for i in order[:8]])
+    before = private()
+    for at in range(0, 400, 8):
+        collate([data[Pick(i)] for i in order[at : at + 8]])
+    assert private() - before < size / 10
+
+
+def test_one_device_for_each_process(caplog):
+    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4)
+    _one_device_each(arguments)
+    assert arguments._n_gpu == 1
+    assert "accelerate launch" in caplog.text
 
 
 def test_tensorboard_has_losses_and_diagnostics(task):

@@ -168,12 +168,20 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
     _check_trackers(arguments.report_to)
+    _one_device_each(arguments)
     kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU) and (
         arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     ):  # accelerate would not say a word, and shard nothing
         raise InvalidOption("fsdp: weights are sharded over several processes with an accelerator each; leave it out here")
     return arguments
+
+
+def _one_device_each(arguments: Any) -> None:
+    """Keep transformers from splitting each batch over threads, one for each GPU: our batches do not split that way."""
+    if arguments.n_gpu > 1:
+        logger.warning("one GPU of %d is used; `accelerate launch -m trimtab train …` trains on all of them", arguments.n_gpu)
+        arguments._n_gpu = 1
 
 
 def _check_trackers(names: Sequence[str]) -> None:
