@@ -22,8 +22,8 @@ from trimtab.train.rows import CachedRows, Compressed, ModelRows
 from trimtab.train.run import _one_device_each, train
 from trimtab.train.trainer import AlignerTrainer
 
-DEATHS = ["cache 2", "checkpoint 2", "step 3", "tune 1", "save 1"]
-"""Between shards; while the second checkpoint is written, and on the way to it again; and when all is trained."""
+DEATHS = ["cache 2", "checkpoint 2", "tune 1", "save 1"]
+"""Between shards; while the second checkpoint is written; and when all is trained."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_bfloat16_learns_what_float32_learns(task):
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_aligner(task, monkeypatch):
-    """`kill -9` in the cache, while a checkpoint is written, in a step, while tuning, and while the aligner is saved."""
+    """`kill -9` in the cache, while a checkpoint is written, while tuning, and while the aligner is saved."""
     grouped = {"train_sampling_strategy": "group_by_length"}
     monkeypatch.setattr(cache_module, "SHARD", SHARD)  # which examples the proposal sees together shows in the last bits
     train(task_options(task, "whole", grouped))

@@ -73,28 +73,22 @@ def test_two_processes_give_what_one_gives(task, two, one):
         assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_sharded_run_goes_on_from_its_checkpoint(task):
-    """And an aligner's folder holds whole weights, of a model by its own name."""
-    whole = weights(task / "fsdp-2")
-    assert json.loads((task / "fsdp-2" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    for name in ("trimtab.json", "training.json", "model.safetensors", "checkpoint-12/trainer_state.json"):
-        (task / "fsdp-2" / name).unlink()
-    for status, messages in run_processes(task, [JOBS[4]]):
-        assert status == 0, messages
-    again = weights(task / "fsdp-2")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(task):
+def test_a_killed_process_ends_the_other_and_runs_go_on_exactly(task):
+    """A replicated one, killed after its first checkpoint, and a sharded one, which lost its last and what came after."""
     job = {"name": "killed", "training": HALF}
     (first, messages), (second, _) = run_processes(task, [job], dies="step 6")
     assert second == -9
     assert first not in (0, None), messages
     assert not (task / "killed" / "training.json").exists()
-    for status, messages in run_processes(task, [job]):
+    whole = weights(task / "fsdp-2")
+    assert json.loads((task / "fsdp-2" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    for name in ("trimtab.json", "training.json", "model.safetensors", "checkpoint-12/trainer_state.json"):
+        (task / "fsdp-2" / name).unlink()
+    for status, messages in run_processes(task, [job, JOBS[4]]):
         assert status == 0, messages
-    some, other = weights(task / "killed"), weights(task / "likelihood-2")
-    assert all(torch.equal(some[name], other[name]) for name in some)
+    for some, other in ((weights(task / "killed"), weights(task / "likelihood-2")), (weights(task / "fsdp-2"), whole)):
+        assert some.keys() == other.keys()
+        assert all(torch.equal(some[name], other[name]) for name in some)
 
 
 def test_an_error_in_one_process_ends_the_other(task):

@@ -24,6 +24,9 @@ from trimtab.train.ranks import ALONE, Ranks
 
 __all__ = ["AlignerTrainer"]
 
+LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+"""What `TrainingArguments` says of loaders, as `dataloader_…`; not every version has all."""
+
 
 class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Train an aligner on an `ExampleDataset`.
@@ -119,16 +122,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 yield inputs, cached_rows(inputs, self._vocab_size), logq, other
 
     def _loader(self, dataset: ExampleDataset, batches: Any) -> EpochLoader:
-        args = self.args
-        return EpochLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
+        said = {name: getattr(self.args, f"dataloader_{name}") for name in LOADER if hasattr(self.args, f"dataloader_{name}")}
+        return EpochLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **said)
 
     def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """What `_losses` says of `likelihood`, from logits and compressed rows."""
