@@ -11,7 +11,7 @@ from tiny_task import V, make_examples, make_task, task_options, write_rows
 from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
-from trimtab.train.batches import ExampleDataset, collate
+from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.footprint import Ledger, count_flops, nbytes
@@ -48,7 +48,7 @@ def real_batch(examples, options):
     """A batch with rows that some model might have."""
     rows = [torch.log_softmax(torch.zeros(len(example.chosen), V), -1) for example in examples]
     kept = [compress(row, torch.tensor(e.chosen), options.cache_top_k or V) for row, e in zip(rows, examples, strict=True)]
-    return collate(list(zip(examples, kept if options.objective == "likelihood" else [None] * len(kept), strict=True)))
+    return collate([Item(e, k if options.objective == "likelihood" else None) for e, k in zip(examples, kept, strict=True)])
 
 
 CASES = {
@@ -68,7 +68,7 @@ def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, na
     """Exactly: the same operators make tensors of the same sizes, and drop them at the same places."""
     settings, training = CASES[name]
     options = task_options(task, "none", training, **settings)
-    examples = [example._replace(rejected=[1, 2, 3] if options.needs_pairs else []) for example in make_examples(8)]
+    examples = [example._replace(rejected=[1, 2, 3] if options.needs_rejected else []) for example in make_examples(8)]
     arguments = training_arguments(options)
     arguments.output_dir = str(tmp_path)
     rehearsal = Rehearsal(options, arguments, load_model(options.aligner, device="cpu").config, V, 3.0)

@@ -12,7 +12,7 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption
-from trimtab.train.batches import answer_rows, collate
+from trimtab.train.batches import Item, answer_rows, collate
 from trimtab.train.examples import Example
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
@@ -135,7 +135,7 @@ def test_rows_of_answers_do_not_depend_on_padding(task):
     """Left-padded prompts and right-padded answers give the rows of each example alone, in the plain model."""
     model = AlignedModel.from_pretrained(task / "proposal").proposal.model
     examples = [Example([4, 5, 6], [7, 8, 0], []), Example([9], [3, 0], []), Example([2, 2, 2, 2, 2], [1, 1, 1, 1, 0], [])]
-    batch = collate([(example, None) for example in examples])
+    batch = collate([Item(example) for example in examples])
     with torch.no_grad():
         rows = answer_rows(model, batch, "chosen", 28)
         alone = [

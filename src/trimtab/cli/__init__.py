@@ -64,6 +64,8 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     _log_to_stderr()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is for the result alone
         report = command.run(options)
+    if not _is_first_process():
+        return 0
     text = json.dumps(report, ensure_ascii=False, allow_nan=False) if as_json else command.render(report)
     with contextlib.suppress(BrokenPipeError):
         print(text, flush=True)  # noqa: T201 - this is the command's output
@@ -98,9 +100,14 @@ def _complain(command: str, error: object, status: int) -> int:
     return status
 
 
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("trimtab").setLevel(logging.INFO)
+    logging.getLogger("trimtab").setLevel(logging.INFO if _is_first_process() else logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -149,14 +149,19 @@ class Aligner:
         found = describe(path, revision=revision)
         return cls(load_weights(found, dtype=dtype, device=device), found.tokenizer, found.manifest, name=str(path))
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the aligner's folder; what stood there before stays whole until everything new is on disk."""
+    def save_pretrained(self, path: str | Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the aligner's folder; what stood there before stays whole until everything new is on disk.
+
+        Args:
+            path: the folder.
+            weights: the model's, by name, where it does not hold them whole itself.
+        """
         config = getattr(self.model, "peft_config", {}).get("default")
         base = getattr(config, "base_model_name_or_path", None)
         if base and Path(base).is_dir() and Path(base).resolve() == Path(path).resolve():
             raise InvalidOption(f"'{path}' holds the base model of this adapter: save the adapter to another folder")
         with atomic_folder(path, superseded=_WEIGHT_FILES + _TOKENIZER_FILES) as folder:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
             self.tokenizer.save_pretrained(folder)
             manifest = self.manifest or Manifest(vocabulary=fingerprint_vocabulary(self.tokenizer))
             (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")

@@ -4,7 +4,7 @@ Then the rows that predict answers are the last columns of every sequence, and a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,23 @@ from torch.nn.utils.rnn import pad_sequence
 from trimtab.core.logprobs import row_from_logits
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
+from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows
 
-__all__ = ["ExampleDataset", "answer_rows", "collate"]
+__all__ = ["ExampleDataset", "Item", "answer_logits", "answer_rows", "cached_batch", "cached_rows", "collate"]
 
 
-class ExampleDataset(torch.utils.data.Dataset[Any]):
+class Item(NamedTuple):
+    """An example of a batch."""
+
+    example: Example
+    rows: CachedRows | None = None
+    """The proposal's, on the wanted answer."""
+    share: float = 1.0
+    """Its weight in the loss."""
+
+
+class ExampleDataset(torch.utils.data.Dataset[Item]):
     """Examples, with the proposal's cached rows where there are any."""
 
     def __init__(self, examples: Sequence[Example], cache: ProposalCache | None = None) -> None:
@@ -27,45 +38,63 @@ class ExampleDataset(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> tuple[Example, CachedRows | None]:
+    def __getitem__(self, pick: Pick) -> Item:
         """One example."""
-        return self.examples[index], None if self.cache is None else self.cache[index]
+        rows = None if self.cache is None else self.cache[pick.place]
+        return Item(self.examples[pick.place], rows, pick.share)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with the longer of its answers."""
+        return [len(e.prompt) + max(len(e.chosen), len(e.rejected)) for e in self.examples]
 
 
-def collate(items: Sequence[tuple[Example, CachedRows | None]]) -> dict[str, Any]:
-    """Tensors of a batch: `chosen_*` and, where the data have them, `rejected_*` and `proposal_*`.
+def collate(items: Sequence[Item]) -> dict[str, Any]:
+    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `rejected_*` and `proposal_*`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
     and `*_column`s and the proposal's rows have no padding: the answers stand end to end.
     """
-    examples = [example for example, _ in items]
+    examples = [item.example for item in items]
     prompts = [example.prompt for example in examples]
-    batch = _answers("chosen", prompts, [example.chosen for example in examples])
+    batch = {"share": torch.tensor([item.share for item in items])}
+    batch |= _answers("chosen", prompts, [example.chosen for example in examples])
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
-    rows = [row for _, row in items if row is not None]
+    rows = [item.rows for item in items if item.rows is not None]
     if rows:
         for name in CachedRows._fields:
             batch[f"proposal_{name}"] = torch.cat([getattr(row, name) for row in rows])
     return batch
 
 
+def cached_batch(batch: Mapping[str, Tensor]) -> CachedRows:
+    """The proposal's compressed rows of N tokens, for the wanted answers of a batch."""
+    return CachedRows(*(batch[f"proposal_{name}"] for name in CachedRows._fields))
+
+
 def cached_rows(batch: Mapping[str, Tensor], vocab_size: int) -> Tensor:
     """The proposal's rows `[N, V]` for the wanted answers of a batch."""
-    return CachedRows(*(batch[f"proposal_{name}"] for name in CachedRows._fields)).rebuild(vocab_size)
+    return cached_batch(batch).rebuild(vocab_size)
 
 
 def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int) -> Tensor:
     """The model's log-probabilities `[N, V]` where it predicts the tokens of the `which` answers."""
+    logits, positions = answer_logits(model, batch, which)
+    return row_from_logits(logits.index_select(0, positions), vocab_size)
+
+
+def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
+    """The model's logits `[M, W]`, W ≥ V, in its own precision; and which of them `[N]` predict the `which` answers' tokens."""
     mask = batch[f"{which}_mask"]
-    logits = model(
+    logits: Tensor = model(
         input_ids=batch[f"{which}_ids"],
         attention_mask=batch[f"{which}_attention"],
         position_ids=batch[f"{which}_positions"],
         use_cache=False,
         logits_to_keep=mask.shape[1] + 1,
-    ).logits[:, :-1]
-    return row_from_logits(logits[batch[f"{which}_owner"], batch[f"{which}_column"]], vocab_size)
+    ).logits
+    return logits.flatten(0, 1), batch[f"{which}_owner"] * logits.shape[1] + batch[f"{which}_column"]
 
 
 def _answers(which: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:

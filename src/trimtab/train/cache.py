@@ -10,6 +10,7 @@ on; a cache made for anything else is refused.
 import json
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from trimtab.errors import CacheMismatch, DataError
 from trimtab.files import atomic_write, read_json, write_json
 from trimtab.train.examples import Example, fingerprint_examples
+from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import CachedRows, Compressed, RowSource
 
 __all__ = ["ProposalCache", "bytes_per_token", "shard_bytes"]
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 SHARD = 256
 """Examples in a file."""
 
+MOST_OPEN = 64
+"""Files that are open at once."""
+
 
 class ProposalCache:
     """Compressed rows of a list of examples, on disk; made by `build`."""
@@ -38,7 +43,7 @@ class ProposalCache:
     def __init__(self, folder: Path, examples: int, vocab_size: int, facts: dict[str, Any]) -> None:
         self.folder, self.vocab_size, self.facts = folder, vocab_size, facts
         self._examples = examples
-        self._open: dict[int, tuple[Any, list[int]]] = {}
+        self._open: OrderedDict[int, tuple[Any, list[int]]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._examples
@@ -46,11 +51,18 @@ class ProposalCache:
     def __getitem__(self, index: int) -> CachedRows:
         """The rows of one example, read from disk."""
         number, place = divmod(index, SHARD)
+        shard, offsets = self._shard(number)
+        return CachedRows(*(shard.get_slice(name)[offsets[place] : offsets[place + 1]] for name in CachedRows._fields))
+
+    def _shard(self, number: int) -> tuple[Any, list[int]]:
+        """An open file and where in it each example begins; the one that was idle longest is closed for it."""
         if number not in self._open:
             shard: Any = safe_open(self.folder / _shard_name(number), "pt")
             self._open[number] = shard, shard.get_tensor("offsets").tolist()
-        shard, offsets = self._open[number]
-        return CachedRows(*(shard.get_slice(name)[offsets[place] : offsets[place + 1]] for name in CachedRows._fields))
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
 
     @classmethod
     def build(
@@ -62,6 +74,7 @@ class ProposalCache:
         *,
         top_k: int,
         temperature: float = 1.0,
+        ranks: Ranks = ALONE,
     ) -> "ProposalCache":
         """Open the cache in `folder`, computing what is missing of it.
 
@@ -72,6 +85,7 @@ class ProposalCache:
             examples: prompts and wanted answers.
             top_k: k; 0 keeps every entry, and the rows are exact.
             temperature: the proposal's temperature, applied before compression.
+            ranks: the processes that build it together, each a share of what is missing.
 
         Raises:
             CacheMismatch: the folder holds a cache for something else; the message says what differs.
@@ -86,19 +100,27 @@ class ProposalCache:
             "top_k": kept,
             "temperature": temperature,
         }
-        _check_key(folder, key)
         shards = range(-(-len(examples) // SHARD))
-        missing = [number for number in shards if not _is_whole(folder / _shard_name(number))]
-        if missing:
-            logger.info("caching the proposal's log-probabilities: %d of %d shards in %s", len(missing), len(shards), folder)
-            who = source.who()
-            _check_authors(folder, who, [number for number in shards if number not in missing])
-        for done, number in enumerate(missing, 1):
+        missing, who = ranks.first_does(lambda: _what_is_missing(folder, key, shards, source))
+        for done, number in enumerate(missing[ranks.index :: ranks.count], 1):
             part = examples[number * SHARD : (number + 1) * SHARD]
             with atomic_write(folder / _shard_name(number), "wb") as stream:
                 stream.write(save(_tensors(source.compress(part, kept, temperature)), {"who": who}))
-            logger.info("cached shard %d of %d", done, len(missing))
-        return cls(folder, len(examples), size, _facts(folder, len(shards)))
+            logger.info("cached shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
+        ranks.wait()
+        return cls(folder, len(examples), size, ranks.first_does(lambda: _facts(folder, len(shards))))
+
+
+def _what_is_missing(folder: Path, key: dict[str, Any], shards: range, source: RowSource) -> tuple[list[int], str]:
+    """The shards that are still to be made, and who makes them; refuses a cache for something else."""
+    _check_key(folder, key)
+    missing = [number for number in shards if not _is_whole(folder / _shard_name(number))]
+    if not missing:
+        return [], ""
+    logger.info("caching the proposal's log-probabilities: %d of %d shards in %s", len(missing), len(shards), folder)
+    who = source.who()
+    _check_authors(folder, who, [number for number in shards if number not in missing])
+    return missing, who
 
 
 def _tensors(compressed: Compressed) -> dict[str, Tensor]:

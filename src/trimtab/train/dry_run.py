@@ -104,7 +104,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest)
-    of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_pairs else [])
+    of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
     examples = data.examples or [of_one]
     development = data.development or [of_one]
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)

@@ -151,8 +151,8 @@ class TrainOptions:
         return self.parsed_rule.default_weights(1)[0] if self.weight is None else self.weight
 
     @property
-    def needs_pairs(self) -> bool:
-        """Whether the data must have unwanted answers, too."""
+    def needs_rejected(self) -> bool:
+        """Whether the loss looks at unwanted answers."""
         return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0)
 
     @property

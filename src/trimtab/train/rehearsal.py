@@ -14,11 +14,12 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
-from trimtab.train.batches import cached_rows, collate
+from trimtab.train.batches import Item, cached_rows, collate
 from trimtab.train.diagnostics import measure
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.options import TrainOptions
+from trimtab.train.ranks import Ranks
 from trimtab.train.rows import CachedRows
 from trimtab.train.run import prepare_model
 from trimtab.train.trainer import AlignerTrainer
@@ -101,14 +102,15 @@ class Rehearsal:
 
     def steps(self, examples: int, processes: int) -> tuple[int, int]:
         """Optimizer steps of a run over so many examples, and the micro-batches of one of the `processes` that share it."""
-        self.trainer.train_dataset = _Counted(-(-examples // processes))
+        self.trainer.train_dataset = _Counted(examples)
+        self.trainer._ranks = Ranks(0, processes)
         loader = self.trainer.get_train_dataloader()
         _, updates, _, _, _, batches, steps = self.trainer.set_initial_training_values(self._arguments, loader)
         return int(steps), round(steps / updates * batches)
 
     def step(self, examples: Sequence[Example]) -> Step:
         """Take two optimizer steps on a micro-batch: the second finds gradients, if it adds to some, and optimizer state."""
-        lengths = collate([(example, None) for example in examples])
+        lengths = collate([Item(example) for example in examples])
         with self._making(), Ledger((self._vocab_size, self._columns)) as ledger:
             batch = self._batch(lengths)
             held = ledger.live
@@ -140,7 +142,7 @@ class Rehearsal:
 
     def flops(self, examples: Sequence[Example]) -> int:
         """Of one micro-batch, forwards and backwards."""
-        lengths = collate([(example, None) for example in examples])
+        lengths = collate([Item(example) for example in examples])
         with self._making(), count_flops() as flops:
             self.trainer.training_step(self.model, self._batch(lengths))
             self.model.zero_grad()
@@ -149,7 +151,7 @@ class Rehearsal:
     def evaluation(self, examples: Sequence[Example]) -> int:
         """The most bytes there are beyond weights, gradients and optimizer while a development batch is looked at."""
         rule, weight = self._options.parsed_rule, self._options.starting_weight
-        lengths = collate([(example, None) for example in examples])
+        lengths = collate([Item(example) for example in examples])
         with self._making(), torch.no_grad(), Ledger() as ledger:
             batch = self._batch(lengths, rows=True)
             logq = self.trainer._rows(self.model.eval(), batch, "chosen")
@@ -212,3 +214,8 @@ class _Counted(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def lengths(self) -> list[int]:
+        """All alike."""
+        return [1] * self._count

@@ -38,11 +38,16 @@ class CachedRows(NamedTuple):
 
     def rebuild(self, vocab_size: int) -> Tensor:
         """Normalised rows `[T, V]`, the tail spread evenly."""
-        ids, token = self.ids.long(), self.token.long().unsqueeze(-1)
-        kept = ids.shape[-1] + (~(ids == token).any(-1, keepdim=True)).to(self.tail.dtype)
-        spread = self.tail.unsqueeze(-1) - (vocab_size - kept).clamp(min=1).log()
-        rows = spread.expand(*ids.shape[:-1], vocab_size).scatter(-1, ids, self.logp)
-        return rows.scatter(-1, token, self.token_logp.unsqueeze(-1))
+        rows = (
+            self.spread(vocab_size).unsqueeze(-1).expand(*self.token.shape, vocab_size).scatter(-1, self.ids.long(), self.logp)
+        )
+        return rows.scatter(-1, self.token.long().unsqueeze(-1), self.token_logp.unsqueeze(-1))
+
+    def spread(self, vocab_size: int) -> Tensor:
+        """`[T]` log-probability of each of the others."""
+        among = (self.ids == self.token.unsqueeze(-1)).any(-1)
+        kept = self.ids.shape[-1] + (~among).to(self.tail.dtype)
+        return self.tail - (vocab_size - kept).clamp(min=1).log()
 
 
 class Compressed(NamedTuple):

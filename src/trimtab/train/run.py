@@ -8,16 +8,18 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
@@ -31,6 +33,7 @@ from trimtab.train.examples import Example, encode_records, fingerprint_examples
 from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
+from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.rows import RowSource
 from trimtab.train.start import add_lora, zero_output_layer
@@ -89,17 +92,22 @@ def train(options: TrainOptions) -> dict[str, Any]:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
     output = Path(options.output_dir)
-    with contextlib.ExitStack() as stack:
-        if PartialState().is_main_process:
-            refuse_foreign(output, options.overwrite_output_dir)
-            stack.enter_context(only_writer(output / LOCK))
-        stack.enter_context(named_errors(output))
-        return _train(options, output)
-
-
-def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
-    started = time.monotonic()
     arguments = training_arguments(options)
+    ranks = Ranks(arguments.process_index, arguments.world_size)
+    with contextlib.ExitStack() as stack:
+        ranks.first_does(lambda: _take(stack, output, options.overwrite_output_dir))
+        stack.enter_context(named_errors(output))
+        return _train(options, output, arguments, ranks)
+
+
+def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
+    """Make sure that this run, and no other, writes into the output folder."""
+    refuse_foreign(output, overwrite)
+    stack.enter_context(only_writer(output / LOCK))
+
+
+def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
+    started = time.monotonic()
     tokenizer = open_tokenizer(options, options.proposal)
     check_same_vocabulary(tokenizer, load_tokenizer(options.aligner), options.aligner)
     model = load_model(options.aligner, dtype=torch.float32, device="cpu")
@@ -108,11 +116,10 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
     examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
-    with PartialState().main_process_first():
-        _open_run(output, run, options.overwrite_output_dir)
-        caches = _caches(options, proposal.rows, tokenizer, examples, development)
+    ranks.first_does(lambda: _open_run(output, run, options.overwrite_output_dir))
+    caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
     del proposal
-    if _is_finished(output):
+    if ranks.first_does(lambda: _is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         return dict(read_json(output / "training.json"))
 
@@ -120,6 +127,7 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         options,
         vocabulary_size(tokenizer),
         sum(len(example.chosen) for example in examples) / len(examples),
+        ranks=ranks,
         model=prepare_model(model, options, arguments.seed),
         args=arguments,
         train_dataset=ExampleDataset(examples, caches.get("train")),
@@ -127,7 +135,7 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         data_collator=collate,
     )
     CompactProgress.install(trainer, options.objective)
-    _fit(trainer, _last_checkpoint(output))
+    _fit(trainer, ranks.first_does(lambda: _last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
         "cache": caches["train" if "train" in caches else "dev"].facts,
@@ -136,17 +144,27 @@ def _train(options: TrainOptions, output: Path) -> dict[str, Any]:
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer))
+        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(_finite(report))
-    if trainer.is_world_process_zero():
-        write_json(output / "training.json", report)
-        manifest = _manifest(options, tokenizer, report["weight"])
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        trained.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
-        Aligner(trained, tokenizer, manifest, str(output)).save_pretrained(output)
+    _save(
+        trainer, Aligner(None, tokenizer, _manifest(options, tokenizer, report["weight"]), str(output)), report, output, ranks
+    )
     return report
+
+
+def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
+    """Write what came of it; where the weights are spread over processes, all take part in gathering them."""
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    aligner.model = trainer.accelerator.unwrap_model(trainer.model)
+    aligner.model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
+
+    def write() -> None:
+        write_json(output / "training.json", report)
+        aligner.save_pretrained(output, weights=weights)
+
+    ranks.first_does(write)
 
 
 def open_tokenizer(options: TrainOptions, source: str) -> Any:
@@ -176,17 +194,49 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     """
     if owned := OWNED & set(options.training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
-    settings = DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | options.training
+    here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
+    settings = DEFAULTS | here | options.training
+    if isinstance(settings.get("report_to"), str):
+        settings["report_to"] = settings["report_to"].replace(",", " ").split()
+    if str(settings.get("fsdp")).lower() in ("true", "false"):
+        settings["fsdp"] = str(settings["fsdp"]).lower() == "true"  # as text, transformers takes it for a name
     fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
     try:
-        return TrainingArguments(**settings, **fixed)
+        arguments = TrainingArguments(**settings, **fixed)
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
+    _check_trackers(arguments.report_to)
+    _one_device_each(arguments)
+    kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU) and (
+        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):  # accelerate would not say a word, and shard nothing
+        raise InvalidOption("fsdp: weights are sharded over several processes with an accelerator each; leave it out here")
+    return arguments
+
+
+def _one_device_each(arguments: Any) -> None:
+    """Keep transformers from splitting each batch over threads, one for each GPU: our batches do not split that way."""
+    if arguments.n_gpu > 1:
+        logger.warning("one GPU of %d is used; `accelerate launch -m trimtab train …` trains on all of them", arguments.n_gpu)
+        arguments._n_gpu = 1
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Find out before any work whether the trackers can be had."""
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except ValueError as error:
+            raise InvalidOption(f"report_to: {error}") from None
+        except (RuntimeError, ImportError) as error:
+            raise InvalidOption(f"report_to: '{name}' is not installed here (pip install {name}): {error}") from None
 
 
 def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
     """Training and development records."""
-    need = "rejected" if options.needs_pairs else "chosen"
+    need = "rejected" if options.needs_rejected else "chosen"
     records = read_records(options.dataset, need=need, how=options, limit=options.max_examples)
     if options.eval_dataset is None:
         records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
@@ -211,7 +261,7 @@ def parts_to_cache(options: TrainOptions, examples: T, development: T) -> dict[s
 
 
 def _caches(
-    options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example]
+    options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, ProposalCache]:
     """The cached rows of every part that has them."""
     folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
@@ -224,6 +274,7 @@ def _caches(
             items,
             top_k=options.cache_top_k,
             temperature=options.proposal_temperature,
+            ranks=ranks,
         )
         facts = caches[name].facts
         error = "an error that is not known"
@@ -276,13 +327,12 @@ def refuse_foreign(output: Path, overwrite: bool) -> None:
 
 def _open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     """Make the output folder this run's own, or refuse it."""
-    if PartialState().is_main_process:
-        for folder in (output, *output.glob("proposal_cache/*")):
-            remove_leftovers(folder)
-        if overwrite:
-            for name in sorted(_foreign(output), key=lambda name: name == "run.json"):  # the last to go: a kill leaves it
-                item = output / name
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+    for folder in (output, *output.glob("proposal_cache/*")):
+        remove_leftovers(folder)
+    if overwrite:
+        for name in sorted(_foreign(output), key=lambda name: name == "run.json"):  # the last to go: a kill leaves it
+            item = output / name
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     if not (output / "run.json").exists():
         write_json(output / "run.json", run)
         return
@@ -327,7 +377,7 @@ def prepare_model(model: Any, options: TrainOptions, seed: int) -> Any:
 
 
 def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch, logp, logq in trainer.development_rows():
+    for batch, logp, logq, _ in trainer.development_rows():
         yield logp, logq, batch["chosen_tokens"]
 
 

@@ -1,11 +1,12 @@
-"""`transformers.Trainer` with our objectives in place of its loss, and our diagnostics in place of its evaluation.
+"""`transformers.Trainer` with our objectives in place of its loss, our batches, and our diagnostics in place of its evaluation.
 
 Losses are sums over an answer's tokens, averaged over examples and divided by the mean length of the training answers: nats per
-token, and the same gradient however a batch is cut into micro-batches or spread over processes.
+token, and the same gradient however a batch is cut into micro-batches or spread over processes (`trimtab.train.order`).
 """
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,17 @@ from transformers import Trainer
 
 from trimtab.core.logprobs import Warp, warp
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
-from trimtab.train.batches import answer_rows, cached_rows
+from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, cached_rows
 from trimtab.train.diagnostics import measure, summarise
+from trimtab.train.fused_likelihood import fused_likelihood
 from trimtab.train.options import TrainOptions
+from trimtab.train.order import EpochLoader, Updates, whole_passes
+from trimtab.train.ranks import ALONE, Ranks
 
 __all__ = ["AlignerTrainer"]
+
+LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+"""What `TrainingArguments` says of loaders, as `dataloader_…`; not every version has all."""
 
 
 class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
@@ -28,74 +35,131 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         options: objective, rule and their settings.
         vocab_size: V.
         mean_length: mean number of tokens in the training answers.
+        ranks: the processes that train together.
         arguments: what `transformers.Trainer` takes.
     """
 
     control: Any
 
-    def __init__(self, options: TrainOptions, vocab_size: int, mean_length: float, **arguments: Any) -> None:
+    def __init__(
+        self, options: TrainOptions, vocab_size: int, mean_length: float, *, ranks: Ranks = ALONE, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our losses are means over examples already
-        self._options, self._vocab_size, self._mean_length = options, vocab_size, mean_length
+        self._options, self._vocab_size, self._mean_length, self._ranks = options, vocab_size, mean_length, ranks
         self._rule, self._weight = options.parsed_rule, options.starting_weight
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's loss of a batch."""
-        loss = self._losses(model, inputs).mean()
+        """The objective's loss of a micro-batch, of which the mean over an update's micro-batches is the update's."""
+        if self._options.objective == "likelihood":
+            losses = self._likelihood(model, inputs)
+        else:
+            other = self._rows(model, inputs, "rejected") if self._options.needs_rejected else None
+            losses = self._losses(inputs, self._rows(model, inputs, "chosen"), other)
+        loss = (losses * inputs["share"]).sum()
         return (loss, {}) if return_outputs else loss
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """The same updates for any number of processes."""
+        args = self.args
+        batches = Updates(
+            self.train_dataset.lengths,
+            batch_size=self._train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            rank=self._ranks.index,
+            ranks=self._ranks.count,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            strategy=args.train_sampling_strategy,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self._loader(self.train_dataset, batches)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Make the folder first: where FSDP saves shards, processes that look for it too early disagree which one is best."""
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and diagnostics on the development data, logged under `eval_…`."""
-        self.model.eval()
-        sums, losses, rejected, examples = [], 0.0, torch.zeros(2, dtype=torch.float64), 0
-        for batch, logp, logq in self.development_rows(eval_dataset):
-            top_p = self._options.proposal_top_p if self._options.proposal_top_p < 1 else 0.95
-            sums.append(measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p))
-            with torch.no_grad():
-                losses += float(self._losses(self.model, batch).sum())
-                examples += len(batch["chosen_ids"])
-                if "rejected_tokens" in batch:
-                    nll = sft(answer_rows(self.model, batch, "rejected", self._vocab_size), batch["rejected_tokens"])
-                    rejected += torch.tensor([float(nll.sum()), len(nll)], dtype=torch.float64)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise(sums)).items()}
-        metrics[f"{metric_key_prefix}_loss"] = losses / examples
-        if rejected[1]:
-            metrics[f"{metric_key_prefix}_nll_rejected"] = float(rejected[0] / rejected[1])
+        sums = torch.zeros(9, dtype=torch.float64)
+        losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
+        top_p = self._options.proposal_top_p if self._options.proposal_top_p < 1 else 0.95
+        for batch, logp, logq, other in self.development_rows(eval_dataset):
+            sums += measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p)
+            losses[0] += float(self._losses(batch, logq, other, logp).sum())
+            losses[1] += len(batch["chosen_ids"])
+            if other is not None:
+                nll = sft(other, batch["rejected_tokens"])
+                losses[2:] += torch.tensor([float(nll.sum()), len(nll)], dtype=torch.float64)
+        sums, losses = self._ranks.total(sums), self._ranks.total(losses)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
+        metrics[f"{metric_key_prefix}_loss"] = float(losses[0] / losses[1])
+        if losses[3]:
+            metrics[f"{metric_key_prefix}_nll_rejected"] = float(losses[2] / losses[3])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def development_rows(self, dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """Each development batch with log p̃ and log q `[N, V]` on its wanted answers."""
+    def development_rows(self, dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]]:
+        """This process's development batches, each with log p̃ and log q `[N, V]` on its wanted answers.
+
+        And with log q on the unwanted ones, where every example has one. A batch that is another process's too takes part in
+        the computation, which may need all processes, and is not given.
+        """
         self.model.eval()
-        for batch in self.get_eval_dataloader(dataset):
+        dataset = self.eval_dataset if dataset is None else dataset
+        ranks, pairs = self._ranks, all(example.rejected for example in dataset.examples)
+        batches, count = whole_passes(dataset.lengths, self.args.eval_batch_size, ranks.index, ranks.count)
+        for number, batch in enumerate(self._loader(dataset, batches)):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 logq = self._rows(self.model, inputs, "chosen")
-            yield inputs, cached_rows(inputs, self._vocab_size), logq
+                other = self._rows(self.model, inputs, "rejected") if pairs else None
+            if number < count:
+                yield inputs, cached_rows(inputs, self._vocab_size), logq, other
 
-    def _losses(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """One loss for each example `[B]`."""
+    def _loader(self, dataset: ExampleDataset, batches: Any) -> EpochLoader:
+        said = {name: getattr(self.args, f"dataloader_{name}") for name in LOADER if hasattr(self.args, f"dataloader_{name}")}
+        return EpochLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **said)
+
+    def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """What `_losses` says of `likelihood`, from logits and compressed rows."""
+        logits, positions = answer_logits(model, inputs, "chosen")
+        losses = fused_likelihood(
+            self._rule,
+            cached_batch(inputs),
+            logits,
+            positions,
+            self._weight,
+            self._options.aligner_temperature,
+            self._vocab_size,
+        )
+        return self._sum(losses, inputs, "chosen") / self._mean_length
+
+    def _losses(self, inputs: dict[str, Tensor], rows: Tensor, other: Tensor | None, logp: Tensor | None = None) -> Tensor:
+        """One loss for each example `[B]`, from log q on wanted and unwanted answers, and log p̃ where it is at hand."""
         o = self._options
-        rows, tokens = self._rows(model, inputs, "chosen"), inputs["chosen_tokens"]
+        tokens = inputs["chosen_tokens"]
         if o.objective == "likelihood":
-            losses = likelihood(self._rule, cached_rows(inputs, self._vocab_size), rows, self._weight, tokens)
+            logp = cached_rows(inputs, self._vocab_size) if logp is None else logp
+            losses = likelihood(self._rule, logp, rows, self._weight, tokens)
             return self._sum(losses, inputs, "chosen") / self._mean_length
         chosen = self._sum(sft(rows, tokens), inputs, "chosen")
-        if o.objective == "sft" or (o.objective == "ram" and o.alpha == 0):
+        if not o.needs_rejected or other is None:
             return chosen / self._mean_length
-        other = sft(self._rows(model, inputs, "rejected"), inputs["rejected_tokens"])
-        rejected = self._sum(other, inputs, "rejected")
+        rejected = self._sum(sft(other, inputs["rejected_tokens"]), inputs, "rejected")
         if o.objective == "ram":
             return ram(-chosen, -rejected, o.alpha) / self._mean_length
         return preference(-chosen, -rejected, o.beta)
 
     def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
         """Log q at the decoding temperature `[N, V]`."""
-        return warp(answer_rows(model, inputs, which, self._vocab_size), Warp(self._options.aligner_temperature))
+        rows = answer_rows(model, inputs, which, self._vocab_size)
+        temperature = self._options.aligner_temperature
+        return rows if temperature == 1 else warp(rows, Warp(temperature))
 
     def _sum(self, values: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
         return per_example(values, inputs[f"{which}_owner"], len(inputs[f"{which}_ids"]))

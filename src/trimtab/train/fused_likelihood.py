@@ -1,0 +1,83 @@
+"""`core.objectives.likelihood` straight from an aligner's logits and a proposal's compressed rows: the same losses, less work.
+
+For `product` and `geometric` the target is softmax(a·log p̃ + b·s) of the aligner's logits s, whose own normaliser cancels. So
+two `[N, V]` buffers are made where the plain composition makes many, log p̃ is never rebuilt, and the gradient goes directly to
+the logits of a whole padded batch. `tests/train/test_fused_likelihood.py` holds it to the plain composition.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import gather, log_normalize
+from trimtab.core.rules import Geometric, Product, Rule
+from trimtab.errors import InvalidOption
+from trimtab.train.rows import CachedRows
+
+__all__ = ["fused_likelihood"]
+
+
+def fused_likelihood(
+    rule: Rule, cached: CachedRows, logits: Tensor, positions: Tensor, weight: float, temperature: float, vocab_size: int
+) -> Tensor:
+    """Negative log-likelihood of each token under the rule's target, in nats: `[N]`.
+
+    Args:
+        rule: `product` or `geometric`.
+        cached: the proposal's rows of N tokens, and the tokens.
+        logits: the aligner's, `[M, W]` with W ≥ V, in any precision; computed in float32 or better.
+        positions: `[N]`, which of the M rows predicts each token.
+        weight: λ.
+        temperature: the aligner's.
+        vocab_size: V.
+
+    Raises:
+        InvalidOption: another rule.
+    """
+    if not isinstance(rule, (Product, Geometric)):
+        raise InvalidOption(f"rule: '{rule}' has no likelihood from compressed rows; product and geometric have")
+    share = 1.0 if isinstance(rule, Product) else 1.0 - weight
+    tokens = cached.token.long()
+    ids = torch.cat([cached.ids.long(), tokens.unsqueeze(-1)], -1)
+    kept = torch.cat([cached.logp, cached.token_logp.unsqueeze(-1)], -1)
+    losses: Tensor = _Likelihood.apply(  # type: ignore[no-untyped-call]
+        logits, positions, ids, _scaled(kept, share), _scaled(cached.spread(vocab_size), share), tokens,
+        weight / temperature, vocab_size,
+    )  # fmt: skip
+    return losses
+
+
+def _scaled(logp: Tensor, share: float) -> Tensor:
+    """Times the proposal's exponent; what is impossible stays so."""
+    return torch.where(logp.isneginf(), logp, share * logp)
+
+
+class _Likelihood(torch.autograd.Function):
+    """−log softmax(rows)[token] of rows = `scale`·logits + (`kept` at `ids`, `base` elsewhere)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, positions: Tensor, ids: Tensor, kept: Tensor, base: Tensor, tokens: Tensor, scale: float,
+        vocab_size: int,
+    ) -> Tensor:  # fmt: skip
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        rows = logits.index_select(0, positions)[:, :vocab_size].to(exact)  # a copy: what follows is in place
+        if scale != 1:
+            rows.mul_(scale)
+        special = rows.gather(1, ids) + kept
+        target = log_normalize(rows.add_(base.unsqueeze(-1)).scatter_(1, ids, special.to(exact)))
+        ctx.save_for_backward(target, positions, tokens)
+        ctx.scale, ctx.shape, ctx.dtype = scale, logits.shape, logits.dtype
+        return -gather(target, tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        target, positions, tokens = ctx.saved_tensors
+        rows = target.exp()
+        rows.scatter_add_(1, tokens.unsqueeze(-1), rows.new_full((len(tokens), 1), -1.0))
+        rows.mul_((grad * ctx.scale).unsqueeze(-1))
+        whole = rows.new_zeros(ctx.shape, dtype=ctx.dtype)
+        whole[:, : rows.shape[-1]].index_copy_(0, positions, rows.to(ctx.dtype))
+        return whole, *[None] * 7

@@ -1,0 +1,81 @@
+"""The fast likelihood is the plain one: losses and gradients, for every rule, weight, temperature and kind of row."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trimtab.core.logprobs import Warp, row_from_logits, warp
+from trimtab.core.objectives import likelihood
+from trimtab.core.rules import Geometric, Nucleus, Product
+from trimtab.errors import InvalidOption
+from trimtab.train.fused_likelihood import fused_likelihood
+from trimtab.train.rows import compress
+
+V, WIDTH, M = 11, 13, 9
+POSITIONS = torch.tensor([0, 2, 3, 7])
+
+
+def inputs(top_k: int, *, impossible: bool = False):
+    """Rows of four tokens, one of them among the best and one not; logits of nine places, five of them padding."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, V, generator=generator, dtype=torch.float64) * 2
+    if impossible:
+        rows[:, [1, 4]] = -torch.inf
+    rows = rows.log_softmax(-1)
+    tokens = torch.stack([rows[0].argmax(), torch.tensor(5), torch.tensor(0), torch.tensor(10)])
+    return compress(rows, tokens, top_k), torch.randn(M, WIDTH, generator=generator, dtype=torch.float64) * 3
+
+
+def plain(rule, cached, logits, weight, temperature):
+    rows = warp(row_from_logits(logits[POSITIONS], V), Warp(temperature))
+    return likelihood(rule, cached.rebuild(V), rows, weight, cached.token.long())
+
+
+@pytest.mark.parametrize("impossible", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3, V])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("rule", "weight"),
+    [(Product(), 1.0), (Product(), 0.3), (Product(), -1.0), (Product(), 0.0), (Geometric(), 0.5), (Geometric(), 1.5)],
+)
+def test_losses_and_gradients_are_those_of_the_plain_likelihood(rule, weight, temperature, top_k, impossible):
+    cached, logits = inputs(top_k, impossible=impossible)
+    scale = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    results = []
+    for compute in (
+        lambda x: fused_likelihood(rule, cached, x, POSITIONS, weight, temperature, V),
+        lambda x: plain(rule, cached, x, weight, temperature),
+    ):
+        leaf = logits.clone().requires_grad_()
+        losses = compute(leaf)
+        (losses * scale).sum().backward()
+        results.append((losses.detach(), leaf.grad))
+    assert_close(results[0], results[1], atol=1e-10, rtol=1e-10)
+    assert results[0][0].isfinite().all()
+    if weight:
+        assert results[0][1].abs().max() > 0.01
+
+
+def test_low_precision_logits_are_taken_as_they_are_and_computed_in_float32():
+    cached, logits = inputs(3)
+    low = logits.bfloat16().requires_grad_()
+    losses = fused_likelihood(Product(), cached, low, POSITIONS, 1.0, 1.0, V)
+    assert_close(losses, plain(Product(), cached, low.detach().float(), 1.0, 1.0).float(), atol=1e-5, rtol=1e-5)
+    losses.sum().backward()
+    assert low.grad is not None
+    assert low.grad.dtype == torch.bfloat16
+    assert not low.grad[[1, 4, 5, 6, 8]].any(), "places that predict nothing"
+    assert not low.grad[:, V:].any(), "padding of the vocabulary"
+
+
+def test_the_caller_s_logits_are_left_alone():
+    cached, logits = inputs(3)
+    before = logits.clone()
+    fused_likelihood(Product(), cached, logits, POSITIONS, 0.5, 0.7, V)
+    assert torch.equal(logits, before)
+
+
+def test_other_rules_are_refused():
+    cached, logits = inputs(3)
+    with pytest.raises(InvalidOption, match="product and geometric have"):
+        fused_likelihood(Nucleus(), cached, logits, POSITIONS, 1.0, 1.0, V)
