@@ -17,7 +17,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"objective": "dpo"}, "objective must be one of"),
         ({"rule": "par"}, "there is no rule 'par'"),
         ({"rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
-        ({"start": "zero"}, "start must be auto, pretrained or uniform"),
+        ({"start": "zero"}, "start must be one of auto, tempered, pretrained, uniform"),
         ({"start": "uniform", "use_peft": True}, "choose one of them"),
         ({"weight": float("nan")}, "weight must be a finite number"),
         ({"alpha": -1.0}, "alpha must be from 0"),
@@ -53,11 +53,3 @@ def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warn
     with caplog.at_level(logging.WARNING):
         TrainOptions(**(NAMES | settings))
     assert [("does not train what rule" in record.message) for record in caplog.records] == [True] * warned
-
-
-def test_only_likelihood_of_the_product_starts_uniform_by_itself():
-    assert TrainOptions(**NAMES).starts_uniform
-    assert not TrainOptions(**NAMES, rule="geometric").starts_uniform
-    assert not TrainOptions(**NAMES, objective="sft").starts_uniform
-    assert not TrainOptions(**NAMES, use_peft=True).starts_uniform
-    assert TrainOptions(**NAMES, objective="sft", start="uniform").starts_uniform

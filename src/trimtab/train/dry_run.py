@@ -24,7 +24,7 @@ from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.cache import bytes_per_token, shard_bytes
 from trimtab.train.examples import Example, encode_records
-from trimtab.train.options import TrainOptions
+from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
@@ -96,6 +96,7 @@ def _alone() -> Iterator[None]:
 
 
 def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
+    options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     proposal = find_config(options.proposal, expected.proposal)
     aligner = find_config(options.aligner, expected.aligner)
     for found in (proposal, aligner):
@@ -264,7 +265,7 @@ def _caching(
     top_k = min(options.cache_top_k or vocab_size, vocab_size)
     longest = max(map(_length, (*examples, *development)))
     sample = examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED]
-    temperature = options.proposal_temperature
+    temperature = options.temperatures.proposal
     found = rehearse_caching(proposal.config, dtype, device, vocab_size, top_k, temperature, longest, sample)
     total = found.weights + found.keys_and_values + found.passing
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **found._asdict(), "total": total}

@@ -1,9 +1,10 @@
 """What `trimtab train` can be told, checked before any work is done."""
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
 from trimtab.endpoints.settings import Limits, make_limits
@@ -11,7 +12,7 @@ from trimtab.errors import InvalidOption
 from trimtab.models.aligner import OBJECTIVES
 from trimtab.train.records import parse_columns
 
-__all__ = ["ENDPOINT_OPTIONS", "TrainOptions"]
+__all__ = ["ENDPOINT_OPTIONS", "Temperatures", "TrainOptions"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,22 @@ MATCHES = {
 }
 """The rules that decode what each objective trains."""
 
+STARTS = ("auto", "tempered", "pretrained", "uniform")
+"""Where training may start."""
+
 ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
 """Where rows come from, and not what they are."""
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
+
+
+class Temperatures(NamedTuple):
+    """Of the proposal's and of the aligner's rows, before the rule."""
+
+    proposal: float
+    aligner: float
 
 
 @dataclass(frozen=True)
@@ -45,14 +56,19 @@ class TrainOptions:
     weight: float | None = _option(None, "the rule's weight while training [default: the rule's own]")
     alpha: float = _option(1e-4, "ram: weight of the proposal's samples")
     beta: float = _option(0.1, "preference: inverse temperature of the reward")
-    proposal_temperature: float = _option(1.0, "temperature of the proposal's rows; goes into the manifest")
+    proposal_temperature: float | None = _option(
+        None, "temperature of the proposal's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]"
+    )
     proposal_top_p: float = _option(1.0, "for the manifest; training sees the whole distribution")
-    aligner_temperature: float = _option(1.0, "temperature of the aligner's rows; goes into the manifest")
+    aligner_temperature: float | None = _option(
+        None, "temperature of the aligner's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]"
+    )
     start: str = _option(
         "auto",
-        "where to start: 'pretrained' keeps the aligner's output layer, 'uniform' zeroes it so that the aligned model starts"
-        " at the proposal, 'auto' is 'uniform' for likelihood with product",
-        choices=("auto", "pretrained", "uniform"),
+        "where to start: 'pretrained' takes the aligner as it is; 'tempered' also fits the two temperatures at which it and the"
+        " proposal explain the data best together; 'uniform' zeroes its output layer, so that the aligned model starts at the"
+        " proposal; 'auto' is 'tempered' for likelihood with product, otherwise 'pretrained'",
+        choices=STARTS,
     )
     eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")
     dev_fraction: float = _option(0.1, "share of the prompts kept aside for development")
@@ -97,8 +113,8 @@ class TrainOptions:
                 raise InvalidOption(f"--{name} is required")
         if self.objective not in OBJECTIVES:
             raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
-        if self.start not in ("auto", "pretrained", "uniform"):
-            raise InvalidOption(f"start must be auto, pretrained or uniform, not '{self.start}'")
+        if self.start not in STARTS:
+            raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not '{self.start}'")
         for name, low, high in (
             ("alpha", 0, math.inf),
             ("dev_fraction", 1e-9, 0.9),
@@ -122,8 +138,13 @@ class TrainOptions:
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
         if self.use_peft and self.start == "uniform":
             raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
+        if self.start == "tempered" and not self._can_be_tempered:
+            raise InvalidOption(
+                "start 'tempered' fits the aligner's temperature for likelihood with product at a weight above 0:"
+                " leave out --aligner_temperature, or choose another start"
+            )
         _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
-        if self.proposal_endpoint and self.proposal_temperature != 1 and self.cache_top_k:
+        if self.proposal_endpoint and self.proposal_temperature not in (None, 1) and self.cache_top_k:
             raise InvalidOption(
                 "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
             )
@@ -156,7 +177,20 @@ class TrainOptions:
         return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0)
 
     @property
-    def starts_uniform(self) -> bool:
-        """Whether the output layer is zeroed before training."""
-        fits = self.objective == "likelihood" and isinstance(self.parsed_rule, Product) and not self.use_peft
-        return self.start == "uniform" or (self.start == "auto" and fits)
+    def starts_tempered(self) -> bool:
+        """Whether temperatures are fitted before training."""
+        return self.start in ("auto", "tempered") and self._can_be_tempered
+
+    @property
+    def _can_be_tempered(self) -> bool:
+        fits = self.objective == "likelihood" and isinstance(self.parsed_rule, Product) and self.starting_weight > 0
+        return fits and self.aligner_temperature is None
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """Those that are given, and 1 where none is."""
+        return Temperatures(*(1.0 if t is None else t for t in (self.proposal_temperature, self.aligner_temperature)))
+
+    def at(self, fitted: Temperatures) -> "TrainOptions":
+        """The same at temperatures that were fitted around those that are given."""
+        return dataclasses.replace(self, proposal_temperature=fitted.proposal, aligner_temperature=fitted.aligner)

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +31,14 @@ from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabul
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
-from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
+from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.rows import RowSource
 from trimtab.train.start import add_lora, zero_output_layer
+from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
@@ -117,8 +119,10 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     ranks.first_does(lambda: _open_run(output, run, options.overwrite_output_dir))
+    fit = partial(_temperatures, options, arguments, output, model, proposal.rows, examples)
+    options = options.at(ranks.first_does(fit))
     caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
-    del proposal
+    del proposal, fit
     if ranks.first_does(lambda: _is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         return dict(read_json(output / "training.json"))
@@ -152,6 +156,25 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         trainer, Aligner(None, tokenizer, _manifest(options, tokenizer, report["weight"]), str(output)), report, output, ranks
     )
     return report
+
+
+def _temperatures(
+    options: TrainOptions, arguments: TrainingArguments, output: Path, model: Any, rows: RowSource, examples: list[Example]
+) -> Temperatures:
+    """The temperatures to train at where the options name none; `start.json` keeps what was fitted."""
+    if not options.starts_tempered:
+        return options.temperatures
+    path = output / "start.json"
+    if not path.exists():
+        given, top_k = options.proposal_temperature, min(TOP_K, rows.vocab_size)
+        if options.proposal_endpoint and options.cache_top_k:  # these rows have temperature 1, and no more entries
+            given, top_k = 1.0, options.cache_top_k
+        fitted = fit_temperatures(model, rows, examples, arguments.eval_batch_size, given, top_k)
+        fitted = fitted._replace(aligner=fitted.aligner * options.starting_weight)
+        write_json(path, fitted._asdict())
+    fitted = Temperatures(**read_json(path))
+    logger.info("the start fits best at proposal_temperature %g and aligner_temperature %g", *fitted)
+    return fitted
 
 
 def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
@@ -273,7 +296,7 @@ def _caches(
             fingerprint_vocabulary(tokenizer),
             items,
             top_k=options.cache_top_k,
-            temperature=options.proposal_temperature,
+            temperature=options.temperatures.proposal,
             ranks=ranks,
         )
         facts = caches[name].facts
@@ -366,7 +389,7 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 def prepare_model(model: Any, options: TrainOptions, seed: int) -> Any:
     """The aligner as it starts."""
-    if options.starts_uniform:
+    if options.start == "uniform":
         logger.info("the output layer starts at zero: the aligned model starts at the proposal")
         zero_output_layer(model)
     if not options.use_peft:
@@ -387,9 +410,9 @@ def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
         proposal={"id": options.proposal_id or options.proposal, "revision": None},
         rule=options.rule,
         weight=weight,
-        proposal_temperature=options.proposal_temperature,
+        proposal_temperature=options.temperatures.proposal,
         proposal_top_p=options.proposal_top_p,
-        aligner_temperature=options.aligner_temperature,
+        aligner_temperature=options.temperatures.aligner,
         objective=options.objective,
     )
 

@@ -134,7 +134,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             logits,
             positions,
             self._weight,
-            self._options.aligner_temperature,
+            self._options.temperatures.aligner,
             self._vocab_size,
         )
         return self._sum(losses, inputs, "chosen") / self._mean_length
@@ -158,7 +158,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
         """Log q at the decoding temperature `[N, V]`."""
         rows = answer_rows(model, inputs, which, self._vocab_size)
-        temperature = self._options.aligner_temperature
+        temperature = self._options.temperatures.aligner
         return rows if temperature == 1 else warp(rows, Warp(temperature))
 
     def _sum(self, values: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:

@@ -1,0 +1,141 @@
+"""Where a trained language model starts as an aligner: at the two temperatures at which it and the proposal fit best.
+
+A language model's own probabilities under `product` count the proposal twice. With exponents a on p̃ and s on q, the target is
+∝ p^a·q^s, whose negative log-likelihood is convex in (a, s): Newton's method finds the best pair, and 1/a and 1/s are the
+temperatures to train and to decode at. No weight is touched, so it works for adapters and tied embeddings alike. It is the
+best `geometric` mixture of the two, with the sum of the exponents set free; training goes on from there.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.train.batches import Item, answer_rows, cached_rows, collate
+from trimtab.train.examples import Example
+from trimtab.train.options import Temperatures
+from trimtab.train.rows import RowSource
+
+__all__ = ["TOP_K", "fit_exponents", "fit_temperatures"]
+
+LEAST = 0.25
+"""No smaller exponent of the aligner: its logits, and so the steps of its training, are scaled by it."""
+
+MOST = 4.0
+"""No larger exponent of either, and no smaller one of the proposal than its inverse."""
+
+ENTRIES = 1 << 27
+"""Entries of the rows that are looked at: half a gigabyte for each model."""
+
+TOKENS = 16384
+"""No more tokens than that, however small the vocabulary."""
+
+TOP_K = 1024
+"""Entries kept of a proposal row."""
+
+STEPS = 20
+
+
+def fit_temperatures(
+    model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, proposal: float | None, top_k: int
+) -> Temperatures:
+    """The temperatures at which `product` of the proposal and an untrained aligner fits a sample of the examples best.
+
+    Args:
+        model: the aligner, on any device.
+        source: who has the proposal's rows.
+        examples: training data; some, evenly spread, are looked at.
+        batch_size: examples in a forward pass.
+        proposal: the proposal's temperature, if it is given.
+        top_k: entries that the source can give at least, of V.
+    """
+    sample = _sample(examples, max(1024, min(TOKENS, ENTRIES // source.vocab_size)))
+    logp, logq, tokens = (torch.cat(part) for part in zip(*_rows(model, source, sample, batch_size, top_k), strict=True))
+    fixed = None if proposal is None else 1 / proposal
+    a, s = fit_exponents(logp, logq, tokens, fixed)
+    return Temperatures(round(1 / a, 3) if proposal is None else proposal, round(1 / s, 3))
+
+
+def fit_exponents(logp: Tensor, logq: Tensor, tokens: Tensor, a: float | None = None) -> tuple[float, float]:
+    """The exponents of p and q that make the tokens most likely, within bounds.
+
+    Args:
+        logp: rows of the proposal `[N, V]`, not −inf at their tokens.
+        logq: rows of the aligner `[N, V]`.
+        tokens: `[N]`.
+        a: the exponent of p, if it is given.
+    """
+    free = torch.tensor([a is None, True])
+    point = torch.tensor([1.0 if a is None else a, LEAST], dtype=torch.float64)
+    point = _newton(logp, logq, tokens, point, free)
+    if not LEAST <= point[1] <= MOST:  # at its bound, and then the other one again
+        point[1] = point[1].clamp(LEAST, MOST)
+        point = _newton(logp, logq, tokens, point, free & torch.tensor([True, False]))
+    if a is None:
+        point[0] = point[0].clamp(1 / MOST, MOST)
+    return float(point[0]), float(point[1])
+
+
+def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor, free: Tensor) -> Tensor:
+    """Minimise over the free exponents; a step that does not help is halved."""
+    loss, gradient, hessian = _derivatives(logp, logq, tokens, point)
+    for _ in range(STEPS):
+        held = torch.outer(free, free)
+        step = torch.linalg.solve(torch.where(held, hessian, torch.eye(2, dtype=torch.float64)), gradient * free)
+        scale = 1.0
+        while scale > 1e-3:
+            there = _derivatives(logp, logq, tokens, point - scale * step)
+            if there[0] <= loss:
+                break
+            scale /= 2
+        else:
+            return point
+        point = point - scale * step
+        (loss, gradient, hessian), done = there, float(step.abs().max()) < 1e-4
+        if done:
+            return point
+    return point
+
+
+def _derivatives(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor) -> tuple[float, Tensor, Tensor]:
+    """The mean negative log-likelihood, its gradient `[2]` and its Hessian `[2, 2]`, with a trace of a ridge."""
+    loss, gradient, hessian = 0.0, torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    for start in range(0, len(tokens), 1024):
+        some = slice(start, start + 1024)
+        possible = logp[some] > -math.inf
+        features = torch.stack([torch.where(possible, logp[some], 0.0), logq[some].clamp(min=-1e4)])
+        scores = torch.where(possible, torch.einsum("f,fnv->nv", point.to(features.dtype), features), -math.inf)
+        at = scores.log_softmax(-1)
+        chances = at.exp()
+        wanted = tokens[some].unsqueeze(-1)
+        means = (features * chances).sum(-1)
+        loss -= float(at.gather(-1, wanted).double().sum())
+        gradient += (means - features.gather(-1, wanted.expand(2, -1, -1)).squeeze(-1)).double().sum(-1)
+        apart = features - means.unsqueeze(-1)
+        hessian += torch.einsum("fnv,gnv,nv->fg", apart, apart, chances).double()
+    count = len(tokens)
+    return loss / count, gradient / count, hessian / count + 1e-9 * torch.eye(2, dtype=torch.float64)
+
+
+def _sample(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """Examples from all over the data, with about so many tokens of answers, and never none."""
+    mean = sum(len(example.chosen) for example in examples) / len(examples)
+    count = min(len(examples), max(1, math.ceil(tokens / mean)))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+@torch.no_grad()
+def _rows(
+    model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, top_k: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each batch: log p and log q `[N, V]` and the tokens, on the CPU."""
+    model.eval()
+    for start in range(0, len(examples), batch_size):
+        some = examples[start : start + batch_size]
+        rows = source.compress(some, top_k, 1.0).rows
+        batch = collate([Item(example, row) for example, row in zip(some, rows, strict=True)])
+        there = {name: value.to(model.device) for name, value in batch.items() if name.startswith("chosen")}
+        logq = answer_rows(model, there, "chosen", source.vocab_size).float().cpu()
+        yield cached_rows(batch, source.vocab_size), logq, batch["chosen_tokens"]

@@ -1,0 +1,88 @@
+"""The tempered start: exponents against a grid, what is given stays, and a run that starts where the fit says."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tiny_task import make_task, task_options
+from trimtab.core.objectives import likelihood
+from trimtab.core.rules import Product
+from trimtab.errors import InvalidOption
+from trimtab.train.options import TrainOptions
+from trimtab.train.run import train
+from trimtab.train.temper import LEAST, MOST, fit_exponents
+
+NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
+
+
+def sample(a: float, s: float, count: int = 6000):
+    """Rows of two models over seven tokens, and tokens drawn at the exponents a and s."""
+    generator = torch.Generator().manual_seed(3)
+    logp = (2 * torch.randn(count, 7, generator=generator)).log_softmax(-1)
+    logq = (2 * torch.randn(count, 7, generator=generator)).log_softmax(-1)
+    tokens = torch.multinomial((a * logp + s * logq).softmax(-1), 1, generator=generator)[:, 0]
+    return logp, logq, tokens
+
+
+def nll(logp, logq, tokens, a, s):
+    return float(likelihood(Product(), (a * logp).log_softmax(-1), (s * logq).log_softmax(-1), 1.0, tokens).mean())
+
+
+@pytest.mark.parametrize(("a", "s"), [(0.7, 0.4), (1.3, 0.9), (0.4, 2.0)])
+def test_the_exponents_are_found_and_no_neighbour_is_better(a, s):
+    rows = sample(a, s)
+    found = fit_exponents(*rows)
+    assert found == (pytest.approx(a, abs=0.06), pytest.approx(s, abs=0.06))
+    best = nll(*rows, *found)
+    for da, ds in ((0.02, 0), (-0.02, 0), (0, 0.02), (0, -0.02)):
+        assert nll(*rows, found[0] + da, found[1] + ds) > best
+
+
+def test_a_given_exponent_stays_and_the_other_is_best_beside_it():
+    rows = sample(0.7, 0.5)
+    a, s = fit_exponents(*rows, 1.0)
+    assert a == 1.0
+    assert nll(*rows, 1.0, s) < min(nll(*rows, 1.0, s + 0.03), nll(*rows, 1.0, s - 0.03))
+
+
+@pytest.mark.parametrize(("truth", "bound"), [(-0.5, LEAST), (0.0, LEAST), (9.0, MOST)])
+def test_the_aligners_exponent_stays_within_bounds_and_the_proposals_is_best_there(truth, bound):
+    rows = sample(0.8, truth)
+    a, s = fit_exponents(*rows)
+    assert s == bound
+    assert nll(*rows, a, s) < min(nll(*rows, a + 0.03, s), nll(*rows, a - 0.03, s))
+
+
+def test_impossible_tokens_stay_impossible():
+    logp, logq, tokens = sample(0.7, 0.4)
+    logp, logq = torch.cat([logp, torch.full((len(logp), 1), -math.inf)], 1), torch.cat([logq, torch.zeros(len(logq), 1)], 1)
+    assert fit_exponents(logp, logq, tokens) == pytest.approx(fit_exponents(logp[:, :7], logq[:, :7], tokens), abs=1e-4)
+
+
+def test_a_run_starts_tempered_by_default_and_says_so_in_its_manifest(tmp_path):
+    report = train(task_options(make_task(tmp_path), "tempered"))
+    fitted = json.loads((tmp_path / "tempered" / "start.json").read_text())
+    manifest = json.loads((tmp_path / "tempered" / "trimtab.json").read_text())
+    assert manifest["proposal_temperature"] == fitted["proposal"] != 1
+    assert manifest["aligner_temperature"] == fitted["aligner"] != 1
+    first = next(entry for entry in report["history"] if "eval_nll_aligned" in entry)
+    assert first["eval_nll_aligned"] < first["eval_nll_aligner"]
+
+
+def test_who_starts_tempered():
+    assert TrainOptions(**NAMES).starts_tempered
+    assert TrainOptions(**NAMES, use_peft=True).starts_tempered
+    for other in (
+        {"rule": "geometric"},
+        {"objective": "sft"},
+        {"start": "uniform"},
+        {"aligner_temperature": 2.0},
+        {"weight": 0.0},
+    ):
+        assert not TrainOptions(**NAMES, **other).starts_tempered
+    with pytest.raises(InvalidOption, match="leave out --aligner_temperature"):
+        TrainOptions(**NAMES, start="tempered", aligner_temperature=2.0)
+    with pytest.raises(InvalidOption, match="likelihood with product"):
+        TrainOptions(**NAMES, start="tempered", objective="sft")
