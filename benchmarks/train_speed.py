@@ -24,7 +24,7 @@ from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
-from trimtab.train.rows import CachedRows, Compressed
+from trimtab.train.rows import CachedRows, Compressed, Layout
 from trimtab.train.trainer import AlignerTrainer
 
 
@@ -39,15 +39,16 @@ class Rows:
     def who(self) -> str:
         return ""
 
-    def compress(self, examples: Any, top_k: int, temperature: float) -> Compressed:
+    def compress(self, examples: Any, layout: Layout, temperature: float) -> Compressed:
         generator, rows = torch.Generator().manual_seed(0), []
         for example in examples:
-            shape = (len(example.chosen), top_k)
-            ids = torch.randint(0, self.vocab_size, (shape[0], 1), generator=generator) + torch.arange(top_k)
+            shape = (len(example.chosen), layout.top_k)
+            ids = torch.randint(0, self.vocab_size, (shape[0], 1), generator=generator) + torch.arange(layout.top_k)
             logp = torch.randn(shape, generator=generator).log_softmax(-1) - 0.1
             tokens = torch.tensor(example.chosen).int()
-            rows.append(CachedRows((ids % self.vocab_size).int(), logp, tokens, logp[:, 0] - 9, logp[:, 0] * 0 - 2.4))
-        return Compressed(rows, torch.zeros(2, dtype=torch.float64))
+            drawn = torch.randint(0, self.vocab_size, (shape[0], layout.samples), generator=generator).int()
+            rows.append(CachedRows((ids % self.vocab_size).int(), logp, tokens, logp[:, 0] - 9, logp[:, 0] * 0 - 2.4, drawn))
+        return Compressed(rows, torch.zeros(4, dtype=torch.float64))
 
 
 class SFTData(torch.utils.data.Dataset[Example]):

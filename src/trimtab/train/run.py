@@ -272,15 +272,18 @@ def _caches(
             rows,
             fingerprint_vocabulary(tokenizer),
             items,
-            top_k=options.cache_top_k,
+            layout=options.row_layout(rows.vocab_size),
             temperature=options.proposal_temperature,
             ranks=ranks,
         )
         facts = caches[name].facts
         error = "an error that is not known"
-        if facts["kl_per_token"] is not None:
-            error = f"an error of {facts['kl_per_token']:.2g} nats a token (worst token {facts['kl_worst_token']:.2g})"
-        logger.info("%s cache: %d tokens, %.0f bytes a token and %s", name, facts["tokens"], facts["bytes_per_token"], error)
+        if facts["log_z_error"] is not None:
+            error = (
+                f"beside a copy of the proposal, an error of {facts['log_z_error']:.2g} nats a token in log Z (root mean square "
+                f"{facts['log_z_error_rms']:.2g})"
+            )
+        logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
 
 
