@@ -37,7 +37,8 @@ def main() -> None:
     proposal, (aligner,) = model.proposal, model.aligners
     shaping = model.shaping(model.defaults)
     rule, weight = shaping.rule, torch.tensor([shaping.weights[0] if options.weight is None else options.weight])
-    examples = encode_records(read_records(options.dataset), model.tokenizer, model.eos_token_ids, 512)[: options.examples]
+    ends = model.eos_token_ids
+    examples = encode_records(read_records(options.dataset), model.tokenizer, ends, 512)[: options.examples]
     samples = options.samples if isinstance(rule, Product) else [0]
     errors: dict[Layout, list[torch.Tensor]] = {Layout(k, s): [] for k in options.top_k for s in samples}
     exact_nll = []
@@ -47,7 +48,7 @@ def main() -> None:
             exact_nll.append(nll)
             for layout, found in errors.items():
                 points = tail_points(example, layout.samples).to(logp.device)
-                rebuilt = compress(logp[0], tokens[0], layout.top_k, points).rebuild(proposal.vocab_size)
+                rebuilt = compress(logp[0], tokens[0], layout.top_k, points, ends).rebuild(proposal.vocab_size)
                 found.append(-gather(rule.target(rebuilt, [logq[0]], weight), tokens[0]).double() - nll)
     print(
         json.dumps(

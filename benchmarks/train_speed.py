@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--strategy", default="random", help="train_sampling_strategy of ours")
+    parser.add_argument("--samples", type=int, default=64, help="tokens drawn from the tail of a row")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -95,7 +96,9 @@ def main() -> None:
 
     examples = [Example(ids(20, 80), ids(20, 120), []) for _ in range(options.batch * options.steps * 4)]
     with tempfile.TemporaryDirectory() as folder:
-        cache = ProposalCache.build(Path(folder) / "cache", Rows(options.vocab), "v", examples, top_k=64)
+        cache = ProposalCache.build(
+            Path(folder) / "cache", Rows(options.vocab), "v", examples, layout=Layout(64, options.samples)
+        )
         common = {
             "output_dir": folder, "max_steps": options.steps, "per_device_train_batch_size": options.batch, "report_to": "none",
             "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),

@@ -20,11 +20,11 @@ from trimtab.train import cache as cache_module
 from trimtab.train import rows as rows_module
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
-from trimtab.train.rows import CachedRows, ModelRows
+from trimtab.train.rows import CachedRows, Layout, ModelRows, compress, tail_points
 
 V = 32
 make_examples = partial(tiny_task.make_examples, vocab_size=V)
-FIELDS = ["ids", "logp", "token", "token_logp", "tail"]
+FIELDS = ["ids", "logp", "token", "token_logp", "tail", "samples"]
 
 
 class Killed(BaseException):
@@ -54,8 +54,15 @@ def exact_rows(model: Any, example: Example, temperature: float = 1.0) -> Tensor
 
 
 def build(folder: Path, proposal: HuggingFaceLM, examples: list[Example], **changes: Any) -> ProposalCache:
-    settings: dict[str, Any] = {"fingerprint": "sha256:p", "vocabulary": "sha256:v", "top_k": 4} | changes
-    source = ModelRows(proposal, settings.pop("fingerprint"))
+    settings: dict[str, Any] = {
+        "fingerprint": "sha256:p",
+        "vocabulary": "sha256:v",
+        "top_k": 4,
+        "samples": 0,
+        "ends": (),
+    } | changes
+    source = ModelRows(proposal, settings.pop("fingerprint"), settings.pop("ends"))
+    settings["layout"] = Layout.of(settings.pop("top_k"), settings.pop("samples"), V)
     return ProposalCache.build(folder, source, examples=examples, **settings)
 
 
@@ -209,6 +216,7 @@ def test_a_torn_shard_is_built_again(keep, tmp_path, small_shards):
         ({"examples": make_examples(3)}, "other data"),
         ({"top_k": 5}, r"another top_k \(4, now 5\)"),
         ({"top_k": 0}, r"another top_k \(4, now 32\)"),
+        ({"samples": 3}, r"another number of tail_samples \(0, now 3\)"),
         ({"temperature": 0.7}, r"another proposal_temperature \(1.0, now 0.7\)"),
     ],
 )
@@ -232,7 +240,7 @@ def test_a_description_that_is_none_is_refused(content, tmp_path):
 def test_another_version_is_refused(tmp_path):
     build(tmp_path, Counting(), make_examples(4))
     path = tmp_path / "cache.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
     with pytest.raises(CacheMismatch, match="another version of Trimtab"):
         build(tmp_path, Counting(), make_examples(4))
 

@@ -18,7 +18,7 @@ from trimtab.train import cache as cache_module
 from trimtab.train.cache import ProposalCache
 from trimtab.train.endpoint_rows import EndpointRows, _best
 from trimtab.train.options import TrainOptions
-from trimtab.train.rows import ModelRows, compress
+from trimtab.train.rows import Layout, ModelRows, compress
 from trimtab.train.run import train
 
 QUICK = Limits(concurrency=3, request_timeout=20, max_retries=2, backoff=0.02)
@@ -26,7 +26,9 @@ MODELS = [{"id": "other"}, {"id": "served", "root": "org/P"}]
 
 
 def build(folder: Path, source, examples, top_k, temperature=1.0):
-    return ProposalCache.build(folder, source, "sha256:v", examples, top_k=top_k, temperature=temperature)
+    return ProposalCache.build(
+        folder, source, "sha256:v", examples, layout=Layout.of(top_k, 0, source.vocab_size), temperature=temperature
+    )
 
 
 def remote(url, vocab_size=V):

@@ -205,8 +205,9 @@ def _check_authors(folder: Path, who: str, whole: Sequence[int]) -> None:
 def _facts(folder: Path, shards: int) -> dict[str, Any]:
     """What the cache costs and loses, over all of its shards; the loss is None where it is not known.
 
-    `kl_per_token` and `kl_worst_token` are KL(exact‖rebuilt) with the tail spread evenly, in nats, whether or not there are draws;
-    `log_z_error` and `log_z_error_rms` that of log Z for an aligner that is a copy of the proposal, with the draws if there are any.
+    In nats: `kl_per_token` and `kl_worst_token` are KL(exact‖rebuilt), the tail spread evenly even where there are draws.
+    `log_z_error` and `log_z_error_rms` are the mean error of log Z and its root mean square for an aligner that is a copy of the
+    proposal, with the draws if there are any.
     """
     sums, worst, tokens, size = torch.zeros(3, dtype=torch.float64), 0.0, 0, 0
     for number in range(shards):

@@ -1,8 +1,9 @@
 """The proposal's rows from vLLM: `prompt_logprobs` of `/v1/completions`, for a proposal that is too large to run here.
 
 Each token position of a prompt comes with its k best tokens and the token that stands there, at temperature 1. That is what a
-cache keeps, but for the tail, which is what is left of 1, and whose tokens are not known: it can only be spread evenly. With every entry asked for (k = −1) the rows are exact, and may be
-given another temperature; without, what the cache loses cannot be measured.
+cache keeps, but for the tail, which is what is left of 1, and whose tokens are not known: it can only be spread evenly. With
+every entry asked for (k = −1) the rows are exact, and may be given another temperature; without, what the cache loses cannot be
+measured.
 """
 
 import math

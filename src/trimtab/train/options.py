@@ -76,8 +76,8 @@ class TrainOptions:
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
     cache_tail_samples: int | None = _option(
         None,
-        "tokens drawn from the rest of each proposal row, to stand for it; 0 spreads it evenly [default: 64 for rule product if the"
-        " proposal runs here, else 0]",
+        "tokens drawn from the rest of each proposal row, to stand for it; 0 spreads it evenly [default: 64 for rule product if"
+        " the proposal runs here, else 0]",
     )
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
     use_peft: bool = _option(False, "train a LoRA adapter instead of all weights")
@@ -164,7 +164,9 @@ class TrainOptions:
             return "--cache_top_k 0 keeps every entry"
         if self.proposal_endpoint:
             return "an endpoint does not say what is in the tail of its rows"
-        return None if isinstance(self.parsed_rule, Product) else f"draws stand for the tail only in product, not in '{self.rule}'"
+        return (
+            None if isinstance(self.parsed_rule, Product) else f"draws can stand for the tail in product, not in '{self.rule}'"
+        )
 
     def row_layout(self, vocab_size: int) -> Layout:
         """What the cache keeps of a proposal row of V entries."""

@@ -62,7 +62,7 @@ def rehearse_caching(
             rows = row_from_logits(_logits(model, BATCH, width, width), vocab_size)
             tokens = torch.empty(BATCH, width, dtype=torch.long)
             points = [torch.empty(width, layout.samples, dtype=torch.float64)] * BATCH
-            list(compress_each(rows, tokens, points, layout.top_k, temperature))
+            list(compress_each(rows, tokens, points, layout.top_k, temperature, ends=(0,)))
         with count_flops() as flops:
             for example in examples:
                 _logits(model, 1, len(example.prompt) + len(example.chosen) - 1, len(example.chosen))

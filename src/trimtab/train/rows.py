@@ -9,8 +9,10 @@ proportion to their probability. A row is rebuilt in one of two ways, and is nor
     evenly   all others share the tail alike. log p̃ is finite, so any rule takes it, but Z comes out too low where an aligner
              prefers the tail tokens that the proposal prefers.
 
-Draws are systematic: points (i+u)/S on the tail's cumulative distribution, with one uniform u for each row. It is a function of the
-example's tokens and the position, so a cache is the same whoever builds it.
+Draws are systematic: points (i+u)/S on the tail's cumulative distribution, with one uniform u for each row, a function of the
+example's tokens and the position, so that a cache is the same whoever builds it. They miss a token that the proposal hardly
+ever says and the aligner often does. One such is known beforehand, the end of sequence of a proposal that was not trained to
+stop; so ends of sequence are always among the k entries.
 """
 
 import hashlib
@@ -37,7 +39,7 @@ class Layout(NamedTuple):
     """What is kept of a row, beside the token's own entry and the tail."""
 
     top_k: int
-    """k, the most probable entries."""
+    """k, the most probable entries, of which some may be given to ends of sequence."""
     samples: int = 0
     """S, tokens drawn from the tail; 0 where it is spread evenly."""
 
@@ -52,7 +54,7 @@ class CachedRows(NamedTuple):
     """Compressed rows of T tokens."""
 
     ids: Tensor
-    """`[T, k]` int32, the most probable tokens."""
+    """`[T, k]` int32, ends of sequence (where a model's rows are compressed) and the most probable tokens."""
     logp: Tensor
     """`[T, k]` their log-probabilities."""
     token: Tensor
@@ -62,8 +64,7 @@ class CachedRows(NamedTuple):
     tail: Tensor
     """`[T]` log of the mass of all other tokens."""
     samples: Tensor
-    """`[T, S]` int32, draws from those others; a token may be drawn more than once. What they are does not matter where the tail
-    has no mass."""
+    """`[T, S]` int32, draws from those others, some perhaps alike; of no meaning where the tail has no mass."""
 
     def rebuild(self, vocab_size: int) -> Tensor:
         """Normalised rows `[T, V]`, the tail on the draws, or spread evenly where there are none."""
@@ -97,8 +98,9 @@ class Compressed(NamedTuple):
     rows: list[CachedRows]
     """For each example, on its wanted answer."""
     error: Tensor
-    """`[4]` float64, what `compress_each` says of the tokens; NaN where that cannot be known. KL: the sum over all tokens, and the
-    largest. log Z: the sum, and that of squares."""
+    """`[4]` float64, of what each token loses (see `compress_each`); NaN where that cannot be known.
+
+    The sum of KL over all tokens, and the largest; the sum of log Z's errors, and that of their squares."""
 
 
 class RowSource(Protocol):
@@ -125,10 +127,11 @@ class ModelRows:
     Args:
         model: P_M.
         fingerprint: of its weights, see `trimtab.models.fingerprint`.
+        ends: ends of sequence, which are always kept.
     """
 
-    def __init__(self, model: LanguageModel, fingerprint: str) -> None:
-        self._model, self.fingerprint = model, fingerprint
+    def __init__(self, model: LanguageModel, fingerprint: str, ends: Sequence[int] = ()) -> None:
+        self._model, self.fingerprint, self._ends = model, fingerprint, ends
 
     @property
     def vocab_size(self) -> int:
@@ -152,7 +155,7 @@ class ModelRows:
             for (rows,), tokens, counts in completion_rows([self._model], pairs):
                 here = [each[done : done + count] for each, count in zip(points, counts, strict=True)]
                 done += tokens.shape[1]
-                for slot, (kept, loss) in enumerate(compress_each(rows, tokens, here, layout.top_k, temperature)):
+                for slot, (kept, loss) in enumerate(compress_each(rows, tokens, here, layout.top_k, temperature, self._ends)):
                     parts[batch[slot]].append(kept)
                     losses.append(loss)
         kl, log_z = torch.cat(losses).unbind(-1)
@@ -161,18 +164,18 @@ class ModelRows:
 
 
 def compress_each(
-    rows: Tensor, tokens: Tensor, points: Sequence[Tensor], top_k: int, temperature: float
+    rows: Tensor, tokens: Tensor, points: Sequence[Tensor], top_k: int, temperature: float, ends: Sequence[int]
 ) -> Iterator[tuple[CachedRows, Tensor]]:
     """For each of B completions: its first rows of `[B, T, V]`, as many as it has `points` for, compressed; and what they lose.
 
-    That is `[count, 2]` float64, for each token: KL(exact‖evenly spread), and by how much log Σ_v p̃(v) q(v) is too high for q = p.
-    The latter is the error in the aligned model's negative log-likelihood if the aligner were a copy of the proposal.
+    That is `[count, 2]` float64, for each token: KL(exact‖evenly spread), and by how much log Σ_v p̃(v) q(v) is too high for
+    q = p: the error in the aligned model's negative log-likelihood, were the aligner a copy of the proposal.
     """
     rows = warp(rows, Warp(temperature))
     for slot, there in enumerate(points):
         count = len(there)
         exact = rows[slot, :count]
-        kept = compress(exact, tokens[slot, :count], top_k, there.to(rows.device))
+        kept = compress(exact, tokens[slot, :count], top_k, there.to(rows.device), ends)
         kl = kl_divergence(exact, kept.evenly().rebuild(rows.shape[-1])).clamp(min=0)
         log_z = (kept.rebuild(rows.shape[-1]) + exact).logsumexp(-1) - (2 * exact).logsumexp(-1)
         yield CachedRows(*(column.cpu() for column in kept)), torch.stack([kl, log_z], -1).double().cpu()
@@ -186,12 +189,21 @@ def tail_points(example: Example, samples: int) -> Tensor:
     return (torch.arange(samples, dtype=torch.float64) + start) / max(samples, 1)
 
 
-def compress(rows: Tensor, tokens: Tensor, top_k: int, points: Tensor | None = None) -> CachedRows:
-    """Rows `[…, T, V]` and tokens `[…, T]`, compressed; `points` `[…, T, S]` say where to draw from the tails' distributions."""
-    best = rows.topk(top_k, dim=-1)
-    rest = rows.scatter(-1, best.indices, -torch.inf).scatter(-1, tokens.unsqueeze(-1), -torch.inf)
-    samples = best.indices[..., :0] if points is None or not points.shape[-1] else _draw(rest, points)
-    return CachedRows(best.indices.int(), best.values, tokens.int(), gather(rows, tokens), rest.logsumexp(-1), samples.int())
+def compress(rows: Tensor, tokens: Tensor, top_k: int, points: Tensor | None = None, ends: Sequence[int] = ()) -> CachedRows:
+    """Compress rows.
+
+    Args:
+        rows: log p `[…, T, V]`.
+        tokens: the completion's `[…, T]`.
+        top_k: entries to keep.
+        points: `[…, T, S]` float64 in [0, 1), where to draw on the tails' cumulative distributions; without, nothing is drawn.
+        ends: tokens that come before the most probable.
+    """
+    ranked = rows.index_fill(-1, torch.tensor(ends, device=rows.device), torch.inf) if ends else rows
+    best = ranked.topk(top_k, dim=-1).indices
+    rest = rows.scatter(-1, best, -torch.inf).scatter(-1, tokens.unsqueeze(-1), -torch.inf)
+    samples = best[..., :0] if points is None or not points.shape[-1] else _draw(rest, points)
+    return CachedRows(best.int(), rows.gather(-1, best), tokens.int(), gather(rows, tokens), rest.logsumexp(-1), samples.int())
 
 
 def _draw(logw: Tensor, points: Tensor) -> Tensor:

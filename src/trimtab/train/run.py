@@ -279,10 +279,8 @@ def _caches(
         facts = caches[name].facts
         error = "an error that is not known"
         if facts["log_z_error"] is not None:
-            error = (
-                f"beside a copy of the proposal, an error of {facts['log_z_error']:.2g} nats a token in log Z (root mean square "
-                f"{facts['log_z_error_rms']:.2g})"
-            )
+            error = f"an error of {facts['log_z_error']:.2g} nats a token (root mean square {facts['log_z_error_rms']:.2g})"
+            error += " in log Z for a copy of the proposal"
         logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
 
