@@ -78,6 +78,13 @@ def test_a_temperature_is_applied_to_whole_rows(tmp_path):
         torch.testing.assert_close(there[i].rebuild(V), here[i].rebuild(V), rtol=0, atol=3e-5)
 
 
+def test_nothing_can_be_drawn_from_a_tail_that_is_not_known(tmp_path):
+    with scripted(scoring(tiny_model("llama", V)), models=MODELS) as server:
+        with pytest.raises(InvalidOption, match="does not say what is in the tail"):
+            ProposalCache.build(tmp_path / "cache", remote(server.url), "sha256:v", make_examples(2), layout=Layout(4, 3))
+        assert not server.asked
+
+
 def test_columns_beyond_the_tokenizer_are_left_out(tmp_path):
     """A padded model: of whole rows the padding is cut, as it is here; among the best it is an error."""
     model, examples = tiny_model("llama", V + 4, spread=0.3), make_examples(6)

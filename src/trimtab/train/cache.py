@@ -206,8 +206,8 @@ def _facts(folder: Path, shards: int) -> dict[str, Any]:
     """What the cache costs and loses, over all of its shards; the loss is None where it is not known.
 
     In nats: `kl_per_token` and `kl_worst_token` are KL(exact‖rebuilt), the tail spread evenly even where there are draws.
-    `log_z_error` and `log_z_error_rms` are the mean error of log Z and its root mean square for an aligner that is a copy of the
-    proposal, with the draws if there are any.
+    `log_z_error` and `log_z_error_rms` are the mean error of log Z and its root mean square, with the draws if there are any,
+    for an aligner that is a copy of the proposal.
     """
     sums, worst, tokens, size = torch.zeros(3, dtype=torch.float64), 0.0, 0, 0
     for number in range(shards):

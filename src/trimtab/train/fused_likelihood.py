@@ -2,7 +2,7 @@
 
 For `product` and `geometric` the target is softmax(a·log p̃ + b·s) of the aligner's logits s, whose own normaliser cancels. So
 two `[N, V]` buffers are made where the plain composition makes many, log p̃ is never rebuilt, and the gradient goes directly to
-the logits of a whole padded batch. Where the tail was drawn, k+1+S logits of a row count, and only the gradient is as wide as V.
+the logits of a whole padded batch. Where the tail was drawn, k+1+S logits of a row count, and only the gradient has width V.
 `tests/train/test_fused_likelihood.py` holds it to the plain composition.
 """
 

@@ -208,7 +208,7 @@ def compress(rows: Tensor, tokens: Tensor, top_k: int, points: Tensor | None = N
 
 def _draw(logw: Tensor, points: Tensor) -> Tensor:
     """The tokens `[…, S]` at `points` in [0, 1) of the cumulative distributions of rows `[…, V]`."""
-    mass = logw.double().exp_().cumsum_(-1)
+    mass = logw.exp().cumsum(-1, dtype=torch.float64)
     total = mass[..., -1:].clone()
     last = torch.searchsorted(mass, total)  # of those that have mass: a product may round up to the total
     return torch.searchsorted(mass, points * total, right=True).minimum(last)
