@@ -197,7 +197,7 @@ def compress(rows: Tensor, tokens: Tensor, top_k: int, points: Tensor | None = N
         tokens: the completion's `[…, T]`.
         top_k: entries to keep.
         points: `[…, T, S]` float64 in [0, 1), where to draw on the tails' cumulative distributions; without, nothing is drawn.
-        ends: tokens that come before the most probable.
+        ends: tokens that come before the most probable, as far as there is room.
     """
     ranked = rows.index_fill(-1, torch.tensor(ends, device=rows.device), torch.inf) if ends else rows
     best = ranked.topk(top_k, dim=-1).indices
