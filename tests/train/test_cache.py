@@ -13,6 +13,7 @@ from torch import Tensor
 import tiny_task
 from tiny import tiny_model
 from trimtab.core.logprobs import Warp, gather, kl_divergence, warp
+from trimtab.decode import scoring
 from trimtab.errors import CacheMismatch
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
@@ -156,10 +157,11 @@ def test_rows_do_not_depend_on_shards_and_batches(samples, tmp_path, monkeypatch
     whole = tensors(build(tmp_path / "whole", Counting(), examples, samples=samples))
     monkeypatch.setattr(cache_module, "SHARD", 2)
     monkeypatch.setattr(rows_module, "BATCH", 1)
+    monkeypatch.setattr(scoring, "ROW_BUDGET", 2 * V)  # and an answer comes in pieces of two tokens
     cut = build(tmp_path / "cut", Counting(), examples, samples=samples)
     assert len(list((tmp_path / "cut").glob("shard-*"))) == 5
     for ours, theirs in zip(tensors(cut), whole, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
     assert [cut[i].token.tolist() for i in (8, 0, 5)] == [examples[i].chosen for i in (8, 0, 5)]
 
 
@@ -196,10 +198,10 @@ def test_drawn_rows_are_right_on_average(samples, token):
 
 
 def test_what_is_drawn_was_not_kept_and_has_mass():
-    """Also at the very end of the distribution, where a rounded product may reach the total."""
+    """Also at the very end of the distribution, which (i+u)/S may be rounded to."""
     logp = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)).masked_fill(torch.arange(12) % 4 == 3, -torch.inf)
     logp, tokens = logp.log_softmax(-1), torch.arange(500) % 12
-    points = torch.tensor([0.0, 0.2, 0.5, 0.9, 1 - 2**-53], dtype=torch.float64).expand(500, 5)
+    points = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64).expand(500, 5)
     rows = compress(logp, tokens, 3, points)
     assert not (rows.samples == tokens.unsqueeze(-1)).any()
     assert not (rows.samples.unsqueeze(-1) == rows.ids.unsqueeze(-2)).any()

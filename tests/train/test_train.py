@@ -60,6 +60,17 @@ def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):
     assert found[1] == pytest.approx(found[0], abs=0.01)
 
 
+def test_draws_change_only_the_diagnostics_that_are_sums_over_the_proposal(task):
+    """`sft` sees no rows, so the aligner is the same one; KL(P‖Q) and the nucleus are of evenly spread rows in both runs."""
+    drawn, even = (
+        train(task_options(task, f"sft-{samples}", objective="sft", cache_top_k=5, cache_tail_samples=samples))["metrics"]
+        for samples in (6, 0)
+    )
+    changed = {name for name in even if drawn[name] != even[name] and "per_second" not in name}
+    moved = ("nll_aligned", "log_z_mean", "log_z_std", "kl_aligned_proposal")
+    assert changed == {f"eval_{name}" for name in moved}
+
+
 def test_an_interrupted_run_ends_with_the_same_weights(task, monkeypatch):
     """Stopped after a checkpoint and run again: bit for bit the weights of a run that was left alone."""
     train(task_options(task, "whole"))

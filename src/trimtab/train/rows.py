@@ -182,7 +182,7 @@ def compress_each(
 
 
 def tail_points(example: Example, samples: int) -> Tensor:
-    """Where to draw from the tails of an example's rows: `[T, S]` float64 in [0, 1), ascending in each row."""
+    """Where to draw from the tails of an example's rows: `[T, S]` float64 in [0, 1], ascending in each row."""
     words = torch.tensor([len(example.prompt), *example.prompt, *example.chosen]).numpy().tobytes()
     seed = int.from_bytes(hashlib.sha256(words).digest()[:8], "little")
     start = uniforms([seed], [0], [0], len(example.chosen), 1)[0]
@@ -196,7 +196,7 @@ def compress(rows: Tensor, tokens: Tensor, top_k: int, points: Tensor | None = N
         rows: log p `[…, T, V]`.
         tokens: the completion's `[…, T]`.
         top_k: entries to keep.
-        points: `[…, T, S]` float64 in [0, 1), where to draw on the tails' cumulative distributions; without, nothing is drawn.
+        points: `[…, T, S]` float64 in [0, 1], where to draw on the tails' cumulative distributions; without, nothing is drawn.
         ends: tokens that come before the most probable, as far as there is room.
     """
     ranked = rows.index_fill(-1, torch.tensor(ends, device=rows.device), torch.inf) if ends else rows
@@ -207,8 +207,8 @@ def compress(rows: Tensor, tokens: Tensor, top_k: int, points: Tensor | None = N
 
 
 def _draw(logw: Tensor, points: Tensor) -> Tensor:
-    """The tokens `[…, S]` at `points` in [0, 1) of the cumulative distributions of rows `[…, V]`."""
+    """The tokens `[…, S]` at `points` in [0, 1] of the cumulative distributions of rows `[…, V]`."""
     mass = logw.exp().cumsum(-1, dtype=torch.float64)
     total = mass[..., -1:].clone()
-    last = torch.searchsorted(mass, total)  # of those that have mass: a product may round up to the total
+    last = torch.searchsorted(mass, total)  # of those that have mass: a point may be rounded to 1
     return torch.searchsorted(mass, points * total, right=True).minimum(last)
