@@ -1,7 +1,8 @@
 """What the cache of the proposal's rows costs and loses: bytes a token, and the error in the aligned model's NLL.
 
-For each k, rows are rebuilt from k entries and a tail bucket, combined with the aligner's, and the wanted tokens' NLL is
-compared with that from exact rows: the error of the mean, which is what a loss or a metric shows, and of one token.
+For each k, rows are rebuilt from k entries and the tail, spread evenly or (for `product`) on S draws from it, combined with the
+aligner's, and the wanted tokens' NLL is compared with that from exact rows: the error of the mean, which is what a loss or a
+metric shows, and of one token.
 
     python benchmarks/cache_error.py --proposal P --aligner A --dataset held_out.jsonl --weight 1.0
 """
@@ -12,12 +13,14 @@ import json
 import torch
 
 from trimtab.core.logprobs import gather
+from trimtab.core.rules import Product
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.scoring import completion_rows
 from trimtab.hardware import describe_hardware
+from trimtab.train.cache import bytes_per_token
 from trimtab.train.examples import encode_records
 from trimtab.train.records import read_records
-from trimtab.train.rows import compress
+from trimtab.train.rows import Layout, compress, tail_points
 
 
 def main() -> None:
@@ -27,21 +30,25 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--weight", type=float, help="the rule's [default: the aligner's own]")
     parser.add_argument("--top_k", type=int, nargs="+", default=[16, 32, 64, 120, 128])
+    parser.add_argument("--samples", type=int, nargs="+", default=[0, 32, 64, 128])
     parser.add_argument("--examples", type=int, default=200)
     options = parser.parse_args()
     model = AlignedModel.from_pretrained(options.proposal, options.aligner)
     proposal, (aligner,) = model.proposal, model.aligners
     shaping = model.shaping(model.defaults)
     rule, weight = shaping.rule, torch.tensor([shaping.weights[0] if options.weight is None else options.weight])
-    examples = encode_records(read_records(options.dataset), model.tokenizer, model.eos_token_ids, 512)[: options.examples]
-    errors: dict[int, list[torch.Tensor]] = {k: [] for k in options.top_k}
+    ends = model.eos_token_ids
+    examples = encode_records(read_records(options.dataset), model.tokenizer, ends, 512)[: options.examples]
+    samples = options.samples if isinstance(rule, Product) else [0]
+    errors: dict[Layout, list[torch.Tensor]] = {Layout(k, s): [] for k in options.top_k for s in samples}
     exact_nll = []
     for example in examples:
         for (logp, logq), tokens, _ in completion_rows([proposal, aligner], [(example.prompt, example.chosen)]):
             nll = -gather(rule.target(logp[0], [logq[0]], weight), tokens[0]).double()
             exact_nll.append(nll)
-            for k, found in errors.items():
-                rebuilt = compress(logp[0], tokens[0], k).rebuild(proposal.vocab_size)
+            for layout, found in errors.items():
+                points = tail_points(example, layout.samples).to(logp.device)
+                rebuilt = compress(logp[0], tokens[0], layout.top_k, points, ends).rebuild(proposal.vocab_size)
                 found.append(-gather(rule.target(rebuilt, [logq[0]], weight), tokens[0]).double() - nll)
     print(
         json.dumps(
@@ -52,15 +59,16 @@ def main() -> None:
                 "vocabulary": proposal.vocab_size,
                 "tokens": sum(len(part) for part in exact_nll),
                 "nll": round(float(torch.cat(exact_nll).mean()), 4),
-                "top_k": {
-                    k: {
-                        "bytes_per_token": 8 * k + 12,
+                "kept": [
+                    layout._asdict()
+                    | {
+                        "bytes_per_token": bytes_per_token(layout),
                         "nll_error": round(float(torch.cat(found).mean()), 6),
                         "mean_token_error": round(float(torch.cat(found).abs().mean()), 6),
                         "worst_token_error": round(float(torch.cat(found).abs().max()), 4),
                     }
-                    for k, found in errors.items()
-                },
+                    for layout, found in errors.items()
+                ],
             },
             indent=2,
         )

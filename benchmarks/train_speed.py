@@ -24,7 +24,7 @@ from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
-from trimtab.train.rows import CachedRows, Compressed
+from trimtab.train.rows import CachedRows, Compressed, Layout
 from trimtab.train.trainer import AlignerTrainer
 
 
@@ -39,15 +39,16 @@ class Rows:
     def who(self) -> str:
         return ""
 
-    def compress(self, examples: Any, top_k: int, temperature: float) -> Compressed:
+    def compress(self, examples: Any, layout: Layout, temperature: float) -> Compressed:
         generator, rows = torch.Generator().manual_seed(0), []
         for example in examples:
-            shape = (len(example.chosen), top_k)
-            ids = torch.randint(0, self.vocab_size, (shape[0], 1), generator=generator) + torch.arange(top_k)
+            shape = (len(example.chosen), layout.top_k)
+            ids = torch.randint(0, self.vocab_size, (shape[0], 1), generator=generator) + torch.arange(layout.top_k)
             logp = torch.randn(shape, generator=generator).log_softmax(-1) - 0.1
             tokens = torch.tensor(example.chosen).int()
-            rows.append(CachedRows((ids % self.vocab_size).int(), logp, tokens, logp[:, 0] - 9, logp[:, 0] * 0 - 2.4))
-        return Compressed(rows, torch.zeros(2, dtype=torch.float64))
+            drawn = torch.randint(0, self.vocab_size, (shape[0], layout.samples), generator=generator).int()
+            rows.append(CachedRows((ids % self.vocab_size).int(), logp, tokens, logp[:, 0] - 9, logp[:, 0] * 0 - 2.4, drawn))
+        return Compressed(rows, torch.zeros(4, dtype=torch.float64))
 
 
 class SFTData(torch.utils.data.Dataset[Example]):
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--strategy", default="random", help="train_sampling_strategy of ours")
+    parser.add_argument("--samples", type=int, default=64, help="tokens drawn from the tail of a row")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -94,7 +96,9 @@ def main() -> None:
 
     examples = [Example(ids(20, 80), ids(20, 120), []) for _ in range(options.batch * options.steps * 4)]
     with tempfile.TemporaryDirectory() as folder:
-        cache = ProposalCache.build(Path(folder) / "cache", Rows(options.vocab), "v", examples, top_k=64)
+        cache = ProposalCache.build(
+            Path(folder) / "cache", Rows(options.vocab), "v", examples, layout=Layout(64, options.samples)
+        )
         common = {
             "output_dir": folder, "max_steps": options.steps, "per_device_train_batch_size": options.batch, "report_to": "none",
             "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),

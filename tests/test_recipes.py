@@ -90,7 +90,7 @@ def test_one_recipe_at_its_full_depth(capsys):
     assert told["aligner"]["parameters"] == untied
     assert told["memory"]["optimizer"] == pytest.approx(2 * 4 * untied, rel=1e-6)
     assert told["caching"]["parameters"] == 8_030_261_248
-    assert told["cache"]["bytes_per_token"] == 524
+    assert told["cache"]["bytes_per_token"] == 780
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

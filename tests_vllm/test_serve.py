@@ -25,7 +25,7 @@ from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import vocabulary_size
 from trimtab.train.endpoint_rows import EndpointRows
 from trimtab.train.examples import Example
-from trimtab.train.rows import ModelRows
+from trimtab.train.rows import Layout, ModelRows
 
 GREEDY: Any = {"max_tokens": 20, "temperature": 0}
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -150,9 +150,9 @@ def test_the_cache_from_prompt_logprobs_is_the_local_one(models, server, top_k):
     tokenizer = load_tokenizer(models.proposal)
     size = vocabulary_size(tokenizer)
     examples = [Example(prompt=[1, 2, i], chosen=[3, i, 5, 0], rejected=[]) for i in range(1, 6)]
-    far = EndpointRows([server.url], Limits(), "base", size).compress(examples, top_k or size, 1.0)
+    far = EndpointRows([server.url], Limits(), "base", size).compress(examples, Layout(top_k or size), 1.0)
     local = HuggingFaceLM(load_model(models.proposal, dtype="float32"), size)
-    near = ModelRows(local, "").compress(examples, top_k or size, 1.0)
+    near = ModelRows(local, "").compress(examples, Layout(top_k or size), 1.0)
     for theirs, here in zip(far.rows, near.rows, strict=True):
         assert theirs.rebuild(size).exp().sub(here.rebuild(size).exp()).abs().max() < 1e-5
         assert theirs.ids.tolist() == here.ids.tolist()

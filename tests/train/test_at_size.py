@@ -18,7 +18,7 @@ from trimtab.train import cache as cache_module
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.examples import Example
 from trimtab.train.order import Pick
-from trimtab.train.rows import CachedRows, Compressed, ModelRows
+from trimtab.train.rows import CachedRows, Compressed, Layout, ModelRows
 from trimtab.train.run import _one_device_each, train
 from trimtab.train.trainer import AlignerTrainer
 
@@ -106,7 +106,7 @@ def test_a_cache_of_many_files_keeps_few_of_them_open(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "MOST_OPEN", 3)
     examples = make_examples(20)
     source = ModelRows(HuggingFaceLM(tiny_model("llama", 28)), "sha256:p")
-    cache = cache_module.ProposalCache.build(tmp_path / "cache", source, "sha256:v", examples, top_k=4)
+    cache = cache_module.ProposalCache.build(tmp_path / "cache", source, "sha256:v", examples, layout=Layout(4))
 
     def held():
         with open("/proc/self/maps", encoding="utf-8") as maps:
@@ -127,20 +127,20 @@ class Made:
     def who(self):
         return ""
 
-    def compress(self, examples, top_k, temperature):
+    def compress(self, examples, layout, temperature):
         rows = []
         for example in examples:
-            logp = torch.zeros(len(example.chosen), top_k).log_softmax(-1) - 0.1
-            ids = torch.arange(top_k).expand_as(logp).int()
-            rows.append(CachedRows(ids, logp, torch.tensor(example.chosen).int(), logp[:, 0], logp[:, 0] - 2))
-        return Compressed(rows, torch.zeros(2, dtype=torch.float64))
+            logp = torch.zeros(len(example.chosen), layout.top_k).log_softmax(-1) - 0.1
+            ids = torch.arange(layout.top_k).expand_as(logp).int()
+            rows.append(CachedRows(ids, logp, torch.tensor(example.chosen).int(), logp[:, 0], logp[:, 0] - 2, ids[:, :0]))
+        return Compressed(rows, torch.zeros(4, dtype=torch.float64))
 
 
 def test_memory_does_not_grow_with_the_cache(tmp_path, monkeypatch):
     """Reading 64 MB in random order makes no more private memory than one file's offsets and a batch."""
     monkeypatch.setattr(cache_module, "SHARD", 40)
     examples = [Example([1], [2] * 100, []) for _ in range(400)]
-    cache = cache_module.ProposalCache.build(tmp_path / "cache", Made(), "sha256:v", examples, top_k=200)
+    cache = cache_module.ProposalCache.build(tmp_path / "cache", Made(), "sha256:v", examples, layout=Layout(200))
     size = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
     assert size > 60e6
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from processes import run_processes
+from processes import SHARD, run_processes
 from tiny_task import make_task, task_options
 from trimtab.errors import InvalidOption
+from trimtab.train import cache
 from trimtab.train.run import train
 
 HALF = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 5, "logging_steps": 1}
@@ -20,6 +21,7 @@ WHOLE = HALF | {"per_device_train_batch_size": 8}
 JOBS = [
     {"name": "likelihood-2", "training": HALF},
     {"name": "accumulated-2", "training": QUARTER | {"gradient_checkpointing": True}},
+    {"name": "drawn-2", "training": HALF, "cache_top_k": 5, "cache_tail_samples": 6},
     {"name": "preference-2", "training": HALF, "objective": "preference"},
     {"name": "lora-2", "training": HALF, "use_peft": True, "lora_dropout": 0.0},
     {"name": "fsdp-2", "training": HALF | {"fsdp": True}},
@@ -34,6 +36,9 @@ def task(tmp_path_factory):
     for status, messages in run_processes(folder, JOBS):
         assert status == 0, messages
     train(task_options(folder, "likelihood-1", WHOLE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD", SHARD)
+        train(task_options(folder, "drawn-1", WHOLE, cache_top_k=5, cache_tail_samples=6))
     train(task_options(folder, "preference-1", WHOLE, objective="preference"))
     train(task_options(folder, "lora-1", WHOLE, use_peft=True, lora_dropout=0.0))
     return folder
@@ -52,6 +57,7 @@ def report(folder):
     [
         ("likelihood-2", "likelihood-1"),
         ("accumulated-2", "likelihood-1"),
+        ("drawn-2", "drawn-1"),
         ("preference-2", "preference-1"),
         ("lora-2", "lora-1"),
         ("fsdp-2", "likelihood-1"),
@@ -73,6 +79,13 @@ def test_two_processes_give_what_one_gives(task, two, one):
         assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_cache_is_the_same_whoever_builds_it(task):
+    """Byte for byte, draws included, in each of its files."""
+    built = [sorted((task / name / "proposal_cache").rglob("*.safetensors")) for name in ("drawn-1", "drawn-2")]
+    assert [len(files) for files in built] == [7, 7]
+    assert [file.read_bytes() for file in built[0]] == [file.read_bytes() for file in built[1]]
+
+
 def test_a_killed_process_ends_the_other_and_runs_go_on_exactly(task):
     """A replicated one, killed after its first checkpoint, and a sharded one, which lost its last and what came after."""
     job = {"name": "killed", "training": HALF}
@@ -84,7 +97,7 @@ def test_a_killed_process_ends_the_other_and_runs_go_on_exactly(task):
     assert json.loads((task / "fsdp-2" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     for name in ("trimtab.json", "training.json", "model.safetensors", "checkpoint-12/trainer_state.json"):
         (task / "fsdp-2" / name).unlink()
-    for status, messages in run_processes(task, [job, JOBS[4]]):
+    for status, messages in run_processes(task, [job, JOBS[5]]):
         assert status == 0, messages
     for some, other in ((weights(task / "killed"), weights(task / "likelihood-2")), (weights(task / "fsdp-2"), whole)):
         assert some.keys() == other.keys()

@@ -16,7 +16,7 @@ from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rehearsal import Rehearsal
-from trimtab.train.rows import ModelRows, compress
+from trimtab.train.rows import Layout, ModelRows, compress, tail_points
 from trimtab.train.run import prepare_model, train, training_arguments
 from trimtab.train.trainer import AlignerTrainer
 
@@ -47,12 +47,16 @@ def real_trainer(options):
 def real_batch(examples, options):
     """A batch with rows that some model might have."""
     rows = [torch.log_softmax(torch.zeros(len(example.chosen), V), -1) for example in examples]
-    kept = [compress(row, torch.tensor(e.chosen), options.cache_top_k or V) for row, e in zip(rows, examples, strict=True)]
+    top_k, samples = options.row_layout(V)
+    kept = [
+        compress(row, torch.tensor(e.chosen), top_k, tail_points(e, samples)) for row, e in zip(rows, examples, strict=True)
+    ]
     return collate([Item(e, k if options.objective == "likelihood" else None) for e, k in zip(examples, kept, strict=True)])
 
 
 CASES = {
     "likelihood": ({}, {}),
+    "product, top-k and draws": ({"cache_top_k": 5, "cache_tail_samples": 7}, {}),
     "geometric, top-k": ({"rule": "geometric", "cache_top_k": 5}, {}),
     "sft in bfloat16": ({"objective": "sft", "rule": "geometric"}, {"bf16": True}),
     "ram, accumulated": ({"objective": "ram", "alpha": 0.1}, {"gradient_accumulation_steps": 4, "optim": "rmsprop"}),
@@ -155,7 +159,12 @@ def test_a_ledger_counts_storages_once_and_while_they_live():
 def test_steps_and_cache_are_those_of_the_run(task):
     """Thirty-six examples in micro-batches of 8, three at a time, over two epochs."""
     training = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "eval_steps": 2, "save_steps": 2}
-    for name, settings in (("exact", {}), ("top", {"cache_top_k": 5}), ("sft", {"objective": "sft", "rule": "geometric"})):
+    for name, settings in (
+        ("exact", {}),
+        ("top", {"cache_top_k": 5}),
+        ("even", {"cache_top_k": 5, "cache_tail_samples": 0}),
+        ("sft", {"objective": "sft", "rule": "geometric"}),
+    ):
         options = task_options(task, f"whole-{name}", training, **settings)
         told = estimate(options, QUICK)
         assert not (task / f"whole-{name}").exists()
@@ -175,12 +184,13 @@ def test_a_cache_of_several_shards_is_told_to_the_byte(task):
     """More than one file, and lengths whose number of digits differs."""
     source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
     examples = make_examples(300)
-    for k in (1, 4, V):
-        cache = ProposalCache.build(task / f"shards-{k}", source, "sha256:1", examples, top_k=k)
-        sizes = [file.stat().st_size for file in sorted((task / f"shards-{k}").glob("*.safetensors"))]
-        assert shard_bytes([len(example.chosen) for example in examples], k) == sizes
+    for layout in (Layout(1), Layout(4), Layout(4, 6), Layout(1, 100), Layout(V)):
+        folder = task / f"shards-{layout.top_k}-{layout.samples}"
+        cache = ProposalCache.build(folder, source, "sha256:1", examples, layout=layout)
+        sizes = [file.stat().st_size for file in sorted(folder.glob("*.safetensors"))]
+        assert shard_bytes([len(example.chosen) for example in examples], layout) == sizes
         row = cache[0]
-        assert bytes_per_token(k) * len(row.token) == sum(column.numel() * column.element_size() for column in row)
+        assert bytes_per_token(layout) * len(row.token) == sum(column.numel() * column.element_size() for column in row)
 
 
 def test_no_weights_are_read_and_nothing_is_written(tmp_path):

@@ -18,7 +18,7 @@ from trimtab.train import cache as cache_module
 from trimtab.train.cache import ProposalCache
 from trimtab.train.endpoint_rows import EndpointRows, _best
 from trimtab.train.options import TrainOptions
-from trimtab.train.rows import ModelRows, compress
+from trimtab.train.rows import Layout, ModelRows, compress
 from trimtab.train.run import train
 
 QUICK = Limits(concurrency=3, request_timeout=20, max_retries=2, backoff=0.02)
@@ -26,7 +26,9 @@ MODELS = [{"id": "other"}, {"id": "served", "root": "org/P"}]
 
 
 def build(folder: Path, source, examples, top_k, temperature=1.0):
-    return ProposalCache.build(folder, source, "sha256:v", examples, top_k=top_k, temperature=temperature)
+    return ProposalCache.build(
+        folder, source, "sha256:v", examples, layout=Layout.of(top_k, 0, source.vocab_size), temperature=temperature
+    )
 
 
 def remote(url, vocab_size=V):
@@ -74,6 +76,13 @@ def test_a_temperature_is_applied_to_whole_rows(tmp_path):
         assert len(server.asked) == 4
     for i in range(4):
         torch.testing.assert_close(there[i].rebuild(V), here[i].rebuild(V), rtol=0, atol=3e-5)
+
+
+def test_nothing_can_be_drawn_from_a_tail_that_is_not_known(tmp_path):
+    with scripted(scoring(tiny_model("llama", V)), models=MODELS) as server:
+        with pytest.raises(InvalidOption, match="does not say what is in the tail"):
+            ProposalCache.build(tmp_path / "cache", remote(server.url), "sha256:v", make_examples(2), layout=Layout(4, 3))
+        assert not server.asked
 
 
 def test_columns_beyond_the_tokenizer_are_left_out(tmp_path):

@@ -15,7 +15,7 @@ V, WIDTH, M = 11, 13, 9
 POSITIONS = torch.tensor([0, 2, 3, 7])
 
 
-def inputs(top_k: int, *, impossible: bool = False):
+def inputs(top_k: int, *, impossible: bool = False, samples: int = 0):
     """Rows of four tokens, one of them among the best and one not; logits of nine places, five of them padding."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, V, generator=generator, dtype=torch.float64) * 2
@@ -23,7 +23,8 @@ def inputs(top_k: int, *, impossible: bool = False):
         rows[:, [1, 4]] = -torch.inf
     rows = rows.log_softmax(-1)
     tokens = torch.stack([rows[0].argmax(), torch.tensor(5), torch.tensor(0), torch.tensor(10)])
-    return compress(rows, tokens, top_k), torch.randn(M, WIDTH, generator=generator, dtype=torch.float64) * 3
+    points = (torch.arange(samples, dtype=torch.float64) + torch.rand(4, 1, generator=generator)) / max(samples, 1)
+    return compress(rows, tokens, top_k, points), torch.randn(M, WIDTH, generator=generator, dtype=torch.float64) * 3
 
 
 def plain(rule, cached, logits, weight, temperature):
@@ -39,7 +40,18 @@ def plain(rule, cached, logits, weight, temperature):
     [(Product(), 1.0), (Product(), 0.3), (Product(), -1.0), (Product(), 0.0), (Geometric(), 0.5), (Geometric(), 1.5)],
 )
 def test_losses_and_gradients_are_those_of_the_plain_likelihood(rule, weight, temperature, top_k, impossible):
-    cached, logits = inputs(top_k, impossible=impossible)
+    check(*inputs(top_k, impossible=impossible), rule, weight, temperature)
+
+
+@pytest.mark.parametrize(("top_k", "samples"), [(1, 1), (1, 30), (3, 2), (3, 7), (V - 1, 2)])
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.3, 0.7), (-1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("impossible", [False, True])
+def test_so_they_are_where_the_tail_was_drawn(top_k, samples, weight, temperature, impossible):
+    """With draws that are alike, with tokens that are among the best, and with a tail of no mass."""
+    check(*inputs(top_k, impossible=impossible, samples=samples), Product(), weight, temperature)
+
+
+def check(cached, logits, rule, weight, temperature):
     scale = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     results = []
     for compute in (
@@ -79,3 +91,6 @@ def test_other_rules_are_refused():
     cached, logits = inputs(3)
     with pytest.raises(InvalidOption, match="product and geometric have"):
         fused_likelihood(Nucleus(), cached, logits, POSITIONS, 1.0, 1.0, V)
+    drawn, _ = inputs(3, samples=2)
+    with pytest.raises(InvalidOption, match="draws from its tail are biased"):
+        fused_likelihood(Geometric(), drawn, logits, POSITIONS, 0.5, 1.0, V)

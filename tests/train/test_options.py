@@ -26,6 +26,16 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"proposal_top_p": 1.5}, "proposal_top_p must be from"),
         ({"dev_fraction": 0.95}, "dev_fraction must be from"),
         ({"max_length": 1}, "max_length must be from 2"),
+        ({"cache_tail_samples": -1}, "cache_tail_samples must be from 0"),
+        (
+            {"cache_tail_samples": 8, "rule": "geometric"},
+            "cache_tail_samples must be 0 here: draws can stand for the tail in product",
+        ),
+        ({"cache_tail_samples": 8, "cache_top_k": 0}, "cache_tail_samples must be 0 here: --cache_top_k 0 keeps every entry"),
+        (
+            {"cache_tail_samples": 8, "proposal_endpoint": ("http://a",)},
+            "cache_tail_samples must be 0 here: an endpoint does not say",
+        ),
         ({"cache_top_k": -1}, "cache_top_k must be from 0"),
         ({"lora_r": 0}, "lora_r must be from 1"),
         ({"max_examples": 1}, "max_examples must be from 2"),
@@ -53,3 +63,14 @@ def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warn
     with caplog.at_level(logging.WARNING):
         TrainOptions(**(NAMES | settings))
     assert [("does not train what rule" in record.message) for record in caplog.records] == [True] * warned
+
+
+def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
+    def layout(**settings):
+        return TrainOptions(**(NAMES | settings)).row_layout(1000)
+
+    assert layout() == (64, 64)
+    assert layout(cache_tail_samples=0) == layout(rule="geometric") == layout(proposal_endpoint=("http://a",)) == (64, 0)
+    assert layout(objective="sft", rule="kl_gate(tau=1)", cache_top_k=9) == (9, 0)
+    assert layout(cache_top_k=9, cache_tail_samples=7, objective="preference") == (9, 7)
+    assert layout(cache_top_k=0) == layout(cache_top_k=2000) == (1000, 0)

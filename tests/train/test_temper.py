@@ -68,7 +68,7 @@ def test_a_run_starts_tempered_by_default_and_says_so_in_its_manifest(tmp_path):
     assert manifest["proposal_temperature"] == fitted["proposal"] != 1
     assert manifest["aligner_temperature"] == fitted["aligner"] != 1
     first = next(entry for entry in report["history"] if "eval_nll_aligned" in entry)
-    assert first["eval_nll_aligned"] < first["eval_nll_aligner"]
+    assert first["eval_nll_aligned"] < first["eval_nll_proposal"]
 
 
 def test_who_starts_tempered():

@@ -1,6 +1,7 @@
 """Training runs from options to a finished aligner: what they learn, how they resume, what they refuse."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -44,6 +45,30 @@ def test_the_trained_product_beats_the_proposal_and_its_figure_is_what_score_say
     assert sum(sum(s.aligned) for s in scores) > sum(sum(s.proposal) for s in scores)
     assert report["metrics"]["eval_nll_aligned"] < report["metrics"]["eval_nll_proposal"]
     assert report["cache"]["kl_per_token"] == 0.0
+
+
+def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):
+    """In what it learns, and in what it says of its development prompts: what exact rows say of the same aligner."""
+    rows, found = task_rows(64)[48:], []
+    for name, settings in (("exact", {}), ("drawn", {"cache_top_k": 5, "cache_tail_samples": 12})):
+        said = train(task_options(task, f"kept-{name}", eval_dataset=str(task / "held_out.jsonl"), **settings))["metrics"]
+        model = AlignedModel.from_pretrained(task / "proposal", task / f"kept-{name}")
+        scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows], SamplingParams(weight=1.0))
+        found.append(-sum(sum(s.aligned) for s in scores) / sum(len(s.aligned) for s in scores))
+        assert said["eval_nll_aligned"] == pytest.approx(found[-1], abs=0.01)
+        assert all(math.isfinite(value) for value in said.values())
+    assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+def test_draws_change_only_the_diagnostics_that_are_sums_over_the_proposal(task):
+    """`sft` sees no rows, so the aligner is the same one; KL(P‖Q) and the nucleus are of evenly spread rows in both runs."""
+    drawn, even = (
+        train(task_options(task, f"sft-{samples}", objective="sft", cache_top_k=5, cache_tail_samples=samples))["metrics"]
+        for samples in (6, 0)
+    )
+    changed = {name for name in even if drawn[name] != even[name] and "per_second" not in name}
+    moved = ("nll_aligned", "log_z_mean", "log_z_std", "kl_aligned_proposal")
+    assert changed == {f"eval_{name}" for name in moved}
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(task, monkeypatch):

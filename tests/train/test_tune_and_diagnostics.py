@@ -57,6 +57,19 @@ def test_diagnostics_of_two_rows_by_hand():
     assert got.in_nucleus == 1.0  # .5 < .6, so both of the tied tokens behind it are in as well
 
 
+def test_what_needs_the_log_of_every_token_is_taken_from_evenly_spread_rows():
+    """p̃ has all of its tail, .5, on one of two tokens: Z is Σ p̃ q; KL(p̃‖q) and the nucleus are those of (1/2, 1/4, 1/4)."""
+    even = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    drawn = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    logq = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
+    got = summarise([measure(Product(), drawn, logq, 1.0, torch.tensor([0]), 0.6, even)])
+    assert got.log_z_mean == pytest.approx(math.log(0.125 + 0.25) + math.log(3))
+    assert got.nll_aligned == pytest.approx(-math.log(1 / 3))
+    assert got.kl_aligned_proposal == pytest.approx(math.log(2 / 3) / 3 + 2 * math.log(4 / 3) / 3)
+    assert got.kl_proposal_aligner == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
+    assert got.in_nucleus == 1.0
+
+
 def test_a_shut_gate_does_not_move_the_proposal():
     logp, logq = rows(1), rows(2)
     got = summarise([measure(KLGate(tau=0.0), logp, logq, 1.0, logp.argmax(-1), 0.9)])

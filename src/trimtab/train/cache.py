@@ -1,7 +1,7 @@
 """The proposal's log-probabilities on the training data, computed once and kept on disk.
 
 What is kept of a row is in `trimtab.train.rows`. What that loses is measured while the cache is built, where the exact rows are
-at hand: KL(exact‖rebuilt) in nats per token.
+at hand.
 
 Shards are written one by one and whole, so a killed build goes on where it stopped. `cache.json` holds what the rows depend
 on; a cache made for anything else is refused.
@@ -24,7 +24,7 @@ from trimtab.errors import CacheMismatch, DataError
 from trimtab.files import atomic_write, read_json, write_json
 from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.ranks import ALONE, Ranks
-from trimtab.train.rows import CachedRows, Compressed, RowSource
+from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource
 
 __all__ = ["ProposalCache", "bytes_per_token", "shard_bytes"]
 
@@ -72,7 +72,7 @@ class ProposalCache:
         vocabulary: str,
         examples: Sequence[Example],
         *,
-        top_k: int,
+        layout: Layout,
         temperature: float = 1.0,
         ranks: Ranks = ALONE,
     ) -> "ProposalCache":
@@ -83,21 +83,20 @@ class ProposalCache:
             source: who has P_M's rows.
             vocabulary: fingerprint of the tokenizer.
             examples: prompts and wanted answers.
-            top_k: k; 0 keeps every entry, and the rows are exact.
+            layout: what to keep of a row; with every entry, the rows are exact.
             temperature: the proposal's temperature, applied before compression.
             ranks: the processes that build it together, each a share of what is missing.
 
         Raises:
             CacheMismatch: the folder holds a cache for something else; the message says what differs.
         """
-        size = source.vocab_size
-        kept = min(top_k or size, size)
         key: dict[str, Any] = {
-            "format_version": 1,
+            "format_version": 2,
             "proposal": source.fingerprint,
             "vocabulary": vocabulary,
             "data": fingerprint_examples(examples),
-            "top_k": kept,
+            "top_k": layout.top_k,
+            "tail_samples": layout.samples,
             "temperature": temperature,
         }
         shards = range(-(-len(examples) // SHARD))
@@ -105,10 +104,10 @@ class ProposalCache:
         for done, number in enumerate(missing[ranks.index :: ranks.count], 1):
             part = examples[number * SHARD : (number + 1) * SHARD]
             with atomic_write(folder / _shard_name(number), "wb") as stream:
-                stream.write(save(_tensors(source.compress(part, kept, temperature)), {"who": who}))
+                stream.write(save(_tensors(source.compress(part, layout, temperature)), {"who": who}))
             logger.info("cached shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
         ranks.wait()
-        return cls(folder, len(examples), size, ranks.first_does(lambda: _facts(folder, len(shards))))
+        return cls(folder, len(examples), source.vocab_size, ranks.first_does(lambda: _facts(folder, len(shards))))
 
 
 def _what_is_missing(folder: Path, key: dict[str, Any], shards: range, source: RowSource) -> tuple[list[int], str]:
@@ -132,12 +131,12 @@ def _tensors(compressed: Compressed) -> dict[str, Tensor]:
     return tensors
 
 
-def shard_bytes(tokens: Sequence[int], top_k: int) -> list[int]:
+def shard_bytes(tokens: Sequence[int], layout: Layout) -> list[int]:
     """The sizes of the shards that a cache of examples will have, in bytes, if their author needs no name.
 
     Args:
         tokens: the number of tokens in each example's wanted answer.
-        top_k: entries kept of a row.
+        layout: what is kept of a row.
     """
     sizes = []
     for start in range(0, len(tokens), SHARD):
@@ -145,11 +144,12 @@ def shard_bytes(tokens: Sequence[int], top_k: int) -> list[int]:
         n = sum(part)
         shapes = {  # in safetensors' order: what is aligned most widely first, and then by name
             "offsets": ("I64", [len(part) + 1]),
-            "error": ("F64", [2]),
-            "logp": ("F32", [n, top_k]),
+            "error": ("F64", [4]),
+            "logp": ("F32", [n, layout.top_k]),
             "tail": ("F32", [n]),
             "token_logp": ("F32", [n]),
-            "ids": ("I32", [n, top_k]),
+            "ids": ("I32", [n, layout.top_k]),
+            "samples": ("I32", [n, layout.samples]),
             "token": ("I32", [n]),
         }
         end, header = 0, {"__metadata__": {"who": ""}}
@@ -162,9 +162,10 @@ def shard_bytes(tokens: Sequence[int], top_k: int) -> list[int]:
     return sizes
 
 
-def bytes_per_token(top_k: int) -> int:
+def bytes_per_token(layout: Layout) -> int:
     """What a token takes in a shard, header and offsets apart."""
-    return 4 * (2 * top_k + 3)  # two numbers for each entry, and the token, its log-probability and the tail
+    entries = 2 * layout.top_k + 3  # two numbers for each of the best, and the token, its log-probability and the tail
+    return 4 * (entries + layout.samples)
 
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:
@@ -174,6 +175,7 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
         "vocabulary": "another tokenizer",
         "data": "other data",
         "top_k": "another top_k",
+        "tail_samples": "another number of tail_samples",
         "temperature": "another proposal_temperature",
     }
     if not (folder / "cache.json").exists():
@@ -185,7 +187,7 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
         raise CacheMismatch(f"{folder}/cache.json is no description of a cache ({error}): delete the folder") from None
     for name, meaning in names.items():
         if found.get(name) != key[name]:
-            values = f" ({found.get(name)}, now {key[name]})" if name in ("top_k", "temperature") else ""
+            values = f" ({found.get(name)}, now {key[name]})" if name in ("top_k", "tail_samples", "temperature") else ""
             raise CacheMismatch(f"the cache in {folder} was made for {meaning}{values}: delete the folder, or name another")
 
 
@@ -201,22 +203,24 @@ def _check_authors(folder: Path, who: str, whole: Sequence[int]) -> None:
 
 
 def _facts(folder: Path, shards: int) -> dict[str, Any]:
-    """What the cache costs and loses, over all of its shards; the loss is None where it is not known."""
-    total, worst, tokens, size = 0.0, 0.0, 0, 0
+    """What the cache costs and loses, over all of its shards; the loss is None where it is not known.
+
+    In nats: `kl_per_token` and `kl_worst_token` are KL(exact‖rebuilt), the tail spread evenly even where there are draws.
+    `log_z_error` and `log_z_error_rms` are the mean error of log Z and its root mean square, with the draws if there are any,
+    for an aligner that is a copy of the proposal.
+    """
+    sums, worst, tokens, size = torch.zeros(3, dtype=torch.float64), 0.0, 0, 0
     for number in range(shards):
         path = folder / _shard_name(number)
         size += path.stat().st_size
         with safe_open(path, "pt") as shard:
-            one, most = shard.get_tensor("error").tolist()
+            error = shard.get_tensor("error")
             tokens += shard.get_tensor("offsets")[-1].item()
-        total, worst = total + one, max(worst, most)
-    known = not math.isnan(total)
-    return {
-        "tokens": tokens,
-        "bytes_per_token": size / tokens,
-        "kl_per_token": total / tokens if known else None,
-        "kl_worst_token": worst if known else None,
-    }
+        sums, worst = sums + error[[0, 2, 3]], max(worst, error[1].item())
+    kl, log_z, squares = (sums / tokens).tolist()
+    lost = {"kl_per_token": kl, "kl_worst_token": worst, "log_z_error": log_z, "log_z_error_rms": math.sqrt(squares)}
+    unknown = math.isnan(kl)
+    return {"tokens": tokens, "bytes_per_token": size / tokens} | {key: None if unknown else v for key, v in lost.items()}
 
 
 def _is_whole(path: Path) -> bool:

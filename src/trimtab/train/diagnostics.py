@@ -35,7 +35,9 @@ class Diagnostics:
     in_nucleus: float
 
 
-def measure(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor, top_p: float) -> Tensor:
+def measure(
+    rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor, top_p: float, even: Tensor | None = None
+) -> Tensor:
     """Sums over a batch, to be added up and handed to `summarise`: `[9]` float64.
 
     Args:
@@ -45,7 +47,10 @@ def measure(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tenso
         weight: λ.
         tokens: the wanted answers `[N]`.
         top_p: the nucleus to look in.
+        even: log p̃ `[N, V]` with the tail spread evenly, where `logp` has draws in its place. KL(p̃‖q) and the nucleus need the
+            log-probability of tokens that were not drawn, so they are taken from these; the rest is a sum over p̃.
     """
+    even = logp if even is None else even
     weights = logq.new_tensor([weight])
     aligned = rule.target(logp, [logq], weights) if rule.has_row else logp
     log_z = Product().log_z(logp, [logq], weights) + weight * math.log(logp.shape[-1])
@@ -57,8 +62,8 @@ def measure(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tenso
         log_z,
         log_z**2,
         kl_divergence(aligned, logp),
-        kl_divergence(logp, logq),
-        in_nucleus(logp, tokens, top_p),
+        kl_divergence(even, logq),
+        in_nucleus(even, tokens, top_p),
     ]
     return torch.stack([column.double().sum() for column in columns]).cpu()
 

@@ -262,24 +262,24 @@ def _caching(
     """Memory and operations of the pass over the data."""
     device = pick_device(None if options.device == "auto" else options.device)
     dtype = _dtype(options, proposal)
-    top_k = min(options.cache_top_k or vocab_size, vocab_size)
+    layout = options.row_layout(vocab_size)
     longest = max(map(_length, (*examples, *development)))
     sample = examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED]
     temperature = options.temperatures.proposal
-    found = rehearse_caching(proposal.config, dtype, device, vocab_size, top_k, temperature, longest, sample)
+    found = rehearse_caching(proposal.config, dtype, device, vocab_size, layout, temperature, longest, sample)
     total = found.weights + found.keys_and_values + found.passing
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **found._asdict(), "total": total}
 
 
 def _cache(options: TrainOptions, data: _Data, vocab_size: int) -> dict[str, Any]:
     """What the cached rows take on disk."""
-    top_k = min(options.cache_top_k or vocab_size, vocab_size)
+    layout = options.row_layout(vocab_size)
     size, tokens = None, None
     if data.examples is not None and data.development is not None:
         parts = parts_to_cache(options, data.examples, data.development).values()
         lengths = [[len(example.chosen) for example in part] for part in parts]
-        size, tokens = sum(sum(shard_bytes(part, top_k)) for part in lengths), sum(map(sum, lengths))
-    return {"bytes_per_token": bytes_per_token(top_k), "tokens": tokens, "bytes": size}
+        size, tokens = sum(sum(shard_bytes(part, layout)) for part in lengths), sum(map(sum, lengths))
+    return {"bytes_per_token": bytes_per_token(layout), "tokens": tokens, "bytes": size}
 
 
 def _flops(rehearsal: Rehearsal, examples: Sequence[Example], size: int) -> float:

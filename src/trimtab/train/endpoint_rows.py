@@ -1,8 +1,9 @@
 """The proposal's rows from vLLM: `prompt_logprobs` of `/v1/completions`, for a proposal that is too large to run here.
 
 Each token position of a prompt comes with its k best tokens and the token that stands there, at temperature 1. That is what a
-cache keeps, but for the tail, which is what is left of 1. With every entry asked for (k = −1) the rows are exact, and may be
-given another temperature; without, what the cache loses cannot be measured.
+cache keeps, but for the tail, which is what is left of 1, and whose tokens are not known: it can only be spread evenly. With
+every entry asked for (k = −1) the rows are exact, and may be given another temperature; without, what the cache loses cannot be
+measured.
 """
 
 import math
@@ -18,7 +19,7 @@ from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.settings import Limits
 from trimtab.errors import EndpointError, InvalidOption
 from trimtab.train.examples import Example
-from trimtab.train.rows import CachedRows, Compressed, compress
+from trimtab.train.rows import CachedRows, Compressed, Layout, compress
 
 __all__ = ["EndpointRows"]
 
@@ -58,13 +59,16 @@ class EndpointRows:
                 self._name = str(endpoints.pick_model(self._proposal)["id"])
         return self._name
 
-    def compress(self, examples: Sequence[Example], top_k: int, temperature: float) -> Compressed:
+    def compress(self, examples: Sequence[Example], layout: Layout, temperature: float) -> Compressed:
         """The rows of the examples; their error is 0 where every entry is kept, and unknown else.
 
         Raises:
-            InvalidOption: a temperature, which needs every entry.
+            InvalidOption: draws from the tail; or a temperature, which needs every entry.
             EndpointError: a request is refused, or no endpoint answers.
         """
+        if layout.samples:
+            raise InvalidOption("an endpoint does not say what is in the tail of its rows: nothing can be drawn from it")
+        top_k = layout.top_k
         whole = top_k == self.vocab_size
         if temperature != 1 and not whole:
             raise InvalidOption("rows from an endpoint have proposal_temperature 1, unless every entry is kept (cache_top_k 0)")
@@ -88,7 +92,7 @@ class EndpointRows:
             if not advice:
                 raise
             raise EndpointError(f"{error} ({advice[0].format('all' if whole else top_k)})") from None
-        return Compressed(rows, torch.full((2,), 0.0 if whole else math.nan, dtype=torch.float64))
+        return Compressed(rows, torch.full((4,), 0.0 if whole else math.nan, dtype=torch.float64))
 
 
 def _entries(example: Example, answer: Any) -> list[dict[int, float]]:
@@ -133,7 +137,8 @@ def _best(vocab_size: int, top_k: int, tokens: Tensor, entries: list[dict[int, f
     left = (-torch.expm1(logp.logsumexp(-1))).clamp(min=RESOLUTION)
     at_most = (vocab_size - listed) * best[:, -1].exp()  # none of the others is likelier than the last of the best
     tail = torch.minimum(left, at_most).log()
-    return CachedRows(ids.gather(-1, order), best.float(), tokens.int(), token_logp.float(), tail.float())
+    kept = ids.gather(-1, order)
+    return CachedRows(kept, best.float(), tokens.int(), token_logp.float(), tail.float(), kept[:, :0])
 
 
 def _exact(vocab_size: int, temperature: float, tokens: Tensor, entries: list[dict[int, float]]) -> CachedRows:

@@ -2,7 +2,8 @@
 
 For `product` and `geometric` the target is softmax(a·log p̃ + b·s) of the aligner's logits s, whose own normaliser cancels. So
 two `[N, V]` buffers are made where the plain composition makes many, log p̃ is never rebuilt, and the gradient goes directly to
-the logits of a whole padded batch. `tests/train/test_fused_likelihood.py` holds it to the plain composition.
+the logits of a whole padded batch. Where the tail was drawn, k+1+S logits of a row count, and only the gradient has width V.
+`tests/train/test_fused_likelihood.py` holds it to the plain composition.
 """
 
 from typing import Any
@@ -33,10 +34,14 @@ def fused_likelihood(
         vocab_size: V.
 
     Raises:
-        InvalidOption: another rule.
+        InvalidOption: another rule, or `geometric` with rows whose tail was drawn.
     """
     if not isinstance(rule, (Product, Geometric)):
         raise InvalidOption(f"rule: '{rule}' has no likelihood from compressed rows; product and geometric have")
+    if cached.samples.shape[-1]:
+        if not isinstance(rule, Product):
+            raise InvalidOption(f"rule: '{rule}' raises the proposal to a power, for which draws from its tail are biased")
+        return _drawn(cached, logits, positions, weight / temperature)
     share = 1.0 if isinstance(rule, Product) else 1.0 - weight
     tokens = cached.token.long()
     ids = torch.cat([cached.ids.long(), tokens.unsqueeze(-1)], -1)
@@ -46,6 +51,16 @@ def fused_likelihood(
         weight / temperature, vocab_size,
     )  # fmt: skip
     return losses
+
+
+def _drawn(cached: CachedRows, logits: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """−log softmax(scale·logits + log p̃)[token], where each draw is an entry of its own: equal ones add up in the sum."""
+    tokens = cached.token.unsqueeze(-1)
+    best = cached.logp.masked_fill(cached.ids == tokens, -torch.inf)  # the token's own entry is the first
+    ids = torch.cat([tokens, cached.ids, cached.samples], -1).long()
+    logp = torch.cat([cached.token_logp.unsqueeze(-1), best, cached.each_draw().unsqueeze(-1).expand_as(cached.samples)], -1)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return -log_normalize(scale * logits[positions.unsqueeze(-1), ids].to(exact) + logp)[:, 0]
 
 
 def _scaled(logp: Tensor, share: float) -> Tensor:

@@ -11,6 +11,7 @@ from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import OBJECTIVES
 from trimtab.train.records import parse_columns
+from trimtab.train.rows import Layout
 
 __all__ = ["ENDPOINT_OPTIONS", "Temperatures", "TrainOptions"]
 
@@ -26,6 +27,9 @@ MATCHES = {
 
 STARTS = ("auto", "tempered", "pretrained", "uniform")
 """Where training may start."""
+
+TAIL_SAMPLES = 64
+"""Tokens drawn from a row's tail, where they can be."""
 
 ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
 """Where rows come from, and not what they are."""
@@ -86,6 +90,11 @@ class TrainOptions:
     )
     max_length: int = _option(1024, "longest prompt and answer together, in tokens")
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
+    cache_tail_samples: int | None = _option(
+        None,
+        "tokens drawn from the rest of each proposal row, to stand for it; 0 spreads it evenly [default: 64 for rule product if"
+        " the proposal runs here, else 0]",
+    )
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
     use_peft: bool = _option(False, "train a LoRA adapter instead of all weights")
     lora_r: int = _option(16, "LoRA rank")
@@ -125,6 +134,7 @@ class TrainOptions:
             ("max_length", 2, math.inf),
             ("max_examples", 2, math.inf),
             ("cache_top_k", 0, math.inf),
+            ("cache_tail_samples", 0, math.inf),
             ("lora_r", 1, math.inf),
             ("lora_dropout", 0, 1),
         ):
@@ -148,6 +158,8 @@ class TrainOptions:
             raise InvalidOption(
                 "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
             )
+        if self.cache_tail_samples and (why := self._no_tail_samples):
+            raise InvalidOption(f"cache_tail_samples must be 0 here: {why}")
         if rule.name not in MATCHES[self.objective]:
             logger.warning(
                 "objective '%s' does not train what rule '%s' decodes; it fits %s",
@@ -165,6 +177,22 @@ class TrainOptions:
     def parsed_rule(self) -> Rule:
         """The rule as an object."""
         return parse_rule(self.rule)
+
+    @property
+    def _no_tail_samples(self) -> str | None:
+        """Why nothing can be drawn from the tails of the proposal's rows; None if it can."""
+        if not self.cache_top_k:
+            return "--cache_top_k 0 keeps every entry"
+        if self.proposal_endpoint:
+            return "an endpoint does not say what is in the tail of its rows"
+        return (
+            None if isinstance(self.parsed_rule, Product) else f"draws can stand for the tail in product, not in '{self.rule}'"
+        )
+
+    def row_layout(self, vocab_size: int) -> Layout:
+        """What the cache keeps of a proposal row of V entries."""
+        drawn = TAIL_SAMPLES if self.cache_tail_samples is None else self.cache_tail_samples
+        return Layout.of(self.cache_top_k, 0 if self._no_tail_samples else drawn, vocab_size)
 
     @property
     def starting_weight(self) -> float:

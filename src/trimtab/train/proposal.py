@@ -27,8 +27,9 @@ def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
     """Load the model; or, where endpoints have it, no more than its configuration."""
     if not options.proposal_endpoint:
         model = load_model(options.proposal, dtype=options.dtype, device=options.device)
-        rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), fingerprint_model(model))
-        return Proposal(rows, model.config.max_position_embeddings, find_eos_token_ids(model, tokenizer))
+        ends = find_eos_token_ids(model, tokenizer)
+        rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), fingerprint_model(model), ends)
+        return Proposal(rows, model.config.max_position_embeddings, ends)
     config, generation = load_configs(options.proposal)
     described = SimpleNamespace(config=config, generation_config=generation)
     remote = EndpointRows(options.proposal_endpoint, options.limits, options.proposal, vocabulary_size(tokenizer))

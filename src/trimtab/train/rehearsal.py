@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
 from trimtab.train.batches import Item, cached_rows, collate
-from trimtab.train.diagnostics import measure
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.options import TrainOptions
@@ -150,29 +149,25 @@ class Rehearsal:
 
     def evaluation(self, examples: Sequence[Example]) -> int:
         """The most bytes there are beyond weights, gradients and optimizer while a development batch is looked at."""
-        rule, weight = self._options.parsed_rule, self._options.starting_weight
         lengths = collate([Item(example) for example in examples])
         with self._making(), torch.no_grad(), Ledger() as ledger:
             batch = self._batch(lengths, rows=True)
             logq = self.trainer._rows(self.model.eval(), batch, "chosen")
-            measure(rule, cached_rows(batch, self._vocab_size), logq, weight, batch["chosen_tokens"], 0.95)
+            self.trainer._measure(batch, cached_rows(batch, self._vocab_size), logq)
         return int(ledger.peak)
-
-    @property
-    def _kept(self) -> int:
-        return min(self._options.cache_top_k or self._vocab_size, self._vocab_size)
 
     def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:
         """A batch of these shapes, with the proposal's rows where the loss or `rows` want them."""
         batch = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in lengths.items()}
         if rows or self._options.objective == "likelihood":
-            n = len(batch["chosen_tokens"])
+            n, (top_k, samples) = len(batch["chosen_tokens"]), self._options.row_layout(self._vocab_size)
             blank = CachedRows(
-                torch.empty(n, self._kept, dtype=torch.int32),
-                torch.empty(n, self._kept),
+                torch.empty(n, top_k, dtype=torch.int32),
+                torch.empty(n, top_k),
                 torch.empty(n, dtype=torch.int32),
                 torch.empty(n),
                 torch.empty(n),
+                torch.empty(n, samples, dtype=torch.int32),
             )
             batch |= {f"proposal_{name}": value for name, value in blank._asdict().items()}
         return batch

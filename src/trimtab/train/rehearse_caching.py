@@ -13,7 +13,7 @@ from trimtab.decode.prefill import CHUNK
 from trimtab.decode.scoring import ROW_BUDGET
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
-from trimtab.train.rows import BATCH, compress_each
+from trimtab.train.rows import BATCH, Layout, compress_each
 
 __all__ = ["Caching", "rehearse_caching"]
 
@@ -35,7 +35,7 @@ def rehearse_caching(
     dtype: torch.dtype,
     device: torch.device,
     vocab_size: int,
-    top_k: int,
+    layout: Layout,
     temperature: float,
     longest: int,
     examples: Sequence[Example],
@@ -47,7 +47,7 @@ def rehearse_caching(
         dtype: what it is loaded in.
         device: where.
         vocab_size: V.
-        top_k: entries kept of a row.
+        layout: what is kept of a row.
         temperature: of the rows.
         longest: tokens of the longest example.
         examples: some that stand for all where operations are counted.
@@ -61,7 +61,8 @@ def rehearse_caching(
         with Ledger() as scoring:
             rows = row_from_logits(_logits(model, BATCH, width, width), vocab_size)
             tokens = torch.empty(BATCH, width, dtype=torch.long)
-            list(compress_each(rows, tokens, [width] * BATCH, top_k, temperature))
+            points = [torch.empty(width, layout.samples, dtype=torch.float64)] * BATCH
+            list(compress_each(rows, tokens, points, layout.top_k, temperature, ends=(0,)))
         with count_flops() as flops:
             for example in examples:
                 _logits(model, 1, len(example.prompt) + len(example.chosen) - 1, len(example.chosen))

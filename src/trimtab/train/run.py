@@ -36,7 +36,7 @@ from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
-from trimtab.train.rows import RowSource
+from trimtab.train.rows import Layout, RowSource
 from trimtab.train.start import add_lora, zero_output_layer
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
@@ -166,10 +166,10 @@ def _temperatures(
         return options.temperatures
     path = output / "start.json"
     if not path.exists():
-        given, top_k = options.proposal_temperature, min(TOP_K, rows.vocab_size)
+        given, layout = options.proposal_temperature, Layout.of(TOP_K, 0, rows.vocab_size)
         if options.proposal_endpoint and options.cache_top_k:  # these rows have temperature 1, and no more entries
-            given, top_k = 1.0, options.cache_top_k
-        fitted = fit_temperatures(model, rows, examples, arguments.eval_batch_size, given, top_k)
+            given, layout = 1.0, options.row_layout(rows.vocab_size)
+        fitted = fit_temperatures(model, rows, examples, arguments.eval_batch_size, given, layout)
         fitted = fitted._replace(aligner=fitted.aligner * options.starting_weight)
         write_json(path, fitted._asdict())
     fitted = Temperatures(**read_json(path))
@@ -295,15 +295,16 @@ def _caches(
             rows,
             fingerprint_vocabulary(tokenizer),
             items,
-            top_k=options.cache_top_k,
+            layout=options.row_layout(rows.vocab_size),
             temperature=options.temperatures.proposal,
             ranks=ranks,
         )
         facts = caches[name].facts
         error = "an error that is not known"
-        if facts["kl_per_token"] is not None:
-            error = f"an error of {facts['kl_per_token']:.2g} nats a token (worst token {facts['kl_worst_token']:.2g})"
-        logger.info("%s cache: %d tokens, %.0f bytes a token and %s", name, facts["tokens"], facts["bytes_per_token"], error)
+        if facts["log_z_error"] is not None:
+            error = f"an error of {facts['log_z_error']:.2g} nats a token (root mean square {facts['log_z_error_rms']:.2g})"
+            error += " in log Z for a copy of the proposal"
+        logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
 
 

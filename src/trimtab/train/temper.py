@@ -16,7 +16,7 @@ from torch import Tensor
 from trimtab.train.batches import Item, answer_rows, cached_rows, collate
 from trimtab.train.examples import Example
 from trimtab.train.options import Temperatures
-from trimtab.train.rows import RowSource
+from trimtab.train.rows import Layout, RowSource
 
 __all__ = ["TOP_K", "fit_exponents", "fit_temperatures"]
 
@@ -39,7 +39,7 @@ STEPS = 20
 
 
 def fit_temperatures(
-    model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, proposal: float | None, top_k: int
+    model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, proposal: float | None, layout: Layout
 ) -> Temperatures:
     """The temperatures at which `product` of the proposal and an untrained aligner fits a sample of the examples best.
 
@@ -49,10 +49,10 @@ def fit_temperatures(
         examples: training data; some, evenly spread, are looked at.
         batch_size: examples in a forward pass.
         proposal: the proposal's temperature, if it is given.
-        top_k: entries that the source can give at least, of V.
+        layout: what is kept of the source's rows; the tail must be spread evenly, for the proposal's exponent bends it.
     """
     sample = _sample(examples, max(1024, min(TOKENS, ENTRIES // source.vocab_size)))
-    logp, logq, tokens = (torch.cat(part) for part in zip(*_rows(model, source, sample, batch_size, top_k), strict=True))
+    logp, logq, tokens = (torch.cat(part) for part in zip(*_rows(model, source, sample, batch_size, layout), strict=True))
     fixed = None if proposal is None else 1 / proposal
     a, s = fit_exponents(logp, logq, tokens, fixed)
     return Temperatures(round(1 / a, 3) if proposal is None else proposal, round(1 / s, 3))
@@ -128,13 +128,13 @@ def _sample(examples: Sequence[Example], tokens: int) -> list[Example]:
 
 @torch.no_grad()
 def _rows(
-    model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, top_k: int
+    model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, layout: Layout
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each batch: log p and log q `[N, V]` and the tokens, on the CPU."""
     model.eval()
     for start in range(0, len(examples), batch_size):
         some = examples[start : start + batch_size]
-        rows = source.compress(some, top_k, 1.0).rows
+        rows = source.compress(some, layout, 1.0).rows
         batch = collate([Item(example, row) for example, row in zip(some, rows, strict=True)])
         there = {name: value.to(model.device) for name, value in batch.items() if name.startswith("chosen")}
         logq = answer_rows(model, there, "chosen", source.vocab_size).float().cpu()

@@ -85,9 +85,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         """Loss and diagnostics on the development data, logged under `eval_…`."""
         sums = torch.zeros(9, dtype=torch.float64)
         losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
-        top_p = self._options.proposal_top_p if self._options.proposal_top_p < 1 else 0.95
         for batch, logp, logq, other in self.development_rows(eval_dataset):
-            sums += measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p)
+            sums += self._measure(batch, logp, logq)
             losses[0] += float(self._losses(batch, logq, other, logp).sum())
             losses[1] += len(batch["chosen_ids"])
             if other is not None:
@@ -101,6 +100,12 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measure(self, batch: dict[str, Tensor], logp: Tensor, logq: Tensor) -> Tensor:
+        top_p = self._options.proposal_top_p if self._options.proposal_top_p < 1 else 0.95
+        cached = cached_batch(batch)
+        even = cached.evenly().rebuild(self._vocab_size) if cached.samples.shape[-1] else logp
+        return measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p, even)
 
     @torch.no_grad()
     def development_rows(self, dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]]:
