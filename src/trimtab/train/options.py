@@ -71,6 +71,11 @@ class TrainOptions:
     max_length: int = _option(1024, "longest prompt and answer together, in tokens")
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
+    train_draft: bool | None = _option(
+        None,
+        "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
+        " unless --use_peft]",
+    )
     use_peft: bool = _option(False, "train a LoRA adapter instead of all weights")
     lora_r: int = _option(16, "LoRA rank")
     lora_alpha: int = _option(32, "LoRA scale")
@@ -122,6 +127,8 @@ class TrainOptions:
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
         if self.use_peft and self.start == "uniform":
             raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
+        if self.train_draft and not self.trains_residual:
+            raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
         _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
         if self.proposal_endpoint and self.proposal_temperature != 1 and self.cache_top_k:
             raise InvalidOption(
@@ -156,7 +163,17 @@ class TrainOptions:
         return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0)
 
     @property
+    def trains_residual(self) -> bool:
+        """Whether the aligner becomes what the proposal lacks under `product`, and so is no language model."""
+        return self.objective == "likelihood" and isinstance(self.parsed_rule, Product)
+
+    @property
+    def trains_draft(self) -> bool:
+        """Whether a drafter is trained; beside an adapter only if asked for, as its weights would be as many as the base's."""
+        return self.trains_residual and not self.use_peft if self.train_draft is None else self.train_draft
+
+    @property
     def starts_uniform(self) -> bool:
         """Whether the output layer is zeroed before training."""
-        fits = self.objective == "likelihood" and isinstance(self.parsed_rule, Product) and not self.use_peft
+        fits = self.trains_residual and not self.use_peft
         return self.start == "uniform" or (self.start == "auto" and fits)
