@@ -1,7 +1,8 @@
 """One training run from options to a finished aligner, resumable after a kill at any point.
 
 Records → examples → cached proposal rows → trainer → tuned weight → aligner folder → its drafter, if it is a residual.
-`run.json` in the output folder says what the run depends on, so that only the same run is resumed; `training.json` is its record.
+`run.json` in the output folder says what the run depends on, so that only the same run is resumed; `training.json` is its
+record.
 """
 
 import contextlib
