@@ -77,5 +77,6 @@ def task_options(folder: Path, name: str, training: Mapping[str, Any] | None = N
         "output_dir": str(folder / name),
         "cache_top_k": 0,
         "dev_fraction": 0.25,
+        "train_draft": False,  # most tests are of aligners alone
     }
     return TrainOptions(**(said | settings), training=TRAINING | dict(training or {}))

@@ -67,7 +67,7 @@ def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iter
     try:
         with named_errors(path):
             yield staging
-        written = sorted(item.name for item in staging.iterdir())
+        written = {item.relative_to(staging) for item in staging.rglob("*")}
         for item in sorted(staging.rglob("*")):
             target = path / item.relative_to(staging)
             if item.is_dir():
@@ -76,7 +76,7 @@ def atomic_folder(path: str | Path, *, superseded: tuple[str, ...] = ()) -> Iter
                 os.replace(item, target)
         for pattern in superseded:
             for old in path.glob(pattern):
-                if old.name not in written and old != staging:
+                if old.relative_to(path) not in written and old.is_file():
                     old.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)

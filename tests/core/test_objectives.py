@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from trimtab.core.logprobs import gather, log_normalize
-from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
+from trimtab.core.objectives import acceptance, distillation, likelihood, per_example, preference, ram, sft
 from trimtab.core.rules import Geometric, Product, Rule
 from trimtab.models.table import TableLM
 
@@ -90,3 +90,24 @@ def test_preference_is_dpo_of_the_sequence_level_product_against_the_proposal():
         dpo = -math.log(1 / (1 + math.exp(-margin)))
         ours = preference(torch.tensor([q[chosen]]).double(), torch.tensor([q[rejected]]).double(), beta)
         assert_close(ours.item(), dpo)
+
+
+def test_distillation_is_the_divergence_and_acceptance_its_share_of_common_mass():
+    """Against sums over tokens; and a free row that minimises KL(target‖draft) is the target, of which all drafts stay."""
+    target, draft = random_rows(7, 3), random_rows(8, 3)
+    p, q = target.exp(), draft.exp()
+    assert_close(distillation(target, draft), torch.stack([sum(p[i] * (p[i] / q[i]).log()) for i in range(3)]))
+    assert_close(acceptance(target, draft), 1 - (p - q).abs().sum(-1) / 2)
+    logits = torch.zeros(3, V, dtype=torch.float64, requires_grad=True)
+    distillation(target, log_normalize(logits)).sum().backward()
+    assert_close(logits.grad, 1 / V - p)  # softmax(draft) − target
+    assert_close(acceptance(target, target), torch.ones(3, dtype=torch.float64))
+
+
+def test_what_the_target_cannot_say_costs_a_drafter_nothing_infinite():
+    target = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    logits = torch.zeros(1, 3, requires_grad=True)
+    loss = distillation(target, log_normalize(logits))
+    loss.sum().backward()
+    assert_close(loss, torch.tensor([math.log(1.5)]))
+    assert bool(torch.isfinite(logits.grad).all())

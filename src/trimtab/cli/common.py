@@ -36,7 +36,7 @@ class ModelOptions:
     aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
     draft: str | None = option(
         None,
-        "who drafts: aligner, ngram, none, or a model [default: the first aligner; none if it is a residual]",
+        "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual, its own drafter or none]",
         metavar="MODEL",
     )
     draft_temperature: float | None = option(

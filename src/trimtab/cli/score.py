@@ -1,5 +1,6 @@
 """`trimtab score`: held-out negative log-likelihood of proposal, aligner and aligned model."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ def run(options: Options) -> dict[str, Any]:
     from trimtab.train.records import read_records
 
     records = read_records(options.dataset, how=options)
-    model = load_aligned_model(options)
+    model = load_aligned_model(dataclasses.replace(options, draft=options.draft or "none"))  # nothing is drafted here
     return held_out(model, [r.prompt for r in records], [r.chosen for r in records], [r.source for r in records])
 
 

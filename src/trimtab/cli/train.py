@@ -35,6 +35,7 @@ def run(options: Options) -> dict[str, Any]:
         return estimate(options, Expected(*known))
     report = train(options)
     report.pop("history")
+    report.get("draft", {}).pop("history", None)
     return {"output_dir": options.output_dir, **report}
 
 
@@ -44,6 +45,9 @@ def render(report: dict[str, Any]) -> str:
         return _render_estimate(report)
     metrics = report["metrics"]
     lines = [f"aligner in {report['output_dir']}, weight {report['weight']:g}", ""]
+    if "draft" in report:
+        drafted = report["draft"]["metrics"]
+        metrics = metrics | {name: drafted[name] for name in drafted if name != "eval_loss"}
     lines += [f"{name.removeprefix('eval_'):22}{metrics[name]:10.4f}" for name in metrics if isinstance(metrics[name], float)]
     return "\n".join(lines)
 
@@ -66,6 +70,10 @@ def _render_estimate(report: dict[str, Any]) -> str:
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
     lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")
     alone = "" if report["accelerator"] else " (this machine has no accelerator: a run here needs --use_cpu)"
+    if report["draft_steps"] != 0:
+        lines.append(
+            "drafter    as many steps again, each with a forward pass of the aligner and whole rows: not in what follows"
+        )
     lines += ["", f"training on {report['device']}{alone}"]
     lines += [
         f"  {name.replace('_', ' '):28}{in_bytes(memory[name]):>12}" for name in ("weights", "gradients", "optimizer", "batch")

@@ -7,15 +7,17 @@ each belongs to.
     sft          −log q(y|x): the aligner as a language model of the wanted text
     ram          −log q(y|x) + α·log q(y'|x), y' drawn from the proposal (arXiv 2505.19700, equation 7)
     preference   −log σ(β(log q(y_w|x) − log q(y_l|x))): DPO of the product model against the proposal, which cancels
+    distillation KL(target‖draft): a drafter learns what the rule decodes; `acceptance` says how many of its drafts stay
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trimtab.core.logprobs import gather
+from trimtab.core.logprobs import gather, kl_divergence
 from trimtab.core.rules import Rule
 
-__all__ = ["likelihood", "per_example", "preference", "ram", "sft"]
+__all__ = ["acceptance", "distillation", "likelihood", "per_example", "preference", "ram", "sft"]
 
 
 def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
@@ -39,6 +41,24 @@ def likelihood(rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Te
 def sft(logq: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihood of each token under the aligner alone, in nats: `[N]`."""
     return -gather(logq, tokens)
+
+
+def distillation(target: Tensor, logd: Tensor) -> Tensor:
+    """KL(target‖draft) of each token's row in nats: `[N]`; +inf where the drafter lacks a token that the target has.
+
+    Args:
+        target: the rows that are decoded `[N, V]`, constants.
+        logd: the drafter's rows `[N, V]`, through which the gradient flows.
+    """
+    return kl_divergence(target, logd)
+
+
+def acceptance(target: Tensor, logd: Tensor) -> Tensor:
+    """The probability that a draft from each row is accepted: Σ_v min(target, draft) `[N]`, of rows as in `distillation`.
+
+    It is 1 − the total variation between them (Leviathan et al., arXiv 2211.17192, theorem 3.5).
+    """
+    return torch.minimum(target, logd).exp().sum(-1)
 
 
 def ram(wanted: Tensor, sampled: Tensor, alpha: float) -> Tensor:

@@ -39,7 +39,8 @@ class AlignedModel:
             which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, or a `LanguageModel` of the same
             vocabulary that only drafts. Default: the first aligner if there is one, and nobody if its manifest says that it
-            is a residual (`Manifest.is_residual`): its drafts are rarely accepted.
+            is a residual (`Manifest.is_residual`): its drafts are rarely accepted. `from_pretrained` takes the drafter in a
+            residual's folder, if there is one.
         draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: 1, or
             what suits the rule if an aligner drafts.
         num_speculative_tokens: tokens to draft ahead: None adapts to what pays, 0 decodes token by token. In float32 it
@@ -231,7 +232,7 @@ class AlignedModel:
     def with_aligners(self, aligners: Sequence[LanguageModel], manifests: Sequence[Manifest | None] | None = None) -> Self:
         """The same proposal and settings with other aligners; nothing is loaded or copied.
 
-        Whatever their manifests disagree about, each request must say.
+        Whatever their manifests disagree about, each request must say. A model that drafts goes on drafting.
         """
         other = copy.copy(self)
         other._take(aligners, manifests)

@@ -58,10 +58,8 @@ def load_parts(
     if eos_token_ids is not None and not isinstance(eos_token_ids, (list, tuple)):
         raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
-    names_a_model = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
-    sources: list[Any] = [*given, draft] if names_a_model else given
-    ours = [isinstance(source, (str, Path)) for source in (proposal, *sources)]
-    if ours[0]:
+    owned = isinstance(proposal, (str, Path))
+    if owned:
         tokenizer = load_tokenizer(proposal, revision=revision) if tokenizer is None else tokenizer
         proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
     if isinstance(tokenizer, (str, Path)):
@@ -69,12 +67,16 @@ def load_parts(
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
     loader = Loader(tokenizer, dtype=dtype, device=device)
-    loaded = [loader.load(source) for source in sources]
+    loaded = [loader.load(source) for source in given]
+    if draft is None and loaded:
+        draft = loaded[0].draft
+    if draft is not None and not (isinstance(draft, str) and draft in DRAFTS):
+        draft = loader.load(draft).model
     return Parts(
-        _backend(proposal, loader.vocab_size, owned=ours[0]),
-        [item.model for item in loaded[: len(given)]],
-        [item.manifest for item in loaded[: len(given)]],
-        loaded[-1].model if names_a_model else draft,
+        _backend(proposal, loader.vocab_size, owned=owned),
+        [item.model for item in loaded],
+        [item.manifest for item in loaded],
+        draft,
         tokenizer,
         find_eos_token_ids(proposal, tokenizer) if eos_token_ids is None else eos_token_ids,
     )
@@ -87,6 +89,8 @@ class Loaded(NamedTuple):
     manifest: Manifest | None
     num_bytes: int
     """What its weights take; for an adapter on a shared base, the adapter alone."""
+    draft: Path | None = None
+    """Where the drafter is that a residual was saved with; it is not loaded."""
 
 
 class Loader:
@@ -110,20 +114,20 @@ class Loader:
             ModelError: it cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: its tokenizer is not the proposal's.
         """
-        manifest = None
+        manifest, draft = None, None
         named = isinstance(source, (str, Path))
         if isinstance(source, Aligner):
             self._check(source.tokenizer, source.name)
-            source, manifest = source.model, source.manifest
+            source, manifest, draft = source.model, source.manifest, source.draft
         elif named:
             found = describe(source)
             self._check(found.tokenizer, str(source))
-            manifest = found.manifest
+            manifest, draft = found.manifest, found.draft
             if found.is_adapter and (adapted := self._adapt(found.folder, str(source))) is not None:
-                return Loaded(adapted, manifest, adapted.adapter.num_bytes)
+                return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source = load_weights(found, dtype=self._dtype, device=self._device)
         model = _backend(source, self.vocab_size, owned=named)
-        return Loaded(model, manifest, getattr(model, "num_bytes", 0))
+        return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
     @property
     def shared_bytes(self) -> int:
@@ -149,6 +153,11 @@ class Loader:
                 return None
             self._pools[base] = pool
         return pool.read(folder, name)
+
+
+def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None:
+    """The drafter beside an aligner, if it is a residual; others draft for themselves."""
+    return draft if manifest is not None and manifest.is_residual else None
 
 
 def _backend(module: Any, vocab_size: int | None, owned: bool) -> LanguageModel:

@@ -6,6 +6,7 @@ On disk an aligner is an ordinary transformers or PEFT repository (safetensors, 
 import dataclasses
 import json
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -21,9 +22,21 @@ from trimtab.files import atomic_folder, write_json
 from trimtab.models.loading import check_finite, load_model, load_tokenizer, readable
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
-__all__ = ["MANIFEST_NAME", "Aligner", "Description", "Manifest", "base_of", "describe", "load_weights"]
+__all__ = [
+    "DRAFT_NAME",
+    "MANIFEST_NAME",
+    "Aligner",
+    "Description",
+    "Manifest",
+    "base_of",
+    "describe",
+    "load_weights",
+    "save_model",
+]
 
 MANIFEST_NAME = "trimtab.json"
+DRAFT_NAME = "draft"
+"""The folder in an aligner's folder that may hold its drafter, an ordinary transformers model."""
 FORMAT_VERSION = 1
 OBJECTIVES = ("likelihood", "sft", "ram", "preference")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
@@ -31,6 +44,7 @@ _TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "chat_template.*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
+_MODEL_FILES = _WEIGHT_FILES + _TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -123,12 +137,14 @@ class Aligner:
         tokenizer: its tokenizer.
         manifest: how it wants to be decoded; None for a plain repository, which does not say.
         name: what to call it in messages.
+        draft: the folder of its drafter, which is saved and pushed with it; None for none.
     """
 
     model: Any
     tokenizer: Any
     manifest: Manifest | None = None
     name: str = "aligner"
+    draft: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -147,7 +163,8 @@ class Aligner:
             CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights.
         """
         found = describe(path, revision=revision)
-        return cls(load_weights(found, dtype=dtype, device=device), found.tokenizer, found.manifest, name=str(path))
+        weights = load_weights(found, dtype=dtype, device=device)
+        return cls(weights, found.tokenizer, found.manifest, name=str(path), draft=found.draft)
 
     def save_pretrained(self, path: str | Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the aligner's folder; what stood there before stays whole until everything new is on disk.
@@ -160,9 +177,12 @@ class Aligner:
         base = getattr(config, "base_model_name_or_path", None)
         if base and Path(base).is_dir() and Path(base).resolve() == Path(path).resolve():
             raise InvalidOption(f"'{path}' holds the base model of this adapter: save the adapter to another folder")
-        with atomic_folder(path, superseded=_WEIGHT_FILES + _TOKENIZER_FILES) as folder:
-            self.model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
-            self.tokenizer.save_pretrained(folder)
+        stays = self.draft is not None and self.draft.resolve() == (Path(path) / DRAFT_NAME).resolve()
+        old_draft = () if stays else tuple(f"{DRAFT_NAME}/{pattern}" for pattern in _MODEL_FILES)
+        with atomic_folder(path, superseded=_MODEL_FILES + old_draft) as folder:
+            _write_model(self.model, self.tokenizer, folder, weights)
+            if self.draft is not None and not stays:
+                shutil.copytree(self.draft, folder / DRAFT_NAME)
             manifest = self.manifest or Manifest(vocabulary=fingerprint_vocabulary(self.tokenizer))
             (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
             write_json(folder / MANIFEST_NAME, manifest.to_dict())
@@ -178,6 +198,12 @@ class Aligner:
             return str(api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision))
 
 
+def save_model(model: Any, tokenizer: Any, path: str | Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a plain transformers folder; the arguments are those of `Aligner` and its `save_pretrained`."""
+    with atomic_folder(path, superseded=_MODEL_FILES) as folder:
+        _write_model(model, tokenizer, folder, weights)
+
+
 class Description(NamedTuple):
     """All of an aligner's folder but its weights."""
 
@@ -185,6 +211,8 @@ class Description(NamedTuple):
     is_adapter: bool
     tokenizer: Any
     manifest: Manifest | None
+    draft: Path | None = None
+    """The folder of its drafter, if it has one."""
 
 
 def describe(path: str | Path, *, revision: str | None = None) -> Description:
@@ -202,7 +230,8 @@ def describe(path: str | Path, *, revision: str | None = None) -> Description:
         manifest = Manifest.from_dict(values, source)
         if manifest.vocabulary != fingerprint_vocabulary(tokenizer):
             raise VocabularyMismatch(f"{source}: the tokenizer beside it has another vocabulary than the manifest says")
-    return Description(folder, is_adapter, tokenizer, manifest)
+    draft = folder / DRAFT_NAME
+    return Description(folder, is_adapter, tokenizer, manifest, draft if (draft / "config.json").is_file() else None)
 
 
 def load_weights(found: Description, *, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
@@ -210,6 +239,11 @@ def load_weights(found: Description, *, dtype: str | torch.dtype, device: str | 
     if found.is_adapter:
         return _load_adapter(found.folder, dtype, device)
     return load_model(found.folder, dtype=dtype, device=device)
+
+
+def _write_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
+    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    tokenizer.save_pretrained(folder)
 
 
 def model_card(manifest: Manifest) -> str:

@@ -151,6 +151,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
         },
     }
     report |= _steps(rehearsal, arguments, data, processes)
+    report["draft_steps"] = report["steps"] if options.trains_draft else 0
     caching = None if options.proposal_endpoint else _caching(options, proposal, vocab_size, examples, development)
     report["caching"] = caching
     report["cache"] = _cache(options, data, vocab_size)

@@ -96,6 +96,11 @@ class TrainOptions:
         " the proposal runs here, else 0]",
     )
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
+    train_draft: bool | None = _option(
+        None,
+        "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
+        " unless --use_peft]",
+    )
     use_peft: bool = _option(False, "train a LoRA adapter instead of all weights")
     lora_r: int = _option(16, "LoRA rank")
     lora_alpha: int = _option(32, "LoRA scale")
@@ -153,6 +158,8 @@ class TrainOptions:
                 "start 'tempered' fits the aligner's temperature for likelihood with product at a weight above 0:"
                 " leave out --aligner_temperature, or choose another start"
             )
+        if self.train_draft and not self.trains_residual:
+            raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
         _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
         if self.proposal_endpoint and self.proposal_temperature not in (None, 1) and self.cache_top_k:
             raise InvalidOption(
@@ -211,8 +218,7 @@ class TrainOptions:
 
     @property
     def _can_be_tempered(self) -> bool:
-        fits = self.objective == "likelihood" and isinstance(self.parsed_rule, Product) and self.starting_weight > 0
-        return fits and self.aligner_temperature is None
+        return self.trains_residual and self.starting_weight > 0 and self.aligner_temperature is None
 
     @property
     def temperatures(self) -> Temperatures:
@@ -222,3 +228,13 @@ class TrainOptions:
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""
         return dataclasses.replace(self, proposal_temperature=fitted.proposal, aligner_temperature=fitted.aligner)
+
+    @property
+    def trains_residual(self) -> bool:
+        """Whether the aligner becomes what the proposal lacks under `product`, and so is no language model."""
+        return self.objective == "likelihood" and isinstance(self.parsed_rule, Product)
+
+    @property
+    def trains_draft(self) -> bool:
+        """Whether a drafter is trained; beside an adapter only if asked for, as its weights would be as many as the base's."""
+        return self.trains_residual and not self.use_peft if self.train_draft is None else self.train_draft

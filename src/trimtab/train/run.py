@@ -1,7 +1,8 @@
 """One training run from options to a finished aligner, resumable after a kill at any point.
 
-Records → examples → cached proposal rows → trainer → tuned weight → aligner folder. `run.json` in the output folder says what
-the run depends on, so that only the same run is resumed; `training.json` is its record.
+Records → examples → cached proposal rows → trainer → tuned weight → aligner folder → its drafter, if it is a residual.
+`run.json` in the output folder says what the run depends on, so that only the same run is resumed; `training.json` is its
+record.
 """
 
 import contextlib
@@ -24,12 +25,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
-from trimtab.models.aligner import MANIFEST_NAME, Aligner, Manifest
+from trimtab.models.aligner import DRAFT_NAME, MANIFEST_NAME, Aligner, Manifest, save_model
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
+from trimtab.train.draft import DraftTrainer, draft_options
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.progress import CompactProgress
@@ -88,7 +90,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     """Train an aligner and save it in `options.output_dir`.
 
     Returns:
-        What `training.json` holds: `tokens`, `cache`, `weight`, `weights_tried`, `metrics` at the end, `history`, `seconds`.
+        What `training.json` holds: `tokens`, `cache`, `weight`, `weights_tried`, `metrics` at the end, `history`, `seconds`;
+        of a drafter, `draft` with its own `metrics`, `history` and `seconds`.
 
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
@@ -123,26 +126,51 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     options = options.at(ranks.first_does(fit))
     caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
     del proposal, fit
+    data = {
+        "train_dataset": ExampleDataset(examples, caches.get("train")),
+        "eval_dataset": ExampleDataset(development, caches["dev"]),
+    }
     if ranks.first_does(lambda: _is_finished(output)):
         logger.info("%s is already trained with these settings", output)
-        return dict(read_json(output / "training.json"))
+        report = dict(read_json(output / "training.json"))
+    else:
+        model = prepare_model(model, options, arguments.seed)
+        report = _train_aligner(options, output, arguments, ranks, tokenizer, model, data, started)
+    del model
+    if options.trains_draft and "draft" not in report:
+        report["draft"] = _train_draft(options, output, arguments, ranks, tokenizer, data, report["weight"])
+        ranks.first_does(lambda: write_json(output / "training.json", report))
+    return report
 
+
+def _train_aligner(
+    options: TrainOptions,
+    output: Path,
+    arguments: TrainingArguments,
+    ranks: Ranks,
+    tokenizer: Any,
+    model: Any,
+    data: dict[str, ExampleDataset],
+    started: float,
+) -> dict[str, Any]:
+    """Train, tune and save an aligner; returns the report."""
+    examples, cache = data["train_dataset"].examples, (data["train_dataset"].cache or data["eval_dataset"].cache)
+    assert cache is not None  # development's rows are always cached
     trainer = AlignerTrainer(
         options,
         vocabulary_size(tokenizer),
-        sum(len(example.chosen) for example in examples) / len(examples),
+        _mean_length(examples),
         ranks=ranks,
-        model=prepare_model(model, options, arguments.seed),
+        model=model,
         args=arguments,
-        train_dataset=ExampleDataset(examples, caches.get("train")),
-        eval_dataset=ExampleDataset(development, caches["dev"]),
         data_collator=collate,
+        **data,
     )
     CompactProgress.install(trainer, options.objective)
     _fit(trainer, ranks.first_does(lambda: _last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
-        "cache": caches["train" if "train" in caches else "dev"].facts,
+        "cache": cache.facts,
         "metrics": trainer.evaluate(),
         "weight": options.starting_weight,
         "weights_tried": [],
@@ -177,11 +205,53 @@ def _temperatures(
     return fitted
 
 
-def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
-    """Write what came of it; where the weights are spread over processes, all take part in gathering them."""
+def _train_draft(
+    options: TrainOptions,
+    output: Path,
+    arguments: TrainingArguments,
+    ranks: Ranks,
+    tokenizer: Any,
+    data: dict[str, ExampleDataset],
+    weight: float,
+) -> dict[str, Any]:
+    """Distil the finished aligner's drafter from the model that it started from, and save it; returns its report."""
+    started = time.monotonic()
+    own = training_arguments(draft_options(options, arguments.learning_rate))
+    trainer = DraftTrainer(
+        options,
+        vocabulary_size(tokenizer),
+        _mean_length(data["train_dataset"].examples),
+        aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
+        weight=weight,
+        ranks=ranks,
+        model=load_model(options.aligner, dtype=torch.float32, device="cpu"),
+        args=own,
+        data_collator=collate,
+        **data,
+    )
+    CompactProgress.install(trainer, "draft")
+    _fit(trainer, ranks.first_does(lambda: _last_checkpoint(Path(own.output_dir))))
+    report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
+    model, weights = _trained(trainer)
+    ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
+    return dict(_finite(report))
+
+
+def _mean_length(examples: Sequence[Example]) -> float:
+    return sum(len(example.chosen) for example in examples) / len(examples)
+
+
+def _trained(trainer: AlignerTrainer) -> tuple[Any, Any]:
+    """The model, and its weights where they are spread over processes: then all take part in gathering them."""
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    aligner.model = trainer.accelerator.unwrap_model(trainer.model)
-    aligner.model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
+    return model, weights
+
+
+def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
+    """Write what came of it."""
+    aligner.model, weights = _trained(trainer)
 
     def write() -> None:
         write_json(output / "training.json", report)
@@ -310,7 +380,8 @@ def _caches(
 
 def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
-    ignored = {"output_dir", "overwrite_output_dir", "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
+    apart = {"output_dir", "overwrite_output_dir", "train_draft"}  # a finished aligner may get its drafter later
+    ignored = {*apart, "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
     reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")

@@ -1,0 +1,89 @@
+"""A drafter for a residual: the small model that the aligner started from, distilled from the aligned model.
+
+A residual is no language model, so its own drafts are rarely accepted. A drafter learns what the aligned model says on the
+training answers: from the proposal's cached rows, the frozen aligner and its tuned weight, and with no pass of the proposal.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.objectives import acceptance, distillation
+from trimtab.train.batches import answer_rows, cached_rows
+from trimtab.train.options import TrainOptions
+from trimtab.train.trainer import AlignerTrainer
+
+__all__ = ["CHECKPOINTS", "DraftTrainer", "draft_options"]
+
+CHECKPOINTS = "draft_checkpoints"
+"""The folder in the output folder where a drafter's training keeps its checkpoints."""
+
+
+def draft_options(options: TrainOptions, learning_rate: float) -> TrainOptions:
+    """A run's options for its drafter: as many epochs over the same updates, at twice the aligner's rate, falling as a cosine.
+
+    The best checkpoint is the one with the least loss, whatever the aligner goes by. Trackers follow the aligner alone.
+    """
+    own = {
+        "learning_rate": 2 * learning_rate,
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": None,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "report_to": "none",
+    }
+    return dataclasses.replace(options, output_dir=f"{options.output_dir}/{CHECKPOINTS}", training={**options.training, **own})
+
+
+class DraftTrainer(AlignerTrainer):
+    """Distil a drafter from the aligned model on an `ExampleDataset` with cached rows.
+
+    Args:
+        aligner: the trained aligner; it is not trained further.
+        weight: λ, the weight that it is decoded with.
+        arguments: what `AlignerTrainer` takes.
+    """
+
+    def __init__(self, *args: Any, aligner: Any, weight: float, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self._aligner = aligner.to(self.args.device).eval().requires_grad_(False)
+        self._weight = weight
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """KL(aligned‖draft) of a micro-batch, weighed as an aligner's loss is."""
+        target = self._target(inputs, cached_rows(inputs, self._vocab_size))
+        losses = self._sum(distillation(target, self._rows(model, inputs, "chosen")), inputs, "chosen") / self._mean_length
+        loss = (losses * inputs["share"]).sum()
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """On the development answers: the loss, KL(aligned‖draft) in nats a token, and the share of drafts that would stay."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for batch, logp, logd, _ in self.development_rows(eval_dataset):
+            target = self._target(batch, logp)
+            kept, kl = acceptance(target, logd), distillation(target, logd)
+            sums += torch.tensor([float(kl.sum()), float(kept.sum()), len(kl), len(batch["chosen_ids"])], dtype=torch.float64)
+        kl_sum, kept_sum, tokens, examples = self._ranks.total(sums).tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": kl_sum / examples / self._mean_length,
+            f"{metric_key_prefix}_kl_aligned_draft": kl_sum / tokens,
+            f"{metric_key_prefix}_acceptance_on_answers": kept_sum / tokens,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _target(self, inputs: dict[str, Tensor], logp: Tensor) -> Tensor:
+        """The aligned model's rows `[N, V]` on the wanted answers, from log p̃ `[N, V]`."""
+        with self.compute_loss_context_manager():
+            logq = super()._rows(self._aligner, inputs, "chosen")
+        return self._rule.target(logp, [logq], logq.new_tensor([self._weight]))
+
+    def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
+        """The drafter's rows `[N, V]` as it drafts from them: the aligner's temperature is not its own."""
+        return answer_rows(model, inputs, which, self._vocab_size)
