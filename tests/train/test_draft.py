@@ -40,14 +40,15 @@ def test_its_figures_are_those_of_the_loaded_models(task, trained):
     proposal, aligner, draft = (
         AlignedModel.from_pretrained(path, draft="none").proposal for path in (task / "proposal", folder, folder / "draft")
     )
-    tokenizer = Aligner.from_pretrained(folder).tokenizer
-    _, development = run.read_examples(task_options(task, "whole"), tokenizer, (0,), 64)
+    finished = Aligner.from_pretrained(folder)
+    _, development = run.read_examples(task_options(task, "whole"), finished.tokenizer, (0,), 64)
     kept, kl = [], []
     for example in development:
         ids = torch.tensor([example.prompt + example.chosen])
         with torch.no_grad():
             logits = [lm.model(ids).logits[0, len(example.prompt) - 1 : -1, :V] for lm in (proposal, aligner, draft)]
         p, q, d = (row.log_softmax(-1) for row in logits)
+        q = (q / finished.manifest.aligner_temperature).log_softmax(-1)
         target = ((p / 1.3).log_softmax(-1) + report["weight"] * q).log_softmax(-1)
         kept += torch.minimum(target.exp(), d.exp()).sum(-1).tolist()
         kl += (target.exp() * (target - d)).sum(-1).tolist()

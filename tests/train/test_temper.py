@@ -67,6 +67,8 @@ def test_a_run_starts_tempered_by_default_and_says_so_in_its_manifest(tmp_path):
     manifest = json.loads((tmp_path / "tempered" / "trimtab.json").read_text())
     assert manifest["proposal_temperature"] == fitted["proposal"] != 1
     assert manifest["aligner_temperature"] == fitted["aligner"] != 1
+    assert max(entry.get("learning_rate", 0) for entry in report["history"]) <= 1e-2 * fitted["aligner"]
+    assert max(entry.get("learning_rate", 0) for entry in report["history"]) > 1e-2
     first = next(entry for entry in report["history"] if "eval_nll_aligned" in entry)
     assert first["eval_nll_aligned"] < first["eval_nll_proposal"]
 

@@ -70,8 +70,9 @@ class TrainOptions:
     start: str = _option(
         "auto",
         "where to start: 'pretrained' takes the aligner as it is; 'tempered' also fits the two temperatures at which it and the"
-        " proposal explain the data best together; 'uniform' zeroes its output layer, so that the aligned model starts at the"
-        " proposal; 'auto' is 'tempered' for likelihood with product, otherwise 'pretrained'",
+        " proposal explain the data best together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its"
+        " output layer, so that the aligned model starts at the proposal; 'auto' is 'tempered' for likelihood with product,"
+        " otherwise 'pretrained'",
         choices=STARTS,
     )
     eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")

@@ -6,6 +6,7 @@ record.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -123,7 +124,10 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     ranks.first_does(lambda: _open_run(output, run, options.overwrite_output_dir))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, examples)
-    options = options.at(ranks.first_does(fit))
+    fitted = ranks.first_does(fit)
+    scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
+    scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
+    options = options.at(fitted)
     caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
     del proposal, fit
     data = {
@@ -135,7 +139,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         report = dict(read_json(output / "training.json"))
     else:
         model = prepare_model(model, options, arguments.seed)
-        report = _train_aligner(options, output, arguments, ranks, tokenizer, model, data, started)
+        report = _train_aligner(options, output, scaled, ranks, tokenizer, model, data, started)
     del model
     if options.trains_draft and "draft" not in report:
         report["draft"] = _train_draft(options, output, arguments, ranks, tokenizer, data, report["weight"])
