@@ -69,7 +69,7 @@ def _render_estimate(report: dict[str, Any]) -> str:
     shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
     lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")
-    alone = "" if report["accelerator"] else " (this machine has no accelerator: a run here needs --use_cpu)"
+    alone = "" if report["accelerator"] else " (this machine has no accelerator)"
     if report["draft_steps"] != 0:
         lines.append(
             "drafter    as many steps again, each with a forward pass of the aligner and whole rows: not in what follows"
