@@ -15,11 +15,12 @@ from tiny_task import make_examples, make_task, task_options
 from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import cache as cache_module
+from trimtab.train.arguments import _one_device_each
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.examples import Example
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows, Compressed, Layout, ModelRows
-from trimtab.train.run import _one_device_each, train
+from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
 
 DEATHS = ["cache 2", "checkpoint 2", "tune 1", "save 1"]

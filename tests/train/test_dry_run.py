@@ -11,13 +11,14 @@ from tiny_task import V, make_examples, make_task, task_options, write_rows
 from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
+from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rows import Layout, ModelRows, compress, tail_points
-from trimtab.train.run import prepare_model, train, training_arguments
+from trimtab.train.run import prepare_model, train
 from trimtab.train.trainer import AlignerTrainer
 
 QUICK = Expected(tflops=1.0)

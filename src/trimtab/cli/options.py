@@ -129,7 +129,7 @@ def _boolean(text: str) -> bool:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     from transformers import TrainingArguments
 
-    from trimtab.train.run import DEFAULTS, OWNED
+    from trimtab.train.arguments import DEFAULTS, OWNED
 
     group = parser.add_argument_group("transformers.TrainingArguments", "as in TRL; see transformers' documentation")
     taken = {action.dest for action in parser._actions}

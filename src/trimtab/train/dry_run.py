@@ -22,8 +22,10 @@ from trimtab.models.huggingface import check_supported
 from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
+from trimtab.train.arguments import training_arguments
 from trimtab.train.cache import bytes_per_token, shard_bytes
 from trimtab.train.examples import Example, encode_records
+from trimtab.train.folder import refuse_foreign
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
@@ -33,8 +35,6 @@ from trimtab.train.run import (
     parts_to_cache,
     read_chat_template,
     read_parts,
-    refuse_foreign,
-    training_arguments,
 )
 
 __all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]

@@ -10,8 +10,6 @@ import copy
 import dataclasses
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,21 +17,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
-from trimtab.errors import DataError, InvalidOption
-from trimtab.files import LEFTOVERS, named_errors, only_writer, read_json, remove_leftovers, write_json
-from trimtab.models.aligner import DRAFT_NAME, MANIFEST_NAME, Aligner, Manifest, save_model
+from trimtab.errors import InvalidOption
+from trimtab.files import named_errors, only_writer, read_json, write_json
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, save_model
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
+from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.draft import DraftTrainer, draft_options
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
+from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
@@ -46,45 +44,18 @@ from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
 __all__ = [
-    "DEFAULTS",
-    "OWNED",
     "open_tokenizer",
     "parts_to_cache",
     "prepare_model",
     "read_chat_template",
     "read_examples",
     "read_parts",
-    "refuse_foreign",
     "train",
-    "training_arguments",
 ]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-LOCK = ".run.lock"
-
-OWNED = {
-    "output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
-    "push_to_hub", "include_for_metrics", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only",
-}  # fmt: skip
-"""`TrainingArguments` that a run sets itself."""
-
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-4,
-    "warmup_steps": 0.05,
-    "logging_steps": 10,
-    "eval_strategy": "steps",
-    "eval_steps": 0.1,
-    "save_strategy": "steps",
-    "save_steps": 0.1,
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": False,
-}
-"""Where we differ from `TrainingArguments`: look ten times a run, and keep the best on the development prompts."""
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
@@ -122,7 +93,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
-    ranks.first_does(lambda: _open_run(output, run, options.overwrite_output_dir))
+    ranks.first_does(lambda: open_run(output, run, options.overwrite_output_dir))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, examples)
     fitted = ranks.first_does(fit)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
@@ -134,7 +105,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         "train_dataset": ExampleDataset(examples, caches.get("train")),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
-    if ranks.first_does(lambda: _is_finished(output)):
+    if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
     else:
@@ -171,7 +142,7 @@ def _train_aligner(
         **data,
     )
     CompactProgress.install(trainer, options.objective)
-    _fit(trainer, ranks.first_does(lambda: _last_checkpoint(output)))
+    _fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
         "cache": cache.facts,
@@ -234,7 +205,7 @@ def _train_draft(
         **data,
     )
     CompactProgress.install(trainer, "draft")
-    _fit(trainer, ranks.first_does(lambda: _last_checkpoint(Path(own.output_dir))))
+    _fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
     report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
     model, weights = _trained(trainer)
     ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
@@ -281,54 +252,6 @@ def read_chat_template(options: TrainOptions) -> str | None:
         return Path(options.chat_template_path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidOption(f"chat_template_path: {error}") from error
-
-
-def training_arguments(options: TrainOptions) -> TrainingArguments:
-    """The options that are transformers' own, over our defaults.
-
-    Raises:
-        InvalidOption: one that a run sets itself, or a value that transformers refuses.
-    """
-    if owned := OWNED & set(options.training):
-        raise InvalidOption(f"{min(owned)} is set by trimtab itself")
-    here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
-    settings = DEFAULTS | here | options.training
-    if isinstance(settings.get("report_to"), str):
-        settings["report_to"] = settings["report_to"].replace(",", " ").split()
-    if str(settings.get("fsdp")).lower() in ("true", "false"):
-        settings["fsdp"] = str(settings["fsdp"]).lower() == "true"  # as text, transformers takes it for a name
-    fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
-    try:
-        arguments = TrainingArguments(**settings, **fixed)
-    except (TypeError, ValueError) as error:
-        raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
-    _check_trackers(arguments.report_to)
-    _one_device_each(arguments)
-    kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)
-    if kind in (DistributedType.NO, DistributedType.MULTI_CPU) and (
-        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    ):  # accelerate would not say a word, and shard nothing
-        raise InvalidOption("fsdp: weights are sharded over several processes with an accelerator each; leave it out here")
-    return arguments
-
-
-def _one_device_each(arguments: Any) -> None:
-    """Keep transformers from splitting each batch over threads, one for each GPU: our batches do not split that way."""
-    if arguments.n_gpu > 1:
-        logger.warning("one GPU of %d is used; `accelerate launch -m trimtab train …` trains on all of them", arguments.n_gpu)
-        arguments._n_gpu = 1
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Find out before any work whether the trackers can be had."""
-    for name in names:
-        try:
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
-        except ValueError as error:
-            raise InvalidOption(f"report_to: {error}") from None
-        except (RuntimeError, ImportError) as error:
-            raise InvalidOption(f"report_to: '{name}' is not installed here (pip install {name}): {error}") from None
 
 
 def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
@@ -407,60 +330,6 @@ def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
             )
             return
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _foreign(output: Path) -> list[str]:
-    """What is in the output folder apart from what a run has before its `run.json` is written."""
-    ours = {LOCK, *(item.name for item in output.glob(LEFTOVERS))}
-    return sorted(item.name for item in output.iterdir() if item.name not in ours) if output.is_dir() else []
-
-
-def refuse_foreign(output: Path, overwrite: bool) -> None:
-    """Before anything is written: refuse a folder that holds something, but no run."""
-    if output.exists() and not output.is_dir():
-        raise InvalidOption(f"output_dir: {output} is a file; name a folder")
-    if _foreign(output) and not (output / "run.json").exists():
-        what = "holds something that no training run left there" if overwrite else "is not empty and holds no training run"
-        raise InvalidOption(f"output_dir: {output} {what}; name another folder")
-
-
-def _open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder this run's own, or refuse it."""
-    for folder in (output, *output.glob("proposal_cache/*")):
-        remove_leftovers(folder)
-    if overwrite:
-        for name in sorted(_foreign(output), key=lambda name: name == "run.json"):  # the last to go: a kill leaves it
-            item = output / name
-            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-    if not (output / "run.json").exists():
-        write_json(output / "run.json", run)
-        return
-    found = read_json(output / "run.json")
-    if not isinstance(found, dict):
-        raise DataError(f"{output / 'run.json'}: must be a JSON object")
-    for key in sorted(set(found) | set(run)):
-        if found.get(key) != run.get(key):
-            raise InvalidOption(
-                f"output_dir: {output} holds a run with {key}={found.get(key)!r}, now it is {run.get(key)!r}; name another "
-                "folder, or discard that run with --overwrite_output_dir"
-            )
-
-
-def _is_finished(output: Path) -> bool:
-    return (output / MANIFEST_NAME).exists() and (output / "training.json").exists()
-
-
-def _last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint. A kill may leave a torn one: its state file, written last, is missing then."""
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for folder in found:
-        if (folder / "trainer_state.json").exists():
-            try:
-                read_json(folder / "trainer_state.json")
-            except DataError:
-                continue
-            return folder
-    return None
 
 
 def prepare_model(model: Any, options: TrainOptions, seed: int) -> Any:

@@ -1,0 +1,87 @@
+"""What a run tells `transformers.TrainingArguments`, and what it refuses there."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from trimtab.errors import InvalidOption
+from trimtab.train.options import TrainOptions
+
+__all__ = ["DEFAULTS", "OWNED", "training_arguments"]
+
+logger = logging.getLogger(__name__)
+
+OWNED = {
+    "output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
+    "push_to_hub", "include_for_metrics", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only",
+}  # fmt: skip
+"""`TrainingArguments` that a run sets itself."""
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+}
+"""Where we differ from `TrainingArguments`: look ten times a run, and keep the best on the development prompts."""
+
+
+def training_arguments(options: TrainOptions) -> TrainingArguments:
+    """The options that are transformers' own, over our defaults.
+
+    Raises:
+        InvalidOption: one that a run sets itself, or a value that transformers refuses.
+    """
+    if owned := OWNED & set(options.training):
+        raise InvalidOption(f"{min(owned)} is set by trimtab itself")
+    here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
+    settings = DEFAULTS | here | options.training
+    if isinstance(settings.get("report_to"), str):
+        settings["report_to"] = settings["report_to"].replace(",", " ").split()
+    if str(settings.get("fsdp")).lower() in ("true", "false"):
+        settings["fsdp"] = str(settings["fsdp"]).lower() == "true"  # as text, transformers takes it for a name
+    fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
+    try:
+        arguments = TrainingArguments(**settings, **fixed)
+    except (TypeError, ValueError) as error:
+        raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
+    _check_trackers(arguments.report_to)
+    _one_device_each(arguments)
+    kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU) and (
+        arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):  # accelerate would not say a word, and shard nothing
+        raise InvalidOption("fsdp: weights are sharded over several processes with an accelerator each; leave it out here")
+    return arguments
+
+
+def _one_device_each(arguments: Any) -> None:
+    """Keep transformers from splitting each batch over threads, one for each GPU: our batches do not split that way."""
+    if arguments.n_gpu > 1:
+        logger.warning("one GPU of %d is used; `accelerate launch -m trimtab train …` trains on all of them", arguments.n_gpu)
+        arguments._n_gpu = 1
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Find out before any work whether the trackers can be had."""
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except ValueError as error:
+            raise InvalidOption(f"report_to: {error}") from None
+        except (RuntimeError, ImportError) as error:
+            raise InvalidOption(f"report_to: '{name}' is not installed here (pip install {name}): {error}") from None
