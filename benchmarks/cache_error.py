@@ -1,8 +1,8 @@
 """What the cache of the proposal's rows costs and loses: bytes a token, and the error in the aligned model's NLL.
 
-For each k, rows are rebuilt from k entries and the tail, spread evenly or (for `product`) on S draws from it, combined with the
-aligner's, and the wanted tokens' NLL is compared with that from exact rows: the error of the mean, which is what a loss or a
-metric shows, and of one token.
+For each k, rows are rebuilt from k entries and the tail, spread evenly or (for `product`) on S draws from it, and combined with
+the aligner's, both at the temperatures of its manifest. The wanted tokens' NLL is compared with that from exact rows: the error
+of the mean, which is what a loss or a metric shows, and of one token.
 
     python benchmarks/cache_error.py --proposal P --aligner A --dataset held_out.jsonl --weight 1.0
 """
@@ -12,7 +12,7 @@ import json
 
 import torch
 
-from trimtab.core.logprobs import gather
+from trimtab.core.logprobs import gather, warp
 from trimtab.core.rules import Product
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.scoring import completion_rows
@@ -43,7 +43,8 @@ def main() -> None:
     errors: dict[Layout, list[torch.Tensor]] = {Layout(k, s): [] for k in options.top_k for s in samples}
     exact_nll = []
     for example in examples:
-        for (logp, logq), tokens, _ in completion_rows([proposal, aligner], [(example.prompt, example.chosen)]):
+        for rows, tokens, _ in completion_rows([proposal, aligner], [(example.prompt, example.chosen)]):
+            logp, logq = (warp(row, how) for row, how in zip(rows, (shaping.proposal, *shaping.aligners), strict=True))
             nll = -gather(rule.target(logp[0], [logq[0]], weight), tokens[0]).double()
             exact_nll.append(nll)
             for layout, found in errors.items():

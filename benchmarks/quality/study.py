@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.decode.scoring import Score
 from trimtab.demo.pretrain import Size, pretrain, train_tokenizer
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.intervals import ratio_interval
@@ -100,8 +99,8 @@ def run_study(folder: Path, seed: int) -> dict[str, Any]:
     systems = set_systems(folder, aligners)
     records = read_records(str(folder / "data" / "held_out.jsonl"), need="rejected")
     scores = {name: score(folder, system, records) for name, system in systems.items()}
-    tokens = torch.tensor([float(len(s.tokens)) for s in next(iter(scores.values()))])
-    nll = {name: torch.tensor([-sum(s.aligned) for s in found]) for name, found in scores.items()}
+    tokens = torch.tensor([float(len(values)) for values in next(iter(scores.values()))])
+    nll = {name: torch.tensor([-sum(values) for values in found]) for name, found in scores.items()}
     main = nll["likelihood, product, weight 1"]
     rows = {
         name: {
@@ -117,7 +116,7 @@ def run_study(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def best_aligner(folder: Path, name: str, seed: int) -> Path:
-    """The aligner of the rate that is best on the development prompts, by what the objective's own rule decodes."""
+    """The aligner of the rate whose objective is least on the development prompts."""
     stem = name.replace(", ", "-").replace(" ", "_")
     found = {}
     for rate in RATES:
@@ -131,7 +130,7 @@ def best_aligner(folder: Path, name: str, seed: int) -> Path:
             dev_fraction=DEV_FRACTION,
             cache_top_k=256 if METHODS[name]["rule"] == "geometric" else 64,
             proposal_cache=str(folder / "cache" / stem),
-            train_draft=False if METHODS[name] == {"objective": "likelihood", "rule": "product"} else None,
+            train_draft=False,
             training={
                 "learning_rate": rate, "num_train_epochs": 4, "per_device_train_batch_size": 16, "weight_decay": 0.1,
                 "per_device_eval_batch_size": 32, "lr_scheduler_type": "cosine", "save_total_limit": 1, "seed": seed,
@@ -149,7 +148,7 @@ def set_systems(folder: Path, aligners: dict[str, Path]) -> dict[str, System]:
     _, development = split_by_prompt(records, DEV_FRACTION, seed=0)
 
     def best(tried: list[System]) -> System:
-        return min(tried, key=lambda system: -sum(sum(s.aligned) for s in score(folder, system, development)))
+        return min(tried, key=lambda system: -sum(map(sum, score(folder, system, development))))
 
     def tuned(aligner: Path, rule: str, **warps: float) -> System:
         return best([System(aligner, rule, SamplingParams(weight=w, **warps)) for w in WEIGHTS[rule]])
@@ -173,19 +172,21 @@ def set_systems(folder: Path, aligners: dict[str, Path]) -> dict[str, System]:
     return systems
 
 
-def score(folder: Path, system: System, records: list[Any]) -> list[Score]:
-    """Log-probabilities of the wanted answers, cut as in training."""
+def score(folder: Path, system: System, records: list[Any]) -> list[list[float]]:
+    """Log-probabilities of the wanted answers' tokens. As in training, an answer that is cut has no end of sequence."""
     aligners = [] if system.aligner is None else [system.aligner]
     rule = system.rule if aligners else None
     model = AlignedModel.from_pretrained(folder / "proposal", aligners, rule=rule, draft="none")
-    prompts, answers = [], []
+    prompts, answers, cut = [], [], []
     for record in records:
         room = MAX_LENGTH - len(model.tokenizer(record.prompt)["input_ids"])
         if room > 8:
-            ids = model.tokenizer(record.chosen)["input_ids"][:room]
+            ids = model.tokenizer(record.chosen)["input_ids"]
             prompts.append(record.prompt)
-            answers.append(model.tokenizer.decode(ids))
-    return model.score(prompts, answers, system.params)
+            answers.append(model.tokenizer.decode(ids[:room]))
+            cut.append(len(ids) > room)
+    scores = model.score(prompts, answers, system.params)
+    return [one.aligned[:-1] if short else one.aligned for one, short in zip(scores, cut, strict=True)]
 
 
 def settings(system: System) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
 
 
 def is_finished(output: Path) -> bool:
+    """Whether there is an aligner with its report; its drafter may still be missing."""
     return (output / MANIFEST_NAME).exists() and (output / "training.json").exists()
 
 
