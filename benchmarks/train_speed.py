@@ -122,7 +122,7 @@ def main() -> None:
         mean = sum(len(e.chosen) for e in examples) / len(examples)
         one = AlignerTrainer(
             said, options.vocab, mean, model=model(), args=ours, data_collator=collate,
-            train_dataset=ExampleDataset(examples, cache),
+            train_dataset=ExampleDataset(examples, {"chosen": cache}),
         )  # fmt: skip
         other = Trainer(model=model(), args=theirs, data_collator=sft_batch, train_dataset=SFTData(examples))
         seconds: dict[str, list[float]] = {"trimtab": [], "sft": []}

@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path, monkeypatch):
         with open("/proc/self/status", encoding="utf-8") as status:
             return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
-    data = ExampleDataset(examples, cache)
+    data = ExampleDataset(examples, {"chosen": cache})
     collate([data[Pick(i)] for i in order[:8]])
     before = private()
     for at in range(0, 400, 8):

@@ -23,6 +23,7 @@ JOBS = [
     {"name": "accumulated-2", "training": QUARTER | {"gradient_checkpointing": True}},
     {"name": "drawn-2", "training": HALF, "cache_top_k": 5, "cache_tail_samples": 6},
     {"name": "preference-2", "training": HALF, "objective": "preference"},
+    {"name": "contrast-2", "training": HALF, "contrast": 0.5},
     {"name": "lora-2", "training": HALF, "use_peft": True, "lora_dropout": 0.0},
     {"name": "fsdp-2", "training": HALF | {"fsdp": True}},
     {"name": "fsdp_lora-2", "training": HALF | {"fsdp": True}, "use_peft": True, "lora_dropout": 0.0},
@@ -40,6 +41,7 @@ def task(tmp_path_factory):
         patch.setattr(cache, "SHARD", SHARD)
         train(task_options(folder, "drawn-1", WHOLE, cache_top_k=5, cache_tail_samples=6))
     train(task_options(folder, "preference-1", WHOLE, objective="preference"))
+    train(task_options(folder, "contrast-1", WHOLE, contrast=0.5))
     train(task_options(folder, "lora-1", WHOLE, use_peft=True, lora_dropout=0.0))
     return folder
 
@@ -59,6 +61,7 @@ def report(folder):
         ("accumulated-2", "likelihood-1"),
         ("drawn-2", "drawn-1"),
         ("preference-2", "preference-1"),
+        ("contrast-2", "contrast-1"),
         ("lora-2", "lora-1"),
         ("fsdp-2", "likelihood-1"),
         ("fsdp_lora-2", "lora-1"),
@@ -88,7 +91,7 @@ def test_a_cache_is_the_same_whoever_builds_it(task):
 
 def test_a_killed_process_ends_the_other_and_runs_go_on_exactly(task):
     """A replicated one, killed after its first checkpoint, and a sharded one, which lost its last and what came after."""
-    job = {"name": "killed", "training": HALF}
+    job, sharded = {"name": "killed", "training": HALF}, next(job for job in JOBS if job["name"] == "fsdp-2")
     (first, messages), (second, _) = run_processes(task, [job], dies="step 6")
     assert second == -9
     assert first not in (0, None), messages
@@ -97,7 +100,7 @@ def test_a_killed_process_ends_the_other_and_runs_go_on_exactly(task):
     assert json.loads((task / "fsdp-2" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     for name in ("trimtab.json", "training.json", "model.safetensors", "checkpoint-12/trainer_state.json"):
         (task / "fsdp-2" / name).unlink()
-    for status, messages in run_processes(task, [job, JOBS[5]]):
+    for status, messages in run_processes(task, [job, sharded]):
         assert status == 0, messages
     for some, other in ((weights(task / "killed"), weights(task / "likelihood-2")), (weights(task / "fsdp-2"), whole)):
         assert some.keys() == other.keys()

@@ -15,6 +15,7 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
+from trimtab.train.examples import answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rows import Layout, ModelRows, compress, tail_points
@@ -47,12 +48,17 @@ def real_trainer(options):
 
 def real_batch(examples, options):
     """A batch with rows that some model might have."""
-    rows = [torch.log_softmax(torch.zeros(len(example.chosen), V), -1) for example in examples]
     top_k, samples = options.row_layout(V)
-    kept = [
-        compress(row, torch.tensor(e.chosen), top_k, tail_points(e, samples)) for row, e in zip(rows, examples, strict=True)
-    ]
-    return collate([Item(e, k if options.objective == "likelihood" else None) for e, k in zip(examples, kept, strict=True)])
+    kinds = [which for part, which in options.cached_answers if part == "train"]
+    items = []
+    for example in examples:
+        rows = {}
+        for which in kinds:
+            one = answers([example], which)[0]
+            even = torch.log_softmax(torch.zeros(len(one.chosen), V), -1)
+            rows[which] = compress(even, torch.tensor(one.chosen), top_k, tail_points(one, samples))
+        items.append(Item(example, rows))
+    return collate(items)
 
 
 CASES = {
@@ -65,6 +71,7 @@ CASES = {
     "adafactor": ({}, {"optim": "adafactor"}),
     "sgd": ({}, {"optim": "sgd"}),
     "lora": ({"use_peft": True, "lora_r": 4}, {}),
+    "contrast, draws": ({"contrast": 0.5, "cache_top_k": 5, "cache_tail_samples": 7}, {}),
 }
 
 
@@ -165,6 +172,7 @@ def test_steps_and_cache_are_those_of_the_run(task):
         ("top", {"cache_top_k": 5}),
         ("even", {"cache_top_k": 5, "cache_tail_samples": 0}),
         ("sft", {"objective": "sft", "rule": "geometric"}),
+        ("contrast", {"contrast": 0.5}),
     ):
         options = task_options(task, f"whole-{name}", training, **settings)
         told = estimate(options, QUICK)

@@ -22,6 +22,8 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"weight": float("nan")}, "weight must be a finite number"),
         ({"alpha": -1.0}, "alpha must be from 0"),
         ({"beta": 0.0}, "beta must be from"),
+        ({"contrast": -1.0}, "contrast must be from 0"),
+        ({"contrast": 1.0, "objective": "preference"}, "contrast is a part of likelihood, and 'preference' has none"),
         ({"proposal_temperature": 0.0}, "proposal_temperature must be from"),
         ({"proposal_top_p": 1.5}, "proposal_top_p must be from"),
         ({"dev_fraction": 0.95}, "dev_fraction must be from"),

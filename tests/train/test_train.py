@@ -10,11 +10,16 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import make_task, task_options, task_rows, write_rows
+from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption
-from trimtab.train.batches import Item, answer_rows, collate
-from trimtab.train.examples import Example
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.train.arguments import training_arguments
+from trimtab.train.batches import ExampleDataset, Item, answer_rows, collate
+from trimtab.train.examples import Example, answers, encode_records
+from trimtab.train.records import read_records
+from trimtab.train.rows import ModelRows
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
 
@@ -45,6 +50,37 @@ def test_the_trained_product_beats_the_proposal_and_its_figure_is_what_score_say
     assert sum(sum(s.aligned) for s in scores) > sum(sum(s.proposal) for s in scores)
     assert report["metrics"]["eval_nll_aligned"] < report["metrics"]["eval_nll_proposal"]
     assert report["cache"]["kl_per_token"] == 0.0
+
+
+@pytest.mark.parametrize("rule", ["product", "geometric"])
+def test_contrast_is_dpo_of_what_is_decoded_against_the_proposal(task, rule):
+    """The loss at the end is −log P/L + γ·log(1 + exp(−β·Δ)) of sequences as `score` sees them, and Δ grows with γ.
+
+    Δ is the difference between the chosen and the rejected answer of log P_θ − log p̃, each token with its normaliser; L is the
+    mean length of the training answers. The proposal p̃ is at the temperature that was fitted.
+    """
+    margins, data = {}, {"eval_dataset": str(task / "held_out.jsonl"), "rule": rule}
+    rows = task_rows(64)[48:]
+    for gamma in (0.0, 3.0):
+        name = f"contrast-{rule}-{gamma:g}"
+        report = train(task_options(task, name, contrast=gamma, beta=0.3, **data))
+        temperature = json.loads((task / name / "trimtab.json").read_text())["proposal_temperature"]
+        weight = 0.5 if rule == "geometric" else 1.0
+        assert report["weight"] == weight or gamma == 0
+        model = AlignedModel.from_pretrained(task / "proposal", task / name, weight=weight)
+        bare = AlignedModel.from_pretrained(task / "proposal", proposal_temperature=temperature)
+        gain, nll = {}, {}
+        for which in ("chosen", "rejected"):
+            texts = [row["prompt"] for row in rows], [row[which] for row in rows]
+            aligned, proposal = ([sum(s.aligned) for s in one.score(*texts)] for one in (model, bare))
+            gain[which] = [a - p for a, p in zip(aligned, proposal, strict=True)]
+            nll[which] = [-a for a in aligned]
+        deltas = [chosen - rejected for chosen, rejected in zip(gain["chosen"], gain["rejected"], strict=True)]
+        mean_length = report["tokens"] / 48
+        losses = [n / mean_length + gamma * math.log1p(math.exp(-0.3 * d)) for n, d in zip(nll["chosen"], deltas, strict=True)]
+        assert report["metrics"]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        margins[gamma] = sum(deltas) / len(deltas)
+    assert margins[3.0] > margins[0.0] + 1
 
 
 def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):
@@ -146,6 +182,32 @@ def test_a_lora_run_saves_an_adapter_that_decodes(task):
     model = AlignedModel.from_pretrained(task / "proposal", task / "lora")
     score = model.score(["def"], ["xyz"])[0]
     assert score.aligned != score.proposal
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_top_k": 5, "cache_tail_samples": 7}, {"rule": "geometric", "cache_top_k": 5}])
+def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated(task, settings):
+    """From logits and compressed rows, or from whole rows: the same losses and gradients."""
+    options = task_options(task, "none", contrast=2.0, **settings)
+    source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
+    records = read_records(str(task / "train.jsonl"), need="rejected")
+    examples = encode_records(records, load_tokenizer(task / "proposal"), (0,), 64)[:6]
+    kinds = {
+        which: source.compress(answers(examples, which), options.row_layout(V), 1.3).rows for which in ("chosen", "rejected")
+    }
+    batch = collate([Item(e, {which: rows[i] for which, rows in kinds.items()}) for i, e in enumerate(examples)])
+    model, data = load_model(task / "start", device="cpu"), ExampleDataset(examples)
+    arguments = training_arguments(options)
+    trainer = AlignerTrainer(options, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    found = []
+    for compute in (
+        lambda: trainer.compute_loss(model, batch),
+        lambda: trainer._losses(batch, *(trainer._rows(model, batch, which) for which in kinds)).sum(),
+    ):
+        model.zero_grad()
+        loss = compute()
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(task):

@@ -6,7 +6,8 @@ each belongs to.
     likelihood   −Σ_t log rule(p̃, q)(y_t): the exact negative log-likelihood of what that rule decodes
     sft          −log q(y|x): the aligner as a language model of the wanted text
     ram          −log q(y|x) + α·log q(y'|x), y' drawn from the proposal (arXiv 2505.19700, equation 7)
-    preference   −log σ(β(log q(y_w|x) − log q(y_l|x))): DPO of the product model against the proposal, which cancels
+    preference   −log σ(β(log q(y_w|x) − log q(y_l|x))): DPO of the product model against the proposal, which cancels; of
+                 sequence-level targets, while on log P_θ − log P_M it is that of what is decoded, normalisers and all
     distillation KL(target‖draft): a drafter learns what the rule decodes; `acceptance` says how many of its drafts stay
 """
 
@@ -70,9 +71,10 @@ def ram(wanted: Tensor, sampled: Tensor, alpha: float) -> Tensor:
 
 
 def preference(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """DPO from log q(y|x) `[B]` of the chosen and of the rejected completion: `[B]`.
+    """DPO from log P_θ(y|x) − log P_M(y|x) `[B]` of the chosen and of the rejected completion: `[B]`.
 
-    The policy is P_θ ∝ P_M·Q and the reference P_M, so the implicit reward β·log(P_θ/P_M) is β·log Q up to a constant of the
-    prompt: neither P_M nor the normaliser is needed (Rafailov et al., arXiv 2305.18290, equation 7).
+    With the sequence-level target P_θ ∝ P_M·Q as the policy and P_M as the reference, that difference is log Q(y|x) up to a
+    constant of the prompt: neither P_M nor the normaliser is needed (Rafailov et al., arXiv 2305.18290, equation 7). What is
+    decoded has a normaliser at each token, which does not cancel: there the whole difference must be given.
     """
     return -logsigmoid(beta * (chosen - rejected))

@@ -4,6 +4,7 @@ Then the rows that predict answers are the last columns of every sequence, and a
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,24 +24,24 @@ class Item(NamedTuple):
     """An example of a batch."""
 
     example: Example
-    rows: CachedRows | None = None
-    """The proposal's, on the wanted answer."""
+    rows: Mapping[str, CachedRows] = MappingProxyType({})
+    """The proposal's, on its `chosen` and `rejected` answers, as far as the loss wants them."""
     share: float = 1.0
     """Its weight in the loss."""
 
 
 class ExampleDataset(torch.utils.data.Dataset[Item]):
-    """Examples, with the proposal's cached rows where there are any."""
+    """Examples, with the proposal's cached rows on their `chosen` and `rejected` answers, where there are any."""
 
-    def __init__(self, examples: Sequence[Example], cache: ProposalCache | None = None) -> None:
-        self.examples, self.cache = examples, cache
+    def __init__(self, examples: Sequence[Example], caches: Mapping[str, ProposalCache] = MappingProxyType({})) -> None:
+        self.examples, self.caches = examples, caches
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, pick: Pick) -> Item:
         """One example."""
-        rows = None if self.cache is None else self.cache[pick.place]
+        rows = {which: cache[pick.place] for which, cache in self.caches.items()}
         return Item(self.examples[pick.place], rows, pick.share)
 
     @property
@@ -50,10 +51,10 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `rejected_*` and `proposal_*`.
+    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `rejected_*`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
-    and `*_column`s and the proposal's rows have no padding: the answers stand end to end.
+    and `*_column`s and the proposal's rows, `*_proposal_*`, have no padding: the answers stand end to end.
     """
     examples = [item.example for item in items]
     prompts = [example.prompt for example in examples]
@@ -61,21 +62,20 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
     batch |= _answers("chosen", prompts, [example.chosen for example in examples])
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
-    rows = [item.rows for item in items if item.rows is not None]
-    if rows:
+    for which in items[0].rows:
         for name in CachedRows._fields:
-            batch[f"proposal_{name}"] = torch.cat([getattr(row, name) for row in rows])
+            batch[f"{which}_proposal_{name}"] = torch.cat([getattr(item.rows[which], name) for item in items])
     return batch
 
 
-def cached_batch(batch: Mapping[str, Tensor]) -> CachedRows:
-    """The proposal's compressed rows of N tokens, for the wanted answers of a batch."""
-    return CachedRows(*(batch[f"proposal_{name}"] for name in CachedRows._fields))
+def cached_batch(batch: Mapping[str, Tensor], which: str = "chosen") -> CachedRows:
+    """The proposal's compressed rows of N tokens, for the `which` answers of a batch."""
+    return CachedRows(*(batch[f"{which}_proposal_{name}"] for name in CachedRows._fields))
 
 
-def cached_rows(batch: Mapping[str, Tensor], vocab_size: int) -> Tensor:
-    """The proposal's rows `[N, V]` for the wanted answers of a batch."""
-    return cached_batch(batch).rebuild(vocab_size)
+def cached_rows(batch: Mapping[str, Tensor], vocab_size: int, which: str = "chosen") -> Tensor:
+    """The proposal's rows `[N, V]` for the `which` answers of a batch."""
+    return cached_batch(batch, which).rebuild(vocab_size)
 
 
 def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int) -> Tensor:

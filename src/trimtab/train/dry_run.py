@@ -24,18 +24,13 @@ from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.cache import bytes_per_token, shard_bytes
-from trimtab.train.examples import Example, encode_records
+from trimtab.train.examples import Example, answers, encode_records
 from trimtab.train.folder import refuse_foreign
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
-from trimtab.train.run import (
-    open_tokenizer,
-    parts_to_cache,
-    read_chat_template,
-    read_parts,
-)
+from trimtab.train.run import open_tokenizer, read_chat_template, read_parts
 
 __all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
 
@@ -264,8 +259,10 @@ def _caching(
     device = pick_device(None if options.device == "auto" else options.device)
     dtype = _dtype(options, proposal)
     layout = options.row_layout(vocab_size)
-    longest = max(map(_length, (*examples, *development)))
-    sample = examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED]
+    kinds = dict.fromkeys(which for _, which in options.cached_answers)
+    sequences = [one for which in kinds for one in answers((*examples, *development), which)]
+    longest = max(map(_length, sequences))
+    sample = [one for which in kinds for one in answers(examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED], which)]
     temperature = options.temperatures.proposal
     found = rehearse_caching(proposal.config, dtype, device, vocab_size, layout, temperature, longest, sample)
     total = found.weights + found.keys_and_values + found.passing
@@ -277,8 +274,8 @@ def _cache(options: TrainOptions, data: _Data, vocab_size: int) -> dict[str, Any
     layout = options.row_layout(vocab_size)
     size, tokens = None, None
     if data.examples is not None and data.development is not None:
-        parts = parts_to_cache(options, data.examples, data.development).values()
-        lengths = [[len(example.chosen) for example in part] for part in parts]
+        parts = {"train": data.examples, "dev": data.development}
+        lengths = [[len(getattr(example, which)) for example in parts[part]] for part, which in options.cached_answers]
         size, tokens = sum(sum(shard_bytes(part, layout)) for part in lengths), sum(map(sum, lengths))
     return {"bytes_per_token": bytes_per_token(layout), "tokens": tokens, "bytes": size}
 
@@ -306,8 +303,9 @@ def _work(
     flops["training"] = per_batch * micro_batches if micro_batches is not None else None
     passes = {"training": (arguments.device, half)}
     if caching is not None:
-        parts = parts_to_cache(options, *(data.counts or (0, 0)))
-        flops["caching"] = caching["flops"] * sum(parts.values()) if data.counts else None
+        counts = dict(zip(("train", "dev"), data.counts or (0, 0), strict=True))
+        passes_over = sum(counts[part] for part, _ in options.cached_answers)
+        flops["caching"] = caching["flops"] * passes_over if data.counts else None
         passes["caching"] = (torch.device(caching["device"]), getattr(torch, caching["dtype"]))
     rates = {
         name: measure_matmul_rate(*where) if expected.tflops is None else expected.tflops * 1e12

@@ -11,7 +11,7 @@ from trimtab.errors import DataError, InvalidRequest
 from trimtab.models.vocabulary import vocabulary_size
 from trimtab.train.records import Record
 
-__all__ = ["Example", "encode_records", "fingerprint_examples", "split_by_prompt"]
+__all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "split_by_prompt"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,11 @@ class Example(NamedTuple):
     chosen: list[int]
     rejected: list[int]
     """Empty where the record has none."""
+
+
+def answers(examples: Sequence[Example], which: str) -> list[Example]:
+    """The examples with their `chosen` or `rejected` answers as the only ones."""
+    return [Example(example.prompt, getattr(example, which), []) for example in examples]
 
 
 def encode_records(records: Sequence[Record], tokenizer: Any, eos_token_ids: Sequence[int], max_length: int) -> list[Example]:

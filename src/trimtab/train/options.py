@@ -59,7 +59,12 @@ class TrainOptions:
     rule: str = _option("product", "the decoding rule to train for; goes into the manifest")
     weight: float | None = _option(None, "the rule's weight while training [default: the rule's own]")
     alpha: float = _option(1e-4, "ram: weight of the proposal's samples")
-    beta: float = _option(0.1, "preference: inverse temperature of the reward")
+    beta: float = _option(0.1, "preference, and the contrast of likelihood: inverse temperature of the reward")
+    contrast: float = _option(
+        0.0,
+        "likelihood: weight of a DPO term between chosen and rejected answers, for the aligned model against the proposal; 0 is"
+        " without, and needs no rejected answers",
+    )
     proposal_temperature: float | None = _option(
         None, "temperature of the proposal's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]"
     )
@@ -134,6 +139,7 @@ class TrainOptions:
             ("alpha", 0, math.inf),
             ("dev_fraction", 1e-9, 0.9),
             ("beta", 1e-9, math.inf),
+            ("contrast", 0, math.inf),
             ("proposal_temperature", 1e-3, math.inf),
             ("aligner_temperature", 1e-3, math.inf),
             ("proposal_top_p", 1e-9, 1),
@@ -152,6 +158,8 @@ class TrainOptions:
         rule = self.parsed_rule
         if self.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
+        if self.contrast and self.objective != "likelihood":
+            raise InvalidOption(f"contrast is a part of likelihood, and '{self.objective}' has none: leave it out")
         if self.use_peft and self.start == "uniform":
             raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
         if self.start == "tempered" and not self._can_be_tempered:
@@ -210,7 +218,17 @@ class TrainOptions:
     @property
     def needs_rejected(self) -> bool:
         """Whether the loss looks at unwanted answers."""
-        return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0)
+        return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0) or self.contrast > 0
+
+    @property
+    def cached_answers(self) -> list[tuple[str, str]]:
+        """Which answers of which part the proposal's rows are needed on.
+
+        On development's wanted ones for the diagnostics and the weight, on others where the loss needs them.
+        """
+        likelihood = self.objective == "likelihood"
+        wanted = [("dev", "chosen")] + [("train", "chosen")] * likelihood
+        return wanted + [("dev", "rejected"), ("train", "rejected")] * (self.contrast > 0)
 
     @property
     def starts_tempered(self) -> bool:

@@ -130,7 +130,7 @@ class Rehearsal:
             self.model.zero_grad()
             self.trainer.optimizer.state.clear()
         rows = len(batch["chosen_tokens"])
-        rebuilt = 4 * rows * self._vocab_size if "proposal_ids" in batch else 0
+        rebuilt = 4 * rows * self._vocab_size if "chosen_proposal_ids" in batch else 0
         return Step(held, saved, peak - held, ledger.peak - held, wide, gradients, optimizer, rebuilt)
 
     def _step(self, batch: dict[str, Tensor]) -> None:
@@ -159,8 +159,9 @@ class Rehearsal:
     def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:
         """A batch of these shapes, with the proposal's rows where the loss or `rows` want them."""
         batch = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in lengths.items()}
-        if rows or self._options.objective == "likelihood":
-            n, (top_k, samples) = len(batch["chosen_tokens"]), self._options.row_layout(self._vocab_size)
+        kinds = {which for part, which in self._options.cached_answers if rows or part == "train"}
+        for which in sorted(kinds):
+            n, (top_k, samples) = len(batch[f"{which}_tokens"]), self._options.row_layout(self._vocab_size)
             blank = CachedRows(
                 torch.empty(n, top_k, dtype=torch.int32),
                 torch.empty(n, top_k),
@@ -169,7 +170,7 @@ class Rehearsal:
                 torch.empty(n),
                 torch.empty(n, samples, dtype=torch.int32),
             )
-            batch |= {f"proposal_{name}": value for name, value in blank._asdict().items()}
+            batch |= {f"{which}_proposal_{name}": value for name, value in blank._asdict().items()}
         return batch
 
     def _update(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.draft import DraftTrainer, draft_options
-from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
+from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.progress import CompactProgress
@@ -45,7 +45,6 @@ from trimtab.train.tune import RANGES, tune_weight
 
 __all__ = [
     "open_tokenizer",
-    "parts_to_cache",
     "prepare_model",
     "read_chat_template",
     "read_examples",
@@ -54,8 +53,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
     del proposal, fit
     data = {
-        "train_dataset": ExampleDataset(examples, caches.get("train")),
+        "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
     if ranks.first_does(lambda: is_finished(output)):
@@ -129,8 +126,7 @@ def _train_aligner(
     started: float,
 ) -> dict[str, Any]:
     """Train, tune and save an aligner; returns the report."""
-    examples, cache = data["train_dataset"].examples, (data["train_dataset"].cache or data["eval_dataset"].cache)
-    assert cache is not None  # development's rows are always cached
+    examples, caches = data["train_dataset"].examples, (data["train_dataset"].caches or data["eval_dataset"].caches)
     trainer = AlignerTrainer(
         options,
         vocabulary_size(tokenizer),
@@ -145,13 +141,15 @@ def _train_aligner(
     _fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in examples),
-        "cache": cache.facts,
+        "cache": caches["chosen"].facts,
         "metrics": trainer.evaluate(),
         "weight": options.starting_weight,
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
+        best, report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
+        if not options.contrast:  # of which the likelihood that is tuned here knows nothing
+            report["weight"] = best
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(_finite(report))
@@ -275,28 +273,25 @@ def read_examples(
     return train_examples, encode_records(kept, tokenizer, eos_token_ids, max_length)
 
 
-def parts_to_cache(options: TrainOptions, examples: T, development: T) -> dict[str, T]:
-    """Whose rows are needed: development's for the diagnostics and the weight, training's where the loss needs them."""
-    return {"dev": development} | ({"train": examples} if options.objective == "likelihood" else {})
-
-
 def _caches(
     options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
-) -> dict[str, ProposalCache]:
-    """The cached rows of every part that has them."""
+) -> dict[str, dict[str, ProposalCache]]:
+    """The cached rows of both parts, by the kind of answer that they are on."""
     folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
-    caches = {}
-    for name, items in parts_to_cache(options, examples, development).items():
-        caches[name] = ProposalCache.build(
+    parts = {"train": examples, "dev": development}
+    caches: dict[str, dict[str, ProposalCache]] = {part: {} for part in parts}
+    for part, which in options.cached_answers:
+        name = part if which == "chosen" else f"{part}_{which}"
+        cache = caches[part][which] = ProposalCache.build(
             folder / name,
             rows,
             fingerprint_vocabulary(tokenizer),
-            items,
+            answers(parts[part], which),
             layout=options.row_layout(rows.vocab_size),
             temperature=options.temperatures.proposal,
             ranks=ranks,
         )
-        facts = caches[name].facts
+        facts = cache.facts
         error = "an error that is not known"
         if facts["log_z_error"] is not None:
             error = f"an error of {facts['log_z_error']:.2g} nats a token (root mean square {facts['log_z_error_rms']:.2g})"

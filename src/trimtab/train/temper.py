@@ -135,7 +135,7 @@ def _rows(
     for start in range(0, len(examples), batch_size):
         some = examples[start : start + batch_size]
         rows = source.compress(some, layout, 1.0).rows
-        batch = collate([Item(example, row) for example, row in zip(some, rows, strict=True)])
+        batch = collate([Item(example, {"chosen": row}) for example, row in zip(some, rows, strict=True)])
         there = {name: value.to(model.device) for name, value in batch.items() if name.startswith("chosen")}
         logq = answer_rows(model, there, "chosen", source.vocab_size).float().cpu()
         yield cached_rows(batch, source.vocab_size), logq, batch["chosen_tokens"]

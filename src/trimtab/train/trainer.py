@@ -87,7 +87,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
         for batch, logp, logq, other in self.development_rows(eval_dataset):
             sums += self._measure(batch, logp, logq)
-            losses[0] += float(self._losses(batch, logq, other, logp).sum())
+            losses[0] += float(self._losses(batch, logq, other).sum())
             losses[1] += len(batch["chosen_ids"])
             if other is not None:
                 nll = sft(other, batch["rejected_tokens"])
@@ -132,26 +132,44 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """What `_losses` says of `likelihood`, from logits and compressed rows."""
-        logits, positions = answer_logits(model, inputs, "chosen")
-        losses = fused_likelihood(
-            self._rule,
-            cached_batch(inputs),
-            logits,
-            positions,
-            self._weight,
-            self._options.temperatures.aligner,
-            self._vocab_size,
-        )
-        return self._sum(losses, inputs, "chosen") / self._mean_length
+        losses = {}
+        for which in ("chosen", "rejected") if self._options.contrast else ("chosen",):
+            logits, positions = answer_logits(model, inputs, which)
+            losses[which] = fused_likelihood(
+                self._rule,
+                cached_batch(inputs, which),
+                logits,
+                positions,
+                self._weight,
+                self._options.temperatures.aligner,
+                self._vocab_size,
+            )
+        return self._contrasted(inputs, losses)
 
-    def _losses(self, inputs: dict[str, Tensor], rows: Tensor, other: Tensor | None, logp: Tensor | None = None) -> Tensor:
-        """One loss for each example `[B]`, from log q on wanted and unwanted answers, and log p̃ where it is at hand."""
+    def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
+        """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded."""
+        loss = self._sum(losses["chosen"], inputs, "chosen") / self._mean_length
+        if not self._options.contrast:
+            return loss
+        gains = {  # log P_θ − log p̃ of whole answers
+            which: -self._sum(values + cached_batch(inputs, which).token_logp, inputs, which)
+            for which, values in losses.items()
+        }
+        return loss + self._options.contrast * preference(gains["chosen"], gains["rejected"], self._options.beta)
+
+    def _losses(self, inputs: dict[str, Tensor], rows: Tensor, other: Tensor | None) -> Tensor:
+        """One loss for each example `[B]`, from log q on wanted and unwanted answers."""
         o = self._options
         tokens = inputs["chosen_tokens"]
         if o.objective == "likelihood":
-            logp = cached_rows(inputs, self._vocab_size) if logp is None else logp
-            losses = likelihood(self._rule, logp, rows, self._weight, tokens)
-            return self._sum(losses, inputs, "chosen") / self._mean_length
+            both = {"chosen": rows} if other is None or not o.contrast else {"chosen": rows, "rejected": other}
+            losses = {
+                which: likelihood(
+                    self._rule, cached_rows(inputs, self._vocab_size, which), logq, self._weight, inputs[f"{which}_tokens"]
+                )
+                for which, logq in both.items()
+            }
+            return self._contrasted(inputs, losses)
         chosen = self._sum(sft(rows, tokens), inputs, "chosen")
         if not o.needs_rejected or other is None:
             return chosen / self._mean_length
