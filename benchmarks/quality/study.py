@@ -1,208 +1,211 @@
-"""Does an aligner earn its place? Held-out negative log-likelihood of every objective under the rules that fit, with controls.
+"""Does an aligner earn its place? Likelihood and preference of every objective under the rules that fit it, with controls.
 
+    pip install trl
     python benchmarks/quality/study.py --dataset alpaca_eval_answers.jsonl.gz --out study --seeds 0 1 2
+    python benchmarks/quality/report.py study
+
+`--dataset demo` takes signatures and docstrings of the standard library instead.
 
 Proposals and the aligners' start are pretrained on answers to prompts that nothing else sees; aligners are trained by
-`trimtab train`'s own code, learning rates are tuned alike, and every choice is made on development prompts. What is finished
-is kept in `--out`, so the same command goes on after a kill.
+`trimtab train`'s own code, and every choice is made on development prompts. What is finished is kept in `--out`, so the same
+command goes on after a kill.
 """
 
 import argparse
-import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from data import read_answers
-from transformers import AutoTokenizer
+from aligners import METHODS, best_aligner, distil_draft
+from bias import fit_bias
+from ceilings import ceilings
+from cell import REGIMES, Cell, make_models
+from judge import Judge, accuracy
+from systems import System, acceptance, from_folder, nll, sample
+from wins import ANSWERS, CUT, OF, Contest, best_of, kl_per_token, match
 
-from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.request import SamplingParams
-from trimtab.demo.pretrain import Size, pretrain, train_tokenizer
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.intervals import ratio_interval
-from trimtab.files import atomic_folder, read_json, write_json
-from trimtab.train.examples import split_by_prompt
-from trimtab.train.options import TrainOptions
-from trimtab.train.records import read_records
-from trimtab.train.run import train
+from trimtab.files import read_json, write_json
+from trimtab.train.examples import Example
 
-REGIMES = {
-    "stronger": (Size(256, 4, 6500, 2e-3), Size(64, 1, 1500, 5e-3)),
-    "comparable": (Size(128, 3, 3000, 3e-3), Size(64, 1, 1500, 5e-3)),
-}
-"""Proposal, and the model that aligners start from."""
+MAIN = "likelihood, product"
 
-RATES = (3e-4, 1e-3, 3e-3)
-"""Learning rates that every objective is tried with."""
+STRENGTHS = {"product": (0.1, 0.2, 0.35, 0.5, 0.75, 1.0), "geometric": (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 1.0)}
+"""What a tuned system is tried at."""
 
-METHODS: dict[str, dict[str, Any]] = {
-    "likelihood, product": {"objective": "likelihood", "rule": "product"},
-    "likelihood, product, uniform start": {"objective": "likelihood", "rule": "product", "start": "uniform"},
-    "likelihood, geometric": {"objective": "likelihood", "rule": "geometric"},
-    "sft": {"objective": "sft", "rule": "geometric"},
-    "ram, alpha 1e-4": {"objective": "ram", "alpha": 1e-4, "rule": "product"},
-    "ram, alpha 1e-2": {"objective": "ram", "alpha": 1e-2, "rule": "product"},
-    "preference": {"objective": "preference", "rule": "product"},
-}
-
-WEIGHTS = {"product": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0), "geometric": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}
 TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-MAX_LENGTH = 192
-DEV_FRACTION = 0.2
 
+LEAST = 1 / 3
+"""The smaller of the two divergences at which systems are compared, as a share of the larger, which is the main one's own."""
 
-class System(NamedTuple):
-    """A way to decode: who aligns, under which rule, and how it is set."""
-
-    aligner: Path | None
-    rule: str
-    params: SamplingParams
+CONTENDERS = (
+    MAIN,
+    "likelihood, product, contrast .3",
+    "sft, product",
+    "sft, geometric",
+    "likelihood, geometric",
+    "proxy-tuning",
+)
+"""Who is also compared at the smaller one."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--dataset", type=Path, required=True, help="a file of scored answers, or demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for regime in options.regimes:
-        for seed in options.seeds:
-            folder = options.out / regime / str(seed)
-            if not (folder / "results.json").exists():
-                make_models(folder, options.dataset, regime, seed)
-                write_json(folder / "results.json", run_study(folder, seed))
-            print(f"\n{regime}, seed {seed}\n\n{table(read_json(folder / 'results.json'))}", flush=True)
+    said = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("__main__").setLevel(logging.INFO)
+    cells = [Cell(said.out, regime, seed) for seed in said.seeds for regime in said.regimes]
+    for cell in cells:
+        make_models(cell, said.dataset)
+        make_models(cell.other, said.dataset)
+        run(cell)
 
 
-def make_models(folder: Path, dataset: Path, regime: str, seed: int) -> None:
-    """Data, tokenizer, proposal and start, where they are not there yet."""
-    texts = read_answers(dataset, seed)
-    if not (folder / "data").exists():
-        with atomic_folder(folder / "data") as staging:
-            for name in ("align", "held_out"):
-                lines = [json.dumps(pair, ensure_ascii=False) for pair in getattr(texts, name)]
-                (staging / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            train_tokenizer(texts.base).save_pretrained(staging / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "tokenizer")
-    for name, size, share in zip(("proposal", "start"), REGIMES[regime], (1.0, 0.25), strict=True):
-        if not (folder / name / "config.json").exists():  # transformers makes the folder before there is a model
-            pretrain(texts.base[: int(share * len(texts.base))], tokenizer, size, folder / name, seed, name)
+def run(cell: Cell) -> None:
+    """Train, choose and measure; each result is a file in the cell's folder."""
+    chosen = {name: best_aligner(cell, name) for name in METHODS}
+    aligners = {name: folder for name, (folder, _) in chosen.items()}
+    foreign = {name: best_aligner(cell.other, name)[0] for name in (MAIN, "likelihood, product, contrast .3")}
+    training, development = cell.split()
+    bias = fit_bias(cell.proposal, training, development, cell.folder / "bias.safetensors")
+    tuned = ceilings(cell.folder / "ceilings", cell.proposal, cell.data / "align.jsonl", cell.seed)
+    families = make_families(cell, aligners, foreign, bias, tuned)
+    held_out = cell.held_out()
+    done("nll", cell, lambda: measure_nll(families, development, held_out))
+    done("wins", cell, lambda: measure_wins(cell, families, development, held_out))
+    done("costs", cell, lambda: measure_costs(cell, chosen, tuned, held_out))
 
 
-def run_study(folder: Path, seed: int) -> dict[str, Any]:
-    """Train every aligner at its best rate, set every system on the development prompts, and score all on held-out ones."""
-    aligners = {name: best_aligner(folder, name, seed) for name in METHODS}
-    systems = set_systems(folder, aligners)
-    records = read_records(str(folder / "data" / "held_out.jsonl"), need="rejected")
-    scores = {name: score(folder, system, records) for name, system in systems.items()}
-    tokens = torch.tensor([float(len(values)) for values in next(iter(scores.values()))])
-    nll = {name: torch.tensor([-sum(values) for values in found]) for name, found in scores.items()}
-    main = nll["likelihood, product, weight 1"]
-    rows = {
-        name: {
-            "nll": float(sums.sum() / tokens.sum()),
-            "interval": ratio_interval(sums, tokens),
-            "worse_than_main": float((sums - main).sum() / tokens.sum()),
-            "worse_interval": ratio_interval(sums - main, tokens),
-            "settings": settings(systems[name]),
-        }
-        for name, sums in nll.items()
+def done(name: str, cell: Cell, measure: Callable[[], dict[str, Any]]) -> None:
+    """Measure what was not measured yet."""
+    path = cell.folder / f"{name}.json"
+    if not path.exists():
+        write_json(path, measure() | {"prompts": cell.names(cell.held_out(), once=True)})
+    logging.getLogger(__name__).info("%s", path)
+
+
+def make_families(
+    cell: Cell, aligners: dict[str, Path], foreign: dict[str, Path], bias: Any, tuned: dict[str, Path]
+) -> dict[str, tuple[System, float]]:
+    """Every way to steer, at strength 1, and the most strength that makes sense."""
+    p = cell.proposal
+
+    def product(name: str) -> tuple[System, float]:
+        return System(p, (aligners[name],), "product", (1.0,)), 3.0
+
+    def mixed(model: Path) -> tuple[System, float]:
+        return System(p, (model,), "geometric", (1.0,)), 1.0
+
+    families = {
+        "proposal, another temperature": (System(p, proposal_temperature=0.5), 4.0),
+        "bias vector": (System(p, (bias.aligner(),), "product", (1.0,), bias.proposal_temperature), 3.0),
+        "start, geometric": mixed(cell.start),
+        "contrastive decoding": (System(p, (cell.start,), "product", (-1.0,)), 2.0),
+        "proxy-tuning": (System(p, (aligners["sft"], cell.start), "product", (1.0, -1.0)), 4.0),
+        "sft, geometric": mixed(aligners["sft"]),
+        "likelihood, geometric": mixed(aligners["likelihood, geometric"]),
     }
-    return {"prompts": len({record.prompt for record in records}), "tokens": int(tokens.sum()), "systems": rows}
+    families |= {f"{name}, product": product(name) for name in ("sft", "ram, alpha 1e-4", "ram, alpha 1e-2", "preference")}
+    families |= {name: (from_folder(p, aligners[name]), 3.0) for name in METHODS if name.startswith(MAIN)}
+    families |= {f"{name}, of the other proposal": (from_folder(p, folder), 3.0) for name, folder in foreign.items()}
+    return families | {name: mixed(model) for name, model in tuned.items()}
 
 
-def best_aligner(folder: Path, name: str, seed: int) -> Path:
-    """The aligner of the rate whose objective is least on the development prompts."""
-    stem = name.replace(", ", "-").replace(" ", "_")
-    found = {}
-    for rate in RATES:
-        out = folder / "aligners" / f"{stem}-{rate:g}"
-        options = TrainOptions(
-            proposal=str(folder / "proposal"),
-            aligner=str(folder / "start"),
-            dataset=str(folder / "data" / "align.jsonl"),
-            output_dir=str(out),
-            max_length=MAX_LENGTH,
-            dev_fraction=DEV_FRACTION,
-            cache_top_k=256 if METHODS[name]["rule"] == "geometric" else 64,
-            proposal_cache=str(folder / "cache" / stem),
-            train_draft=False,
-            training={
-                "learning_rate": rate, "num_train_epochs": 4, "per_device_train_batch_size": 16, "weight_decay": 0.1,
-                "per_device_eval_batch_size": 32, "lr_scheduler_type": "cosine", "save_total_limit": 1, "seed": seed,
-            },
-            **METHODS[name],
-        )  # fmt: skip
-        report = train(options)
-        found[report["metrics"]["eval_loss"]] = out
-    return found[min(found)]
+def measure_nll(
+    families: dict[str, tuple[System, float]], development: list[Example], held_out: list[Example]
+) -> dict[str, Any]:
+    """Negative log-likelihood of held-out answers, summed by prompt: of each family at its best strength, and at 1."""
+    proposal = System(families[MAIN][0].proposal)
+    systems = {"proposal": proposal}
+    hotter = [proposal._replace(proposal_temperature=t) for t in TEMPERATURES]
+    systems["proposal, best temperature"] = min(hotter, key=lambda system: float(nll(system, development).sum()))
+    for name, (system, _) in families.items():
+        if name == "proposal, another temperature":
+            continue
+        if system.rule == "product":  # at 1, geometric is the aligner alone
+            systems[f"{name}, strength 1"] = system
+        tried = [system.at(strength) for strength in STRENGTHS[system.rule]]
+        systems[f"{name}, tuned"] = min(tried, key=lambda one: float(nll(one, development).sum()))
+    tokens = torch.tensor([len(example.chosen) for example in held_out])
+    report: dict[str, Any] = {"tokens": by_prompt(tokens, held_out), "systems": {}}
+    for name, system in systems.items():
+        settings = {"weights": system.weights, "proposal_temperature": system.proposal_temperature}
+        report["systems"][name] = {"nll": by_prompt(nll(system, held_out), held_out), **settings}
+    return report
 
 
-def set_systems(folder: Path, aligners: dict[str, Path]) -> dict[str, System]:
-    """Every system with its settings, chosen on the development prompts where there is a choice."""
-    records = read_records(str(folder / "data" / "align.jsonl"), need="rejected")
-    _, development = split_by_prompt(records, DEV_FRACTION, seed=0)
-
-    def best(tried: list[System]) -> System:
-        return min(tried, key=lambda system: -sum(map(sum, score(folder, system, development))))
-
-    def tuned(aligner: Path, rule: str, **warps: float) -> System:
-        return best([System(aligner, rule, SamplingParams(weight=w, **warps)) for w in WEIGHTS[rule]])
-
-    own = aligners["likelihood, product"]
-    systems = {
-        "proposal": System(None, "product", SamplingParams()),
-        "proposal, tempered": best(
-            [System(own, "product", SamplingParams(weight=0.0, proposal_temperature=t)) for t in TEMPERATURES]
+def measure_wins(
+    cell: Cell, families: dict[str, tuple[System, float]], development: list[Example], held_out: list[Example]
+) -> dict[str, Any]:
+    """Win rates over the proposal at matched divergences, by prompt; and of what has no strength."""
+    prompts, trial = (unique([example.prompt for example in part]) for part in (held_out, development))
+    judge, reward = (Judge.load(cell.common / name) for name in ("judge", "reward"))
+    proposal = System(cell.proposal)
+    contest = Contest(proposal, prompts, judge)
+    own = kl_per_token(sample(families[MAIN][0], trial, n=2, max_tokens=CUT, seed=7))
+    fixed = {
+        "null: the proposal, another seed": contest.null(),
+        f"best of {OF}": contest.report(best_of(proposal, prompts, reward), ANSWERS),
+        "sft, nucleus .95": contest.hold(
+            System(cell.proposal, families["sft, product"][0].aligners, "nucleus", (1.0,), proposal_top_p=0.95)
         ),
-        "start, geometric, tuned": tuned(folder / "start", "geometric"),
-        "sft, geometric, tuned": tuned(aligners["sft"], "geometric"),
     }
-    for name in ("sft", "ram, alpha 1e-4", "ram, alpha 1e-2", "preference"):
-        plain = {"proposal_temperature": 1.0, "aligner_temperature": 1.0}
-        systems[f"{name}, product, weight 1"] = System(aligners[name], "product", SamplingParams(weight=1.0, **plain))
-        systems[f"{name}, product, tuned"] = tuned(aligners[name], "product", **plain)
-    systems["likelihood, geometric, tuned"] = tuned(aligners["likelihood, geometric"], "geometric")
-    for name in ("likelihood, product", "likelihood, product, uniform start"):
-        systems[f"{name}, weight 1"] = System(aligners[name], "product", SamplingParams(weight=1.0))
-    return systems
+    report: dict[str, Any] = {
+        "judge": accuracy(judge, held_out).tolist(),
+        "judged_prompts": cell.names(held_out),
+        "targets": {"own": own, "third": LEAST * own},
+        "fixed": fixed,
+        "matched": {},
+    }
+    for label, target in report["targets"].items():
+        report["matched"][label] = {}
+        for name, (system, most) in families.items():
+            if label == "own" or name in CONTENDERS:
+                strength = match(system, most, target, trial)
+                report["matched"][label][name] = {"strength": strength, **contest.hold(system.at(strength))}
+    return report
 
 
-def score(folder: Path, system: System, records: list[Any]) -> list[list[float]]:
-    """Log-probabilities of the wanted answers' tokens. As in training, an answer that is cut has no end of sequence."""
-    aligners = [] if system.aligner is None else [system.aligner]
-    rule = system.rule if aligners else None
-    model = AlignedModel.from_pretrained(folder / "proposal", aligners, rule=rule, draft="none")
-    prompts, answers, cut = [], [], []
-    for record in records:
-        room = MAX_LENGTH - len(model.tokenizer(record.prompt)["input_ids"])
-        if room > 8:
-            ids = model.tokenizer(record.chosen)["input_ids"]
-            prompts.append(record.prompt)
-            answers.append(model.tokenizer.decode(ids[:room]))
-            cut.append(len(ids) > room)
-    scores = model.score(prompts, answers, system.params)
-    return [one.aligned[:-1] if short else one.aligned for one, short in zip(scores, cut, strict=True)]
+def measure_costs(cell: Cell, chosen: dict[str, Any], tuned: dict[str, Path], held_out: list[Example]) -> dict[str, Any]:
+    """Seconds of training at one rate and bytes of weights; and whose drafts are accepted."""
+    costs = {
+        name: {"seconds": report["seconds"], "bytes": (folder / "model.safetensors").stat().st_size}
+        for name, (folder, report) in chosen.items()
+    }
+    for name, folder in tuned.items():
+        report = read_json(folder / "tuning.json")
+        costs[name] = {"seconds": report["seconds"], "bytes": (folder / "model.safetensors").stat().st_size}
+    prompts, drafts = unique([example.prompt for example in held_out]), {}
+    for name in (MAIN, "likelihood, product, contrast .3"):
+        folder = chosen[name][0]
+        system = from_folder(cell.proposal, folder)
+        tokens = sample(system, prompts, n=1, max_tokens=CUT, seed=14).tokens
+        drafters = {
+            "the aligner itself": folder,
+            "its start": cell.start,
+            "its SFT sibling": chosen["sft"][0],
+            "its distilled drafter": distil_draft(folder, cell, name),
+        }
+        drafts[name] = {who: acceptance(system, drafter, prompts, tokens) for who, drafter in drafters.items()}
+    return {"costs": costs, "acceptance": drafts, "proposal_bytes": (cell.proposal / "model.safetensors").stat().st_size}
 
 
-def settings(system: System) -> dict[str, Any]:
-    """What was chosen."""
-    names = ("weight", "proposal_temperature", "aligner_temperature")
-    return {name: getattr(system.params, name) for name in names if getattr(system.params, name) is not None}
+def unique(prompts: list[list[int]]) -> list[list[int]]:
+    """Each prompt once, in order."""
+    return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
 
 
-def table(results: dict[str, Any]) -> str:
-    """A table in Markdown."""
-    lines = ["| system | NLL, nats a token | worse than likelihood, product, weight 1 | settings |", "|---|---|---|---|"]
-    for name, row in sorted(results["systems"].items(), key=lambda item: item[1]["nll"]):
-        spread, apart = ("[{:.3f}, {:.3f}]".format(*row[key]) for key in ("interval", "worse_interval"))
-        said = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
-        lines.append(f"| {name} | {row['nll']:.3f} {spread} | {row['worse_than_main']:+.3f} {apart} | {said} |")
-    return "\n".join(lines)
+def by_prompt(values: torch.Tensor, examples: list[Example]) -> list[float]:
+    """Sums over the examples of each prompt, in the order of `unique`."""
+    places = {tuple(prompt): i for i, prompt in enumerate(unique([example.prompt for example in examples]))}
+    owner = torch.tensor([places[tuple(example.prompt)] for example in examples])
+    return torch.zeros(len(places), dtype=torch.float64).index_add(0, owner, values.double()).tolist()
 
 
 if __name__ == "__main__":

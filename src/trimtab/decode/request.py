@@ -38,8 +38,9 @@ class SamplingParams:
         stop: texts that end the completion; they are cut from `text`. They may start and end anywhere inside a token.
         stop_token_ids: further ids that end it, as an end of sequence does.
         ignore_eos: go on after an end of sequence.
-        seed: any integer; the same seed gives the same tokens whatever else is in the batch. None draws a fresh one. In
-            half precision, where arithmetic depends on the shape of a batch, the same law is promised, not the same tokens.
+        seed: any integer; the same seed gives the same tokens whatever else is in the batch. None draws a fresh one. Prompts
+            with one seed share their random numbers: answers that are to be independent need a seed each. In half precision,
+            where arithmetic depends on the shape of a batch, the same law is promised, not the same tokens.
         logprobs: also return the log-probability of each token under proposal, aligner and aligned model.
         top_logprobs: with them, the so many best tokens at each position under the proposal and under the aligned model.
         rule: a decoding rule, by name or as an object: `"product"`, `"candidates(n=8)"`, `Geometric()`.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,29 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+class _Run(NamedTuple):
+    """What both trainings of a run share, the aligner's and its drafter's."""
+
+    options: TrainOptions
+    """At the temperatures that were fitted."""
+    arguments: TrainingArguments
+    output: Path
+    ranks: Ranks
+    tokenizer: Any
+    data: dict[str, ExampleDataset]
+    """What trainers call them: `train_dataset` and `eval_dataset`."""
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """Those that are trained on."""
+        return self.data["train_dataset"].examples
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of their wanted answers."""
+        return sum(len(example.chosen) for example in self.examples) / len(self.examples)
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
@@ -102,45 +125,38 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
+    this = _Run(options, arguments, output, ranks, tokenizer, data)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
     else:
         model = prepare_model(model, options, arguments.seed)
-        report = _train_aligner(options, output, scaled, ranks, tokenizer, model, data, started)
+        report = _train_aligner(this, scaled, model, started)
     del model
     if options.trains_draft and "draft" not in report:
-        report["draft"] = _train_draft(options, output, arguments, ranks, tokenizer, data, report["weight"])
+        report["draft"] = _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
     return report
 
 
-def _train_aligner(
-    options: TrainOptions,
-    output: Path,
-    arguments: TrainingArguments,
-    ranks: Ranks,
-    tokenizer: Any,
-    model: Any,
-    data: dict[str, ExampleDataset],
-    started: float,
-) -> dict[str, Any]:
+def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started: float) -> dict[str, Any]:
     """Train, tune and save an aligner; returns the report."""
-    examples, caches = data["train_dataset"].examples, (data["train_dataset"].caches or data["eval_dataset"].caches)
+    options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
+    caches = this.data["train_dataset"].caches or this.data["eval_dataset"].caches
     trainer = AlignerTrainer(
         options,
         vocabulary_size(tokenizer),
-        _mean_length(examples),
+        this.mean_length,
         ranks=ranks,
         model=model,
         args=arguments,
         data_collator=collate,
-        **data,
+        **this.data,
     )
     CompactProgress.install(trainer, options.objective)
     _fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
-        "tokens": sum(len(example.chosen) for example in examples),
+        "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts,
         "metrics": trainer.evaluate(),
         "weight": options.starting_weight,
@@ -178,29 +194,22 @@ def _temperatures(
     return fitted
 
 
-def _train_draft(
-    options: TrainOptions,
-    output: Path,
-    arguments: TrainingArguments,
-    ranks: Ranks,
-    tokenizer: Any,
-    data: dict[str, ExampleDataset],
-    weight: float,
-) -> dict[str, Any]:
+def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     """Distil the finished aligner's drafter from the model that it started from, and save it; returns its report."""
     started = time.monotonic()
-    own = training_arguments(draft_options(options, arguments.learning_rate))
+    options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
+    own = training_arguments(draft_options(options, this.arguments.learning_rate))
     trainer = DraftTrainer(
         options,
         vocabulary_size(tokenizer),
-        _mean_length(data["train_dataset"].examples),
+        this.mean_length,
         aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
         weight=weight,
         ranks=ranks,
         model=load_model(options.aligner, dtype=torch.float32, device="cpu"),
         args=own,
         data_collator=collate,
-        **data,
+        **this.data,
     )
     CompactProgress.install(trainer, "draft")
     _fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
@@ -208,10 +217,6 @@ def _train_draft(
     model, weights = _trained(trainer)
     ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
     return dict(_finite(report))
-
-
-def _mean_length(examples: Sequence[Example]) -> float:
-    return sum(len(example.chosen) for example in examples) / len(examples)
 
 
 def _trained(trainer: AlignerTrainer) -> tuple[Any, Any]:

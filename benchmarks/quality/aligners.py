@@ -1,0 +1,74 @@
+"""The aligners of a study: each objective at the best of the same learning rates, by its own loss on development prompts."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from cell import DEV_FRACTION, MAX_LENGTH, Cell
+
+from trimtab.train.options import TrainOptions
+from trimtab.train.run import train
+
+__all__ = ["METHODS", "best_aligner", "distil_draft", "options"]
+
+RATES = (1e-3, 3e-3)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "likelihood, product": {"objective": "likelihood", "rule": "product"},
+    "likelihood, product, contrast .3": {"objective": "likelihood", "rule": "product", "contrast": 0.3},
+    "likelihood, product, uniform start": {"objective": "likelihood", "rule": "product", "start": "uniform"},
+    "likelihood, geometric": {"objective": "likelihood", "rule": "geometric"},
+    "sft": {"objective": "sft", "rule": "geometric"},
+    "ram, alpha 1e-4": {"objective": "ram", "alpha": 1e-4, "rule": "product"},
+    "ram, alpha 1e-2": {"objective": "ram", "alpha": 1e-2, "rule": "product"},
+    "preference": {"objective": "preference", "rule": "product"},
+}
+"""`ram` at alpha 0 is `sft`: the same loss."""
+
+TRAINING = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine",
+    "eval_steps": 0.25,
+    "save_steps": 0.25,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+def options(cell: Cell, name: str, rate: float) -> TrainOptions:
+    """A run. Where the loss sees no proposal, it belongs to all regimes of the seed."""
+    stem, method = name.replace(", ", "-").replace(" ", "_"), METHODS[name]
+    sees = method["objective"] == "likelihood"
+    home = cell if sees else cell._replace(regime="comparable")
+    rows = f"{method['rule']}-{method.get('start', 'auto')}" if sees else "plain"
+    return TrainOptions(
+        proposal=str(home.proposal),
+        aligner=str(cell.start),
+        dataset=str(cell.data / "align.jsonl"),
+        output_dir=str((home.folder if sees else cell.common) / "aligners" / f"{stem}-{rate:g}"),
+        max_length=MAX_LENGTH,
+        dev_fraction=DEV_FRACTION,
+        cache_top_k=256 if method["rule"] == "geometric" and sees else 64,
+        cache_tail_samples=None if sees else 0,
+        proposal_cache=str(home.folder / "cache" / rows),
+        train_draft=False,
+        training={**TRAINING, "learning_rate": rate, "seed": cell.seed},
+        **method,
+    )
+
+
+def best_aligner(cell: Cell, name: str) -> tuple[Path, dict[str, Any]]:
+    """The aligner of the rate with the least loss on development prompts, and its report."""
+    found = [(options(cell, name, rate), train(options(cell, name, rate))) for rate in RATES]
+    best, report = min(found, key=lambda one: one[1]["metrics"]["eval_loss"])
+    return Path(best.output_dir), report
+
+
+def distil_draft(aligner: Path, cell: Cell, name: str) -> Path:
+    """The drafter of a finished aligner."""
+    rate = float(aligner.name.rpartition("-")[2])
+    train(dataclasses.replace(options(cell, name, rate), train_draft=True))
+    return aligner / "draft"

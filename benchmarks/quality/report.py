@@ -1,0 +1,121 @@
+"""The study's tables, over all seeds: python benchmarks/quality/report.py OUT
+
+Intervals are 95 % bootstraps over prompts; a prompt that several seeds hold out counts as one. Differences are paired.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cell import REGIMES
+from study import MAIN
+
+from trimtab.evaluate.intervals import ratio_interval
+from trimtab.files import read_json
+
+Pairs = Iterable[tuple[str, float, float]]
+"""For each prompt: its name, a sum, and what to divide by."""
+
+
+def main(out: Path) -> None:
+    for regime in REGIMES:
+        folders = [path.parent for path in sorted(out.glob(f"*/{regime}/costs.json"))]
+        if folders:
+            print(f"## {regime.capitalize()} proposal ({len(folders)} seeds)\n")
+            print_nll([read_json(folder / "nll.json") for folder in folders])
+            print_wins([read_json(folder / "wins.json") for folder in folders])
+            print_costs([read_json(folder / "costs.json") for folder in folders])
+
+
+def ratio(pairs: Pairs) -> tuple[float, tuple[float, float]]:
+    """A pooled ratio and its interval."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, total, size in pairs:
+        sums[name][0] += total
+        sums[name][1] += size
+    totals, sizes = torch.tensor(list(sums.values()), dtype=torch.float64).unbind(1)
+    return float(totals.sum() / sizes.sum()), ratio_interval(totals, sizes)
+
+
+def shown(value: tuple[float, tuple[float, float]], form: str = ".3f") -> str:
+    """A ratio with its interval."""
+    mean, (low, high) = value
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def print_nll(cells: Sequence[dict[str, Any]]) -> None:
+    """Likelihood of held-out wanted answers."""
+    main_name = f"{MAIN}, strength 1"
+    rows = []
+    for name in cells[0]["systems"]:
+        own: list[tuple[str, float, float]] = []
+        apart: list[tuple[str, float, float]] = []
+        for cell in cells:
+            mine, theirs = cell["systems"][main_name]["nll"], cell["systems"][name]["nll"]
+            own += zip(cell["prompts"], theirs, cell["tokens"], strict=True)
+            apart += [(p, b - a, n) for p, a, b, n in zip(cell["prompts"], mine, theirs, cell["tokens"], strict=True)]
+        settings = "; ".join(_settings(cell["systems"][name]) for cell in cells)
+        rows.append((ratio(own), f"| {name} | {shown(ratio(own))} | {shown(ratio(apart), '+.3f')} | {settings} |"))
+    print(f"| system | NLL, nats a token | minus `{main_name}` | weights and proposal's T, by seed |\n|---|---|---|---|")
+    print("\n".join(line for _, line in sorted(rows)), end="\n\n")
+
+
+def _settings(system: dict[str, Any]) -> str:
+    weights = " ".join(f"{weight:.3g}" for weight in system["weights"])
+    temperature = system["proposal_temperature"]
+    return ", ".join(part for part in (weights, f"T {temperature:.3g}" if temperature != 1 else "") if part) or "–"
+
+
+def print_wins(cells: Sequence[dict[str, Any]]) -> None:
+    """Win rates against the proposal."""
+    judged = ratio((p, a, 1.0) for cell in cells for p, a in zip(cell["judged_prompts"], cell["judge"], strict=True))
+    print(f"The judge agrees with {shown(judged, '.2f')} of held-out pairs of real answers.\n")
+    head = "| KL, nats a token | win rate | `{}` minus it | distinct pairs | repeats | ended | strength |"
+    for label in cells[0]["targets"]:
+        targets = ", ".join(f"{cell['targets'][label]:.3f}" for cell in cells)
+        print(f"At KL {targets} (by seed):\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
+        _print_matched(cells, lambda cell, label=label: cell["matched"][label])
+    print(f"As they are:\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
+    _print_matched(cells, lambda cell: cell["fixed"])
+
+
+def _print_matched(cells: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    rows = []
+    for name in of(cells[0]):
+        won: list[tuple[str, float, float]] = []
+        moved: list[tuple[str, float, float]] = []
+        apart: list[tuple[str, float, float]] = []
+        for cell in cells:
+            held = of(cell)[name]
+            won += [(p, w, 1.0) for p, w in zip(cell["prompts"], held["wins"], strict=True)]
+            moved += zip(cell["prompts"], held["kl"], held["tokens"], strict=True)
+            if MAIN in of(cell):
+                best = of(cell)[MAIN]["wins"]
+                apart += [(p, m - w, 1.0) for p, m, w in zip(cell["prompts"], best, held["wins"], strict=True)]
+        means = [sum(of(cell)[name][key] for cell in cells) / len(cells) for key in ("distinct_pairs", "repeats", "ended")]
+        strengths = " ".join(f"{of(cell)[name]['strength']:.3g}" for cell in cells if "strength" in of(cell)[name]) or "–"
+        line = [shown(ratio(moved)), shown(ratio(won)), shown(ratio(apart), "+.3f") if apart else "–"]
+        rows.append((-ratio(won)[0], f"| {name} | {' | '.join(line + [f'{mean:.2f}' for mean in means])} | {strengths} |"))
+    print("\n".join(line for _, line in sorted(rows)), end="\n\n")
+
+
+def print_costs(cells: Sequence[dict[str, Any]]) -> None:
+    """Seconds, bytes and acceptance, averaged over seeds."""
+    print("| trained | seconds, at one rate | bytes |\n|---|---|---|")
+    for name in cells[0]["costs"]:
+        seconds, size = (sum(cell["costs"][name][key] for cell in cells) / len(cells) for key in ("seconds", "bytes"))
+        print(f"| {name} | {seconds:.0f} | {size / 1e6:.2f} MB |")
+    print(f"\nThe proposal has {cells[0]['proposal_bytes'] / 1e6:.2f} MB.\n")
+    drafters = list(next(iter(cells[0]["acceptance"].values())))
+    print(f"| drafts accepted on own samples | {' | '.join(drafters)} |\n|---|{'---|' * len(drafters)}")
+    for name in cells[0]["acceptance"]:
+        found = [sum(cell["acceptance"][name][who] for cell in cells) / len(cells) for who in drafters]
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in found)} |")
+    print()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
