@@ -1,4 +1,4 @@
-"""The aligners of a study: each objective at the best of the same learning rates, by its own loss on development prompts."""
+"""The aligners of a study: each objective at the best of the same learning rates."""
 
 import dataclasses
 from pathlib import Path
@@ -9,12 +9,13 @@ from cell import DEV_FRACTION, MAX_LENGTH, Cell
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import train
 
-__all__ = ["METHODS", "best_aligner", "distil_draft", "options"]
+__all__ = ["FEW", "METHODS", "best_aligner", "distil_draft", "options"]
 
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 
 METHODS: dict[str, dict[str, Any]] = {
     "likelihood, product": {"objective": "likelihood", "rule": "product"},
+    "likelihood, product, without sft": {"objective": "likelihood", "rule": "product", "sft_weight": 0.0},
     "likelihood, product, contrast .3": {"objective": "likelihood", "rule": "product", "contrast": 0.3},
     "likelihood, product, uniform start": {"objective": "likelihood", "rule": "product", "start": "uniform"},
     "likelihood, geometric": {"objective": "likelihood", "rule": "geometric"},
@@ -24,6 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "preference": {"objective": "preference", "rule": "product"},
 }
 """`ram` at alpha 0 is `sft`: the same loss."""
+
+FEW = ("likelihood, product", "likelihood, product, without sft", "sft")
+"""The main ones."""
 
 TRAINING = {
     "num_train_epochs": 3,
@@ -61,9 +65,18 @@ def options(cell: Cell, name: str, rate: float) -> TrainOptions:
 
 
 def best_aligner(cell: Cell, name: str) -> tuple[Path, dict[str, Any]]:
-    """The aligner of the rate with the least loss on development prompts, and its report."""
+    """The aligner of the best rate, and its report.
+
+    Aligners that learn alone are judged by the likelihood that they decode at their best weight, and all others by their own
+    loss, both on development prompts.
+    """
     found = [(options(cell, name, rate), train(options(cell, name, rate))) for rate in RATES]
-    best, report = min(found, key=lambda one: one[1]["metrics"]["eval_loss"])
+    alone = METHODS[name]["objective"] in ("sft", "ram")
+
+    def loss(report: dict[str, Any]) -> float:
+        return min(nll for _, nll in report["weights_tried"]) if alone else report["metrics"]["eval_loss"]
+
+    best, report = min(found, key=lambda one: loss(one[1]))
     return Path(best.output_dir), report
 
 

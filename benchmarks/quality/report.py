@@ -50,17 +50,23 @@ def print_nll(cells: Sequence[dict[str, Any]]) -> None:
     """Likelihood of held-out wanted answers."""
     main_name = f"{MAIN}, strength 1"
     rows = []
-    for name in cells[0]["systems"]:
+    for name in _names(cell["systems"] for cell in cells):
         own: list[tuple[str, float, float]] = []
         apart: list[tuple[str, float, float]] = []
-        for cell in cells:
+        having = [cell for cell in cells if name in cell["systems"]]
+        for cell in having:
             mine, theirs = cell["systems"][main_name]["nll"], cell["systems"][name]["nll"]
             own += zip(cell["prompts"], theirs, cell["tokens"], strict=True)
             apart += [(p, b - a, n) for p, a, b, n in zip(cell["prompts"], mine, theirs, cell["tokens"], strict=True)]
-        settings = "; ".join(_settings(cell["systems"][name]) for cell in cells)
+        settings = "; ".join(_settings(cell["systems"][name]) for cell in having)
         rows.append((ratio(own), f"| {name} | {shown(ratio(own))} | {shown(ratio(apart), '+.3f')} | {settings} |"))
     print(f"| system | NLL, nats a token | minus `{main_name}` | weights and proposal's T, by seed |\n|---|---|---|---|")
     print("\n".join(line for _, line in sorted(rows)), end="\n\n")
+
+
+def _names(cells: Iterable[dict[str, Any]]) -> list[str]:
+    """Of all systems, in order; not every cell may have each."""
+    return list(dict.fromkeys(name for cell in cells for name in cell))
 
 
 def _settings(system: dict[str, Any]) -> str:
@@ -75,7 +81,7 @@ def print_wins(cells: Sequence[dict[str, Any]]) -> None:
     print(f"The judge agrees with {shown(judged, '.2f')} of held-out pairs of real answers.\n")
     head = "| KL, nats a token | win rate | `{}` minus it | distinct pairs | repeats | ended | strength |"
     for label in cells[0]["targets"]:
-        targets = ", ".join(f"{cell['targets'][label]:.3f}" for cell in cells)
+        targets = ", ".join(f"{cell['targets'][label]:.3f}" for cell in cells if cell["matched"][label])
         print(f"At KL {targets} (by seed):\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
         _print_matched(cells, lambda cell, label=label: cell["matched"][label])
     print(f"As they are:\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
@@ -84,19 +90,20 @@ def print_wins(cells: Sequence[dict[str, Any]]) -> None:
 
 def _print_matched(cells: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     rows = []
-    for name in of(cells[0]):
+    for name in _names(map(of, cells)):
         won: list[tuple[str, float, float]] = []
         moved: list[tuple[str, float, float]] = []
         apart: list[tuple[str, float, float]] = []
-        for cell in cells:
+        having = [cell for cell in cells if name in of(cell)]
+        for cell in having:
             held = of(cell)[name]
             won += [(p, w, 1.0) for p, w in zip(cell["prompts"], held["wins"], strict=True)]
             moved += zip(cell["prompts"], held["kl"], held["tokens"], strict=True)
             if MAIN in of(cell):
                 best = of(cell)[MAIN]["wins"]
                 apart += [(p, m - w, 1.0) for p, m, w in zip(cell["prompts"], best, held["wins"], strict=True)]
-        means = [sum(of(cell)[name][key] for cell in cells) / len(cells) for key in ("distinct_pairs", "repeats", "ended")]
-        strengths = " ".join(f"{of(cell)[name]['strength']:.3g}" for cell in cells if "strength" in of(cell)[name]) or "–"
+        means = [sum(of(cell)[name][key] for cell in having) / len(having) for key in ("distinct_pairs", "repeats", "ended")]
+        strengths = " ".join(f"{of(cell)[name]['strength']:.3g}" for cell in having if "strength" in of(cell)[name]) or "–"
         line = [shown(ratio(moved)), shown(ratio(won)), shown(ratio(apart), "+.3f") if apart else "–"]
         rows.append((-ratio(won)[0], f"| {name} | {' | '.join(line + [f'{mean:.2f}' for mean in means])} | {strengths} |"))
     print("\n".join(line for _, line in sorted(rows)), end="\n\n")
@@ -105,15 +112,16 @@ def _print_matched(cells: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]
 def print_costs(cells: Sequence[dict[str, Any]]) -> None:
     """Seconds, bytes and acceptance, averaged over seeds."""
     print("| trained | seconds, at one rate | bytes |\n|---|---|---|")
-    for name in cells[0]["costs"]:
-        seconds, size = (sum(cell["costs"][name][key] for cell in cells) / len(cells) for key in ("seconds", "bytes"))
+    for name in _names(cell["costs"] for cell in cells):
+        found = [cell["costs"][name] for cell in cells if name in cell["costs"]]
+        seconds, size = (sum(cost[key] for cost in found) / len(found) for key in ("seconds", "bytes"))
         print(f"| {name} | {seconds:.0f} | {size / 1e6:.2f} MB |")
     print(f"\nThe proposal has {cells[0]['proposal_bytes'] / 1e6:.2f} MB.\n")
     drafters = list(next(iter(cells[0]["acceptance"].values())))
     print(f"| drafts accepted on own samples | {' | '.join(drafters)} |\n|---|{'---|' * len(drafters)}")
     for name in cells[0]["acceptance"]:
-        found = [sum(cell["acceptance"][name][who] for cell in cells) / len(cells) for who in drafters]
-        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in found)} |")
+        means = [sum(cell["acceptance"][name][who] for cell in cells) / len(cells) for who in drafters]
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in means)} |")
     print()
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aligners import METHODS, best_aligner, distil_draft
-from bias import fit_bias
+from aligners import FEW, METHODS, best_aligner, distil_draft
+from bias import Bias, fit_bias
 from ceilings import ceilings
 from cell import REGIMES, Cell, make_models
 from judge import Judge, accuracy
@@ -31,8 +31,9 @@ from trimtab.files import read_json, write_json
 from trimtab.train.examples import Example
 
 MAIN = "likelihood, product"
+CONTRAST = "likelihood, product, contrast .3"
 
-STRENGTHS = {"product": (0.1, 0.2, 0.35, 0.5, 0.75, 1.0), "geometric": (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 1.0)}
+STRENGTHS = {"product": (0.1, 0.2, 0.35, 0.5, 0.75, 1.0), "geometric": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)}
 """What a tuned system is tried at."""
 
 TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
@@ -40,14 +41,7 @@ TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 LEAST = 1 / 3
 """The smaller of the two divergences at which systems are compared, as a share of the larger, which is the main one's own."""
 
-CONTENDERS = (
-    MAIN,
-    "likelihood, product, contrast .3",
-    "sft, product",
-    "sft, geometric",
-    "likelihood, geometric",
-    "proxy-tuning",
-)
+CONTENDERS = (MAIN, CONTRAST, "sft, product", "sft, geometric", "proxy-tuning")
 """Who is also compared at the smaller one."""
 
 
@@ -57,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--few", action="store_true", help="the main systems only, in a third of the time")
     said = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("__main__").setLevel(logging.INFO)
@@ -64,21 +59,23 @@ def main() -> None:
     for cell in cells:
         make_models(cell, said.dataset)
         make_models(cell.other, said.dataset)
-        run(cell)
+        run(cell, few=said.few)
 
 
-def run(cell: Cell) -> None:
+def run(cell: Cell, *, few: bool) -> None:
     """Train, choose and measure; each result is a file in the cell's folder."""
-    chosen = {name: best_aligner(cell, name) for name in METHODS}
+    chosen = {name: best_aligner(cell, name) for name in (FEW if few else METHODS)}
     aligners = {name: folder for name, (folder, _) in chosen.items()}
-    foreign = {name: best_aligner(cell.other, name)[0] for name in (MAIN, "likelihood, product, contrast .3")}
+    foreign = best_aligner(cell.other, MAIN)[0]
     training, development = cell.split()
-    bias = fit_bias(cell.proposal, training, development, cell.folder / "bias.safetensors")
-    tuned = ceilings(cell.folder / "ceilings", cell.proposal, cell.data / "align.jsonl", cell.seed)
+    tuned, bias = {}, None
+    if not few:
+        bias = fit_bias(cell.proposal, training, development, cell.folder / "bias.safetensors")
+        tuned = ceilings(cell.folder / "ceilings", cell.proposal, cell.data / "align.jsonl", cell.seed)
     families = make_families(cell, aligners, foreign, bias, tuned)
     held_out = cell.held_out()
     done("nll", cell, lambda: measure_nll(families, development, held_out))
-    done("wins", cell, lambda: measure_wins(cell, families, development, held_out))
+    done("wins", cell, lambda: measure_wins(cell, families, development, held_out, few=few))
     done("costs", cell, lambda: measure_costs(cell, chosen, tuned, held_out))
 
 
@@ -91,29 +88,30 @@ def done(name: str, cell: Cell, measure: Callable[[], dict[str, Any]]) -> None:
 
 
 def make_families(
-    cell: Cell, aligners: dict[str, Path], foreign: dict[str, Path], bias: Any, tuned: dict[str, Path]
+    cell: Cell, aligners: dict[str, Path], foreign: Path, bias: Bias | None, tuned: dict[str, Path]
 ) -> dict[str, tuple[System, float]]:
     """Every way to steer, at strength 1, and the most strength that makes sense."""
     p = cell.proposal
 
-    def product(name: str) -> tuple[System, float]:
-        return System(p, (aligners[name],), "product", (1.0,)), 3.0
-
     def mixed(model: Path) -> tuple[System, float]:
         return System(p, (model,), "geometric", (1.0,)), 1.0
 
-    families = {
-        "proposal, another temperature": (System(p, proposal_temperature=0.5), 4.0),
-        "bias vector": (System(p, (bias.aligner(),), "product", (1.0,), bias.proposal_temperature), 3.0),
-        "start, geometric": mixed(cell.start),
-        "contrastive decoding": (System(p, (cell.start,), "product", (-1.0,)), 2.0),
-        "proxy-tuning": (System(p, (aligners["sft"], cell.start), "product", (1.0, -1.0)), 4.0),
-        "sft, geometric": mixed(aligners["sft"]),
-        "likelihood, geometric": mixed(aligners["likelihood, geometric"]),
-    }
-    families |= {f"{name}, product": product(name) for name in ("sft", "ram, alpha 1e-4", "ram, alpha 1e-2", "preference")}
-    families |= {name: (from_folder(p, aligners[name]), 3.0) for name in METHODS if name.startswith(MAIN)}
-    families |= {f"{name}, of the other proposal": (from_folder(p, folder), 3.0) for name, folder in foreign.items()}
+    families = {name: (from_folder(p, folder), 3.0) for name, folder in aligners.items() if name.startswith(MAIN)}
+    families[f"{MAIN}, of the other proposal"] = from_folder(p, foreign), 3.0
+    families["sft, geometric"] = mixed(aligners["sft"])
+    families["start, geometric"] = mixed(cell.start)
+    families["proxy-tuning"] = System(p, (aligners["sft"], cell.start), "product", (1.0, -1.0)), 4.0
+    for name in ("sft", "ram, alpha 1e-4", "ram, alpha 1e-2", "preference"):
+        if name in aligners:
+            families[f"{name}, product"] = System(p, (aligners[name],), "product", (1.0,)), 3.0
+    if "likelihood, geometric" in aligners:
+        families["likelihood, geometric"] = mixed(aligners["likelihood, geometric"])
+    if bias is not None:
+        families |= {
+            "another temperature": (System(p, proposal_temperature=0.5), 4.0),
+            "bias vector": (System(p, (bias.aligner(),), "product", (1.0,), bias.proposal_temperature), 3.0),
+            "contrastive decoding": (System(p, (cell.start,), "product", (-1.0,)), 2.0),
+        }
     return families | {name: mixed(model) for name, model in tuned.items()}
 
 
@@ -126,12 +124,11 @@ def measure_nll(
     hotter = [proposal._replace(proposal_temperature=t) for t in TEMPERATURES]
     systems["proposal, best temperature"] = min(hotter, key=lambda system: float(nll(system, development).sum()))
     for name, (system, _) in families.items():
-        if name == "proposal, another temperature":
-            continue
-        if system.rule == "product":  # at 1, geometric is the aligner alone
+        if system.rule == "product" and system.aligners:  # at 1, geometric is the aligner alone
             systems[f"{name}, strength 1"] = system
-        tried = [system.at(strength) for strength in STRENGTHS[system.rule]]
-        systems[f"{name}, tuned"] = min(tried, key=lambda one: float(nll(one, development).sum()))
+        if not name.startswith(MAIN) and system.aligners:  # those were trained for strength 1
+            tried = [system.at(strength) for strength in STRENGTHS[system.rule]]
+            systems[f"{name}, tuned"] = min(tried, key=lambda one: float(nll(one, development).sum()))
     tokens = torch.tensor([len(example.chosen) for example in held_out])
     report: dict[str, Any] = {"tokens": by_prompt(tokens, held_out), "systems": {}}
     for name, system in systems.items():
@@ -141,7 +138,7 @@ def measure_nll(
 
 
 def measure_wins(
-    cell: Cell, families: dict[str, tuple[System, float]], development: list[Example], held_out: list[Example]
+    cell: Cell, families: dict[str, tuple[System, float]], development: list[Example], held_out: list[Example], *, few: bool
 ) -> dict[str, Any]:
     """Win rates over the proposal at matched divergences, by prompt; and of what has no strength."""
     prompts, trial = (unique([example.prompt for example in part]) for part in (held_out, development))
@@ -149,13 +146,10 @@ def measure_wins(
     proposal = System(cell.proposal)
     contest = Contest(proposal, prompts, judge)
     own = kl_per_token(sample(families[MAIN][0], trial, n=2, max_tokens=CUT, seed=7))
-    fixed = {
-        "null: the proposal, another seed": contest.null(),
-        f"best of {OF}": contest.report(best_of(proposal, prompts, reward), ANSWERS),
-        "sft, nucleus .95": contest.hold(
-            System(cell.proposal, families["sft, product"][0].aligners, "nucleus", (1.0,), proposal_top_p=0.95)
-        ),
-    }
+    nucleus = System(cell.proposal, families["sft, geometric"][0].aligners, "nucleus", (1.0,), proposal_top_p=0.95)
+    fixed = {"null: the proposal, another seed": contest.null(), "sft, nucleus .95": contest.hold(nucleus)}
+    if not few:
+        fixed[f"best of {OF}"] = contest.report(best_of(proposal, prompts, reward), ANSWERS)
     report: dict[str, Any] = {
         "judge": accuracy(judge, held_out).tolist(),
         "judged_prompts": cell.names(held_out),
@@ -166,7 +160,7 @@ def measure_wins(
     for label, target in report["targets"].items():
         report["matched"][label] = {}
         for name, (system, most) in families.items():
-            if label == "own" or name in CONTENDERS:
+            if label == "own" or (name in CONTENDERS and not few):
                 strength = match(system, most, target, trial)
                 report["matched"][label][name] = {"strength": strength, **contest.hold(system.at(strength))}
     return report
@@ -182,7 +176,7 @@ def measure_costs(cell: Cell, chosen: dict[str, Any], tuned: dict[str, Path], he
         report = read_json(folder / "tuning.json")
         costs[name] = {"seconds": report["seconds"], "bytes": (folder / "model.safetensors").stat().st_size}
     prompts, drafts = unique([example.prompt for example in held_out]), {}
-    for name in (MAIN, "likelihood, product, contrast .3"):
+    for name in (MAIN, f"{MAIN}, without sft"):
         folder = chosen[name][0]
         system = from_folder(cell.proposal, folder)
         tokens = sample(system, prompts, n=1, max_tokens=CUT, seed=14).tokens

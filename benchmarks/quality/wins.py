@@ -18,7 +18,7 @@ __all__ = ["CUT", "Contest", "best_of", "match"]
 CUT = 64
 """Most tokens of an answer: as many as the judge reads."""
 
-ANSWERS = 3
+ANSWERS = 2
 """Answers to each held-out prompt."""
 
 OF = 8

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from trimtab.errors import InvalidOption
-from trimtab.train.options import TrainOptions
+from trimtab.train.options import Temperatures, TrainOptions
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
 
@@ -23,6 +23,10 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"alpha": -1.0}, "alpha must be from 0"),
         ({"beta": 0.0}, "beta must be from"),
         ({"contrast": -1.0}, "contrast must be from 0"),
+        (
+            {"sft_weight": 1.0, "objective": "sft", "rule": "geometric"},
+            "sft_weight is a part of likelihood, and 'sft' has none",
+        ),
         ({"contrast": 1.0, "objective": "preference"}, "contrast is a part of likelihood, and 'preference' has none"),
         ({"proposal_temperature": 0.0}, "proposal_temperature must be from"),
         ({"proposal_top_p": 1.5}, "proposal_top_p must be from"),
@@ -76,3 +80,18 @@ def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
     assert layout(objective="sft", rule="kl_gate(tau=1)", cache_top_k=9) == (9, 0)
     assert layout(cache_top_k=9, cache_tail_samples=7, objective="preference") == (9, 7)
     assert layout(cache_top_k=0) == layout(cache_top_k=2000) == (1000, 0)
+
+
+def test_a_tempered_start_is_regularised_and_stays_so_at_the_temperatures_that_were_fitted():
+    fitted = Temperatures(1.5, 3.0)
+    cases = [
+        ({}, 1.0),
+        ({"sft_weight": 0.2}, 0.2),
+        ({"sft_weight": 0.0}, 0.0),
+        ({"start": "uniform"}, 0.0),
+        ({"rule": "geometric"}, 0.0),
+        ({"objective": "sft", "rule": "geometric"}, 0.0),
+    ]
+    for settings, expected in cases:
+        options = TrainOptions(**(NAMES | settings))
+        assert options.regulariser == options.at(fitted).regulariser == expected

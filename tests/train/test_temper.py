@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tiny_task import make_task, task_options
+from trimtab import AlignedModel, SamplingParams
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Product
 from trimtab.errors import InvalidOption
-from trimtab.train.options import TrainOptions
-from trimtab.train.run import train
+from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.run import read_parts, train
 from trimtab.train.temper import LEAST, MOST, fit_exponents
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
@@ -71,6 +72,23 @@ def test_a_run_starts_tempered_by_default_and_says_so_in_its_manifest(tmp_path):
     assert max(entry.get("learning_rate", 0) for entry in report["history"]) > 1e-2
     first = next(entry for entry in report["history"] if "eval_nll_aligned" in entry)
     assert first["eval_nll_aligned"] < first["eval_nll_proposal"]
+
+
+def test_what_an_aligner_knows_by_heart_is_not_trusted(tmp_path):
+    """It has seen the training answers before, so the fit is on development's: no other temperature is better there."""
+    task = make_task(tmp_path)
+    train(task_options(task, "by-heart", {"max_steps": 16}, objective="sft", rule="geometric"))
+    again = task_options(task, "again", {"max_steps": 1, "learning_rate": 1e-9}, aligner=str(task / "by-heart"))
+    train(again)
+    fitted = Temperatures(**json.loads((task / "again" / "start.json").read_text()))
+    model = AlignedModel.from_pretrained(task / "proposal", task / "again", weight=1.0)
+    records = read_parts(again)[1]
+    texts = [record.prompt for record in records], [record.chosen for record in records]
+
+    def loss(temperature: float) -> float:
+        return -sum(sum(one.aligned) for one in model.score(*texts, SamplingParams(aligner_temperature=temperature)))
+
+    assert loss(fitted.aligner) < min(loss(fitted.aligner * 1.1), loss(fitted.aligner / 1.1))
 
 
 def test_who_starts_tempered():

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
+from trimtab.core.logprobs import gather
 from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
@@ -184,8 +185,15 @@ def test_a_lora_run_saves_an_adapter_that_decodes(task):
     assert score.aligned != score.proposal
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_top_k": 5, "cache_tail_samples": 7}, {"rule": "geometric", "cache_top_k": 5}])
-def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated(task, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cache_top_k": 5, "cache_tail_samples": 7, "sft_weight": 0.0},
+        {"rule": "geometric", "cache_top_k": 5, "sft_weight": 0.7},
+    ],
+)
+def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated_and_its_regulariser(task, settings):
     """From logits and compressed rows, or from whole rows: the same losses and gradients."""
     options = task_options(task, "none", contrast=2.0, **settings)
     source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
@@ -201,7 +209,12 @@ def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated(task, settin
     found = []
     for compute in (
         lambda: trainer.compute_loss(model, batch),
-        lambda: trainer._losses(batch, *(trainer._rows(model, batch, which) for which in kinds)).sum(),
+        lambda: (
+            trainer._losses(batch, *(trainer._rows(model, batch, which) for which in kinds)).sum()
+            - settings.get("sft_weight", 1.0)
+            / 3.0
+            * gather(answer_rows(model, batch, "chosen", V), batch["chosen_tokens"]).sum()
+        ),
     ):
         model.zero_grad()
         loss = compute()

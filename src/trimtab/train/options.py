@@ -80,6 +80,11 @@ class TrainOptions:
         " otherwise 'pretrained'",
         choices=STARTS,
     )
+    sft_weight: float | None = _option(
+        None,
+        "likelihood: weight of −log Q(y|x) in the training loss, which keeps the aligner a language model and so from"
+        " overfitting [default: 1 with a tempered start, otherwise 0]",
+    )
     eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")
     dev_fraction: float = _option(0.1, "share of the prompts kept aside for development")
     dataset_split: str = _option("train", "split of a hub data set; 'train[:1000]' is a part of it")
@@ -140,6 +145,7 @@ class TrainOptions:
             ("dev_fraction", 1e-9, 0.9),
             ("beta", 1e-9, math.inf),
             ("contrast", 0, math.inf),
+            ("sft_weight", 0, math.inf),
             ("proposal_temperature", 1e-3, math.inf),
             ("aligner_temperature", 1e-3, math.inf),
             ("proposal_top_p", 1e-9, 1),
@@ -158,8 +164,9 @@ class TrainOptions:
         rule = self.parsed_rule
         if self.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
-        if self.contrast and self.objective != "likelihood":
-            raise InvalidOption(f"contrast is a part of likelihood, and '{self.objective}' has none: leave it out")
+        for name in ("contrast", "sft_weight"):
+            if getattr(self, name) and self.objective != "likelihood":
+                raise InvalidOption(f"{name} is a part of likelihood, and '{self.objective}' has none: leave it out")
         if self.use_peft and self.start == "uniform":
             raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
         if self.start == "tempered" and not self._can_be_tempered:
@@ -244,9 +251,19 @@ class TrainOptions:
         """Those that are given, and 1 where none is."""
         return Temperatures(*(1.0 if t is None else t for t in (self.proposal_temperature, self.aligner_temperature)))
 
+    @property
+    def regulariser(self) -> float:
+        """The weight of −log Q(y|x)."""
+        return float(self.starts_tempered) if self.sft_weight is None else self.sft_weight
+
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""
-        return dataclasses.replace(self, proposal_temperature=fitted.proposal, aligner_temperature=fitted.aligner)
+        return dataclasses.replace(
+            self,
+            proposal_temperature=fitted.proposal,
+            aligner_temperature=fitted.aligner,
+            sft_weight=self.regulariser,
+        )
 
     @property
     def trains_residual(self) -> bool:

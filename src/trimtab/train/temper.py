@@ -41,12 +41,12 @@ STEPS = 20
 def fit_temperatures(
     model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, proposal: float | None, layout: Layout
 ) -> Temperatures:
-    """The temperatures at which `product` of the proposal and an untrained aligner fits a sample of the examples best.
+    """The temperatures at which `product` of the proposal and an aligner as it is fits a sample of the examples best.
 
     Args:
         model: the aligner, on any device.
         source: who has the proposal's rows.
-        examples: training data; some, evenly spread, are looked at.
+        examples: such as the aligner was never trained on, or it is trusted too much; some, evenly spread, are looked at.
         batch_size: examples in a forward pass.
         proposal: the proposal's temperature, if it is given.
         layout: what is kept of the source's rows; the tail must be spread evenly, for the proposal's exponent bends it.

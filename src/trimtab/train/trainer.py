@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from trimtab.core.logprobs import Warp, warp
+from trimtab.core.logprobs import Warp, row_from_logits, warp
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, cached_rows
 from trimtab.train.diagnostics import measure, summarise
@@ -131,10 +131,13 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         return EpochLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **said)
 
     def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """What `_losses` says of `likelihood`, from logits and compressed rows."""
-        losses = {}
+        """What `_losses` says of `likelihood`, from logits and compressed rows; and the regulariser, which evaluation lacks."""
+        losses: dict[str, Tensor] = {}
+        alone: Tensor | float = 0.0
         for which in ("chosen", "rejected") if self._options.contrast else ("chosen",):
             logits, positions = answer_logits(model, inputs, which)
+            if which == "chosen" and self._options.regulariser:
+                alone = self._sum(self._sft(logits, positions, inputs), inputs, which) / self._mean_length
             losses[which] = fused_likelihood(
                 self._rule,
                 cached_batch(inputs, which),
@@ -144,7 +147,11 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 self._options.temperatures.aligner,
                 self._vocab_size,
             )
-        return self._contrasted(inputs, losses)
+        return self._contrasted(inputs, losses) + self._options.regulariser * alone
+
+    def _sft(self, logits: Tensor, positions: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """−log Q of the wanted tokens at temperature 1, whatever it is decoded at."""
+        return sft(row_from_logits(logits.index_select(0, positions), self._vocab_size), inputs["chosen_tokens"])
 
     def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
         """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded."""
