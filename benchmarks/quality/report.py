@@ -119,8 +119,9 @@ def print_costs(cells: Sequence[dict[str, Any]]) -> None:
     print(f"\nThe proposal has {cells[0]['proposal_bytes'] / 1e6:.2f} MB.\n")
     drafters = list(next(iter(cells[0]["acceptance"].values())))
     print(f"| drafts accepted on own samples | {' | '.join(drafters)} |\n|---|{'---|' * len(drafters)}")
-    for name in cells[0]["acceptance"]:
-        means = [sum(cell["acceptance"][name][who] for cell in cells) / len(cells) for who in drafters]
+    for name in _names(cell["acceptance"] for cell in cells):
+        accepted = [cell["acceptance"][name] for cell in cells if name in cell["acceptance"]]
+        means = [sum(one[who] for one in accepted) / len(accepted) for who in drafters]
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in means)} |")
     print()
 

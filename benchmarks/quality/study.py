@@ -76,7 +76,7 @@ def run(cell: Cell, *, few: bool) -> None:
     held_out = cell.held_out()
     done("nll", cell, lambda: measure_nll(families, development, held_out))
     done("wins", cell, lambda: measure_wins(cell, families, development, held_out, few=few))
-    done("costs", cell, lambda: measure_costs(cell, chosen, tuned, held_out))
+    done("costs", cell, lambda: measure_costs(cell, chosen, tuned, held_out, few=few))
 
 
 def done(name: str, cell: Cell, measure: Callable[[], dict[str, Any]]) -> None:
@@ -166,7 +166,9 @@ def measure_wins(
     return report
 
 
-def measure_costs(cell: Cell, chosen: dict[str, Any], tuned: dict[str, Path], held_out: list[Example]) -> dict[str, Any]:
+def measure_costs(
+    cell: Cell, chosen: dict[str, Any], tuned: dict[str, Path], held_out: list[Example], *, few: bool
+) -> dict[str, Any]:
     """Seconds of training at one rate and bytes of weights; and whose drafts are accepted."""
     costs = {
         name: {"seconds": report["seconds"], "bytes": (folder / "model.safetensors").stat().st_size}
@@ -176,7 +178,7 @@ def measure_costs(cell: Cell, chosen: dict[str, Any], tuned: dict[str, Path], he
         report = read_json(folder / "tuning.json")
         costs[name] = {"seconds": report["seconds"], "bytes": (folder / "model.safetensors").stat().st_size}
     prompts, drafts = unique([example.prompt for example in held_out]), {}
-    for name in (MAIN, f"{MAIN}, without sft"):
+    for name in (MAIN,) if few else (MAIN, f"{MAIN}, without sft"):
         folder = chosen[name][0]
         system = from_folder(cell.proposal, folder)
         tokens = sample(system, prompts, n=1, max_tokens=CUT, seed=14).tokens

@@ -85,7 +85,7 @@ def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
 def test_a_tempered_start_is_regularised_and_stays_so_at_the_temperatures_that_were_fitted():
     fitted = Temperatures(1.5, 3.0)
     cases = [
-        ({}, 1.0),
+        ({}, 0.3),
         ({"sft_weight": 0.2}, 0.2),
         ({"sft_weight": 0.0}, 0.0),
         ({"start": "uniform"}, 0.0),

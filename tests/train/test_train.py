@@ -211,7 +211,7 @@ def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated_and_its_regu
         lambda: trainer.compute_loss(model, batch),
         lambda: (
             trainer._losses(batch, *(trainer._rows(model, batch, which) for which in kinds)).sum()
-            - settings.get("sft_weight", 1.0)
+            - settings.get("sft_weight", 0.3)
             / 3.0
             * gather(answer_rows(model, batch, "chosen", V), batch["chosen_tokens"]).sum()
         ),

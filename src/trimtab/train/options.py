@@ -28,6 +28,9 @@ MATCHES = {
 STARTS = ("auto", "tempered", "pretrained", "uniform")
 """Where training may start."""
 
+SFT_WEIGHT = 0.3
+"""Of the regulariser of a tempered start."""
+
 TAIL_SAMPLES = 64
 """Tokens drawn from a row's tail, where they can be."""
 
@@ -83,7 +86,7 @@ class TrainOptions:
     sft_weight: float | None = _option(
         None,
         "likelihood: weight of −log Q(y|x) in the training loss, which keeps the aligner a language model and so from"
-        " overfitting [default: 1 with a tempered start, otherwise 0]",
+        " overfitting [default: 0.3 with a tempered start, otherwise 0]",
     )
     eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")
     dev_fraction: float = _option(0.1, "share of the prompts kept aside for development")
@@ -254,7 +257,7 @@ class TrainOptions:
     @property
     def regulariser(self) -> float:
         """The weight of −log Q(y|x)."""
-        return float(self.starts_tempered) if self.sft_weight is None else self.sft_weight
+        return SFT_WEIGHT * self.starts_tempered if self.sft_weight is None else self.sft_weight
 
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""

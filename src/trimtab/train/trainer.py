@@ -132,26 +132,27 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """What `_losses` says of `likelihood`, from logits and compressed rows; and the regulariser, which evaluation lacks."""
-        losses: dict[str, Tensor] = {}
-        alone: Tensor | float = 0.0
-        for which in ("chosen", "rejected") if self._options.contrast else ("chosen",):
-            logits, positions = answer_logits(model, inputs, which)
-            if which == "chosen" and self._options.regulariser:
-                alone = self._sum(self._sft(logits, positions, inputs), inputs, which) / self._mean_length
-            losses[which] = fused_likelihood(
+        options = self._options
+        kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
+        found = {which: answer_logits(model, inputs, which) for which in kinds}
+        losses = {
+            which: fused_likelihood(
                 self._rule,
                 cached_batch(inputs, which),
                 logits,
                 positions,
                 self._weight,
-                self._options.temperatures.aligner,
+                options.temperatures.aligner,
                 self._vocab_size,
             )
-        return self._contrasted(inputs, losses) + self._options.regulariser * alone
-
-    def _sft(self, logits: Tensor, positions: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """−log Q of the wanted tokens at temperature 1, whatever it is decoded at."""
-        return sft(row_from_logits(logits.index_select(0, positions), self._vocab_size), inputs["chosen_tokens"])
+            for which, (logits, positions) in found.items()
+        }
+        loss = self._contrasted(inputs, losses)
+        if options.regulariser:
+            logits, positions = found["chosen"]
+            alone = sft(row_from_logits(logits.index_select(0, positions), self._vocab_size), inputs["chosen_tokens"])
+            loss = loss + options.regulariser * self._sum(alone, inputs, "chosen") / self._mean_length
+        return loss
 
     def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
         """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded."""
