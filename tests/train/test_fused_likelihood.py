@@ -5,10 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from trimtab.core.logprobs import Warp, row_from_logits, warp
-from trimtab.core.objectives import likelihood
+from trimtab.core.objectives import likelihood, sft
 from trimtab.core.rules import Geometric, Nucleus, Product
 from trimtab.errors import InvalidOption
-from trimtab.train.fused_likelihood import fused_likelihood
+from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.rows import compress
 
 V, WIDTH, M = 11, 13, 9
@@ -49,6 +49,21 @@ def test_losses_and_gradients_are_those_of_the_plain_likelihood(rule, weight, te
 def test_so_they_are_where_the_tail_was_drawn(top_k, samples, weight, temperature, impossible):
     """With draws that are alike, with tokens that are among the best, and with a tail of no mass."""
     check(*inputs(top_k, impossible=impossible, samples=samples), Product(), weight, temperature)
+
+
+def test_sft_from_logits_is_the_plain_one():
+    """Losses and gradients, of places that predict a token and of those that predict none."""
+    cached, logits = inputs(3)
+    found = []
+    for compute in (
+        lambda x: fused_sft(x, POSITIONS, cached.token, V),
+        lambda x: sft(row_from_logits(x[POSITIONS], V), cached.token.long()),
+    ):
+        x = logits.clone().requires_grad_()
+        losses = compute(x)
+        (losses * torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)).sum().backward()
+        found.append((losses.detach(), x.grad))
+    assert_close(found[0], found[1])
 
 
 def check(cached, logits, rule, weight, temperature):

@@ -16,7 +16,7 @@ from trimtab.core.rules import Geometric, Product, Rule
 from trimtab.errors import InvalidOption
 from trimtab.train.rows import CachedRows
 
-__all__ = ["fused_likelihood"]
+__all__ = ["fused_likelihood", "fused_sft"]
 
 
 def fused_likelihood(
@@ -50,6 +50,16 @@ def fused_likelihood(
         logits, positions, ids, _scaled(kept, share), _scaled(cached.spread(vocab_size), share), tokens,
         weight / temperature, vocab_size,
     )  # fmt: skip
+    return losses
+
+
+def fused_sft(logits: Tensor, positions: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    """`core.objectives.sft` from logits: the negative log-likelihood of each token under the aligner alone, in nats `[N]`."""
+    none = tokens.new_empty(len(tokens), 0)
+    alike = logits.new_zeros(len(tokens), dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses: Tensor = _Likelihood.apply(  # type: ignore[no-untyped-call]
+        logits, positions, none, alike.new_empty(none.shape), alike, tokens.long(), 1.0, vocab_size
+    )
     return losses
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from trimtab.core.logprobs import Warp, row_from_logits, warp
+from trimtab.core.logprobs import Warp, warp
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, cached_rows
 from trimtab.train.diagnostics import measure, summarise
-from trimtab.train.fused_likelihood import fused_likelihood
+from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.ranks import ALONE, Ranks
@@ -149,8 +149,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         }
         loss = self._contrasted(inputs, losses)
         if options.regulariser:
-            logits, positions = found["chosen"]
-            alone = sft(row_from_logits(logits.index_select(0, positions), self._vocab_size), inputs["chosen_tokens"])
+            alone = fused_sft(*found["chosen"], inputs["chosen_tokens"], self._vocab_size)
             loss = loss + options.regulariser * self._sum(alone, inputs, "chosen") / self._mean_length
         return loss
 
