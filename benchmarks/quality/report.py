@@ -80,7 +80,7 @@ def print_wins(cells: Sequence[dict[str, Any]]) -> None:
     judged = ratio((p, a, 1.0) for cell in cells for p, a in zip(cell["judged_prompts"], cell["judge"], strict=True))
     print(f"The judge agrees with {shown(judged, '.2f')} of held-out pairs of real answers.\n")
     head = "| KL, nats a token | win rate | `{}` minus it | distinct pairs | repeats | ended | strength |"
-    for label in cells[0]["targets"]:
+    for label in dict.fromkeys(label for cell in cells for label, held in cell["matched"].items() if held):
         targets = ", ".join(f"{cell['targets'][label]:.3f}" for cell in cells if cell["matched"][label])
         print(f"At KL {targets} (by seed):\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
         _print_matched(cells, lambda cell, label=label: cell["matched"][label])
