@@ -12,6 +12,7 @@ from trimtab.train.run import train
 __all__ = ["FEW", "METHODS", "best_aligner", "distil_draft", "options"]
 
 RATES = (1e-3, 3e-3, 1e-2)
+"""Learning rates that every objective is tried with."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "likelihood, product": {"objective": "likelihood", "rule": "product"},

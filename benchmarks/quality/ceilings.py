@@ -4,8 +4,8 @@
     proposal, DPO   that one, on the pairs, with itself as the reference
 
 Answers are cut as in `encode_records`: TRL appends the end of sequence before it truncates, so one that is cut has none. The
-least loss on the development prompts decides on the epoch, and did on the rates, among these and the thirds of them, for the
-comparable proposal of seed 0: what else is tuned at three rates takes a twentieth of the time.
+least loss on the development prompts decides on the epoch. It also decided on the rates, once for all cells: among these and a
+third of them, on the comparable proposal of seed 0.
 """
 
 import time

@@ -97,7 +97,7 @@ class Cell(NamedTuple):
 
 
 def make_models(cell: Cell, dataset: Path) -> None:
-    """Data, tokenizer, models and judges, where they are not there yet."""
+    """Data, tokenizer, models and the judge, where they are not there yet."""
     texts = read_texts(dataset, cell.seed)
     if not cell.data.exists():
         with atomic_folder(cell.data) as staging:
@@ -116,7 +116,6 @@ def make_models(cell: Cell, dataset: Path) -> None:
         if not (folder / "config.json").exists():  # transformers makes the folder before there is a model
             pretrain(base, tokenizer, size, folder, seed, folder.name)
     train_judge(body, cell.encode(cell.read("judge")), cell.common / "judge", cell.seed)
-    train_judge(cell.start, cell.split()[0], cell.common / "reward", cell.seed)
 
 
 def _thinned(examples: list[Example]) -> list[Example]:

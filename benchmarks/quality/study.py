@@ -22,7 +22,7 @@ from aligners import FEW, METHODS, best_aligner, distil_draft
 from bias import Bias, fit_bias
 from ceilings import ceilings
 from cell import REGIMES, Cell, make_models
-from judge import Judge, accuracy
+from judge import Judge, accuracy, train_judge
 from systems import System, acceptance, from_folder, nll, sample
 from wins import ANSWERS, CUT, OF, Contest, best_of, kl_per_token, match
 
@@ -70,20 +70,21 @@ def run(cell: Cell, *, few: bool) -> None:
     training, development = cell.split()
     tuned, bias = {}, None
     if not few:
+        train_judge(cell.start, training, cell.common / "reward", cell.seed)
         bias = fit_bias(cell.proposal, training, development, cell.folder / "bias.safetensors")
         tuned = ceilings(cell.folder / "ceilings", cell.proposal, cell.data / "align.jsonl", cell.seed)
     families = make_families(cell, aligners, foreign, bias, tuned)
     held_out = cell.held_out()
-    done("nll", cell, lambda: measure_nll(families, development, held_out))
-    done("wins", cell, lambda: measure_wins(cell, families, development, held_out, few=few))
-    done("costs", cell, lambda: measure_costs(cell, chosen, tuned, held_out, few=few))
+    done("nll", cell, few, lambda: measure_nll(families, development, held_out))
+    done("wins", cell, few, lambda: measure_wins(cell, families, development, held_out, few=few))
+    done("costs", cell, few, lambda: measure_costs(cell, chosen, tuned, held_out, few=few))
 
 
-def done(name: str, cell: Cell, measure: Callable[[], dict[str, Any]]) -> None:
-    """Measure what was not measured yet."""
+def done(name: str, cell: Cell, few: bool, measure: Callable[[], dict[str, Any]]) -> None:
+    """Measure what was not measured yet: a few systems do not stand for all."""
     path = cell.folder / f"{name}.json"
-    if not path.exists():
-        write_json(path, measure() | {"prompts": cell.names(cell.held_out(), once=True)})
+    if not path.exists() or (read_json(path)["few"] and not few):
+        write_json(path, measure() | {"prompts": cell.names(cell.held_out(), once=True), "few": few})
     logging.getLogger(__name__).info("%s", path)
 
 
@@ -142,13 +143,14 @@ def measure_wins(
 ) -> dict[str, Any]:
     """Win rates over the proposal at matched divergences, by prompt; and of what has no strength."""
     prompts, trial = (unique([example.prompt for example in part]) for part in (held_out, development))
-    judge, reward = (Judge.load(cell.common / name) for name in ("judge", "reward"))
+    judge = Judge.load(cell.common / "judge")
     proposal = System(cell.proposal)
     contest = Contest(proposal, prompts, judge)
     own = kl_per_token(sample(families[MAIN][0], trial, n=2, max_tokens=CUT, seed=7))
     nucleus = System(cell.proposal, families["sft, geometric"][0].aligners, "nucleus", (1.0,), proposal_top_p=0.95)
     fixed = {"null: the proposal, another seed": contest.null(), "sft, nucleus .95": contest.hold(nucleus)}
     if not few:
+        reward = Judge.load(cell.common / "reward")
         fixed[f"best of {OF}"] = contest.report(best_of(proposal, prompts, reward), ANSWERS)
     report: dict[str, Any] = {
         "judge": accuracy(judge, held_out).tolist(),

@@ -13,7 +13,7 @@ from judge import Judge
 from systems import Samples, System, sample
 from torch import Tensor
 
-__all__ = ["CUT", "Contest", "best_of", "match"]
+__all__ = ["ANSWERS", "CUT", "OF", "Contest", "best_of", "kl_per_token", "match"]
 
 CUT = 64
 """Most tokens of an answer: as many as the judge reads."""
