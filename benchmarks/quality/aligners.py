@@ -1,23 +1,31 @@
 """The aligners of a study: each objective at the best of the same learning rates."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from cell import DEV_FRACTION, MAX_LENGTH, Cell
+from rounds import sampled_pairs
 
+from trimtab.models.aligner import MANIFEST_NAME
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import train
 
-__all__ = ["FEW", "METHODS", "best_aligner", "distil_draft", "options"]
+__all__ = ["FEW", "MAIN", "METHODS", "SECOND", "best_aligner", "distil_draft", "options"]
+
+MAIN = "likelihood, product"
+SECOND = "likelihood, product, second round"
 
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates that every objective is tried with."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "likelihood, product": {"objective": "likelihood", "rule": "product"},
+    MAIN: {"objective": "likelihood", "rule": "product"},
+    SECOND: {"objective": "likelihood", "rule": "product", "start": "pretrained", "contrast": 3.0},
+    "likelihood, product, without contrast": {"objective": "likelihood", "rule": "product", "contrast": 0.0},
     "likelihood, product, without sft": {"objective": "likelihood", "rule": "product", "sft_weight": 0.0},
-    "likelihood, product, contrast .3": {"objective": "likelihood", "rule": "product", "contrast": 0.3},
+    "likelihood, product, alone": {"objective": "likelihood", "rule": "product", "contrast": 0.0, "sft_weight": 0.0},
     "likelihood, product, uniform start": {"objective": "likelihood", "rule": "product", "start": "uniform"},
     "likelihood, geometric": {"objective": "likelihood", "rule": "geometric"},
     "sft": {"objective": "sft", "rule": "geometric"},
@@ -25,9 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "ram, alpha 1e-2": {"objective": "ram", "alpha": 1e-2, "rule": "product"},
     "preference": {"objective": "preference", "rule": "product"},
 }
-"""`ram` at alpha 0 is `sft`: the same loss."""
+"""The first is the default, and the second goes on from it, with pairs of its own samples. `ram` at alpha 0 is `sft`: the same loss."""
 
-FEW = ("likelihood, product", "likelihood, product, without sft", "sft")
+FEW = (MAIN, SECOND, "likelihood, product, without contrast", "likelihood, product, alone", "sft")
 """The main ones."""
 
 TRAINING = {
@@ -49,10 +57,15 @@ def options(cell: Cell, name: str, rate: float) -> TrainOptions:
     sees = method["objective"] == "likelihood"
     home = cell if sees else cell._replace(regime="comparable")
     rows = f"{method['rule']}-{method.get('start', 'auto')}" if sees else "plain"
+    data, aligner = cell.data / "align.jsonl", cell.start
+    if name == SECOND:
+        aligner = best_aligner(cell, MAIN)[0]
+        data, manifest = sampled_pairs(cell, aligner), json.loads((aligner / MANIFEST_NAME).read_text(encoding="utf-8"))
+        method = method | {key: manifest[key] for key in ("proposal_temperature", "aligner_temperature")}
     return TrainOptions(
         proposal=str(home.proposal),
-        aligner=str(cell.start),
-        dataset=str(cell.data / "align.jsonl"),
+        aligner=str(aligner),
+        dataset=str(data),
         output_dir=str((home.folder if sees else cell.common) / "aligners" / f"{stem}-{rate:g}"),
         max_length=MAX_LENGTH,
         dev_fraction=DEV_FRACTION,

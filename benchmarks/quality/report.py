@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from aligners import MAIN
 from cell import REGIMES
-from study import MAIN
 
 from trimtab.evaluate.intervals import ratio_interval
 from trimtab.files import read_json

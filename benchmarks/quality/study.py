@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aligners import FEW, METHODS, best_aligner, distil_draft
+from aligners import FEW, MAIN, METHODS, SECOND, best_aligner, distil_draft
 from bias import Bias, fit_bias
 from ceilings import ceilings
 from cell import REGIMES, Cell, make_models
-from judge import Judge, accuracy, train_judge
+from judge import Judge, accuracy
+from rounds import reward_model
 from systems import System, acceptance, from_folder, nll, sample
 from wins import ANSWERS, CUT, OF, Contest, best_of, kl_per_token, match
 
@@ -30,8 +31,7 @@ from trimtab.errors import TrimtabError
 from trimtab.files import read_json, write_json
 from trimtab.train.examples import Example
 
-MAIN = "likelihood, product"
-CONTRAST = "likelihood, product, contrast .3"
+IMITATION = "likelihood, product, without contrast"
 
 STRENGTHS = {"product": (0.1, 0.2, 0.35, 0.5, 0.75, 1.0), "geometric": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)}
 """What a tuned system is tried at."""
@@ -41,7 +41,7 @@ TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 LEAST = 1 / 3
 """The smaller of the two divergences at which systems are compared, as a share of the larger, which is the main one's own."""
 
-CONTENDERS = (MAIN, CONTRAST, "sft, product", "sft, geometric", "proxy-tuning")
+CONTENDERS = (MAIN, SECOND, IMITATION, "sft, product", "sft, geometric", "proxy-tuning")
 """Who is also compared at the smaller one."""
 
 
@@ -70,7 +70,6 @@ def run(cell: Cell, *, few: bool) -> None:
     training, development = cell.split()
     tuned, bias = {}, None
     if not few:
-        train_judge(cell.start, training, cell.common / "reward", cell.seed)
         bias = fit_bias(cell.proposal, training, development, cell.folder / "bias.safetensors")
         tuned = ceilings(cell.folder / "ceilings", cell.proposal, cell.data / "align.jsonl", cell.seed)
     families = make_families(cell, aligners, foreign, bias, tuned)
@@ -150,8 +149,7 @@ def measure_wins(
     nucleus = System(cell.proposal, families["sft, geometric"][0].aligners, "nucleus", (1.0,), proposal_top_p=0.95)
     fixed = {"null: the proposal, another seed": contest.null(), "sft, nucleus .95": contest.hold(nucleus)}
     if not few:
-        reward = Judge.load(cell.common / "reward")
-        fixed[f"best of {OF}"] = contest.report(best_of(proposal, prompts, reward), ANSWERS)
+        fixed[f"best of {OF}"] = contest.report(best_of(proposal, prompts, reward_model(cell)), ANSWERS)
     report: dict[str, Any] = {
         "judge": accuracy(judge, held_out).tolist(),
         "judged_prompts": cell.names(held_out),
@@ -180,7 +178,7 @@ def measure_costs(
         report = read_json(folder / "tuning.json")
         costs[name] = {"seconds": report["seconds"], "bytes": (folder / "model.safetensors").stat().st_size}
     prompts, drafts = unique([example.prompt for example in held_out]), {}
-    for name in (MAIN,) if few else (MAIN, f"{MAIN}, without sft"):
+    for name in (MAIN,) if few else (MAIN, f"{MAIN}, alone"):
         folder = chosen[name][0]
         system = from_folder(cell.proposal, folder)
         tokens = sample(system, prompts, n=1, max_tokens=CUT, seed=14).tokens

@@ -18,7 +18,7 @@ __all__ = ["ANSWERS", "CUT", "OF", "Contest", "best_of", "kl_per_token", "match"
 CUT = 64
 """Most tokens of an answer: as many as the judge reads."""
 
-ANSWERS = 2
+ANSWERS = 6
 """Answers to each held-out prompt."""
 
 OF = 8

@@ -82,7 +82,8 @@ class ResumableLines:
         with contextlib.suppress(ValueError, IndexError):
             found = json.loads(lines[0])
         if found != self._header:
-            changed = [key for key in self._header if not isinstance(found, dict) or found.get(key) != self._header[key]]
+            known = found if isinstance(found, dict) else {}
+            changed = [key for key in {**self._header, **known} if known.get(key) != self._header.get(key)]
             what = ", ".join(changed)
             raise InvalidOption(f"{self._partial} is left from a run with other {what}: finish that one, or delete it")
         done = (len(lines) - 1) // self._group

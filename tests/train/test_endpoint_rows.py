@@ -224,7 +224,9 @@ def test_a_run_trains_on_an_endpoints_rows_without_the_proposals_weights(tmp_pat
     with scripted(scoring(model), models=[{"id": str(folder / "proposal")}]) as server:
         said = {"proposal_endpoint": (server.url,), "concurrency": 4, "max_retries": 2}
         report = train(task_options(folder, "there", **said))
-        assert len(server.asked) == 48 + 12  # every example for the cache, and the development part for the start
+        assert (
+            len(server.asked) == 2 * 48 + 12
+        )  # both answers of every example for the cache, and the development part for the start
         short = train(task_options(folder, "short", {"max_steps": 2}, cache_top_k=5, **said))
         (folder / "short" / "trimtab.json").unlink()
     resumed = train(task_options(folder, "short", {"max_steps": 2}, cache_top_k=5, proposal_endpoint=("http://127.0.0.1:9",)))

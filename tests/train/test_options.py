@@ -82,6 +82,23 @@ def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
     assert layout(cache_top_k=0) == layout(cache_top_k=2000) == (1000, 0)
 
 
+def test_a_tempered_start_is_contrasted_on_pairs():
+    cases = [
+        ({}, True, 1.0, 1.0),
+        ({}, False, 0.0, 1.0),
+        ({"contrast": 0.5, "beta": 0.2}, True, 0.5, 0.2),
+        ({"contrast": 0.0}, True, 0.0, 1.0),
+        ({"start": "uniform"}, True, 0.0, 1.0),
+        ({"rule": "geometric"}, True, 0.0, 1.0),
+        ({"objective": "sft", "rule": "geometric"}, True, 0.0, 1.0),
+        ({"objective": "preference"}, True, 0.0, 0.1),
+    ]
+    for settings, pairs, contrast, beta in cases:
+        options = TrainOptions(**(NAMES | settings)).on(pairs=pairs)
+        assert (options.contrast, options.inverse_temperature) == (contrast, beta)
+        assert options.at(Temperatures(1.5, 3.0)).contrast == contrast
+
+
 def test_a_tempered_start_is_regularised_and_stays_so_at_the_temperatures_that_were_fitted():
     fitted = Temperatures(1.5, 3.0)
     cases = [

@@ -9,6 +9,7 @@ from tiny_task import V
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption
 from trimtab.train.propose import propose
+from trimtab.train.ranking import Ranking
 from trimtab.train.records import Record
 
 PARAMS = SamplingParams(max_tokens=4, n=2, seed=5)
@@ -65,3 +66,66 @@ def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
     propose(model, TEXTS, tmp_path / "halves", PARAMS, batch_size=2)
     assert next(calls) == 4  # one done, one interrupted, and the two that were left: the first was not drawn again
     assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+class Wordiness:
+    """The reward of a text is how many of its letters are vowels; counts what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, prompts, answers):
+        self.asked += zip(prompts, answers, strict=True)
+        return [sum(text.count(letter) for letter in "aeiou") for text in answers]
+
+
+def test_ranked_samples_are_the_best_against_the_worst(model, tmp_path):
+    params, scorer = SamplingParams(max_tokens=6, n=5, seed=5), Wordiness()
+    assert propose(model, TEXTS, tmp_path / "out", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2)) == 10
+    propose(model, TEXTS, tmp_path / "all", params, batch_size=2)
+    samples = [(row["prompt"], row["completion"]) for row in rows(tmp_path / "all")]
+    assert scorer.asked == samples
+    for i, record in enumerate(TEXTS):
+        texts = [text for _, text in samples[5 * i : 5 * i + 5]]
+        scores = dict(zip(texts, Wordiness().score([record.prompt] * 5, texts), strict=True))
+        pairs, ordered = rows(tmp_path / "out")[2 * i : 2 * i + 2], sorted(scores[text] for text in texts)
+        assert all(pair["prompt"] == record.prompt for pair in pairs)
+        assert [scores[pair["chosen"]] for pair in pairs] == ordered[::-1][:2]
+        assert [scores[pair["rejected"]] for pair in pairs] == ordered[:2]
+
+
+def test_ranked_chats_are_messages_and_an_interrupted_run_of_other_pairs_is_refused(model, tmp_path, monkeypatch):
+    chat = Record([{"role": "user", "content": "abc"}], None, None, "")
+    params, scorer = SamplingParams(max_tokens=4, n=4, seed=5), Wordiness()
+    propose(model, [chat], tmp_path / "chat", params, batch_size=1, ranking=Ranking(scorer, "vowels"))
+    (pair,) = rows(tmp_path / "chat")
+    assert [pair[which][0]["role"] for which in ("chosen", "rejected")] == ["assistant", "assistant"]
+    propose(model, TEXTS, tmp_path / "whole", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
+    generate, calls = model.generate, iter(range(9))
+
+    def failing(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(model, "generate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
+    for other in (None, Ranking(scorer, "vowels", 1), Ranking(scorer, "consonants", 2)):
+        with pytest.raises(InvalidOption, match="ranking"):
+            propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=other)
+    propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
+    assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_aligned_model_proposes_what_it_generates(tmp_path):
+    aligned = AlignedModel.from_pretrained(
+        tiny_model("llama", V, seed=1),
+        tiny_model("llama", V, seed=2, spread=0.5),
+        tokenizer=tiny_tokenizer(),
+        eos_token_ids=[0],
+    )
+    propose(aligned, TEXTS, tmp_path / "out", PARAMS, batch_size=5)
+    each = [SamplingParams(max_tokens=4, n=2, seed=5 + i) for i in range(len(TEXTS))]
+    texts = [completion.text for completion in aligned.generate([record.prompt for record in TEXTS], each)]
+    assert [row["completion"] for row in rows(tmp_path / "out")] == texts

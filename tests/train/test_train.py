@@ -57,8 +57,8 @@ def test_the_trained_product_beats_the_proposal_and_its_figure_is_what_score_say
 def test_contrast_is_dpo_of_what_is_decoded_against_the_proposal(task, rule):
     """The loss at the end is −log P/L + γ·log(1 + exp(−β·Δ)) of sequences as `score` sees them, and Δ grows with γ.
 
-    Δ is the difference between the chosen and the rejected answer of log P_θ − log p̃, each token with its normaliser; L is the
-    mean length of the training answers. The proposal p̃ is at the temperature that was fitted.
+    Δ is the difference between the chosen and the rejected answer of log P_θ − log p̃ in nats a token, each token with its
+    normaliser; L is the mean length of the training answers. The proposal p̃ is at the temperature that was fitted.
     """
     margins, data = {}, {"eval_dataset": str(task / "held_out.jsonl"), "rule": rule}
     rows = task_rows(64)[48:]
@@ -74,14 +74,29 @@ def test_contrast_is_dpo_of_what_is_decoded_against_the_proposal(task, rule):
         for which in ("chosen", "rejected"):
             texts = [row["prompt"] for row in rows], [row[which] for row in rows]
             aligned, proposal = ([sum(s.aligned) for s in one.score(*texts)] for one in (model, bare))
-            gain[which] = [a - p for a, p in zip(aligned, proposal, strict=True)]
+            lengths = [len(s.aligned) for s in model.score(*texts)]
+            gain[which] = [(a - p) / n for a, p, n in zip(aligned, proposal, lengths, strict=True)]
             nll[which] = [-a for a in aligned]
         deltas = [chosen - rejected for chosen, rejected in zip(gain["chosen"], gain["rejected"], strict=True)]
         mean_length = report["tokens"] / 48
         losses = [n / mean_length + gamma * math.log1p(math.exp(-0.3 * d)) for n, d in zip(nll["chosen"], deltas, strict=True)]
         assert report["metrics"]["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
         margins[gamma] = sum(deltas) / len(deltas)
-    assert margins[3.0] > margins[0.0] + 1
+    assert margins[3.0] > margins[0.0] + 0.4
+
+
+def test_by_default_there_is_a_contrast_where_every_record_has_a_rejected_answer(task):
+    rows = task_rows(64)[:48]
+    lacking = write_rows(task / "lacking.jsonl", [{"prompt": rows[0]["prompt"], "chosen": rows[0]["chosen"]}, *rows[1:]])
+
+    def trained(name, **said):
+        train(task_options(task, name, {"max_steps": 4}, train_draft=False, **said))
+        return load_file(task / name / "model.safetensors")["lm_head.weight"]
+
+    contrasted, plain = trained("contrast-1", contrast=1.0), trained("contrast-0", contrast=0.0)
+    assert torch.equal(trained("contrast-by-default"), contrasted)
+    assert torch.equal(trained("contrast-lacking", dataset=str(lacking)), plain)
+    assert not torch.equal(contrasted, plain)
 
 
 def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):

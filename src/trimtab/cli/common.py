@@ -15,6 +15,7 @@ __all__ = [
     "check_prompts",
     "check_weights",
     "load_aligned_model",
+    "load_reward_model",
     "make_sampling_params",
     "refuse_overwriting",
 ]
@@ -111,6 +112,21 @@ def load_aligned_model(options: ModelOptions) -> Any:
         )
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
+
+
+def load_reward_model(
+    flag: str, source: str, prompts: Sequence[Any], sources: Sequence[str], dtype: str, device: str | None
+) -> Any:
+    """The sequence classifier that a flag names; a prompt that it cannot take is refused, naming where it stands."""
+    from trimtab.evaluate.reward import RewardModel
+
+    model = RewardModel.from_pretrained(source, dtype=dtype, device=device)
+    for prompt, place in zip(prompts, sources, strict=True):
+        try:
+            model.check(prompt)
+        except InvalidRequest as error:
+            raise DataError(f"{place}: {flag} {source} cannot take it: {error}") from error
+    return model
 
 
 def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import env
-from trimtab.cli.common import load_aligned_model, make_sampling_params
+from trimtab.cli.common import load_aligned_model, load_reward_model, make_sampling_params
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.options import UsageError
 from trimtab.decode.aligned import AlignedModel
@@ -24,7 +24,6 @@ from trimtab.evaluate.endpoint_judge import EndpointJudge
 from trimtab.evaluate.journal import key_of
 from trimtab.evaluate.judging import Judge
 from trimtab.evaluate.references import METRICS, ReferenceMetric
-from trimtab.evaluate.reward import RewardModel
 from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_evaluation
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
@@ -204,13 +203,8 @@ def make_judges(options: "Options", limits: Limits, *, reach: bool = True) -> li
 
 def _reward_judge(spec: str, options: "Options", prompts: Prompts) -> Judge:
     """The reward model that a user names, which can take the prompts."""
-    judge = RewardJudge(RewardModel.from_pretrained(spec, dtype=options.dtype, device=options.device), Path(spec).name)
-    for prompt, source in zip(prompts.prompts, prompts.sources, strict=True):
-        try:
-            judge.model.check(prompt)
-        except InvalidRequest as error:
-            raise DataError(f"{source}: --judge {spec} cannot take it: {error}") from error
-    return judge
+    model = load_reward_model("--judge", spec, prompts.prompts, prompts.sources, options.dtype, options.device)
+    return RewardJudge(model, Path(spec).name)
 
 
 def _reach(url: str, model: str | None, limits: Limits) -> str:

@@ -1,4 +1,4 @@
-"""`trimtab propose`: samples from the proposal for every prompt of a data set."""
+"""`trimtab propose`: samples for every prompt of a data set, or preference pairs of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,13 @@ from trimtab.cli.common import (
     SamplingOptions,
     check_prompts,
     load_aligned_model,
+    load_reward_model,
     make_sampling_params,
     refuse_overwriting,
 )
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, model_weights
 from trimtab.cli.options import UsageError, option
+from trimtab.errors import InvalidOption
 
 __all__ = ["Options", "render", "run"]
 
@@ -28,6 +30,18 @@ class Options(DryRunOptions, DataOptions, SamplingOptions):
         " [default: the first that is served]",
         metavar="P",
     )
+    aligner: tuple[str, ...] = option(
+        (),
+        "sample from the proposal with this aligner, as its manifest says; may repeat [default: the bare proposal]",
+        metavar="A",
+    )
+    reward_model: str | None = option(
+        None,
+        "write pairs: of the --n samples of a prompt the best against the worst by this sequence classifier, a folder or a hub"
+        " id [default: every sample is written]",
+        metavar="RM",
+    )
+    pairs: int | None = option(None, "pairs of each prompt for --reward_model, at most half of --n [default: 1]")
     dataset: str = option("", "data with a 'prompt' or 'messages'", required=True, metavar="D")
     max_examples: int | None = option(None, "take only the first so many records [default: all]")
     seed: int = option(0, "of the first prompt; each further one adds to it [default: 0]")
@@ -53,45 +67,78 @@ def run(options: Options) -> dict[str, Any]:
     limits = make_limits(
         "endpoint",
         options.endpoint,
-        {name: getattr(options, name) for name in ("dtype", "device", "max_num_seqs")},
+        {"aligner": options.aligner or None} | {name: getattr(options, name) for name in ("dtype", "device", "max_num_seqs")},
         {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")},
     )
     params = make_sampling_params(options, seed=options.seed)
     refuse_overwriting(options.out, options.dataset)
     check_expected(options)
+    pairs = _pairs(options)
     if options.dry_run:
-        return _rehearse(options)
+        return _rehearse(options, pairs)
     records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples)
-    rows = _remotely(options, limits, records, params) if options.endpoint else _here(options, records, params)
-    return {"out": options.out, "rows": rows, "seed": params.seed}
+    ranking = _ranking(options, pairs, records)
+    if options.endpoint:
+        rows = _remotely(options, limits, records, params, ranking)
+    else:
+        rows = _here(options, records, params, ranking)
+    return {"out": options.out, "rows": rows, "pairs": pairs, "seed": params.seed}
 
 
-def _here(options: Options, records: Any, params: Any) -> int:
+def _pairs(options: Options) -> int:
+    """Pairs of each prompt; 0 where samples are written as they are."""
+    if options.reward_model is None:
+        if options.pairs is not None:
+            raise InvalidOption("--pairs needs --reward_model")
+        return 0
+    pairs = 1 if options.pairs is None else options.pairs
+    if not 1 <= pairs <= options.n // 2:
+        raise InvalidOption(f"--pairs must be from 1 to half of --n, which is {options.n}, not {pairs}")
+    return pairs
+
+
+def _ranking(options: Options, pairs: int, records: Any) -> Any:
+    """How samples become pairs, if they do."""
+    from trimtab.models.fingerprint import fingerprint_model
+    from trimtab.train.ranking import Ranking
+
+    if options.reward_model is None:
+        return None
+    prompts, sources = [record.prompt for record in records], [record.source for record in records]
+    local = options.dtype or "auto", options.device
+    model = load_reward_model("--reward_model", options.reward_model, prompts, sources, *local)
+    return Ranking(model, fingerprint_model(model.model), pairs)
+
+
+def _here(options: Options, records: Any, params: Any, ranking: Any) -> int:
     from trimtab.train.propose import propose
 
     most = 32 if options.max_num_seqs is None else options.max_num_seqs
-    asked = ModelOptions(options.proposal, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most)
+    asked = ModelOptions(
+        options.proposal, options.aligner, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most
+    )
     model = load_aligned_model(asked)
     check_prompts(model, records, params)
-    return propose(model, records, options.out, params, batch_size=max(1, most // params.n))
+    return propose(model, records, options.out, params, max(1, most // params.n), ranking)
 
 
-def _remotely(options: Options, limits: Any, records: Any, params: Any) -> int:
+def _remotely(options: Options, limits: Any, records: Any, params: Any, ranking: Any) -> int:
     from trimtab.endpoints.client import Endpoints
     from trimtab.train.propose_remotely import propose_remotely
 
     with Endpoints(options.endpoint, limits) as endpoints:
-        return propose_remotely(endpoints, options.proposal or None, records, options.out, params)
+        return propose_remotely(endpoints, options.proposal or None, records, options.out, params, ranking)
 
 
-def _rehearse(options: Options) -> dict[str, Any]:
+def _rehearse(options: Options, pairs: int) -> dict[str, Any]:
     """What would be asked, of whom, and for how much."""
     from trimtab.train.dry_run import count_records
 
     data = count_records(options.dataset, options, options.max_examples, options.expected_examples)
     records = data["examples"]
     report: dict[str, Any] = {"dry_run": True, "out": options.out, "data": data, "endpoints": list(options.endpoint)}
-    report |= {"rows": None if records is None else records * options.n}
+    report |= {"rows": None if records is None else records * (pairs or options.n)}
+    report |= {"pairs": pairs, "reward_model": options.reward_model, "aligners": list(options.aligner)}
     report["most_tokens"] = None if records is None else records * options.n * options.max_tokens
     if not options.endpoint:
         report["proposal"] = model_weights(options.proposal, options.expected_proposal, options.dtype or "auto")
@@ -102,15 +149,19 @@ def _render_rehearsal(report: dict[str, Any]) -> str:
     data = report["data"]
     there = "at hand" if data["at_hand"] else f"not at hand: {data['why_not']}"
     lines = [f"data      {there}"]
-    rows = "a number of samples that is not known" if report["rows"] is None else f"{report['rows']:,} samples"
+    what = "pairs" if report["pairs"] else "samples"
+    rows = f"a number of {what} that is not known" if report["rows"] is None else f"{report['rows']:,} {what}"
     tokens = "" if report["most_tokens"] is None else f", at most {report['most_tokens']:,} tokens"
     lines.append(f"would write {rows}{tokens}, to {report['out']}")
     if "proposal" in report:
         model = report["proposal"]
         lines.append(f"proposal  {describe_model(model)}")
         lines.append(f"          {model['parameters']:,} parameters, {in_bytes(model['weights'])} in {model['dtype']}")
+        lines += [f"aligner   {aligner}" for aligner in report["aligners"]]
     else:
         lines.append(f"would ask {', '.join(report['endpoints'])}")
+    if report["reward_model"]:
+        lines.append(f"ranked by {report['reward_model']}")
     return "\n".join(lines)
 
 
@@ -118,4 +169,4 @@ def render(report: dict[str, Any]) -> str:
     """Where the samples are."""
     if "dry_run" in report:
         return _render_rehearsal(report)
-    return f"{report['rows']} samples in {report['out']}"
+    return f"{report['rows']} {'pairs' if report['pairs'] else 'samples'} in {report['out']}"

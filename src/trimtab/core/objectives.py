@@ -7,7 +7,8 @@ each belongs to.
     sft          −log q(y|x): the aligner as a language model of the wanted text
     ram          −log q(y|x) + α·log q(y'|x), y' drawn from the proposal (arXiv 2505.19700, equation 7)
     preference   −log σ(β(log q(y_w|x) − log q(y_l|x))): DPO of the product model against the proposal, which cancels; of
-                 sequence-level targets, while on log P_θ − log P_M it is that of what is decoded, normalisers and all
+                 sequence-level targets, while on log P_θ − log P_M it is that of what is decoded, normalisers and all; on means
+                 over tokens, which no longer answer wins by its length, it is the length-normalised one (arXiv 2411.15124)
     distillation KL(target‖draft): a drafter learns what the rule decodes; `acceptance` says how many of its drafts stay
 """
 

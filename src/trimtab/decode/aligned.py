@@ -258,6 +258,11 @@ class AlignedModel:
         """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
         self._pair(0, prompt, completion)
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """What tells the proposal and the aligners from others."""
+        return [getattr(part, "fingerprint", repr(part)) for part in (self.proposal, *self.aligners)]
+
     def shaping(self, params: SamplingParams) -> Shaping:
         """How a request's aligned row comes about, see `trimtab.decode.settings.settle`."""
         shaping = settle(params, self.defaults, self._manifests, self.eos_token_ids)

@@ -175,7 +175,7 @@ def answer_here(model: AlignedModel, prompts: Prompts, params: SamplingParams, j
     first = params.seed or 0
     shaping = model.shaping(params)
     known = {
-        "weights": [getattr(part, "fingerprint", repr(part)) for part in (model.proposal, *model.aligners)],
+        "weights": model.fingerprints,
         "shaping": repr(shaping),
         "draft": _who_drafts(model),  # part of what a seed means
         "sampling": repr(dataclasses.replace(params, seed=None)),

@@ -1,7 +1,8 @@
 """What a training run will take, before it starts: no weights are read, and nothing is written.
 
 Options, configurations, tokenizers and data are checked by the code that the run goes through, as far as they are at hand.
-What is not is said; figures that depend on it are left out (None), or are for the longest batch that `max_length` allows.
+What is not is said; figures that depend on it are left out (None), or are for the longest batch of pairs that `max_length`
+allows.
 """
 
 import contextlib
@@ -91,7 +92,6 @@ def _alone() -> Iterator[None]:
 
 
 def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
-    options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     proposal = find_config(options.proposal, expected.proposal)
     aligner = find_config(options.aligner, expected.aligner)
     for found in (proposal, aligner):
@@ -100,6 +100,9 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest)
+    known = (data.examples or []) + (data.development or [])  # where there are none, whatever takes more
+    options = options.on(pairs=all(example.rejected for example in known))
+    options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
     examples = data.examples or [of_one]
     development = data.development or [of_one]

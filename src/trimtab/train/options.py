@@ -31,6 +31,15 @@ STARTS = ("auto", "tempered", "pretrained", "uniform")
 SFT_WEIGHT = 0.3
 """Of the regulariser of a tempered start."""
 
+CONTRAST = 1.0
+"""Of the contrast, where a tempered start has rejected answers."""
+
+BETA = 0.1
+"""Of `preference`."""
+
+CONTRAST_BETA = 1.0
+"""Of the contrast, whose rewards are nats a token."""
+
 TAIL_SAMPLES = 64
 """Tokens drawn from a row's tail, where they can be."""
 
@@ -62,11 +71,15 @@ class TrainOptions:
     rule: str = _option("product", "the decoding rule to train for; goes into the manifest")
     weight: float | None = _option(None, "the rule's weight while training [default: the rule's own]")
     alpha: float = _option(1e-4, "ram: weight of the proposal's samples")
-    beta: float = _option(0.1, "preference, and the contrast of likelihood: inverse temperature of the reward")
-    contrast: float = _option(
-        0.0,
-        "likelihood: weight of a DPO term between chosen and rejected answers, for the aligned model against the proposal; 0 is"
-        " without, and needs no rejected answers",
+    beta: float | None = _option(
+        None,
+        "inverse temperature of the reward, which is summed over an answer in preference, and averaged in the contrast of"
+        " likelihood [default: 0.1, and 1]",
+    )
+    contrast: float | None = _option(
+        None,
+        "likelihood: weight of length-normalised DPO between chosen and rejected answers, for the aligned model against the"
+        " proposal [default: 1 with a tempered start and a rejected answer in every record, otherwise 0]",
     )
     proposal_temperature: float | None = _option(
         None, "temperature of the proposal's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]"
@@ -228,7 +241,7 @@ class TrainOptions:
     @property
     def needs_rejected(self) -> bool:
         """Whether the loss looks at unwanted answers."""
-        return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0) or self.contrast > 0
+        return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0) or bool(self.contrast)
 
     @property
     def cached_answers(self) -> list[tuple[str, str]]:
@@ -238,7 +251,7 @@ class TrainOptions:
         """
         likelihood = self.objective == "likelihood"
         wanted = [("dev", "chosen")] + [("train", "chosen")] * likelihood
-        return wanted + [("dev", "rejected"), ("train", "rejected")] * (self.contrast > 0)
+        return wanted + [("dev", "rejected"), ("train", "rejected")] * bool(self.contrast)
 
     @property
     def starts_tempered(self) -> bool:
@@ -258,6 +271,20 @@ class TrainOptions:
     def regulariser(self) -> float:
         """The weight of −log Q(y|x)."""
         return SFT_WEIGHT * self.starts_tempered if self.sft_weight is None else self.sft_weight
+
+    @property
+    def inverse_temperature(self) -> float:
+        """β, of a whole answer's reward for `preference`, and of its mean over tokens for the contrast."""
+        default = BETA if self.objective == "preference" else CONTRAST_BETA
+        return default if self.beta is None else self.beta
+
+    def on(self, *, pairs: bool) -> "TrainOptions":
+        """The same for data of which every record has a rejected answer, or not: whether there is a contrast."""
+        if self.contrast is not None:
+            return self
+        if pairs and self.starts_tempered:
+            logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", CONTRAST)
+        return dataclasses.replace(self, contrast=CONTRAST * (pairs and self.starts_tempered))
 
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""

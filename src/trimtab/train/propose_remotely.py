@@ -10,15 +10,21 @@ from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.completions import RemoteModel, check_sendable
 from trimtab.train.propose import write_samples
+from trimtab.train.ranking import Ranking
 from trimtab.train.records import Record
 
 __all__ = ["propose_remotely"]
 
 
 def propose_remotely(
-    endpoints: Endpoints, model: str | None, records: Sequence[Record], out: str | Path, params: SamplingParams
+    endpoints: Endpoints,
+    model: str | None,
+    records: Sequence[Record],
+    out: str | Path,
+    params: SamplingParams,
+    ranking: Ranking | None = None,
 ) -> int:
-    """Write `params.n` samples for each record to `out`, in the order of the records; the number of rows.
+    """Write `params.n` samples for each record to `out`, or pairs of them, in the order of the records; the number of rows.
 
     Args:
         endpoints: where the proposal is; entered.
@@ -26,6 +32,7 @@ def propose_remotely(
         records: what to sample for.
         out: a `.jsonl` file.
         params: how to sample; each record adds to the seed, so that all completions differ in it.
+        ranking: how samples become pairs; None writes each sample.
 
     Raises:
         EndpointError: a request is refused, or no endpoint answers; the same call goes on where this one stopped.
@@ -39,4 +46,4 @@ def propose_remotely(
     def draw(start: int) -> Generator[list[list[str]], None, None]:
         yield from remote.complete(prompts, params, start)
 
-    return write_samples(remote.name, draw, records, out, params)
+    return write_samples(remote.name, draw, records, out, params, ranking)

@@ -114,6 +114,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     ranks.first_does(lambda: open_run(output, run, options.overwrite_output_dir))
+    options = options.on(pairs=all(example.rejected for example in examples + development))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
     fitted = ranks.first_does(fit)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much

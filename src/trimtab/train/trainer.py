@@ -158,11 +158,12 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         loss = self._sum(losses["chosen"], inputs, "chosen") / self._mean_length
         if not self._options.contrast:
             return loss
-        gains = {  # log P_θ − log p̃ of whole answers
-            which: -self._sum(values + cached_batch(inputs, which).token_logp, inputs, which)
-            for which, values in losses.items()
-        }
-        return loss + self._options.contrast * preference(gains["chosen"], gains["rejected"], self._options.beta)
+        gains = {}  # log P_θ − log p̃ in nats a token: sums would be won by length
+        for which, values in losses.items():
+            lengths = self._sum(torch.ones_like(values), inputs, which)
+            gains[which] = -self._sum(values + cached_batch(inputs, which).token_logp, inputs, which) / lengths
+        contrast = preference(gains["chosen"], gains["rejected"], self._options.inverse_temperature)
+        return loss + self._options.contrast * contrast
 
     def _losses(self, inputs: dict[str, Tensor], rows: Tensor, other: Tensor | None) -> Tensor:
         """One loss for each example `[B]`, from log q on wanted and unwanted answers."""
@@ -183,7 +184,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         rejected = self._sum(sft(other, inputs["rejected_tokens"]), inputs, "rejected")
         if o.objective == "ram":
             return ram(-chosen, -rejected, o.alpha) / self._mean_length
-        return preference(-chosen, -rejected, o.beta)
+        return preference(-chosen, -rejected, o.inverse_temperature)
 
     def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
         """Log q at the decoding temperature `[N, V]`."""

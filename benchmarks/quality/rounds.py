@@ -1,0 +1,57 @@
+"""The data of a second round: pairs of an aligned model's own samples, ranked by a reward model that learnt from the first's.
+
+As `trimtab propose --aligner A --reward_model RM` makes them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cell import Cell
+from judge import Judge, train_judge
+from transformers import AutoTokenizer
+from wins import CUT
+
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.request import SamplingParams
+from trimtab.train.propose import propose
+from trimtab.train.ranking import Ranking
+
+__all__ = ["reward_model", "sampled_pairs"]
+
+SAMPLES = 16
+"""Of each prompt."""
+
+PAIRS = 6
+"""That they make."""
+
+
+class _OfTexts(NamedTuple):
+    """A judge that reads texts."""
+
+    judge: Judge
+    tokenizer: Any
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """One score for each."""
+        eos = [self.tokenizer.eos_token_id]  # so that no answer is empty
+        ids = [self.tokenizer.encode(answer) + eos for answer in answers]
+        return self.judge.score([self.tokenizer.encode(prompt) for prompt in prompts], ids).tolist()
+
+
+def reward_model(cell: Cell) -> Judge:
+    """What learnt from the aligners' own pairs."""
+    train_judge(cell.start, cell.split()[0], cell.common / "reward", cell.seed)
+    return Judge.load(cell.common / "reward")
+
+
+def sampled_pairs(cell: Cell, aligner: Path) -> Path:
+    """The data, training and development prompts alike; made where they are not there yet."""
+    out = cell.folder / "second_round.jsonl"
+    if not out.exists():
+        records = list({record.prompt: record for record in cell.read("align")}.values())
+        scorer = _OfTexts(reward_model(cell), AutoTokenizer.from_pretrained(cell.data / "tokenizer"))
+        model = AlignedModel.from_pretrained(cell.proposal, aligner, draft="none", num_speculative_tokens=0, max_num_seqs=64)
+        params = SamplingParams(n=SAMPLES, max_tokens=CUT, seed=21)
+        propose(model, records, out, params, batch_size=4, ranking=Ranking(scorer, "reward", PAIRS))
+    return out

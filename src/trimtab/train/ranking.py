@@ -1,0 +1,39 @@
+"""Preference pairs from samples: the best of a prompt's samples, by a reward model, against the worst.
+
+Such pairs are of what the sampled model says itself, so to learn from them takes less divergence than to learn from others'
+answers: an aligner's second round.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from trimtab.train.records import Record
+
+__all__ = ["Ranking", "Scorer"]
+
+
+class Scorer(Protocol):
+    """What scores answers: `trimtab.evaluate.reward.RewardModel` is one."""
+
+    def score(self, prompts: Sequence[Any], answers: Sequence[str]) -> Sequence[float]:
+        """A number for each prompt with its answer; higher is better."""
+
+
+class Ranking(NamedTuple):
+    """How the samples of a prompt become pairs."""
+
+    scorer: Scorer
+    name: str
+    """What tells the scorer from others."""
+    pairs: int = 1
+    """Of a prompt: best and worst, second best and second worst, and so on; at most half of its samples."""
+
+    def pick(self, records: Sequence[Record], groups: Sequence[Sequence[str]]) -> Iterator[tuple[Record, str, str]]:
+        """Records with a wanted and an unwanted sample of each, from all of its samples."""
+        prompts = [record.prompt for record, texts in zip(records, groups, strict=True) for _ in texts]
+        scores, first = self.scorer.score(prompts, [text for texts in groups for text in texts]), 0
+        for record, texts in zip(records, groups, strict=True):
+            order = sorted(range(len(texts)), key=lambda i: -scores[first + i])
+            ranked, first = [texts[i] for i in order], first + len(texts)
+            for i in range(self.pairs):
+                yield record, ranked[i], ranked[-1 - i]
