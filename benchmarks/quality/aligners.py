@@ -1,14 +1,12 @@
-"""The aligners of a study: each objective at the best of the same learning rates."""
+"""The aligners of a study: each objective at its best learning rate, found in the same way for all."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from cell import DEV_FRACTION, MAX_LENGTH, Cell
 from rounds import sampled_pairs
 
-from trimtab.models.aligner import MANIFEST_NAME
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import train
 
@@ -17,8 +15,11 @@ __all__ = ["FEW", "MAIN", "METHODS", "SECOND", "best_aligner", "distil_draft", "
 MAIN = "likelihood, product"
 SECOND = "likelihood, product, second round"
 
-RATES = (1e-3, 3e-3, 1e-2)
-"""Learning rates that every objective is tried with."""
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""Learning rates. Every objective is tried with the two in the middle, and then with the neighbours of its best one."""
+
+FIRST = (3e-3, 1e-2)
+"""Those in the middle."""
 
 METHODS: dict[str, dict[str, Any]] = {
     MAIN: {"objective": "likelihood", "rule": "product"},
@@ -33,9 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "ram, alpha 1e-2": {"objective": "ram", "alpha": 1e-2, "rule": "product"},
     "preference": {"objective": "preference", "rule": "product"},
 }
-"""The first is the default, and the second goes on from it, with pairs of its own samples. `ram` at alpha 0 is `sft`: the same loss."""
+"""The first is the default; the second goes on from it with pairs of its own samples. `ram` at alpha 0 is `sft`: one loss."""
 
-FEW = (MAIN, SECOND, "likelihood, product, without contrast", "likelihood, product, alone", "sft")
+FEW = (MAIN, SECOND, "likelihood, product, without contrast", "sft")
 """The main ones."""
 
 TRAINING = {
@@ -60,8 +61,7 @@ def options(cell: Cell, name: str, rate: float) -> TrainOptions:
     data, aligner = cell.data / "align.jsonl", cell.start
     if name == SECOND:
         aligner = best_aligner(cell, MAIN)[0]
-        data, manifest = sampled_pairs(cell, aligner), json.loads((aligner / MANIFEST_NAME).read_text(encoding="utf-8"))
-        method = method | {key: manifest[key] for key in ("proposal_temperature", "aligner_temperature")}
+        data = sampled_pairs(cell, aligner)
     return TrainOptions(
         proposal=str(home.proposal),
         aligner=str(aligner),
@@ -84,14 +84,20 @@ def best_aligner(cell: Cell, name: str) -> tuple[Path, dict[str, Any]]:
     Aligners that learn alone are judged by the likelihood that they decode at their best weight, and all others by their own
     loss, both on development prompts.
     """
-    found = [(options(cell, name, rate), train(options(cell, name, rate))) for rate in RATES]
     alone = METHODS[name]["objective"] in ("sft", "ram")
+    found: dict[float, dict[str, Any]] = {}
 
-    def loss(report: dict[str, Any]) -> float:
-        return min(nll for _, nll in report["weights_tried"]) if alone else report["metrics"]["eval_loss"]
+    def loss(rate: float) -> float:
+        report = found[rate]
+        return min(nll for _, nll in report["weights_tried"]) if alone else float(report["metrics"]["eval_loss"])
 
-    best, report = min(found, key=lambda one: loss(one[1]))
-    return Path(best.output_dir), report
+    untried = list(FIRST)
+    while untried:
+        found |= {rate: train(options(cell, name, rate)) for rate in untried}
+        best = min(found, key=loss)
+        place = RATES.index(best)
+        untried = [rate for rate in RATES[max(0, place - 1) : place + 2] if rate not in found]
+    return Path(options(cell, name, best).output_dir), found[best]
 
 
 def distil_draft(aligner: Path, cell: Cell, name: str) -> Path:

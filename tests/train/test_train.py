@@ -14,6 +14,7 @@ from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
 from trimtab.errors import InvalidOption
+from trimtab.models.aligner import Manifest
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.train.arguments import training_arguments
@@ -97,6 +98,33 @@ def test_by_default_there_is_a_contrast_where_every_record_has_a_rejected_answer
     assert torch.equal(trained("contrast-by-default"), contrasted)
     assert torch.equal(trained("contrast-lacking", dataset=str(lacking)), plain)
     assert not torch.equal(contrasted, plain)
+
+
+def test_a_second_round_goes_on_where_the_first_stopped(task):
+    """At its temperatures, from its weights and from its drafter: a run that learns nothing ends with all of them."""
+    train(task_options(task, "round-1", train_draft=True))
+    first = json.loads((task / "round-1" / "trimtab.json").read_text())
+    assert first["aligner_temperature"] > 1
+    still = {"training": {"learning_rate": 1e-12, "max_steps": 4}, "aligner": str(task / "round-1"), "start": "pretrained"}
+    train(task_options(task, "round-2", train_draft=True, contrast=3.0, **still))
+    for name in ("proposal_temperature", "aligner_temperature"):
+        assert json.loads((task / "round-2" / "trimtab.json").read_text())[name] == first[name]
+    for part in ("model.safetensors", "draft/model.safetensors"):
+        before, after = (load_file(task / name / part) for name in ("round-1", "round-2"))
+        assert all(torch.allclose(before[key], after[key], atol=1e-9, rtol=0) for key in before)
+
+
+def test_only_a_later_round_of_the_same_training_takes_the_manifests_temperatures(task):
+    manifest = Manifest("sha256:0", objective="likelihood", proposal_temperature=1.5, aligner_temperature=3.0)
+    for said, expected in (
+        ({"start": "pretrained"}, (1.5, 3.0)),
+        ({"start": "pretrained", "proposal_temperature": 1.2}, (1.2, 3.0)),
+        ({"start": "pretrained", "rule": "geometric"}, (1.0, 1.0)),
+        ({"start": "pretrained", "objective": "sft", "rule": "geometric"}, (1.0, 1.0)),
+        ({"start": "auto"}, (1.0, 1.0)),
+    ):
+        assert task_options(task, "none", **said).after(manifest).temperatures == expected
+    assert task_options(task, "none", start="pretrained").after(None).temperatures == (1.0, 1.0)
 
 
 def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):

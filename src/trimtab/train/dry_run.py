@@ -1,8 +1,8 @@
 """What a training run will take, before it starts: no weights are read, and nothing is written.
 
 Options, configurations, tokenizers and data are checked by the code that the run goes through, as far as they are at hand.
-What is not is said; figures that depend on it are left out (None), or are for the longest batch of pairs that `max_length`
-allows.
+What is not is said; figures that depend on it are left out (None), or are for the longest batch that `max_length` allows, of
+pairs if there may be any.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
+from trimtab.models.aligner import describe
 from trimtab.models.huggingface import check_supported
 from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
@@ -100,8 +101,9 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest)
-    known = (data.examples or []) + (data.development or [])  # where there are none, whatever takes more
-    options = options.on(pairs=all(example.rejected for example in known))
+    if Path(options.aligner).expanduser().is_dir():
+        options = options.after(describe(options.aligner).manifest)
+    options = options.on(pairs=_are_pairs(options, data))
     options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
     examples = data.examples or [of_one]
@@ -132,6 +134,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
             "tokens": sum(len(e.chosen) for e in data.examples) if data.examples else None,
             "longest": max(map(_length, examples)),
         },
+        "contrast": options.contrast,
         "memory": {
             "weights": weights,
             "gradients": step.gradients,
@@ -206,6 +209,14 @@ def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: F
     ends = find_eos_token_ids(proposal, tokenizer)
     examples, development = (encode_records(part, tokenizer, ends, longest) for part in (records, kept))
     return _Data(examples, development, (len(examples), len(development)), None)
+
+
+def _are_pairs(options: TrainOptions, data: _Data) -> bool:
+    """Whether every record has a rejected answer; of data that are not at hand, whether they may."""
+    if data.examples is not None and data.development is not None:
+        return all(example.rejected for example in data.examples + data.development)
+    columns = parse_columns(options.columns)
+    return not columns or "rejected" in columns
 
 
 def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
-from trimtab.models.aligner import OBJECTIVES
+from trimtab.models.aligner import OBJECTIVES, Manifest
 from trimtab.train.records import parse_columns
 from trimtab.train.rows import Layout
 
@@ -90,7 +90,8 @@ class TrainOptions:
     )
     start: str = _option(
         "auto",
-        "where to start: 'pretrained' takes the aligner as it is; 'tempered' also fits the two temperatures at which it and the"
+        "where to start: 'pretrained' takes the aligner as it is, at its manifest's temperatures if it was trained by likelihood for"
+        " the same rule; 'tempered' also fits the two temperatures at which it and the"
         " proposal explain the data best together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its"
         " output layer, so that the aligned model starts at the proposal; 'auto' is 'tempered' for likelihood with product,"
         " otherwise 'pretrained'",
@@ -285,6 +286,17 @@ class TrainOptions:
         if pairs and self.starts_tempered:
             logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", CONTRAST)
         return dataclasses.replace(self, contrast=CONTRAST * (pairs and self.starts_tempered))
+
+    def after(self, manifest: Manifest | None) -> "TrainOptions":
+        """The same where an earlier round of the same training stopped: at its temperatures, if none are given."""
+        goes_on = manifest is not None and (manifest.objective, manifest.rule) == (self.objective, self.rule)
+        if manifest is None or not goes_on or self.start != "pretrained" or self.objective != "likelihood":
+            return self
+        names = ("proposal_temperature", "aligner_temperature")
+        found = {name: getattr(manifest, name) for name in names if getattr(self, name) is None}
+        for name, value in found.items():
+            logger.info("going on at the aligner's own --%s %g", name, value)
+        return dataclasses.replace(self, **found)
 
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""

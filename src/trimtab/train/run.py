@@ -22,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 
 from trimtab.errors import InvalidOption
 from trimtab.files import named_errors, only_writer, read_json, write_json
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
@@ -66,6 +66,8 @@ class _Run(NamedTuple):
     tokenizer: Any
     data: dict[str, ExampleDataset]
     """What trainers call them: `train_dataset` and `eval_dataset`."""
+    draft_start: str | Path
+    """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself."""
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -105,8 +107,9 @@ def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
 
 def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
-    tokenizer = open_tokenizer(options, options.proposal)
-    check_same_vocabulary(tokenizer, load_tokenizer(options.aligner), options.aligner)
+    tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
+    check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
+    options = options.after(found.manifest)
     model = load_model(options.aligner, dtype=torch.float32, device="cpu")
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
@@ -126,7 +129,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
-    this = _Run(options, arguments, output, ranks, tokenizer, data)
+    this = _Run(options, arguments, output, ranks, tokenizer, data, found.draft or options.aligner)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
@@ -196,7 +199,7 @@ def _temperatures(
 
 
 def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
-    """Distil the finished aligner's drafter from the model that it started from, and save it; returns its report."""
+    """Distil the finished aligner's drafter from the aligned model, and save it; returns its report."""
     started = time.monotonic()
     options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
     own = training_arguments(draft_options(options, this.arguments.learning_rate))
@@ -207,7 +210,7 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
         aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
         weight=weight,
         ranks=ranks,
-        model=load_model(options.aligner, dtype=torch.float32, device="cpu"),
+        model=load_model(this.draft_start, dtype=torch.float32, device="cpu"),
         args=own,
         data_collator=collate,
         **this.data,
