@@ -1,7 +1,8 @@
 """Training throughput: `likelihood` from a finished cache against `transformers.Trainer` doing plain SFT of the same aligner.
 
 Same examples, batches, optimiser and precision; the two take turns, and the ratio is the median over the turns. SFT has a
-collator of its own, as one would write it: whole sequences padded on the right, the prompt's labels masked.
+collator of its own, as one would write it: whole sequences padded on the right, the prompt's labels masked. With `--contrast`,
+examples are pairs, and SFT learns from both answers, as two examples of a batch twice as large: the same tokens.
 
     python benchmarks/train_speed.py --vocab 32000 --turns 5
 """
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--strategy", default="random", help="train_sampling_strategy of ours")
     parser.add_argument("--samples", type=int, default=64, help="tokens drawn from the tail of a row")
+    parser.add_argument("--contrast", type=float, default=0.0, help="of pairs; 0 is without")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -94,11 +96,16 @@ def main() -> None:
         length = int(torch.randint(low, high, (1,), generator=generator))
         return torch.randint(0, options.vocab, (length,), generator=generator).tolist()
 
-    examples = [Example(ids(20, 80), ids(20, 120), []) for _ in range(options.batch * options.steps * 4)]
+    kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
+    count = options.batch * options.steps * 4
+    examples = [Example(ids(20, 80), ids(20, 120), ids(20, 120) if options.contrast else []) for _ in range(count)]
+    answered = {kind: [Example(e.prompt, getattr(e, kind), []) for e in examples] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        cache = ProposalCache.build(
-            Path(folder) / "cache", Rows(options.vocab), "v", examples, layout=Layout(64, options.samples)
-        )
+        layout = Layout(64, options.samples)
+        caches = {
+            kind: ProposalCache.build(Path(folder) / kind, Rows(options.vocab), "v", each, layout=layout)
+            for kind, each in answered.items()
+        }
         common = {
             "output_dir": folder, "max_steps": options.steps, "per_device_train_batch_size": options.batch, "report_to": "none",
             "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
@@ -107,8 +114,10 @@ def main() -> None:
         ours = TrainingArguments(
             **common, remove_unused_columns=False, label_names=[], train_sampling_strategy=options.strategy
         )
-        theirs = TrainingArguments(**common, remove_unused_columns=False)
-        said = TrainOptions(proposal="p", aligner="a", dataset="d", output_dir=folder)
+        theirs = TrainingArguments(
+            **common | {"per_device_train_batch_size": options.batch * len(kinds)}, remove_unused_columns=False
+        )
+        said = TrainOptions(proposal="p", aligner="a", dataset="d", output_dir=folder, contrast=options.contrast)
 
         def model() -> Any:
             torch.manual_seed(0)  # noqa: TID251 - both start from the same weights
@@ -122,9 +131,10 @@ def main() -> None:
         mean = sum(len(e.chosen) for e in examples) / len(examples)
         one = AlignerTrainer(
             said, options.vocab, mean, model=model(), args=ours, data_collator=collate,
-            train_dataset=ExampleDataset(examples, {"chosen": cache}),
+            train_dataset=ExampleDataset(examples, caches),
         )  # fmt: skip
-        other = Trainer(model=model(), args=theirs, data_collator=sft_batch, train_dataset=SFTData(examples))
+        alone = [example for both in zip(*answered.values(), strict=True) for example in both]
+        other = Trainer(model=model(), args=theirs, data_collator=sft_batch, train_dataset=SFTData(alone))
         seconds: dict[str, list[float]] = {"trimtab": [], "sft": []}
         for turn in range(options.turns + 1):
             for name, trainer in (("trimtab", one), ("sft", other)):
@@ -135,7 +145,7 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds["trimtab"], seconds["sft"], strict=True)]
     report = {
         "hardware": describe_hardware(),
-        **{key: vars(options)[key] for key in ("vocab", "hidden", "layers", "batch", "strategy", "bf16")},
+        **{key: vars(options)[key] for key in ("vocab", "hidden", "layers", "batch", "strategy", "contrast", "bf16")},
         "seconds_per_step": {name: round(statistics.median(values) / options.steps, 4) for name, values in seconds.items()},
         "ratio_of_throughput": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],

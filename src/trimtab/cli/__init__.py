@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "the whole path on text that every Python has: pretrain, align, evaluate, report",
-    "propose": "draw completions from a proposal for every prompt of a data set",
+    "propose": "samples of a proposal, aligned or not, for every prompt of a data set, or preference pairs of them",
     "train": "train an aligner against a frozen proposal",
     "generate": "write aligned text",
     "score": "held-out negative log-likelihood of proposal, aligner and aligned model",
