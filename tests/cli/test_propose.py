@@ -31,7 +31,8 @@ def test_pairs_of_an_aligned_models_samples_are_what_the_reward_model_says(task,
     status, out, _ = called(capsys, *words, "--reward_model", task / "reward", "--n", 5, "--pairs", 2, "--json")
     assert (status, json.loads(out)["rows"], json.loads(out)["pairs"]) == (0, 24, 2)
     prompts = [row["prompt"] for row in rows(task / "prompts.jsonl")]
-    model, reward = AlignedModel.from_pretrained(task / "proposal", task / "start"), RewardModel.from_pretrained(task / "reward")
+    model = AlignedModel.from_pretrained(task / "proposal", task / "start")
+    reward = RewardModel.from_pretrained(task / "reward")
     for i, prompt in enumerate(prompts):
         drawn = [one.text for one in model.generate([prompt], SamplingParams(n=5, max_tokens=5, seed=3 + i))]
         worth = dict(zip(drawn, reward.score([prompt] * 5, drawn), strict=True))

@@ -65,7 +65,7 @@ def _render_estimate(report: dict[str, Any]) -> str:
         lines.append(f"data       not at hand: {data['why_not']}" + (f"; {counts} are expected" if counts else ""))
         of = "pairs" if report["contrast"] else "answers"
         lines.append(
-            f"           all that follows is for batches of {of} of {data['longest']} tokens each, which is the most there can be"
+            f"           what follows is for batches of {of} of {data['longest']} tokens each, which is the most there can be"
         )
     if report["contrast"]:
         lines.append(f"contrast   {report['contrast']:g}: a second pass, and the rejected answers' rows in the cache")
