@@ -90,7 +90,7 @@ class TrainOptions:
     )
     start: str = _option(
         "auto",
-        "where to start: 'pretrained' takes the aligner as it is, at its manifest's temperatures if it was trained by likelihood"
+        "where to start: 'pretrained' takes the aligner as it is, at its manifest's temperatures if likelihood trained it"
         " for the same rule; 'tempered' also fits the two temperatures at which it and the proposal explain the data best"
         " together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its output layer, so that the aligned"
         " model starts at the proposal; 'auto' is 'tempered' for likelihood with product, otherwise 'pretrained'",
