@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cell import Cell
+from cell import MAX_LENGTH, Cell
 from judge import Judge, train_judge
 from transformers import AutoTokenizer
 from wins import CUT
@@ -49,8 +49,10 @@ def sampled_pairs(cell: Cell, aligner: Path) -> Path:
     """The data, training and development prompts alike; made where they are not there yet."""
     out = cell.folder / "second_round.jsonl"
     if not out.exists():
-        records = list({record.prompt: record for record in cell.read("align")}.values())
-        scorer = _OfTexts(reward_model(cell), AutoTokenizer.from_pretrained(cell.data / "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(cell.data / "tokenizer")
+        once = {record.prompt: record for record in cell.read("align")}.values()
+        records = [record for record in once if len(tokenizer.encode(record.prompt)) < MAX_LENGTH]  # as in training
+        scorer = _OfTexts(reward_model(cell), tokenizer)
         model = AlignedModel.from_pretrained(cell.proposal, aligner, draft="none", num_speculative_tokens=0, max_num_seqs=64)
         params = SamplingParams(n=SAMPLES, max_tokens=CUT, seed=21)
         propose(model, records, out, params, batch_size=4, ranking=Ranking(scorer, "reward", PAIRS))
