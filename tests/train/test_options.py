@@ -82,7 +82,7 @@ def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
     assert layout(cache_top_k=0) == layout(cache_top_k=2000) == (1000, 0)
 
 
-def test_a_tempered_start_is_contrasted_on_pairs():
+def test_a_tempered_start_is_contrasted_on_pairs(caplog):
     cases = [
         ({}, True, 1.0, 1.0),
         ({}, False, 0.0, 1.0),
@@ -94,9 +94,12 @@ def test_a_tempered_start_is_contrasted_on_pairs():
         ({"objective": "preference"}, True, 0.0, 0.1),
     ]
     for settings, pairs, contrast, beta in cases:
-        options = TrainOptions(**(NAMES | settings)).on(pairs=pairs)
+        options = TrainOptions(**(NAMES | settings)).on(8, lacking=0 if pairs else 8)
         assert (options.contrast, options.inverse_temperature) == (contrast, beta)
         assert options.at(Temperatures(1.5, 3.0)).contrast == contrast
+    assert not caplog.records
+    assert TrainOptions(**NAMES).on(8, lacking=1).contrast == 0
+    assert [record.getMessage()[:38] for record in caplog.records] == ["1 of 8 records have no rejected answer"]
 
 
 def test_a_tempered_start_is_regularised_and_stays_so_at_the_temperatures_that_were_fitted():

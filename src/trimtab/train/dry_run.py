@@ -103,7 +103,8 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     data = _data(options, expected, tokenizer, proposal, longest)
     if Path(options.aligner).expanduser().is_dir():
         options = options.after(describe(options.aligner).manifest)
-    options = options.on(pairs=_are_pairs(options, data))
+    known = (data.examples or []) + (data.development or [])
+    options = options.on(len(known), lacking=_lacking(options, known))
     options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
     examples = data.examples or [of_one]
@@ -211,12 +212,10 @@ def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: F
     return _Data(examples, development, (len(examples), len(development)), None)
 
 
-def _are_pairs(options: TrainOptions, data: _Data) -> bool:
-    """Whether every record has a rejected answer; of data that are not at hand, whether they may."""
-    if data.examples is not None and data.development is not None:
-        return all(example.rejected for example in data.examples + data.development)
+def _lacking(options: TrainOptions, known: Sequence[Example]) -> int:
+    """How many examples have no rejected answer; of data that are not at hand, whether their columns say so."""
     columns = parse_columns(options.columns)
-    return not columns or "rejected" in columns
+    return sum(not example.rejected for example in known) if known else bool(columns and "rejected" not in columns)
 
 
 def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | None:

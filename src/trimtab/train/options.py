@@ -278,13 +278,19 @@ class TrainOptions:
         default = BETA if self.objective == "preference" else CONTRAST_BETA
         return default if self.beta is None else self.beta
 
-    def on(self, *, pairs: bool) -> "TrainOptions":
-        """The same for data of which every record has a rejected answer, or not: whether there is a contrast."""
+    def on(self, examples: int, *, lacking: int) -> "TrainOptions":
+        """The same for so many examples, of which some may lack a rejected answer: whether there is a contrast."""
         if self.contrast is not None:
             return self
-        if pairs and self.starts_tempered:
+        if not self.starts_tempered:
+            return dataclasses.replace(self, contrast=0.0)
+        if not lacking:
             logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", CONTRAST)
-        return dataclasses.replace(self, contrast=CONTRAST * (pairs and self.starts_tempered))
+        elif lacking < examples:
+            logger.warning(
+                "%d of %d records have no rejected answer: those of the others are not learnt from", lacking, examples
+            )
+        return dataclasses.replace(self, contrast=0.0 if lacking else CONTRAST)
 
     def after(self, manifest: Manifest | None) -> "TrainOptions":
         """The same where an earlier round of the same training stopped: at its temperatures, if none are given."""

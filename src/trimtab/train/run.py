@@ -114,10 +114,11 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
     examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
-    run = _describe_run(options, arguments, fingerprint_examples(examples + development, rejected=True))
+    everything = examples + development
+    run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     ranks.first_does(lambda: open_run(output, run, options.overwrite_output_dir))
-    options = options.on(pairs=all(example.rejected for example in examples + development))
+    options = options.on(len(everything), lacking=sum(not example.rejected for example in everything))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
     fitted = ranks.first_does(fit)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
