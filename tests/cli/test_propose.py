@@ -50,7 +50,7 @@ def test_samples_of_endpoints_become_pairs_too(task, capsys, tmp_path):
 
     with scripted(answered, models=[{"id": "m", "owned_by": "someone"}]) as server:
         words = words_of(task, "--endpoint", server.url, "--out", tmp_path / "out.jsonl", "--n", 4, "--reward_model")
-        assert called(capsys, *words, task / "reward")[0] == 0
+        assert called(capsys, *words, task / "reward", "--device", "cpu")[0] == 0
     reward = RewardModel.from_pretrained(task / "reward")
     found, prompts = rows(tmp_path / "out.jsonl"), rows(task / "prompts.jsonl")
     assert [row["prompt"] for row in found] == [row["prompt"] for row in prompts]
@@ -66,7 +66,7 @@ def test_a_dry_run_of_pairs_says_so(task, capsys, tmp_path):
     told = json.loads(called(capsys, *words, "--json")[1])
     assert (told["rows"], told["pairs"], told["reward_model"], told["aligners"]) == (36, 3, "RM", ["A"])
     shown = called(capsys, *words)[1]
-    for line in ("would write 36 pairs, at most 480 tokens", "aligner   A", "ranked by RM"):
+    for line in ("would write 36 pairs, at most 480 tokens", "aligner   A, which is not", "ranked by RM, which is not at hand"):
         assert line in shown
 
 
@@ -77,6 +77,12 @@ def test_a_dry_run_of_pairs_says_so(task, capsys, tmp_path):
         (("--proposal", "{}/proposal", "--reward_model", "{}/reward"), 2, "--pairs must be from 1 to half of --n, which is 1"),
         (("--proposal", "{}/proposal", "--reward_model", "{}/reward", "--n", 5, "--pairs", 3), 2, "which is 5, not 3"),
         (("--proposal", "{}/proposal", "--reward_model", "{}/none", "--n", 2), 1, "none"),
+        (
+            ("--proposal", "{}/proposal", "--reward_model", "{}/reward", "--n", 2, "--temperature", 0),
+            2,
+            "--temperature must be",
+        ),
+        (("--proposal", "m", "--endpoint", "http://127.0.0.1:9/v1", "--device", "cpu"), 2, "--device is for a model that runs"),
         (
             ("--proposal", "{}/proposal", "--reward_model", "{}/reward", "--n", 2, "--dataset", "{}/chat.jsonl"),
             1,

@@ -12,7 +12,7 @@ from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.arguments import training_arguments
-from trimtab.train.batches import ExampleDataset, Item, collate
+from trimtab.train.batches import ExampleDataset, Item, cached_rows, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import answers
@@ -46,10 +46,10 @@ def real_trainer(options):
     return trainer, trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
 
 
-def real_batch(examples, options):
+def real_batch(examples, options, part="train"):
     """A batch with rows that some model might have."""
     top_k, samples = options.row_layout(V)
-    kinds = [which for part, which in options.cached_answers if part == "train"]
+    kinds = [which for one, which in options.cached_answers if one == part]
     items = []
     for example in examples:
         rows = {}
@@ -107,6 +107,24 @@ def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, na
     with count_flops() as flops:
         trainer.training_step(model, batch)
     assert rehearsal.flops(examples) == flops()
+
+
+@pytest.mark.parametrize("name", ["likelihood", "contrast, draws", "pairs without contrast"])
+def test_a_look_at_development_prompts_takes_the_bytes_of_a_real_one(task, tmp_path, name):
+    settings, training = CASES.get(name, ({"contrast": 0.0}, {}))
+    options = task_options(task, "none", training, **settings)
+    pairs = name != "likelihood"
+    examples = [example._replace(rejected=[1, 2, 3] if pairs else []) for example in make_examples(8)]
+    arguments = training_arguments(options)
+    arguments.output_dir = str(tmp_path)
+    rehearsal = Rehearsal(options, arguments, load_model(options.aligner, device="cpu").config, V, 3.0)
+    trainer, model = real_trainer(options)
+    batch = real_batch(examples, options, "dev")
+    with torch.no_grad(), Ledger() as ledger:
+        logq = trainer._rows(model.eval(), batch, "chosen")
+        other = trainer._rows(model, batch, "rejected") if pairs else None
+        trainer.look(batch, cached_rows(batch, V), logq, other)
+    assert rehearsal.evaluation(examples) == ledger.peak + nbytes(batch)
 
 
 @pytest.mark.parametrize("objective", ["likelihood", "sft"])
@@ -210,6 +228,40 @@ def test_no_weights_are_read_and_nothing_is_written(tmp_path):
     told = estimate(task_options(folder, "out"), QUICK)
     assert told["data"]["at_hand"]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_whether_there_are_pairs_is_read_or_assumed(task, capsys):
+    """From the data; from records without a tokenizer; from columns; otherwise whatever takes more, and that is said."""
+    alone = write_rows(task / "alone.jsonl", [{"prompt": row, "completion": "xyz"} for row in "defghijk"])
+    shapes = {"proposal": "Qwen/Qwen2.5-14B", "aligner": "Qwen/Qwen2.5-3B"}
+    for settings, contrast, rejected in (
+        ({}, 1.0, "known"),
+        ({"dataset": str(alone)}, 0.0, False),
+        ({"contrast": 0.5}, 0.5, "known"),
+        ({"dataset": str(task / "later.jsonl")}, 1.0, "assumed"),
+        ({"dataset": str(task / "later.jsonl"), "columns": ("prompt=a", "completion=b")}, 0.0, False),
+        ({"dataset": str(task / "later.jsonl"), "columns": ("prompt=a", "chosen=b", "rejected=c")}, 1.0, "assumed"),
+        ({"dataset": str(task / "later.jsonl"), "rule": "geometric"}, 0.0, False),
+        ({"dataset": str(alone), **shapes}, 0.0, False),
+    ):
+        told = estimate(task_options(task, "none", {"max_steps": 1}, max_length=16, **settings), QUICK)
+        assert (told["contrast"], told["rejected"]) == (contrast, rejected), settings
+    words = ["train", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--output_dir", task / "none"]
+    words += ["--assume_tflops", 1, "--use_cpu", "--dataset"]
+    assert "contrast   1: a second pass" in called(capsys, *words, task / "train.jsonl")[1]
+    shown = called(capsys, *words, task / "later.jsonl")[1]
+    assert "contrast   1, if every record has a rejected answer: a second pass" in shown
+    assert "for batches of pairs of" in shown
+
+
+def test_a_later_round_is_at_its_manifests_settings_in_a_dry_run(task, monkeypatch):
+    train(task_options(task, "first", {"max_steps": 1}))
+    seen = []
+    make = Rehearsal.__init__
+    monkeypatch.setattr(Rehearsal, "__init__", lambda self, options, *rest: seen.append(options) or make(self, options, *rest))
+    estimate(task_options(task, "none", {"max_steps": 1}, aligner=str(task / "first"), start="pretrained"), QUICK)
+    manifest = json.loads((task / "first" / "trimtab.json").read_text(encoding="utf-8"))
+    assert seen[0].temperatures == (manifest["proposal_temperature"], manifest["aligner_temperature"])
 
 
 def test_processes_share_the_steps_and_not_the_memory(task, monkeypatch):

@@ -67,7 +67,7 @@ def test_what_cannot_be_is_refused(settings, message):
 )
 def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warned, caplog):
     with caplog.at_level(logging.WARNING):
-        TrainOptions(**(NAMES | settings))
+        TrainOptions(**(NAMES | settings)).warn()
     assert [("does not train what rule" in record.message) for record in caplog.records] == [True] * warned
 
 
@@ -82,23 +82,25 @@ def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
     assert layout(cache_top_k=0) == layout(cache_top_k=2000) == (1000, 0)
 
 
-def test_a_tempered_start_is_contrasted_on_pairs(caplog):
+def test_a_residual_is_contrasted_on_pairs(caplog):
+    caplog.set_level(logging.WARNING, "trimtab")
     cases = [
         ({}, True, 1.0, 1.0),
         ({}, False, 0.0, 1.0),
         ({"contrast": 0.5, "beta": 0.2}, True, 0.5, 0.2),
         ({"contrast": 0.0}, True, 0.0, 1.0),
-        ({"start": "uniform"}, True, 0.0, 1.0),
+        ({"start": "uniform"}, True, 1.0, 1.0),
+        ({"start": "pretrained"}, True, 1.0, 1.0),
         ({"rule": "geometric"}, True, 0.0, 1.0),
         ({"objective": "sft", "rule": "geometric"}, True, 0.0, 1.0),
         ({"objective": "preference"}, True, 0.0, 0.1),
     ]
     for settings, pairs, contrast, beta in cases:
-        options = TrainOptions(**(NAMES | settings)).on(8, lacking=0 if pairs else 8)
+        options = TrainOptions(**(NAMES | settings)).with_contrast_for(8, lacking=0 if pairs else 8)
         assert (options.contrast, options.inverse_temperature) == (contrast, beta)
         assert options.at(Temperatures(1.5, 3.0)).contrast == contrast
     assert not caplog.records
-    assert TrainOptions(**NAMES).on(8, lacking=1).contrast == 0
+    assert TrainOptions(**NAMES).with_contrast_for(8, lacking=1).contrast == 0
     assert [record.getMessage()[:38] for record in caplog.records] == ["1 of 8 records have no rejected answer"]
 
 

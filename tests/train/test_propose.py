@@ -5,12 +5,14 @@ import json
 import pytest
 
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
-from tiny_task import V
+from tiny_task import V, write_rows
 from trimtab import AlignedModel, SamplingParams
+from trimtab.endpoints.completions import Sample
 from trimtab.errors import InvalidOption
-from trimtab.train.propose import propose
+from trimtab.train.examples import encode_records
+from trimtab.train.propose import propose, write_samples
 from trimtab.train.ranking import Ranking
-from trimtab.train.records import Record
+from trimtab.train.records import Record, read_records
 
 PARAMS = SamplingParams(max_tokens=4, n=2, seed=5)
 TEXTS = [Record(prompt, None, None, "") for prompt in ("abc", "de", "fgh", "i", "jklm")]
@@ -31,6 +33,7 @@ def test_samples_are_those_of_generate_with_a_seed_for_each_prompt(model, tmp_pa
     assert propose(model, TEXTS, tmp_path / "out.jsonl", PARAMS, batch_size=2) == 10
     alone = [
         {"prompt": record.prompt, "completion": completion.text}
+        | ({"unfinished": ["completion"]} if completion.finish_reason == "length" else {})
         for i, record in enumerate(TEXTS)
         for completion in model.generate(record.prompt, SamplingParams(max_tokens=4, n=2, seed=5 + i))
     ]
@@ -45,7 +48,7 @@ def test_an_answer_becomes_chosen_and_the_sample_rejected(model, tmp_path):
     first, _, second, _ = rows(tmp_path / "o")
     assert (first["prompt"], first["chosen"]) == (chat, answer)
     assert first["rejected"][0]["role"] == "assistant"
-    assert second.keys() == {"prompt", "chosen", "rejected"}
+    assert second.keys() - {"unfinished"} == {"prompt", "chosen", "rejected"}
 
 
 def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
@@ -66,6 +69,27 @@ def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
     propose(model, TEXTS, tmp_path / "halves", PARAMS, batch_size=2)
     assert next(calls) == 4  # one done, one interrupted, and the two that were left: the first was not drawn again
     assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_samples_that_were_cut_do_not_learn_to_end(model, tmp_path):
+    """What `max_tokens` cut is marked, and becomes token ids without an end of sequence; what ended has one."""
+    propose(model, TEXTS, tmp_path / "out.jsonl", PARAMS, batch_size=5)
+    each = [SamplingParams(max_tokens=4, n=2, seed=5 + i) for i in range(len(TEXTS))]
+    reasons = [one.finish_reason for one in model.generate([record.prompt for record in TEXTS], each)]
+    assert {"stop", "length"} == set(reasons)
+    assert [row.get("unfinished", []) for row in rows(tmp_path / "out.jsonl")] == [
+        ["completion"] * (reason == "length") for reason in reasons
+    ]
+    examples = encode_records(read_records(str(tmp_path / "out.jsonl"), need="chosen"), model.tokenizer, [0], 64)
+    assert [example.chosen[-1] == 0 for example in examples] == [reason == "stop" for reason in reasons]
+
+
+def test_only_names_of_answers_are_read_as_unfinished(tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for said, expected in ((["rejected"], {"rejected"}), (["prompt"], set()), (True, set()), ("chosen", set()), (None, set())):
+        write_rows(tmp_path / "data.jsonl", [pair | {"unfinished": said}])
+        (record,) = read_records(str(tmp_path / "data.jsonl"), need="rejected")
+        assert record.unfinished == expected
 
 
 class Wordiness:
@@ -116,6 +140,26 @@ def test_ranked_chats_are_messages_and_an_interrupted_run_of_other_pairs_is_refu
             propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=other)
     propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
     assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_pairs_of_equal_samples_are_counted_and_another_drafter_is_another_run(tmp_path, caplog):
+    lms = tiny_model("llama", V, seed=1), tiny_model("llama", V, seed=2, spread=0.5)
+    aligned = AlignedModel.from_pretrained(*lms, tokenizer=tiny_tokenizer(), eos_token_ids=[0])
+    cold = SamplingParams(max_tokens=4, n=4, seed=5, temperature=0.0)
+    propose(aligned, TEXTS, tmp_path / "out", cold, batch_size=5, ranking=Ranking(Wordiness(), "vowels", 2))
+    assert [record.getMessage()[:36] for record in caplog.records] == ["10 pairs are of two equal samples, f"]
+    header = {"weights": aligned.fingerprints, "draft": "aligner", "shaping": repr(aligned.shaping(PARAMS))}
+    undrafted = AlignedModel.from_pretrained(*lms, tokenizer=tiny_tokenizer(), eos_token_ids=[0], draft="none")
+    assert (aligned.drafter, undrafted.drafter) == (header["draft"], "none")
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(header, interrupted, TEXTS, tmp_path / "left", PARAMS)
+    with pytest.raises(InvalidOption, match="other proposal"):
+        propose(undrafted, TEXTS, tmp_path / "left", PARAMS, batch_size=5)
+
+
+def interrupted(start):
+    yield [[Sample("a", True)] * 2]
+    raise KeyboardInterrupt
 
 
 def test_an_aligned_model_proposes_what_it_generates(tmp_path):

@@ -1,5 +1,6 @@
 """Training runs from options to a finished aligner: what they learn, how they resume, what they refuse."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
-from trimtab.errors import InvalidOption
+from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.models.aligner import Manifest
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
@@ -101,30 +102,59 @@ def test_by_default_there_is_a_contrast_where_every_record_has_a_rejected_answer
 
 
 def test_a_second_round_goes_on_where_the_first_stopped(task):
-    """At its temperatures, from its weights and from its drafter: a run that learns nothing ends with all of them."""
-    train(task_options(task, "round-1", train_draft=True))
+    """With its manifest, its weights and its drafter: a run that learns nothing ends with all of them."""
+    train(task_options(task, "round-1", train_draft=True, weight=0.6, proposal_top_p=0.9))
     first = json.loads((task / "round-1" / "trimtab.json").read_text())
-    assert first["aligner_temperature"] > 1
+    assert (first["aligner_temperature"], first["weight"]) != (1, 1)
     still = {"training": {"learning_rate": 1e-12, "max_steps": 4}, "aligner": str(task / "round-1"), "start": "pretrained"}
     train(task_options(task, "round-2", train_draft=True, contrast=3.0, **still))
-    for name in ("proposal_temperature", "aligner_temperature"):
-        assert json.loads((task / "round-2" / "trimtab.json").read_text())[name] == first[name]
+    assert json.loads((task / "round-2" / "trimtab.json").read_text()) == first
     for part in ("model.safetensors", "draft/model.safetensors"):
         before, after = (load_file(task / name / part) for name in ("round-1", "round-2"))
         assert all(torch.allclose(before[key], after[key], atol=1e-9, rtol=0) for key in before)
 
 
+def test_what_a_later_round_cannot_use_is_refused_before_it_trains(task, tmp_path):
+    for folder in ("first", "shorter"):
+        shutil.copytree(task / "start", tmp_path / folder)
+    save_tiny(tmp_path / "first" / "draft", tiny_model("llama", V, seed=4, max_position_embeddings=8), tiny_tokenizer())
+    options = task_options(task, "refused", aligner=str(tmp_path / "first"), train_draft=True)
+    with pytest.raises(UnsupportedModel, match="knows 28 tokens and takes 8, but 28 and 64 are needed: remove the folder"):
+        train(options)
+    (tmp_path / "first" / "draft" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        train(options)
+    assert not (task / "refused" / "run.json").exists()
+    with pytest.raises(InvalidOption, match="output_dir is the aligner's own folder"):
+        task_options(task, "start")
+
+
+def test_a_drafter_that_changes_between_two_runs_is_noticed(task, tmp_path):
+    shutil.copytree(task / "start", tmp_path / "first")
+    save_tiny(tmp_path / "first" / "draft", tiny_model("llama", V, seed=4), tiny_tokenizer())
+    options = task_options(task, "drafted", {"max_steps": 2}, aligner=str(tmp_path / "first"))
+    train(options)
+    save_tiny(tmp_path / "first" / "draft", tiny_model("llama", V, seed=5), tiny_tokenizer())
+    with pytest.raises(InvalidOption, match="draft_weights"):
+        train(dataclasses.replace(options, train_draft=True))
+
+
 def test_only_a_later_round_of_the_same_training_takes_the_manifests_temperatures(task):
-    manifest = Manifest("sha256:0", objective="likelihood", proposal_temperature=1.5, aligner_temperature=3.0)
+    warps = {"proposal_temperature": 1.5, "aligner_temperature": 3.0, "proposal_top_p": 0.9}
+    manifest = Manifest("sha256:0", objective="likelihood", weight=0.7, **warps)
     for said, expected in (
-        ({"start": "pretrained"}, (1.5, 3.0)),
-        ({"start": "pretrained", "proposal_temperature": 1.2}, (1.2, 3.0)),
-        ({"start": "pretrained", "rule": "geometric"}, (1.0, 1.0)),
-        ({"start": "pretrained", "objective": "sft", "rule": "geometric"}, (1.0, 1.0)),
-        ({"start": "auto"}, (1.0, 1.0)),
+        ({"start": "pretrained"}, (0.7, 0.9, 1.5, 3.0)),
+        ({"start": "pretrained", "rule": "product()"}, (0.7, 0.9, 1.5, 3.0)),
+        ({"start": "pretrained", "proposal_temperature": 1.2, "weight": 1.0}, (1.0, 0.9, 1.2, 3.0)),
+        ({"start": "pretrained", "rule": "geometric"}, (0.5, None, 1.0, 1.0)),
+        ({"start": "pretrained", "objective": "sft", "rule": "geometric"}, (0.5, None, 1.0, 1.0)),
+        ({"start": "auto"}, (1.0, None, 1.0, 1.0)),
     ):
-        assert task_options(task, "none", **said).after(manifest).temperatures == expected
-    assert task_options(task, "none", start="pretrained").after(None).temperatures == (1.0, 1.0)
+        options = task_options(task, "none", **said).continuing(manifest)
+        assert (options.starting_weight, options.proposal_top_p, *options.temperatures) == expected
+    with pytest.raises(InvalidOption, match="start was trained at other settings: an endpoint's rows have temperature 1"):
+        task_options(task, "none", start="pretrained", proposal_endpoint=("http://a/v1",), cache_top_k=5).continuing(manifest)
+    assert task_options(task, "none", start="pretrained").continuing(None) == task_options(task, "none", start="pretrained")
 
 
 def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):

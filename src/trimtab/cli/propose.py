@@ -67,7 +67,8 @@ def run(options: Options) -> dict[str, Any]:
     limits = make_limits(
         "endpoint",
         options.endpoint,
-        {"aligner": options.aligner or None} | {name: getattr(options, name) for name in ("dtype", "device", "max_num_seqs")},
+        {"aligner": options.aligner or None, "max_num_seqs": options.max_num_seqs}
+        | ({} if options.reward_model else {"dtype": options.dtype, "device": options.device}),  # it runs here all the same
         {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")},
     )
     params = make_sampling_params(options, seed=options.seed)
@@ -92,6 +93,8 @@ def _pairs(options: Options) -> int:
             raise InvalidOption("--pairs needs --reward_model")
         return 0
     pairs = 1 if options.pairs is None else options.pairs
+    if options.temperature == 0:
+        raise InvalidOption("--reward_model needs samples that differ: --temperature must be above 0")
     if not 1 <= pairs <= options.n // 2:
         raise InvalidOption(f"--pairs must be from 1 to half of --n, which is {options.n}, not {pairs}")
     return pairs
@@ -157,12 +160,19 @@ def _render_rehearsal(report: dict[str, Any]) -> str:
         model = report["proposal"]
         lines.append(f"proposal  {describe_model(model)}")
         lines.append(f"          {model['parameters']:,} parameters, {in_bytes(model['weights'])} in {model['dtype']}")
-        lines += [f"aligner   {aligner}" for aligner in report["aligners"]]
+        lines += [f"aligner   {_seen(aligner)}" for aligner in report["aligners"]]
     else:
         lines.append(f"would ask {', '.join(report['endpoints'])}")
     if report["reward_model"]:
-        lines.append(f"ranked by {report['reward_model']}")
+        lines.append(f"ranked by {_seen(report['reward_model'])}")
     return "\n".join(lines)
+
+
+def _seen(model: str) -> str:
+    """A model's name, and whether it is at hand."""
+    from trimtab.models.shapes import is_here
+
+    return model if is_here(model) else f"{model}, which is not at hand"
 
 
 def render(report: dict[str, Any]) -> str:

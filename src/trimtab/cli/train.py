@@ -63,12 +63,13 @@ def _render_estimate(report: dict[str, Any]) -> str:
         lines.append(f"data       {counts}, {data['tokens']:,} answer tokens, the longest example has {data['longest']}")
     else:
         lines.append(f"data       not at hand: {data['why_not']}" + (f"; {counts} are expected" if counts else ""))
-        of = "pairs" if report["contrast"] else "answers"
+        of = "pairs" if report["rejected"] else "answers"
         lines.append(
             f"           what follows is for batches of {of} of {data['longest']} tokens each, which is the most there can be"
         )
     if report["contrast"]:
-        lines.append(f"contrast   {report['contrast']:g}: a second pass, and the rejected answers' rows in the cache")
+        given = "" if report["rejected"] == "known" else ", if every record has a rejected answer"
+        lines.append(f"contrast   {report['contrast']:g}{given}: a second pass, and the rejected answers' rows in the cache")
     shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
     lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")

@@ -263,6 +263,14 @@ class AlignedModel:
         """What tells the proposal and the aligners from others."""
         return [getattr(part, "fingerprint", repr(part)) for part in (self.proposal, *self.aligners)]
 
+    @property
+    def drafter(self) -> str:
+        """Who drafts, as far as it decides which tokens a seed gives."""
+        models = self.models
+        if models.draft is not None:
+            return str(getattr(models.draft, "fingerprint", repr(models.draft)))
+        return "ngram" if models.lookup else "none" if models.drafter is None else "aligner"
+
     def shaping(self, params: SamplingParams) -> Shaping:
         """How a request's aligned row comes about, see `trimtab.decode.settings.settle`."""
         shaping = settle(params, self.defaults, self._manifests, self.eos_token_ids)

@@ -91,8 +91,10 @@ def render_chat(tokenizer: Any, messages: Any, name: str, *, answer: bool) -> st
         raise InvalidRequest(f"{name}: the chat template refuses it: {error}") from error
 
 
-def encode_completion(tokenizer: Any, prompt: Prompt, completion: Any, eos_token_ids: Sequence[int], name: str) -> list[int]:
-    """Ids of a completion as it follows its prompt, with the end of sequence, if there is one, last.
+def encode_completion(
+    tokenizer: Any, prompt: Prompt, completion: Any, eos_token_ids: Sequence[int], name: str, *, ended: bool = True
+) -> list[int]:
+    """Ids of a completion as it follows its prompt; if it `ended`, with the end of sequence, if there is one, last.
 
     A text after a text is encoded by itself, as decoding would produce it after the prompt's last token. A message (or a list
     with one, or a text after a chat, which is the assistant's) is what the chat template adds to the prompt's messages, up to
@@ -118,7 +120,7 @@ def encode_completion(tokenizer: Any, prompt: Prompt, completion: Any, eos_token
         ids = _tokenize(tokenizer, after[len(before) :], name, special=False)
         length = next((i for i, token in enumerate(ids) if token in eos_token_ids), len(ids))
         ids, end = ids[:length], ids[length : length + 1] or end
-    ids += end
+    ids += end if ended else []
     if not ids:
         raise InvalidRequest(f"{name} is empty, and there is no end-of-sequence token to stand for that")
     return ids

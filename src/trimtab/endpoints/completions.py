@@ -6,20 +6,27 @@ Texts go to `/v1/completions`, and chats to `/v1/chat/completions`, where the se
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.decode.prompts import is_chat
 from trimtab.decode.request import Prompt, SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.errors import DataError, EndpointError
 
-__all__ = ["RemoteModel", "check_sendable"]
+__all__ = ["RemoteModel", "Sample", "check_sendable"]
 
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """What OpenAI's own API does not have: sent where it is not neutral, and to servers with defaults of their own."""
 
 OWN_DEFAULTS = ("vllm", "sglang")
 """Servers (`owned_by` in `/v1/models`) that take what is not sent from the model's `generation_config.json`."""
+
+
+class Sample(NamedTuple):
+    """A completion's text, and whether it came to its end or was cut by `max_tokens`."""
+
+    text: str
+    ended: bool
 
 
 class RemoteModel:
@@ -37,8 +44,8 @@ class RemoteModel:
         self._endpoints = endpoints
         self.name, self._owner = _find(endpoints, name)
 
-    def complete(self, prompts: Sequence[Prompt], params: SamplingParams, start: int = 0) -> Iterator[list[list[str]]]:
-        """The texts of `params.n` completions for each prompt, in the order of the prompts, as soon as they can be had.
+    def complete(self, prompts: Sequence[Prompt], params: SamplingParams, start: int = 0) -> Iterator[list[list[Sample]]]:
+        """`params.n` completions for each prompt, in the order of the prompts, as soon as they can be had.
 
         Args:
             prompts: texts or chats.
@@ -55,8 +62,8 @@ class RemoteModel:
         def make(number: int) -> tuple[str, dict[str, Any]]:
             return self._request(prompts[number], dataclasses.replace(params, seed=first + number * stride))
 
-        def read(number: int, answer: Any) -> list[str]:
-            return _texts(answer, params.n, chat=is_chat(prompts[number]))
+        def read(number: int, answer: Any) -> list[Sample]:
+            return _samples(answer, params.n, chat=is_chat(prompts[number]))
 
         yield from self._endpoints.map(range(start, len(prompts)), make, read)
 
@@ -99,12 +106,13 @@ def _find(endpoints: Endpoints, name: str | None) -> tuple[str, str]:
     return name or str(listed["id"]), str(listed.get("owned_by", ""))
 
 
-def _texts(answer: Any, n: int, *, chat: bool) -> list[str]:
-    """The texts of the n choices, in order."""
+def _samples(answer: Any, n: int, *, chat: bool) -> list[Sample]:
+    """The n choices, in order."""
     choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
     texts = [(choice["message"]["content"] or "") if chat else choice["text"] for choice in choices]
     if len(texts) != n or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{len(texts)} texts of {n}")
     for text in texts:
         text.encode()  # what cannot be written is no answer
-    return texts
+    cut = [choice.get("finish_reason") == "length" for choice in choices]
+    return [Sample(text, not short) for text, short in zip(texts, cut, strict=True)]

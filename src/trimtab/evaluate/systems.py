@@ -177,7 +177,7 @@ def answer_here(model: AlignedModel, prompts: Prompts, params: SamplingParams, j
     known = {
         "weights": model.fingerprints,
         "shaping": repr(shaping),
-        "draft": _who_drafts(model),  # part of what a seed means
+        "draft": model.drafter,  # part of what a seed means
         "sampling": repr(dataclasses.replace(params, seed=None)),
     }
     each = [dataclasses.replace(params, seed=first + i) for i in range(len(prompts))]
@@ -214,9 +214,9 @@ def answer_remotely(
         for run in _runs(missing):
             seeded = dataclasses.replace(params, seed=(params.seed or 0) + run[0])  # prompt i has the seed `params.seed + i`
             waiting = iter(run)
-            for texts in remote.complete([prompts.prompts[i] for i in run], seeded):
-                journal.add_all({keys[next(waiting)]: {"output": text} for (text,) in texts})
-                done += len(texts)
+            for samples in remote.complete([prompts.prompts[i] for i in run], seeded):
+                journal.add_all({keys[next(waiting)]: {"output": sample.text} for (sample,) in samples})
+                done += len(samples)
                 if done == len(prompts) or time.monotonic() >= say_again:
                     say_again = time.monotonic() + SAY_EVERY
                     logger.info("%s: answered %d of %d prompts", system.name, done, len(prompts))
@@ -260,14 +260,6 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([number])
     return runs
-
-
-def _who_drafts(model: AlignedModel) -> str:
-    """The drafter, as far as it decides which tokens a seed gives."""
-    models = model.models
-    if models.draft is not None:
-        return str(getattr(models.draft, "fingerprint", repr(models.draft)))
-    return "ngram" if models.lookup else "none" if models.drafter is None else "aligner"
 
 
 def _decode(

@@ -1,21 +1,26 @@
-"""A drafter for a residual: the small model that the aligner started from, distilled from the aligned model.
+"""A drafter for a residual: the small model that the aligner started from, or the drafter that it came with, distilled from
+the aligned model.
 
 A residual is no language model, so its own drafts are rarely accepted. A drafter learns what the aligned model says on the
 training answers: from the proposal's cached rows, the frozen aligner and its tuned weight, and with no pass of the proposal.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.core.objectives import acceptance, distillation
+from trimtab.errors import UnsupportedModel
+from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.loading import load_model
 from trimtab.train.batches import answer_rows, cached_rows
 from trimtab.train.options import TrainOptions
 from trimtab.train.trainer import AlignerTrainer
 
-__all__ = ["CHECKPOINTS", "DraftTrainer", "draft_options"]
+__all__ = ["CHECKPOINTS", "DraftTrainer", "check_draft_start", "draft_options"]
 
 CHECKPOINTS = "draft_checkpoints"
 """The folder in the output folder where a drafter's training keeps its checkpoints."""
@@ -35,6 +40,27 @@ def draft_options(options: TrainOptions, learning_rate: float) -> TrainOptions:
         "report_to": "none",
     }
     return dataclasses.replace(options, output_dir=f"{options.output_dir}/{CHECKPOINTS}", training={**options.training, **own})
+
+
+def check_draft_start(folder: Path, vocab_size: int, length: int) -> str:
+    """The fingerprint of the drafter that an aligner came with, from which a new one may start.
+
+    Args:
+        folder: where it is.
+        vocab_size: tokens that it must know.
+        length: tokens that it must take.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no drafter for this vocabulary and length.
+    """
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    known, taken = model.config.vocab_size, model.config.max_position_embeddings
+    if known < vocab_size or taken < length:
+        raise UnsupportedModel(
+            f"the drafter in {folder} knows {known} tokens and takes {taken}, but {vocab_size} and {length} are needed:"
+            " remove the folder to start another one from the aligner"
+        )
+    return fingerprint_model(model)
 
 
 class DraftTrainer(AlignerTrainer):

@@ -64,6 +64,8 @@ class _Data(NamedTuple):
     counts: tuple[int, int] | None
     why: str | None
     """Why the examples are not known."""
+    lacking: int | None = None
+    """How many records have no rejected answer, if that is known."""
 
 
 def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
+    options.warn()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as scratch, _alone():  # the trainer wants a folder; the run's own stays as it is
         arguments = training_arguments(options)
@@ -102,9 +105,12 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest)
     if Path(options.aligner).expanduser().is_dir():
-        options = options.after(describe(options.aligner).manifest)
-    known = (data.examples or []) + (data.development or [])
-    options = options.on(len(known), lacking=_lacking(options, known))
+        options = options.continuing(describe(options.aligner).manifest)
+    if data.lacking is None and options.contrast is None:  # whatever takes more, unless the columns say otherwise
+        columns = parse_columns(options.columns)
+        options = dataclasses.replace(options, contrast=options.default_contrast * (not columns or "rejected" in columns))
+    else:
+        options = options.with_contrast_for(sum(data.counts or (0,)), lacking=data.lacking or 0)
     options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
     examples = data.examples or [of_one]
@@ -136,6 +142,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
             "longest": max(map(_length, examples)),
         },
         "contrast": options.contrast,
+        "rejected": options.needs_rejected and ("known" if data.lacking is not None else "assumed"),
         "memory": {
             "weights": weights,
             "gradients": step.gradients,
@@ -205,17 +212,13 @@ def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: F
     if missing:
         return _Data(None, None, _counts(options, expected.examples), missing[0])
     records, kept = read_parts(options)
+    lacking = sum(record.rejected is None for record in records + kept)
     if tokenizer is None:
-        return _Data(None, None, (len(records), len(kept)), f"the tokenizer of {options.proposal} is not on this machine")
+        why = f"the tokenizer of {options.proposal} is not on this machine"
+        return _Data(None, None, (len(records), len(kept)), why, lacking)
     ends = find_eos_token_ids(proposal, tokenizer)
     examples, development = (encode_records(part, tokenizer, ends, longest) for part in (records, kept))
-    return _Data(examples, development, (len(examples), len(development)), None)
-
-
-def _lacking(options: TrainOptions, known: Sequence[Example]) -> int:
-    """How many examples have no rejected answer; of data that are not at hand, whether their columns say so."""
-    columns = parse_columns(options.columns)
-    return sum(not example.rejected for example in known) if known else bool(columns and "rejected" not in columns)
+    return _Data(examples, development, (len(examples), len(development)), None, lacking)
 
 
 def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | None:

@@ -45,7 +45,11 @@ def encode_records(records: Sequence[Record], tokenizer: Any, eos_token_ids: Seq
         try:
             prompt = encode_prompt(tokenizer, record.prompt, size, "prompt")
             answers = [
-                [] if answer is None else encode_completion(tokenizer, record.prompt, answer, eos_token_ids, name)
+                []
+                if answer is None
+                else encode_completion(
+                    tokenizer, record.prompt, answer, eos_token_ids, name, ended=name not in record.unfinished
+                )
                 for name, answer in (("chosen", record.chosen), ("rejected", record.rejected))
             ]
         except InvalidRequest as error:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
@@ -32,7 +33,7 @@ SFT_WEIGHT = 0.3
 """Of the regulariser of a tempered start."""
 
 CONTRAST = 1.0
-"""Of the contrast, where a tempered start has rejected answers."""
+"""Of the contrast, where a residual's records have rejected answers."""
 
 BETA = 0.1
 """Of `preference`."""
@@ -79,20 +80,20 @@ class TrainOptions:
     contrast: float | None = _option(
         None,
         "likelihood: weight of length-normalised DPO between chosen and rejected answers, for the aligned model against the"
-        " proposal [default: 1 with a tempered start and a rejected answer in every record, otherwise 0]",
+        " proposal [default: 1 for product where every record has a rejected answer, otherwise 0]",
     )
     proposal_temperature: float | None = _option(
         None, "temperature of the proposal's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]"
     )
-    proposal_top_p: float = _option(1.0, "for the manifest; training sees the whole distribution")
+    proposal_top_p: float | None = _option(None, "for the manifest; training sees the whole distribution [default: 1]")
     aligner_temperature: float | None = _option(
         None, "temperature of the aligner's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]"
     )
     start: str = _option(
         "auto",
-        "where to start: 'pretrained' takes the aligner as it is, at its manifest's temperatures if likelihood trained it"
-        " for the same rule; 'tempered' also fits the two temperatures at which it and the proposal explain the data best"
-        " together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its output layer, so that the aligned"
+        "where to start: 'pretrained' takes the aligner as it is, at its manifest's weight and temperatures if likelihood"
+        " trained it for the same rule; 'tempered' also fits the two temperatures at which it and the proposal explain the data"
+        " best together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its output layer, so that the aligned"
         " model starts at the proposal; 'auto' is 'tempered' for likelihood with product, otherwise 'pretrained'",
         choices=STARTS,
     )
@@ -148,10 +149,12 @@ class TrainOptions:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse contradictions, and warn where objective and rule do not fit."""
+        """Refuse contradictions."""
         for name in ("proposal", "aligner", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise InvalidOption(f"--{name} is required")
+        if Path(self.output_dir).resolve() == Path(self.aligner).resolve():
+            raise InvalidOption(f"output_dir is the aligner's own folder, {self.aligner}: choose another one")
         if self.objective not in OBJECTIVES:
             raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
         if self.start not in STARTS:
@@ -199,11 +202,6 @@ class TrainOptions:
             )
         if self.cache_tail_samples and (why := self._no_tail_samples):
             raise InvalidOption(f"cache_tail_samples must be 0 here: {why}")
-        if rule.name not in MATCHES[self.objective]:
-            logger.warning(
-                "objective '%s' does not train what rule '%s' decodes; it fits %s",
-                self.objective, rule, " or ".join(MATCHES[self.objective]),
-            )  # fmt: skip
 
     @property
     def limits(self) -> Limits:
@@ -278,30 +276,50 @@ class TrainOptions:
         default = BETA if self.objective == "preference" else CONTRAST_BETA
         return default if self.beta is None else self.beta
 
-    def on(self, examples: int, *, lacking: int) -> "TrainOptions":
-        """The same for so many examples, of which some may lack a rejected answer: whether there is a contrast."""
-        if self.contrast is not None:
-            return self
-        if not self.starts_tempered:
-            return dataclasses.replace(self, contrast=0.0)
-        if not lacking:
-            logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", CONTRAST)
-        elif lacking < examples:
-            logger.warning(
-                "%d of %d records have no rejected answer: those of the others are not learnt from", lacking, examples
-            )
-        return dataclasses.replace(self, contrast=0.0 if lacking else CONTRAST)
+    @property
+    def default_contrast(self) -> float:
+        """Of pairs, where none is given."""
+        return CONTRAST if self.trains_residual else 0.0
 
-    def after(self, manifest: Manifest | None) -> "TrainOptions":
-        """The same where an earlier round of the same training stopped: at its temperatures, if none are given."""
-        goes_on = manifest is not None and (manifest.objective, manifest.rule) == (self.objective, self.rule)
-        if manifest is None or not goes_on or self.start != "pretrained" or self.objective != "likelihood":
+    def with_contrast_for(self, examples: int, *, lacking: int) -> "TrainOptions":
+        """The same with the contrast settled, for so many examples of which some may lack a rejected answer."""
+        if self.contrast is not None or not self.default_contrast:
+            return dataclasses.replace(self, contrast=self.contrast or 0.0)
+        if not lacking:
+            logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", self.default_contrast)
+        elif lacking < examples:
+            logger.warning("%d of %d records have no rejected answer: none of the others is learnt from", lacking, examples)
+        return dataclasses.replace(self, contrast=0.0 if lacking else self.default_contrast)
+
+    def continuing(self, manifest: Manifest | None) -> "TrainOptions":
+        """The same where an earlier round of the same training stopped: with its settings, where none are given.
+
+        Raises:
+            InvalidOption: they cannot be had here.
+        """
+        if (
+            manifest is None
+            or self.start != "pretrained"
+            or (manifest.objective, self.objective) != ("likelihood", "likelihood")
+        ):
             return self
-        names = ("proposal_temperature", "aligner_temperature")
+        if parse_rule(manifest.rule) != self.parsed_rule:
+            return self
+        names = ("weight", "proposal_temperature", "proposal_top_p", "aligner_temperature")
         found = {name: getattr(manifest, name) for name in names if getattr(self, name) is None}
-        for name, value in found.items():
-            logger.info("going on at the aligner's own --%s %g", name, value)
-        return dataclasses.replace(self, **found)
+        logger.info("going on from %s, at %s", self.aligner, ", ".join(f"{name} {value}" for name, value in found.items()))
+        try:
+            return dataclasses.replace(self, **found)
+        except InvalidOption as error:
+            raise InvalidOption(f"{self.aligner} was trained at other settings: {error}") from None
+
+    def warn(self) -> None:
+        """Say it where objective and rule do not fit."""
+        if self.parsed_rule.name not in MATCHES[self.objective]:
+            logger.warning(
+                "objective '%s' does not train what rule '%s' decodes; it fits %s",
+                self.objective, self.rule, " or ".join(MATCHES[self.objective]),
+            )  # fmt: skip
 
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""

@@ -17,15 +17,16 @@ from typing import Any, TypeAlias
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
+from trimtab.endpoints.completions import Sample
 from trimtab.jsonlines import ResumableLines
 from trimtab.train.ranking import Ranking
-from trimtab.train.records import Record
+from trimtab.train.records import UNFINISHED, Record
 
 __all__ = ["Draw", "propose", "write_samples"]
 
 logger = logging.getLogger(__name__)
 
-Draw: TypeAlias = Callable[[int], Generator[list[list[str]], None, None]]
+Draw: TypeAlias = Callable[[int], Generator[list[list[Sample]], None, None]]
 """From the number of a record on: the samples of that record and those after it, in order, some records at a time."""
 
 
@@ -50,15 +51,15 @@ def propose(
     Raises:
         InvalidOption: `out` holds part of a run with other settings.
     """
-    who = {"weights": model.fingerprints, "shaping": repr(model.shaping(params))}
+    who = {"weights": model.fingerprints, "draft": model.drafter, "shaping": repr(model.shaping(params))}
 
-    def draw(start: int) -> Generator[list[list[str]], None, None]:
+    def draw(start: int) -> Generator[list[list[Sample]], None, None]:
         for first in range(start, len(records), batch_size):
             part = records[first : first + batch_size]
             each = [dataclasses.replace(params, seed=(params.seed or 0) + first + i) for i in range(len(part))]
-            samples = model.generate([record.prompt for record in part], each)
-            texts = [sample.text for sample in samples]
-            yield [texts[i : i + params.n] for i in range(0, len(texts), params.n)]
+            drawn = model.generate([record.prompt for record in part], each)
+            samples = [Sample(one.text, one.finish_reason != "length") for one in drawn]
+            yield [samples[i : i + params.n] for i in range(0, len(samples), params.n)]
 
     return write_samples(who, draw, records, out, params, ranking)
 
@@ -92,26 +93,37 @@ def write_samples(
         each = ranking.pairs
     lines = ResumableLines(out, header, each)
     with lines:
-        done = lines.done
+        done, alike = lines.done, 0
         with contextlib.closing(draw(done)) as drawn:
             for groups in drawn:
-                lines.write(_rows(records[done : done + len(groups)], groups, ranking))
+                rows = list(_rows(records[done : done + len(groups)], groups, ranking))
+                alike += sum(row.get("chosen") == row.get("rejected") for row in rows) if ranking else 0
+                lines.write(rows)
                 done += len(groups)
                 logger.info("proposed for %d of %d prompts", done, len(records))
+    if alike:
+        logger.warning(
+            "%d pairs are of two equal samples, from which there is nothing to learn: draw hotter, or fewer pairs", alike
+        )
     return len(records) * each
 
 
-def _rows(records: Sequence[Record], groups: Sequence[Sequence[str]], ranking: Ranking | None) -> Iterator[dict[str, Any]]:
+def _rows(records: Sequence[Record], groups: Sequence[Sequence[Sample]], ranking: Ranking | None) -> Iterator[dict[str, Any]]:
     if ranking is not None:
         for record, best, worst in ranking.pick(records, groups):
-            yield {"prompt": record.prompt, "chosen": _answer(record, best), "rejected": _answer(record, worst)}
+            yield _row(record, {"chosen": best, "rejected": worst})
         return
-    for record, texts in zip(records, groups, strict=True):
-        own = {} if record.chosen is None else {"chosen": record.chosen}
-        for text in texts:
-            yield {"prompt": record.prompt, **own, "rejected" if own else "completion": _answer(record, text)}
+    for record, samples in zip(records, groups, strict=True):
+        for sample in samples:
+            if record.chosen is None:
+                yield _row(record, {"completion": sample})
+            else:
+                yield _row(record, {"rejected": sample}, chosen=record.chosen)
 
 
-def _answer(record: Record, text: str) -> Any:
-    """A text for a text, a message for a chat."""
-    return text if isinstance(record.prompt, str) else [{"role": "assistant", "content": text}]
+def _row(record: Record, samples: dict[str, Sample], **known: Any) -> dict[str, Any]:
+    """A record with samples for answers: texts for a text, messages for a chat; what was cut is named."""
+    text = isinstance(record.prompt, str)
+    drawn = {name: one.text if text else [{"role": "assistant", "content": one.text}] for name, one in samples.items()}
+    cut = [name for name, one in samples.items() if one.text and not one.ended]
+    return {"prompt": record.prompt, **known, **drawn} | ({UNFINISHED: cut} if cut else {})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.completions import RemoteModel, check_sendable
+from trimtab.endpoints.completions import RemoteModel, Sample, check_sendable
 from trimtab.train.propose import write_samples
 from trimtab.train.ranking import Ranking
 from trimtab.train.records import Record
@@ -43,7 +43,7 @@ def propose_remotely(
     check_sendable(prompts, [record.source for record in records])
     remote = RemoteModel(endpoints, model)
 
-    def draw(start: int) -> Generator[list[list[str]], None, None]:
+    def draw(start: int) -> Generator[list[list[Sample]], None, None]:
         yield from remote.complete(prompts, params, start)
 
     return write_samples(remote.name, draw, records, out, params, ranking)

@@ -7,6 +7,7 @@ answers: an aligner's second round.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from trimtab.endpoints.completions import Sample
 from trimtab.train.records import Record
 
 __all__ = ["Ranking", "Scorer"]
@@ -28,12 +29,12 @@ class Ranking(NamedTuple):
     pairs: int = 1
     """Of a prompt: best and worst, second best and second worst, and so on; at most half of its samples."""
 
-    def pick(self, records: Sequence[Record], groups: Sequence[Sequence[str]]) -> Iterator[tuple[Record, str, str]]:
+    def pick(self, records: Sequence[Record], groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[Record, Sample, Sample]]:
         """Records with a wanted and an unwanted sample of each, from all of its samples."""
-        prompts = [record.prompt for record, texts in zip(records, groups, strict=True) for _ in texts]
-        scores, first = self.scorer.score(prompts, [text for texts in groups for text in texts]), 0
-        for record, texts in zip(records, groups, strict=True):
-            order = sorted(range(len(texts)), key=lambda i: -scores[first + i])
-            ranked, first = [texts[i] for i in order], first + len(texts)
+        prompts = [record.prompt for record, samples in zip(records, groups, strict=True) for _ in samples]
+        scores, first = self.scorer.score(prompts, [sample.text for samples in groups for sample in samples]), 0
+        for record, samples in zip(records, groups, strict=True):
+            order = sorted(range(len(samples)), key=lambda i: -scores[first + i])
+            ranked, first = [samples[i] for i in order], first + len(samples)
             for i in range(self.pairs):
                 yield record, ranked[i], ranked[-1 - i]

@@ -6,6 +6,7 @@
     messages                     a conversation whose last message is the wanted answer
     prompt                       a prompt alone, to sample from
 
+A list `unfinished` names answers that were cut, such as samples by `max_tokens`: they have no end of sequence to learn.
 A prompt is a text or a list of messages, and an answer is of the same kind. Further columns are ignored. Data that call their
 columns otherwise are mapped: `prompt=post`.
 """
@@ -23,11 +24,13 @@ from trimtab.decode.prompts import is_chat
 from trimtab.errors import DataError, InvalidOption
 from trimtab.train.implicit import implicit_prompt
 
-__all__ = ["DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
+__all__ = ["UNFINISHED", "DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
 
 _FILES = (".jsonl", ".jsonl.gz", ".parquet")
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
 """The columns that mean something."""
+UNFINISHED = "unfinished"
+"""The column that says which answers were cut."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Record:
         chosen: the wanted answer, a text or a list of messages; None if there is none.
         rejected: an unwanted answer, or one drawn from the proposal; None if there is none.
         source: where it came from, for messages to the user.
+        unfinished: which of `chosen` and `rejected` were cut, and so do not end.
     """
 
     prompt: Any
     chosen: Any
     rejected: Any
     source: str
+    unfinished: frozenset[str] = frozenset()
 
 
 class DataOptions(Protocol):
@@ -209,7 +214,14 @@ def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
         raise DataError(f"{source}: has neither 'completion' nor 'chosen'; it has: {', '.join(row)}")
     if rejected is None and need == "rejected":
         raise DataError(f"{source}: 'rejected' is missing, which this objective needs; it has: {', '.join(row)}")
-    return Record(prompt, chosen, rejected, source)
+    return Record(prompt, chosen, rejected, source, _unfinished(row))
+
+
+def _unfinished(row: Mapping[str, Any]) -> frozenset[str]:
+    """The answers that are said to be cut, by the names of a record's fields."""
+    named = row.get(UNFINISHED)
+    names = {"completion": "chosen", "chosen": "chosen", "rejected": "rejected"}
+    return frozenset(names[name] for name in named if name in names) if isinstance(named, list) else frozenset()
 
 
 def _implicit(row: Mapping[str, Any], source: str) -> dict[str, Any]:

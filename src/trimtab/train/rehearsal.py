@@ -150,10 +150,12 @@ class Rehearsal:
     def evaluation(self, examples: Sequence[Example]) -> int:
         """The most bytes there are beyond weights, gradients and optimizer while a development batch is looked at."""
         lengths = collate([Item(example) for example in examples])
+        pairs = all(example.rejected for example in examples)
         with self._making(), torch.no_grad(), Ledger() as ledger:
             batch = self._batch(lengths, rows=True)
             logq = self.trainer._rows(self.model.eval(), batch, "chosen")
-            self.trainer._measure(batch, cached_rows(batch, self._vocab_size), logq)
+            other = self.trainer._rows(self.model, batch, "rejected") if pairs else None
+            self.trainer.look(batch, cached_rows(batch, self._vocab_size), logq, other)
         return int(ledger.peak)
 
     def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabul
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
-from trimtab.train.draft import DraftTrainer, draft_options
+from trimtab.train.draft import DraftTrainer, check_draft_start, draft_options
 from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
@@ -90,6 +90,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
+    options.warn()
     output = Path(options.output_dir)
     arguments = training_arguments(options)
     ranks = Ranks(arguments.process_index, arguments.world_size)
@@ -109,7 +110,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     started = time.monotonic()
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
-    options = options.after(found.manifest)
+    options = options.continuing(found.manifest)
     model = load_model(options.aligner, dtype=torch.float32, device="cpu")
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
@@ -117,8 +118,10 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
+    if found.draft is not None:
+        run["draft_weights"] = check_draft_start(found.draft, vocabulary_size(tokenizer), min(options.max_length, context))
     ranks.first_does(lambda: open_run(output, run, options.overwrite_output_dir))
-    options = options.on(len(everything), lacking=sum(not example.rejected for example in everything))
+    options = options.with_contrast_for(len(everything), lacking=sum(not example.rejected for example in everything))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
     fitted = ranks.first_does(fit)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
@@ -163,6 +166,9 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts,
+        "contrast": options.contrast,
+        "sft_weight": options.regulariser if options.objective == "likelihood" else 0.0,
+        "learning_rate": arguments.learning_rate,
         "metrics": trainer.evaluate(),
         "weight": options.starting_weight,
         "weights_tried": [],
@@ -361,7 +367,7 @@ def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
         rule=options.rule,
         weight=weight,
         proposal_temperature=options.temperatures.proposal,
-        proposal_top_p=options.proposal_top_p,
+        proposal_top_p=1.0 if options.proposal_top_p is None else options.proposal_top_p,
         aligner_temperature=options.temperatures.aligner,
         objective=options.objective,
     )

@@ -86,12 +86,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         sums = torch.zeros(9, dtype=torch.float64)
         losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
         for batch, logp, logq, other in self.development_rows(eval_dataset):
-            sums += self._measure(batch, logp, logq)
-            losses[0] += float(self._losses(batch, logq, other).sum())
-            losses[1] += len(batch["chosen_ids"])
-            if other is not None:
-                nll = sft(other, batch["rejected_tokens"])
-                losses[2:] += torch.tensor([float(nll.sum()), len(nll)], dtype=torch.float64)
+            found = self.look(batch, logp, logq, other)
+            sums, losses = sums + found[0].cpu(), losses + found[1].cpu()
         sums, losses = self._ranks.total(sums), self._ranks.total(losses)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
         metrics[f"{metric_key_prefix}_loss"] = float(losses[0] / losses[1])
@@ -101,8 +97,16 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def look(self, batch: dict[str, Tensor], logp: Tensor, logq: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `evaluate` adds up of one development batch, from its `development_rows`: diagnostics `[9]` and losses `[4]`."""
+        rejected = logq.new_zeros(0) if other is None else sft(other, batch["rejected_tokens"])
+        loss = self._losses(batch, logq, other).sum()
+        losses = [loss, loss.new_tensor(len(batch["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
+        return self._measure(batch, logp, logq), torch.stack(losses).double()
+
     def _measure(self, batch: dict[str, Tensor], logp: Tensor, logq: Tensor) -> Tensor:
-        top_p = self._options.proposal_top_p if self._options.proposal_top_p < 1 else 0.95
+        said = self._options.proposal_top_p
+        top_p = said if said is not None and said < 1 else 0.95
         cached = cached_batch(batch)
         even = cached.evenly().rebuild(self._vocab_size) if cached.samples.shape[-1] else logp
         return measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p, even)
