@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aligners import MAIN
+from aligners import MAIN, SECOND
 from cell import REGIMES
 
 from trimtab.evaluate.intervals import ratio_interval
 from trimtab.files import read_json
+
+ANCHORS = {"default": MAIN, "second round": SECOND}
+"""What every system is compared with, pair by pair."""
 
 Pairs = Iterable[tuple[str, float, float]]
 """For each prompt: its name, a sum, and what to divide by."""
@@ -48,19 +51,24 @@ def shown(value: tuple[float, tuple[float, float]], form: str = ".3f") -> str:
 
 def print_nll(cells: Sequence[dict[str, Any]]) -> None:
     """Likelihood of held-out wanted answers."""
-    main_name = f"{MAIN}, strength 1"
     rows = []
     for name in _names(cell["systems"] for cell in cells):
-        own: list[tuple[str, float, float]] = []
-        apart: list[tuple[str, float, float]] = []
         having = [cell for cell in cells if name in cell["systems"]]
+        own: list[tuple[str, float, float]] = []
         for cell in having:
-            mine, theirs = cell["systems"][main_name]["nll"], cell["systems"][name]["nll"]
-            own += zip(cell["prompts"], theirs, cell["tokens"], strict=True)
-            apart += [(p, b - a, n) for p, a, b, n in zip(cell["prompts"], mine, theirs, cell["tokens"], strict=True)]
-        settings = "; ".join(_settings(cell["systems"][name]) for cell in having)
-        rows.append((ratio(own), f"| {name} | {shown(ratio(own))} | {shown(ratio(apart), '+.3f')} | {settings} |"))
-    print(f"| system | NLL, nats a token | minus `{main_name}` | weights and proposal's T, by seed |\n|---|---|---|---|")
+            own += zip(cell["prompts"], cell["systems"][name]["nll"], cell["tokens"], strict=True)
+        columns = [shown(ratio(own))]
+        for anchor in ANCHORS.values():
+            apart: list[tuple[str, float, float]] = []
+            for cell in having:
+                if (best := cell["systems"].get(f"{anchor}, strength 1")) is not None:
+                    both = zip(cell["prompts"], best["nll"], cell["systems"][name]["nll"], cell["tokens"], strict=True)
+                    apart += [(p, b - a, n) for p, a, b, n in both]
+            columns.append(shown(ratio(apart), "+.3f") if apart else "–")
+        columns.append("; ".join(_settings(cell["systems"][name]) for cell in having))
+        rows.append((ratio(own), f"| {name} | {' | '.join(columns)} |"))
+    minus = " | ".join(f"minus {name}" for name in ANCHORS)
+    print(f"| system | NLL, nats a token | {minus} | weights and proposal's T, by seed |\n|---|---|---|---|---|")
     print("\n".join(line for _, line in sorted(rows)), end="\n\n")
 
 
@@ -79,12 +87,13 @@ def print_wins(cells: Sequence[dict[str, Any]]) -> None:
     """Win rates against the proposal."""
     judged = ratio((p, a, 1.0) for cell in cells for p, a in zip(cell["judged_prompts"], cell["judge"], strict=True))
     print(f"The judge agrees with {shown(judged, '.2f')} of held-out pairs of real answers.\n")
-    head = "| KL, nats a token | win rate | `{}` minus it | distinct pairs | repeats | ended | strength |"
+    minus = " | ".join(f"{name} minus it" for name in ANCHORS)
+    head = f"| system | KL, nats a token | win rate | {minus} | distinct pairs | repeats | ended | strength |\n|{'---|' * 9}"
     for label in dict.fromkeys(label for cell in cells for label, held in cell["matched"].items() if held):
         targets = ", ".join(f"{cell['targets'][label]:.3f}" for cell in cells if cell["matched"][label])
-        print(f"At KL {targets} (by seed):\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
+        print(f"At KL {targets} (by seed):\n\n{head}")
         _print_matched(cells, lambda cell, label=label: cell["matched"][label])
-    print(f"As they are:\n\n| system {head.format(MAIN)}\n|---|---|---|---|---|---|---|---|")
+    print(f"As they are:\n\n{head}")
     _print_matched(cells, lambda cell: cell["fixed"])
 
 
@@ -93,18 +102,19 @@ def _print_matched(cells: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]
     for name in _names(map(of, cells)):
         won: list[tuple[str, float, float]] = []
         moved: list[tuple[str, float, float]] = []
-        apart: list[tuple[str, float, float]] = []
+        apart: dict[str, list[tuple[str, float, float]]] = {anchor: [] for anchor in ANCHORS.values()}
         having = [cell for cell in cells if name in of(cell)]
         for cell in having:
             held = of(cell)[name]
             won += [(p, w, 1.0) for p, w in zip(cell["prompts"], held["wins"], strict=True)]
             moved += zip(cell["prompts"], held["kl"], held["tokens"], strict=True)
-            if MAIN in of(cell):
-                best = of(cell)[MAIN]["wins"]
-                apart += [(p, m - w, 1.0) for p, m, w in zip(cell["prompts"], best, held["wins"], strict=True)]
+            for anchor, pairs in apart.items():
+                if (best := of(cell).get(anchor)) is not None:
+                    pairs += [(p, m - w, 1.0) for p, m, w in zip(cell["prompts"], best["wins"], held["wins"], strict=True)]
         means = [sum(of(cell)[name][key] for cell in having) / len(having) for key in ("distinct_pairs", "repeats", "ended")]
         strengths = " ".join(f"{of(cell)[name]['strength']:.3g}" for cell in having if "strength" in of(cell)[name]) or "–"
-        line = [shown(ratio(moved)), shown(ratio(won)), shown(ratio(apart), "+.3f") if apart else "–"]
+        line = [shown(ratio(moved)), shown(ratio(won))]
+        line += [shown(ratio(pairs), "+.3f") if pairs else "–" for pairs in apart.values()]
         rows.append((-ratio(won)[0], f"| {name} | {' | '.join(line + [f'{mean:.2f}' for mean in means])} | {strengths} |"))
     print("\n".join(line for _, line in sorted(rows)), end="\n\n")
 
