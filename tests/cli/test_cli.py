@@ -77,6 +77,24 @@ def test_generate_and_propose_write_their_files(task, capsys, tmp_path):
     assert row.keys() - {"unfinished"} == {"prompt", "chosen", "rejected"}
 
 
+def test_records_that_do_not_fit_are_an_error_or_left_out(task, capsys, tmp_path):
+    rows = [{"prompt": "a" * n, "completion": "xyz"} for n in (5, 60, 61, 63, 64)]  # the context holds 64, the end counts
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = "score", *pair(task), "--dataset", tmp_path / "long.jsonl", "--json"
+    status, _, errors = called(capsys, *words)
+    assert (status, len(errors)) == (1, 1)
+    assert "long.jsonl:3: prompts[0] and completions[0] have 61 + 4 tokens, but the context holds 64" in errors[0]
+    report = json.loads(called(capsys, *words, "--leave_out_long")[1])
+    assert (report["sequences"], report["left_out"]) == (2, 3)
+    words = "propose", "--proposal", task / "proposal", "--dataset", tmp_path / "long.jsonl", "--max_tokens", 3
+    assert called(capsys, *words, "--out", tmp_path / "p.jsonl")[0] == 1
+    assert called(capsys, *words, "--out", tmp_path / "p.jsonl", "--leave_out_long")[0] == 0
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+    (tmp_path / "none.jsonl").write_text(json.dumps(rows[4]) + "\n", encoding="utf-8")
+    status, _, errors = called(capsys, "score", *pair(task), "--dataset", tmp_path / "none.jsonl", "--leave_out_long")
+    assert (status, "no record is left: none fits into a context of 64 tokens" in errors[0]) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

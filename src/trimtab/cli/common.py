@@ -1,5 +1,6 @@
 """Flags that several commands share, and what they become."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from trimtab.errors import DataError, InvalidOption, InvalidRequest
 
 __all__ = [
     "DataOptions",
+    "LengthOptions",
     "ModelOptions",
     "SamplingOptions",
     "check_prompts",
@@ -18,7 +20,10 @@ __all__ = [
     "load_reward_model",
     "make_sampling_params",
     "refuse_overwriting",
+    "that_fit",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,15 @@ class DataOptions:
         (),
         "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
         metavar="FIELD=COLUMN",
+    )
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """What becomes of records that are too long."""
+
+    leave_out_long: bool = option(
+        False, "leave out records that do not fit into the context, and say how many [default: they are an error]"
     )
 
 
@@ -127,6 +141,24 @@ def load_reward_model(
         except InvalidRequest as error:
             raise DataError(f"{place}: {flag} {source} cannot take it: {error}") from error
     return model
+
+
+def that_fit(options: LengthOptions, model: Any, records: Sequence[Any], answers: Sequence[Any]) -> list[Any]:
+    """The records whose prompts fit into the context with their answers, if only those are wanted; otherwise all."""
+    if not options.leave_out_long:
+        return list(records)
+    kept = []
+    for record, answer in zip(records, answers, strict=True):
+        try:
+            if model.fits(record.prompt, answer):
+                kept.append(record)
+        except InvalidRequest as error:
+            raise DataError(f"{record.source}: {error}") from error
+    if not kept:
+        raise DataError(f"no record is left: none fits into a context of {model.max_length} tokens")
+    if len(kept) < len(records):
+        logger.warning("%d of %d records do not fit into the context, and are left out", len(records) - len(kept), len(records))
+    return kept
 
 
 def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from trimtab.cli.common import (
     DataOptions,
+    LengthOptions,
     ModelOptions,
     SamplingOptions,
     check_prompts,
@@ -12,6 +13,7 @@ from trimtab.cli.common import (
     load_reward_model,
     make_sampling_params,
     refuse_overwriting,
+    that_fit,
 )
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, model_weights
 from trimtab.cli.options import UsageError, option
@@ -21,7 +23,7 @@ __all__ = ["Options", "render", "run"]
 
 
 @dataclass(frozen=True)
-class Options(DryRunOptions, DataOptions, SamplingOptions):
+class Options(DryRunOptions, DataOptions, LengthOptions, SamplingOptions):
     """Flags of `trimtab propose`."""
 
     proposal: str = option(
@@ -67,7 +69,11 @@ def run(options: Options) -> dict[str, Any]:
     limits = make_limits(
         "endpoint",
         options.endpoint,
-        {"aligner": options.aligner or None, "max_num_seqs": options.max_num_seqs}
+        {
+            "aligner": options.aligner or None,
+            "max_num_seqs": options.max_num_seqs,
+            "leave_out_long": options.leave_out_long or None,
+        }
         | ({} if options.reward_model else {"dtype": options.dtype, "device": options.device}),  # it runs here all the same
         {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")},
     )
@@ -121,6 +127,7 @@ def _here(options: Options, records: Any, params: Any, ranking: Any) -> int:
         options.proposal, options.aligner, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most
     )
     model = load_aligned_model(asked)
+    records = that_fit(options, model, records, [None] * len(records))
     check_prompts(model, records, params)
     return propose(model, records, options.out, params, max(1, most // params.n), ranking)
 

@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import DataOptions, ModelOptions, load_aligned_model
+from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, load_aligned_model, that_fit
 from trimtab.cli.options import option
 
 __all__ = ["Options", "render", "run"]
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options(DataOptions, ModelOptions):
+class Options(DataOptions, LengthOptions, ModelOptions):
     """Flags of `trimtab score`."""
 
     dataset: str = option("", "data in a TRL layout; 'completion' or 'chosen' is scored", required=True, metavar="D")
@@ -27,7 +27,10 @@ def run(options: Options) -> dict[str, Any]:
 
     records = read_records(options.dataset, how=options)
     model = load_aligned_model(dataclasses.replace(options, draft=options.draft or "none"))  # nothing is drafted here
-    return held_out(model, [r.prompt for r in records], [r.chosen for r in records], [r.source for r in records])
+    read = len(records)
+    records = that_fit(options, model, records, [record.chosen for record in records])
+    report = held_out(model, [r.prompt for r in records], [r.chosen for r in records], [r.source for r in records])
+    return report | {"left_out": read - len(records)}
 
 
 def render(report: dict[str, Any]) -> str:

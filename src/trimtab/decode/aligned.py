@@ -254,6 +254,17 @@ class AlignedModel:
         """Raise the `InvalidRequest` that `generate` would raise for this prompt, if any."""
         self.prepare(prompt, params)
 
+    def fits(self, prompt: Prompt, completion: Any) -> bool:
+        """Whether a prompt with its completion is short enough for the context; None stands for one more token.
+
+        Raises:
+            InvalidRequest: it could not be scored at any length.
+        """
+        size = len(self._prompt_ids(0, prompt)) + (
+            1 if completion is None else len(self._completion_ids(0, prompt, completion))
+        )
+        return self.max_length is None or size <= self.max_length
+
     def check_pair(self, prompt: Prompt, completion: Any) -> None:
         """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
         self._pair(0, prompt, completion)
@@ -335,18 +346,23 @@ class AlignedModel:
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""
-        prompt = encode_prompt(self.tokenizer, item, self.proposal.vocab_size, f"prompts[{i}]")
-        name = f"completions[{i}]"
-        if isinstance(answer, (list, tuple)) and all(isinstance(token, int) for token in answer):
-            completion, num_bytes = encode_prompt(self.tokenizer, list(answer), self.proposal.vocab_size, name), None
-        else:
-            completion = encode_completion(self.tokenizer, item, answer, self.eos_token_ids, name)
+        prompt, completion, num_bytes = self._prompt_ids(i, item), self._completion_ids(i, item, answer), None
+        if not _are_ids(answer):
             text = self.tokenizer.decode(completion, skip_special_tokens=True) if not isinstance(answer, str) else answer
             num_bytes = len(text.encode(errors="replace"))
         if self.max_length is not None and len(prompt) + len(completion) > self.max_length:
             total = f"{len(prompt)} + {len(completion)} tokens"
-            raise InvalidRequest(f"prompts[{i}] and {name} have {total}, but the context holds {self.max_length}")
+            raise InvalidRequest(f"prompts[{i}] and completions[{i}] have {total}, but the context holds {self.max_length}")
         return prompt, completion, num_bytes
+
+    def _prompt_ids(self, i: int, item: Prompt) -> list[int]:
+        return encode_prompt(self.tokenizer, item, self.proposal.vocab_size, f"prompts[{i}]")
+
+    def _completion_ids(self, i: int, item: Prompt, answer: Any) -> list[int]:
+        name = f"completions[{i}]"
+        if _are_ids(answer):
+            return encode_prompt(self.tokenizer, list(answer), self.proposal.vocab_size, name)
+        return encode_completion(self.tokenizer, item, answer, self.eos_token_ids, name)
 
 
 SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
@@ -354,6 +370,10 @@ SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "al
 
 MAX_DRAFT = 16
 """The longest draft."""
+
+
+def _are_ids(answer: Any) -> bool:
+    return isinstance(answer, (list, tuple)) and all(isinstance(token, int) for token in answer)
 
 
 def _make_pace(length: int | None) -> Pace:

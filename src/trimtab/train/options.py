@@ -93,8 +93,8 @@ class TrainOptions:
         "auto",
         "where to start: 'pretrained' takes the aligner as it is, at its manifest's weight and temperatures if likelihood"
         " trained it for the same rule; 'tempered' also fits the two temperatures at which it and the proposal explain the data"
-        " best together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its output layer, so that the aligned"
-        " model starts at the proposal; 'auto' is 'tempered' for likelihood with product, otherwise 'pretrained'",
+        " best together, and multiplies the learning rate with the aligner's; 'uniform' zeroes its output layer, so that the"
+        " aligned model starts at the proposal; 'auto' is 'tempered' for likelihood with product, otherwise 'pretrained'",
         choices=STARTS,
     )
     sft_weight: float | None = _option(
