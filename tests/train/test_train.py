@@ -69,7 +69,6 @@ def test_contrast_is_dpo_of_what_is_decoded_against_the_proposal(task, rule):
         report = train(task_options(task, name, contrast=gamma, beta=0.3, **data))
         temperature = json.loads((task / name / "trimtab.json").read_text())["proposal_temperature"]
         weight = 0.5 if rule == "geometric" else 1.0
-        assert report["weight"] == weight or gamma == 0
         model = AlignedModel.from_pretrained(task / "proposal", task / name, weight=weight)
         bare = AlignedModel.from_pretrained(task / "proposal", proposal_temperature=temperature)
         gain, nll = {}, {}

@@ -174,9 +174,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        best, report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
-        if not options.contrast:  # of which the likelihood that is tuned here knows nothing
-            report["weight"] = best
+        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(_finite(report))
