@@ -53,6 +53,18 @@ def judge():
         yield server
 
 
+def test_prompts_that_do_not_fit_are_an_error_or_left_out(task, capsys, tmp_path):
+    words = "eval", *models(task), "--dataset", task / "long.jsonl", "--judge", task / "reward", "--out", tmp_path / "out"
+    status, _, errors = called(capsys, *words)
+    assert (status, "long.jsonl:2: prompts[0] has 70 tokens" in errors[0]) == (1, True)
+    assert called(capsys, *words, "--leave_out_long")[0] == 0
+    assert read(tmp_path / "out" / "results.json")["dataset"]["prompts"] == 1
+    words = ("eval", "--system", task / "good.json", "--baseline", task / "bad.json", "--judge", task / "reward")
+    words += ("--dataset", task / "prompts.jsonl", "--out", tmp_path / "o", "--leave_out_long")
+    status, _, errors = called(capsys, *words)
+    assert (status, "--leave_out_long goes by the context of a model" in errors[0]) == (2, True)
+
+
 def models(task, *more):
     return "--proposal", task / "proposal", "--aligner", task / "start", "--max_tokens", 6, *more
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import env
-from trimtab.cli.common import load_aligned_model, load_reward_model, make_sampling_params
+from trimtab.cli.common import load_aligned_model, load_reward_model, make_sampling_params, that_fit
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.options import UsageError
 from trimtab.decode.aligned import AlignedModel
@@ -28,7 +28,7 @@ from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_eval
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
-from trimtab.train.records import read_records
+from trimtab.train.records import Record, read_records
 
 if TYPE_CHECKING:
     from trimtab.cli.eval import Options
@@ -58,7 +58,11 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
     for one in systems:
         if one.kind == "endpoint":
             _reach(one.where, one.model, limits)
-    model = _model(options, systems, params, [prompts, development or prompts])
+    model = _model(options, systems, params)
+    if model is not None:
+        prompts = _that_fit(options, model, prompts)
+        development = development and _that_fit(options, model, development)
+        _check_prompts(model, systems, params, [prompts, development or prompts])
     judges = [_reward_judge(judge, options, prompts) if isinstance(judge, str) else judge for judge in judges]
     out, frontier = Path(options.out), None
     if development is not None:
@@ -101,23 +105,34 @@ def make_settings(options: "Options", params: SamplingParams) -> list[Setting]:
     return settings
 
 
-def _model(
-    options: "Options", systems: Sequence[System], params: SamplingParams, asked: Sequence[Prompts]
-) -> AlignedModel | None:
-    """The models in this process, which can take every prompt; None if no system needs them."""
+def _model(options: "Options", systems: Sequence[System], params: SamplingParams) -> AlignedModel | None:
+    """The models in this process; None if no system needs them."""
     if not any(one.here for one in systems):
+        if options.leave_out_long:
+            raise UsageError("--leave_out_long goes by the context of a model that runs here, and none does")
         return None
     model: AlignedModel = load_aligned_model(options)
     try:
         model.shaping(params)
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
+    return model
+
+
+def _that_fit(options: "Options", model: AlignedModel, prompts: Prompts) -> Prompts:
+    """Those that fit into the context, if only they are wanted."""
+    records = [Record(prompt, None, None, source) for prompt, source in zip(prompts.prompts, prompts.sources, strict=True)]
+    kept = {id(record) for record in that_fit(options, model, records, [None] * len(records))}
+    return prompts.pick([i for i, record in enumerate(records) if id(record) in kept])
+
+
+def _check_prompts(model: AlignedModel, systems: Sequence[System], params: SamplingParams, asked: Sequence[Prompts]) -> None:
+    """Refuse what a system in this process cannot take."""
     for one in systems:
         if one.here:
             answering = model if one.kind == "aligned" else bare_proposal(model)
             for prompts in asked:
                 check_answerable(answering, prompts, params)
-    return model
 
 
 def read_prompts(options: "Options", baseline: System) -> tuple[Prompts, Prompts | None]:
