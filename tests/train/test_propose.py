@@ -52,8 +52,8 @@ def test_an_answer_becomes_chosen_and_the_sample_rejected(model, tmp_path):
     assert second.keys() - {"unfinished"} == {"prompt", "chosen", "rejected"}
 
 
-def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
-    propose(model, TEXTS, tmp_path / "whole", PARAMS, batch_size=2)
+def interrupt_the_second_batch(model, monkeypatch):
+    """Once; what is returned counts the batches."""
     generate, calls = model.generate, iter(range(9))
 
     def failing(*args):
@@ -62,6 +62,12 @@ def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
         return generate(*args)
 
     monkeypatch.setattr(model, "generate", failing)
+    return calls
+
+
+def test_an_interrupted_run_gives_the_same_file(model, tmp_path, monkeypatch):
+    propose(model, TEXTS, tmp_path / "whole", PARAMS, batch_size=2)
+    calls = interrupt_the_second_batch(model, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         propose(model, TEXTS, tmp_path / "halves", PARAMS, batch_size=2)
     assert not (tmp_path / "halves").exists()
@@ -126,14 +132,7 @@ def test_ranked_chats_are_messages_and_an_interrupted_run_of_other_pairs_is_refu
     (pair,) = rows(tmp_path / "chat")
     assert [pair[which][0]["role"] for which in ("chosen", "rejected")] == ["assistant", "assistant"]
     propose(model, TEXTS, tmp_path / "whole", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
-    generate, calls = model.generate, iter(range(9))
-
-    def failing(*args):
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return generate(*args)
-
-    monkeypatch.setattr(model, "generate", failing)
+    interrupt_the_second_batch(model, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
     for other in (None, Ranking(scorer, "vowels", 1), Ranking(scorer, "consonants", 2)):

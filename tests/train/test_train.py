@@ -120,6 +120,7 @@ def test_what_a_later_round_cannot_use_is_refused_before_it_trains(task, tmp_pat
     options = task_options(task, "refused", aligner=str(tmp_path / "first"), train_draft=True)
     with pytest.raises(UnsupportedModel, match="knows 28 tokens and takes 8, but 28 and 64 are needed: remove the folder"):
         train(options)
+    train(dataclasses.replace(options, output_dir=str(task / "undrafted"), train_draft=False))  # which needs no drafter
     (tmp_path / "first" / "draft" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
         train(options)

@@ -19,8 +19,8 @@ __all__ = [
     "load_aligned_model",
     "load_reward_model",
     "make_sampling_params",
+    "places_that_fit",
     "refuse_overwriting",
-    "that_fit",
 ]
 
 logger = logging.getLogger(__name__)
@@ -143,21 +143,23 @@ def load_reward_model(
     return model
 
 
-def that_fit(options: LengthOptions, model: Any, records: Sequence[Any], answers: Sequence[Any]) -> list[Any]:
-    """The records whose prompts fit into the context with their answers, if only those are wanted; otherwise all."""
+def places_that_fit(
+    options: LengthOptions, model: Any, prompts: Sequence[Any], answers: Sequence[Any], sources: Sequence[str]
+) -> list[int]:
+    """The places of the prompts that fit into the context with their answers, if only those are wanted; otherwise all."""
     if not options.leave_out_long:
-        return list(records)
+        return list(range(len(prompts)))
     kept = []
-    for record, answer in zip(records, answers, strict=True):
+    for place, (prompt, answer, source) in enumerate(zip(prompts, answers, sources, strict=True)):
         try:
-            if model.fits(record.prompt, answer):
-                kept.append(record)
+            if model.fits(prompt, answer):
+                kept.append(place)
         except InvalidRequest as error:
-            raise DataError(f"{record.source}: {error}") from error
+            raise DataError(f"{source}: {error}") from error
     if not kept:
         raise DataError(f"no record is left: none fits into a context of {model.max_length} tokens")
-    if len(kept) < len(records):
-        logger.warning("%d of %d records do not fit into the context, and are left out", len(records) - len(kept), len(records))
+    if len(kept) < len(prompts):
+        logger.warning("%d of %d records do not fit into the context, and are left out", len(prompts) - len(kept), len(prompts))
     return kept
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import env
-from trimtab.cli.common import load_aligned_model, load_reward_model, make_sampling_params, that_fit
+from trimtab.cli.common import load_aligned_model, load_reward_model, make_sampling_params, places_that_fit
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.options import UsageError
 from trimtab.decode.aligned import AlignedModel
@@ -28,7 +28,7 @@ from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_eval
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
-from trimtab.train.records import Record, read_records
+from trimtab.train.records import read_records
 
 if TYPE_CHECKING:
     from trimtab.cli.eval import Options
@@ -121,9 +121,7 @@ def _model(options: "Options", systems: Sequence[System], params: SamplingParams
 
 def _that_fit(options: "Options", model: AlignedModel, prompts: Prompts) -> Prompts:
     """Those that fit into the context, if only they are wanted."""
-    records = [Record(prompt, None, None, source) for prompt, source in zip(prompts.prompts, prompts.sources, strict=True)]
-    kept = {id(record) for record in that_fit(options, model, records, [None] * len(records))}
-    return prompts.pick([i for i, record in enumerate(records) if id(record) in kept])
+    return prompts.pick(places_that_fit(options, model, prompts.prompts, [None] * len(prompts), prompts.sources))
 
 
 def _check_prompts(model: AlignedModel, systems: Sequence[System], params: SamplingParams, asked: Sequence[Prompts]) -> None:

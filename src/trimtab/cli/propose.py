@@ -12,8 +12,8 @@ from trimtab.cli.common import (
     load_aligned_model,
     load_reward_model,
     make_sampling_params,
+    places_that_fit,
     refuse_overwriting,
-    that_fit,
 )
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, model_weights
 from trimtab.cli.options import UsageError, option
@@ -127,7 +127,8 @@ def _here(options: Options, records: Any, params: Any, ranking: Any) -> int:
         options.proposal, options.aligner, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most
     )
     model = load_aligned_model(asked)
-    records = that_fit(options, model, records, [None] * len(records))
+    prompts, sources = [record.prompt for record in records], [record.source for record in records]
+    records = [records[i] for i in places_that_fit(options, model, prompts, [None] * len(records), sources)]
     check_prompts(model, records, params)
     return propose(model, records, options.out, params, max(1, most // params.n), ranking)
 

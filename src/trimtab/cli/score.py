@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, load_aligned_model, that_fit
+from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, load_aligned_model, places_that_fit
 from trimtab.cli.options import option
 
 __all__ = ["Options", "render", "run"]
@@ -27,10 +27,11 @@ def run(options: Options) -> dict[str, Any]:
 
     records = read_records(options.dataset, how=options)
     model = load_aligned_model(dataclasses.replace(options, draft=options.draft or "none"))  # nothing is drafted here
-    read = len(records)
-    records = that_fit(options, model, records, [record.chosen for record in records])
-    report = held_out(model, [r.prompt for r in records], [r.chosen for r in records], [r.source for r in records])
-    return report | {"left_out": read - len(records)}
+    columns = [[r.prompt for r in records], [r.chosen for r in records], [r.source for r in records]]
+    kept = places_that_fit(options, model, *columns)
+    prompts, answers, sources = ([column[i] for i in kept] for column in columns)
+    report = held_out(model, prompts, answers, sources)
+    return report | {"left_out": len(records) - len(kept)}
 
 
 def render(report: dict[str, Any]) -> str:

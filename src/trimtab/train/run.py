@@ -84,7 +84,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     """Train an aligner and save it in `options.output_dir`.
 
     Returns:
-        What `training.json` holds: `tokens`, `cache`, `weight`, `weights_tried`, `metrics` at the end, `history`, `seconds`;
+        What `training.json` holds: `tokens`, `cache`, `contrast`, `sft_weight`, `learning_rate`, `weight`, `weights_tried`,
+        `metrics` at the end, `history`, `seconds`;
         of a drafter, `draft` with its own `metrics`, `history` and `seconds`.
 
     Raises:
@@ -119,7 +120,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
     if found.draft is not None:
-        run["draft_weights"] = check_draft_start(found.draft, vocabulary_size(tokenizer), min(options.max_length, context))
+        needs = (vocabulary_size(tokenizer), min(options.max_length, context)) if options.trains_draft else (0, 0)
+        run["draft_weights"] = check_draft_start(found.draft, *needs)
     ranks.first_does(lambda: open_run(output, run, options.overwrite_output_dir))
     options = options.with_contrast_for(len(everything), lacking=sum(not example.rejected for example in everything))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
