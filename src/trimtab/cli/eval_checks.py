@@ -40,6 +40,8 @@ def check_flags(options: "Options", baseline: System, system: System) -> None:
     given = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
     if options.n != 1:
         raise UsageError("--n must be 1: one answer to a prompt is judged")
+    if options.leave_out_long and not (baseline.here or system.here):
+        raise UsageError("--leave_out_long goes by the context of a model that runs here, and none does")
     if options.max_prompts is not None and options.max_prompts < 1:
         raise UsageError(f"--max_prompts must be at least 1, not {options.max_prompts}")
     if options.length_control not in LENGTH_CONTROLS:

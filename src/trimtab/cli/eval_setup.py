@@ -108,8 +108,6 @@ def make_settings(options: "Options", params: SamplingParams) -> list[Setting]:
 def _model(options: "Options", systems: Sequence[System], params: SamplingParams) -> AlignedModel | None:
     """The models in this process; None if no system needs them."""
     if not any(one.here for one in systems):
-        if options.leave_out_long:
-            raise UsageError("--leave_out_long goes by the context of a model that runs here, and none does")
         return None
     model: AlignedModel = load_aligned_model(options)
     try:
