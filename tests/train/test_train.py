@@ -129,14 +129,19 @@ def test_what_a_later_round_cannot_use_is_refused_before_it_trains(task, tmp_pat
         task_options(task, "start")
 
 
-def test_a_drafter_that_changes_between_two_runs_is_noticed(task, tmp_path):
+def test_a_drafter_that_changes_between_two_runs_is_noticed_where_one_is_trained_from_it(task, tmp_path):
     shutil.copytree(task / "start", tmp_path / "first")
+    alone = task_options(task, "drafted", {"max_steps": 2}, aligner=str(tmp_path / "first"), train_draft=False)
+    drafted = dataclasses.replace(alone, train_draft=True)
+    report = train(alone)
     save_tiny(tmp_path / "first" / "draft", tiny_model("llama", V, seed=4), tiny_tokenizer())
-    options = task_options(task, "drafted", {"max_steps": 2}, aligner=str(tmp_path / "first"))
-    train(options)
+    assert train(alone) == report
+    assert train(drafted)["draft"] == train(drafted)["draft"]
     save_tiny(tmp_path / "first" / "draft", tiny_model("llama", V, seed=5), tiny_tokenizer())
     with pytest.raises(InvalidOption, match="draft_weights"):
-        train(dataclasses.replace(options, train_draft=True))
+        train(drafted)
+    (tmp_path / "first" / "draft" / "model.safetensors").unlink()
+    assert "draft" in train(alone)
 
 
 def test_only_a_later_round_of_the_same_training_takes_the_manifests_temperatures(task):

@@ -29,7 +29,7 @@ from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabul
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
-from trimtab.train.draft import DraftTrainer, check_draft_start, draft_options
+from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
 from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
@@ -107,6 +107,14 @@ def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
     stack.enter_context(only_writer(output / LOCK))
 
 
+def _open(output: Path, run: dict[str, Any], drafting: dict[str, Any] | None, overwrite: bool) -> None:
+    """Make the folder this run's own; what only a drafter depends on is kept with its checkpoints, for it may come later."""
+    open_run(output, run, overwrite)
+    if drafting is not None:
+        (output / CHECKPOINTS).mkdir(exist_ok=True)
+        open_run(output / CHECKPOINTS, drafting, overwrite)
+
+
 def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
@@ -119,10 +127,11 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
-    if found.draft is not None:
-        needs = (vocabulary_size(tokenizer), min(options.max_length, context)) if options.trains_draft else (0, 0)
-        run["draft_weights"] = check_draft_start(found.draft, *needs)
-    ranks.first_does(lambda: open_run(output, run, options.overwrite_output_dir))
+    drafting: dict[str, Any] | None = None
+    if options.trains_draft:
+        needs = vocabulary_size(tokenizer), min(options.max_length, context)
+        drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found.draft else None}
+    ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
     options = options.with_contrast_for(len(everything), lacking=sum(not example.rejected for example in everything))
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
     fitted = ranks.first_does(fit)
