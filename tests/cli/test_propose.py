@@ -64,7 +64,8 @@ def test_a_dry_run_of_pairs_says_so(task, capsys, tmp_path):
     words = words_of(task, "--proposal", task / "proposal", "--aligner", "A", "--out", tmp_path / "out.jsonl", "--dry_run")
     words += "--reward_model", "RM", "--n", 8, "--pairs", 3
     told = json.loads(called(capsys, *words, "--json")[1])
-    assert (told["rows"], told["pairs"], told["reward_model"], told["aligners"]) == (36, 3, "RM", ["A"])
+    assert (told["rows"], told["pairs"], told["aligners"]) == (36, 3, [{"name": "A"}])
+    assert told["reward_model"] == {"name": "RM", "at_hand": False}
     shown = called(capsys, *words)[1]
     for line in ("would write 36 pairs, at most 480 tokens", "aligner   A, which is not", "ranked by RM, which is not at hand"):
         assert line in shown

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from eval_task import called
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_examples, make_task, task_options, write_rows
 from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
@@ -377,6 +378,21 @@ def test_eval_says_what_it_would_ask_and_asks_nothing(task, capsys, tmp_path):
     once = json.loads(called(capsys, *words, "--json", "--orders", "random", "--null", "false", "--max_prompts", 3)[1])
     assert list(once["most_questions"].values()) == [6]
     assert "at most 96 questions" in called(capsys, *words)[1]
+
+
+def test_an_adapter_counts_with_its_base(task, capsys, tmp_path):
+    lora = save_lora(tmp_path / "lora", task / "start", r=2, target_modules=["q_proj"])
+    words = ["--dry_run", "--proposal", task / "proposal", "--aligner", lora, "--dataset", task / "held_out.jsonl", "--json"]
+    asked = ["eval", *words, "--judge", "chrf", "--out", tmp_path / "out"], ["propose", *words, "--out", tmp_path / "o.jsonl"]
+    told = [json.loads(called(capsys, *command)[1]) for command in asked]
+    bare = load_model(task / "start", device="cpu").parameters()
+    expected = nbytes(list(bare)) + nbytes(list(load_file(lora / "adapter_model.safetensors").values()))
+    assert told[0]["models"][1]["weights"] == told[1]["aligners"][0]["weights"] == expected
+    assert told[0]["models"][1]["name"] == str(lora)
+    (lora / "adapter_model.safetensors").unlink()
+    status, _, errors = called(capsys, *asked[0])
+    assert status == 1
+    assert "cannot read the aligner in" in errors[0]
 
 
 @pytest.mark.parametrize(

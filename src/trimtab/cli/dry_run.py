@@ -1,11 +1,22 @@
-"""`--dry_run`: flags that several commands share, and the words for bytes and times."""
+"""`--dry_run`: flags that several commands share, and the words for models, bytes and times."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trimtab.cli.options import UsageError, option
 
-__all__ = ["DryRunOptions", "check_expected", "describe_model", "in_bytes", "in_time", "model_weights"]
+__all__ = [
+    "DryRunOptions",
+    "aligner_weights",
+    "check_expected",
+    "describe_model",
+    "describe_size",
+    "in_bytes",
+    "in_time",
+    "model_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,33 @@ def model_weights(name: str, expected: str | None, dtype: str) -> dict[str, Any]
     }
 
 
+def aligner_weights(name: str, expected: str | None, dtype: str) -> dict[str, Any]:
+    """The same of an aligner; an adapter comes with the base that it adapts."""
+    from safetensors import safe_open
+
+    from trimtab.models.aligner import base_of
+    from trimtab.models.loading import readable
+
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return model_weights(name, expected, dtype)
+    found = model_weights(base_of(folder), expected, dtype)
+    with readable(folder, "aligner"), safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        adapter = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - it is no mapping
+    each = found["weights"] // found["parameters"]
+    return found | {
+        "name": name,
+        "parameters": found["parameters"] + adapter,
+        "weights": found["weights"] + each * adapter,
+    }
+
+
 def describe_model(model: dict[str, Any]) -> str:
     """One line about a model."""
     like = "" if model["shape_of"] == model["name"] else f", like {model['shape_of']}"
     return f"{model['name']}{like} (shape from {model['shape_from']})"
+
+
+def describe_size(model: dict[str, Any]) -> str:
+    """One line about its weights."""
+    return f"{model['parameters']:,} parameters, {in_bytes(model['weights'])} in {model['dtype']}"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import check_weights, make_sampling_params
-from trimtab.cli.dry_run import check_expected, describe_model, in_bytes, model_weights
+from trimtab.cli.dry_run import aligner_weights, check_expected, describe_model, describe_size, model_weights
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.eval_setup import make_judges, make_settings, name_system, read_prompts
 from trimtab.core.rules import parse_rule
@@ -45,7 +45,7 @@ def rehearse(options: "Options") -> dict[str, Any]:
     models = []
     if any(one.here for one in systems):
         models = [model_weights(options.proposal, options.expected_proposal, options.dtype)]
-        models += [model_weights(name, options.expected_aligner, options.dtype) for name in options.aligner]
+        models += [aligner_weights(name, options.expected_aligner, options.dtype) for name in options.aligner]
     return {
         "dry_run": True,
         "out": options.out,
@@ -71,8 +71,7 @@ def render_rehearsal(report: dict[str, Any]) -> str:
     if report["sweep"]:
         lines.append(f"sweep     {report['sweep']} settings on development prompts, judged besides")
     for model in report["models"]:
-        lines.append(f"model     {describe_model(model)}")
-        lines.append(f"          {model['parameters']:,} parameters, {in_bytes(model['weights'])} in {model['dtype']}")
+        lines += [f"model     {describe_model(model)}", f"          {describe_size(model)}"]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from trimtab.cli.common import (
     places_that_fit,
     refuse_overwriting,
 )
-from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, model_weights
+from trimtab.cli.dry_run import DryRunOptions, aligner_weights, check_expected, describe_model, describe_size, model_weights
 from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption
 
@@ -143,16 +143,21 @@ def _remotely(options: Options, limits: Any, records: Any, params: Any, ranking:
 
 def _rehearse(options: Options, pairs: int) -> dict[str, Any]:
     """What would be asked, of whom, and for how much."""
+    from trimtab.models.shapes import is_here
     from trimtab.train.dry_run import count_records
 
     data = count_records(options.dataset, options, options.max_examples, options.expected_examples)
     records = data["examples"]
     report: dict[str, Any] = {"dry_run": True, "out": options.out, "data": data, "endpoints": list(options.endpoint)}
     report |= {"rows": None if records is None else records * (pairs or options.n)}
-    report |= {"pairs": pairs, "reward_model": options.reward_model, "aligners": list(options.aligner)}
+    report |= {"pairs": pairs, "reward_model": None}
+    if model := options.reward_model:
+        report["reward_model"] = {"name": model, "at_hand": is_here(model)}
     report["most_tokens"] = None if records is None else records * options.n * options.max_tokens
     if not options.endpoint:
-        report["proposal"] = model_weights(options.proposal, options.expected_proposal, options.dtype or "auto")
+        dtype = options.dtype or "auto"
+        report["proposal"] = model_weights(options.proposal, options.expected_proposal, dtype)
+        report["aligners"] = [aligner_weights(a, None, dtype) if is_here(a) else {"name": a} for a in options.aligner]
     return report
 
 
@@ -165,22 +170,16 @@ def _render_rehearsal(report: dict[str, Any]) -> str:
     tokens = "" if report["most_tokens"] is None else f", at most {report['most_tokens']:,} tokens"
     lines.append(f"would write {rows}{tokens}, to {report['out']}")
     if "proposal" in report:
-        model = report["proposal"]
-        lines.append(f"proposal  {describe_model(model)}")
-        lines.append(f"          {model['parameters']:,} parameters, {in_bytes(model['weights'])} in {model['dtype']}")
-        lines += [f"aligner   {_seen(aligner)}" for aligner in report["aligners"]]
+        for kind, model in [("proposal", report["proposal"]), *(("aligner ", found) for found in report["aligners"])]:
+            if "weights" in model:
+                lines += [f"{kind}  {describe_model(model)}", f"          {describe_size(model)}"]
+            else:
+                lines.append(f"{kind}  {model['name']}, which is not at hand")
     else:
         lines.append(f"would ask {', '.join(report['endpoints'])}")
-    if report["reward_model"]:
-        lines.append(f"ranked by {_seen(report['reward_model'])}")
+    if model := report["reward_model"]:
+        lines.append(f"ranked by {model['name']}" + ("" if model["at_hand"] else ", which is not at hand"))
     return "\n".join(lines)
-
-
-def _seen(model: str) -> str:
-    """A model's name, and whether it is at hand."""
-    from trimtab.models.shapes import is_here
-
-    return model if is_here(model) else f"{model}, which is not at hand"
 
 
 def render(report: dict[str, Any]) -> str:

@@ -140,21 +140,23 @@ class LeanDecoder:
 
 
 def _fold(queries: Tensor, group: int) -> Tensor:
-    """Queries `[B, K, H, D]` to `[B, H/group, K·group, D]`: those of the heads that share a key are so many queries of one head.
+    """Queries `[B, K, H, D]` to `[B, H/group, K·group, D]`: heads that share a key become so many queries of one head.
 
     Attention reads each key once so. With `enable_gqa` it takes up to twelve times as long on a CPU, and on a GPU the kernels
     that take a mask do not know it.
     """
     if group == 1:
         return queries.transpose(1, 2)
-    return queries.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)
+    batch, width, _, head_dim = queries.shape
+    return queries.reshape(batch, width, -1, group, head_dim).transpose(1, 2).flatten(2, 3)
 
 
 def _unfold(mixed: Tensor, group: int) -> Tensor:
     """What comes of them to `[B, K, …]`, the heads in their order."""
     if group == 1:
         return mixed.transpose(1, 2)
-    return mixed.unflatten(2, (-1, group)).transpose(1, 2)
+    batch, keys, _, head_dim = mixed.shape
+    return mixed.reshape(batch, keys, -1, group, head_dim).transpose(1, 2)
 
 
 def _repeat(mask: Tensor, group: int) -> Tensor:
