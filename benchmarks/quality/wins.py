@@ -24,7 +24,7 @@ ANSWERS = 6
 OF = 8
 """Answers that best-of-n chooses from."""
 
-STEPS = 4
+STEPS = 6
 CLOSE = 0.08
 """A strength is good enough where the KL is so near to what is wanted, as a share of it."""
 
@@ -37,16 +37,20 @@ def kl_per_token(samples: Samples) -> float:
 def match(system: System, most: float, target: float, prompts: list[list[int]]) -> float:
     """The strength, at most `most`, at which samples are `target` nats a token from the proposal: the closest one tried.
 
-    KL grows about as the square of the strength, which says where to look next.
+    KL grows like a power of the strength: at first as the square, and from then on as between the two nearest that were tried.
     """
-    strength, tried = min(1.0, most), {}
+    strength, power = min(1.0, most), 2.0
+    tried: dict[float, float] = {}  # log KL / target at each strength
     for _ in range(STEPS):
         found = kl_per_token(sample(system.at(strength), prompts, n=2, max_tokens=CUT, seed=7))
-        tried[abs(math.log(max(found, 1e-9) / target))] = strength
-        if min(tried) < CLOSE or (strength == most and found < target):
+        tried[strength] = math.log(max(found, 1e-9) / target)
+        best, *others = sorted(tried, key=lambda one: abs(tried[one]))
+        if abs(tried[best]) < math.log1p(CLOSE) or (strength == most and found < target):
             break
-        strength = min(most, strength * (target / max(found, 1e-9)) ** 0.5)
-    return tried[min(tried)]
+        if others:
+            power = (tried[best] - tried[others[0]]) / math.log(best / others[0])
+        strength = min(most, best * math.exp(-tried[best] / min(max(power, 1.0), 8.0)))
+    return best
 
 
 class Contest:
