@@ -142,7 +142,7 @@ class LeanDecoder:
 def _fold(queries: Tensor, group: int) -> Tensor:
     """Queries `[B, K, H, D]` to `[B, H/group, K·group, D]`: heads that share a key become so many queries of one head.
 
-    Attention reads each key once so. With `enable_gqa` it takes up to twelve times as long on a CPU, and on a GPU the kernels
+    Attention reads each key once so. With `enable_gqa` it takes up to eleven times as long on a CPU, and on a GPU the kernels
     that take a mask do not know it.
     """
     if group == 1:
