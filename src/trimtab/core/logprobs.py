@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import to_device
+
 __all__ = [
     "Warp",
     "entropy",
@@ -85,7 +87,7 @@ def warp(logp: Tensor, how: Warp) -> Tensor:
         cooled = (logp - logp.amax(-1, keepdim=True)) / temperature.clamp(min=torch.finfo(logp.dtype).tiny)
         logp = torch.where(temperature == 1, logp, log_normalize(cooled))
     if how.top_k is not None:
-        top_k = how.top_k if isinstance(how.top_k, Tensor) else torch.tensor(how.top_k, device=logp.device)
+        top_k = how.top_k if isinstance(how.top_k, Tensor) else to_device(how.top_k, logp.device)
         logp = _keep(logp, _top_k_mask(logp, top_k, max(how.max_top_k, how.top_k if isinstance(how.top_k, int) else 0)))
     if how.top_p is not None:
         logp = _keep(logp, nucleus_mask(logp, how.top_p))

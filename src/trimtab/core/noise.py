@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import to_device
+
 __all__ = ["fresh_seed", "philox", "uniforms"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -62,7 +64,7 @@ def uniforms(
     pair = torch.arange((draws + 1) // 2, dtype=torch.int64)[None, None, :]
     words = philox((position & _MASK, pair, index & _MASK, position >> 32), (key_low, key_high))
     first, second = _uniform(words[0], words[1]), _uniform(words[2], words[3])
-    return torch.stack([first, second], dim=-1).flatten(-2)[..., :draws].to(device)
+    return to_device(torch.stack([first, second], dim=-1).flatten(-2)[..., :draws], device)
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:

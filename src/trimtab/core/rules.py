@@ -27,6 +27,7 @@ from torch import Tensor
 
 from trimtab.core.draw import NO_TOKEN, inverse_cdf
 from trimtab.core.logprobs import kl_divergence, log_normalize
+from trimtab.core.transfer import to_device
 from trimtab.errors import DeadRow, InvalidOption
 
 __all__ = ["RULES", "Candidates", "Geometric", "KLGate", "Nucleus", "Product", "Rule", "parse_rule", "register"]
@@ -178,7 +179,7 @@ class Nucleus(Rule):
         if not self.force_eos:
             return logw
         best = logp.argmax(-1, keepdim=True)
-        ends = torch.isin(best, torch.tensor(self.eos_token_ids, device=logp.device))
+        ends = torch.isin(best, to_device(self.eos_token_ids, logp.device))
         is_best = torch.arange(logp.shape[-1], device=logp.device) == best
         return torch.where(ends, torch.where(is_best, 0.0, -math.inf), logw)
 

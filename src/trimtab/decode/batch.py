@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Models
 from trimtab.decode.pace import Pace
 from trimtab.decode.request import TokenEvent
@@ -98,7 +99,7 @@ class Batch:
             index = [None]
             tokens = drafts[0].tokens
         else:
-            index = [torch.tensor(mine, device=device) for mine in places]
+            index = [to_device(mine, device) for mine in places]
             tokens = drafts[0].tokens.new_zeros(len(place), max(limits) + 1)
             for mine, draft in zip(index, drafts, strict=True):
                 tokens[mine, : draft.tokens.shape[1]] = draft.tokens

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from trimtab.core.transfer import to_device
 from trimtab.models.base import LanguageModel, State
 
 __all__ = ["pad", "prefill"]
@@ -24,4 +25,4 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], capacity: in
 def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Ids `[B, K]`, filled up on the right with 0 to the longest."""
     width = max(map(len, sequences))
-    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], dtype=torch.long, device=device)
+    return to_device([[*ids, *[0] * (width - len(ids))] for ids in sequences], device, torch.long)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import Warp, log_normalize, warp
+from trimtab.core.transfer import to_device
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.shaping import stack_warps
 
@@ -45,16 +46,16 @@ class Sampler:
             )
             for temperatures in ([1.0] * len(params), draft_temperatures or [1.0] * len(params))
         )
-        self._greedy = torch.tensor([[[p.temperature == 0]] for p in params], device=device)
+        self._greedy = to_device([[[p.temperature == 0]] for p in params], device)
         self._any_greedy = any(p.temperature == 0 for p in params)
         self._all_greedy = all(p.temperature == 0 for p in params)
         self._penalty: Tensor | None = None
         self._bias: Tensor | None = None
         if any(p.repetition_penalty != 1 for p in params):
-            self._penalty = torch.tensor([[[p.repetition_penalty]] for p in params], dtype=torch.float64, device=device)
+            self._penalty = to_device([[[p.repetition_penalty]] for p in params], device, torch.float64)
             self._seen = torch.zeros(len(params), 1, vocab_size, dtype=torch.bool, device=device)
             for row, context in enumerate(contexts):
-                self._seen[row, 0, torch.tensor(list(context), dtype=torch.long, device=device)] = True
+                self._seen[row, 0, to_device(list(context), device, torch.long)] = True
         if any(p.logit_bias for p in params):
             self._bias = torch.zeros(len(params), 1, vocab_size, dtype=torch.float64, device=device)
             for row, p in enumerate(params):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, gather, warp
 from trimtab.core.rules import KLGate, Rule
+from trimtab.core.transfer import to_device
 
 __all__ = ["BatchShaping", "Inputs", "Shaping", "stack_warps"]
 
@@ -50,11 +51,11 @@ class BatchShaping:
     def __init__(self, shapings: Sequence[Shaping], device: torch.device) -> None:
         self._proposal = stack_warps([s.proposal for s in shapings], device)
         self._aligners = [stack_warps(warps, device) for warps in zip(*(s.aligners for s in shapings), strict=True)]
-        self._weights = torch.tensor([s.weights for s in shapings], dtype=torch.float64, device=device)[:, None, :]
+        self._weights = to_device([s.weights for s in shapings], device, torch.float64)[:, None, :]
         members: dict[Rule, list[int]] = {}
         for row, shaping in enumerate(shapings):
             members.setdefault(shaping.rule, []).append(row)
-        self._groups = [(rule, torch.tensor(rows, device=device)) for rule, rows in members.items()]
+        self._groups = [(rule, to_device(rows, device)) for rule, rows in members.items()]
         self._rowless = [(rule, rows) for rule, rows in members.items() if not rule.has_row]
 
     def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:
@@ -81,7 +82,7 @@ class BatchShaping:
             tokens: what was drawn from rows.
         """
         for rule, rows in self._rowless:
-            index = torch.tensor(rows, device=tokens.device)
+            index = to_device(rows, tokens.device)
             logp, logqs, weights = self._part((inputs[0][:, :1], [logq[:, :1] for logq in inputs[1]]), index)
             drawn = rule.sample(logp, logqs, weights, uniforms(rows, rule.draws))
             tokens = tokens.index_copy(0, index, torch.cat([drawn, tokens[index][:, 1:]], 1))
@@ -129,7 +130,7 @@ def stack_warps(warps: Sequence[Warp], device: torch.device) -> Warp:
         numbers = [neutral if value is None else value for value in values]
         if all(number == neutral for number in numbers):
             return None
-        return torch.tensor(numbers, dtype=torch.float64, device=device).unsqueeze(-1)
+        return to_device(numbers, device, torch.float64).unsqueeze(-1)
 
     top_k = column([min(w.top_k, 2**31) if isinstance(w.top_k, int) else w.top_k for w in warps], 0)
     return Warp(

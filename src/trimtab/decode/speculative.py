@@ -18,6 +18,7 @@ from trimtab.core.logprobs import gather
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import KLGate
 from trimtab.core.speculation import DRAWS, draft_tokens, verify
+from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.pace import Pace
 from trimtab.decode.request import TokenEvent
@@ -110,7 +111,7 @@ class Group:
         settings = self._settings = self._settings or _Settings(self.sequences, self.models)
         width = max(limits) + 1
         device = self.models.proposal.device
-        newest = torch.tensor([[s.next_input] for s in self.sequences], device=device)
+        newest = to_device([[s.next_input] for s in self.sequences], device)
         settings.start(width)
         drafter = self.models.drafter
         if drafter is None:
@@ -142,7 +143,7 @@ class Group:
         inputs = settings.shaping.inputs(logp, logqs)
         aligned = settings.shaping.target(inputs)
         target = settings.sampler.rows(aligned, drafts.tokens[:, 1:].unbind(1))
-        verdict = verify(target, drafts.drafts, drafts.drawn_from, torch.tensor(limits, device=device), settings.noise)
+        verdict = verify(target, drafts.drafts, drafts.drawn_from, to_device(limits, device), settings.noise)
         tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
         settings.sampler.note(tokens, verdict.accepted)
         columns = [verdict.accepted[:, None], verdict.kept[:, None]]
@@ -199,7 +200,7 @@ class Group:
         for s in self.sequences:
             if s not in self._lookups:
                 self._lookups[s] = Lookup([*s.prompt, *s.tokens])
-        return torch.tensor([self._lookups[s].drafts(width) for s in self.sequences], device=device)
+        return to_device([self._lookups[s].drafts(width) for s in self.sequences], device)
 
     def _explain(self, slot: int, position: int) -> DeadRow:
         """Say which model is to blame for a row without a token."""
@@ -248,7 +249,7 @@ class _Settings:
         if len(set(offsets)) == 1:
             self.noise = self._block[:, offsets[0] : offsets[0] + width]
             return
-        index = torch.tensor(offsets, device=self._device)[:, None] + torch.arange(width, device=self._device)
+        index = to_device(offsets, self._device)[:, None] + torch.arange(width, device=self._device)
         self.noise = self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
 
     def rowless_noise(self, slots: Sequence[int], draws: int) -> Tensor:

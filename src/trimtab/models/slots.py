@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from trimtab.core.transfer import to_device
 from trimtab.models.base import State
 
 __all__ = ["SlotState", "Step"]
@@ -117,7 +118,7 @@ class SlotState(State):
             start = before[0]
             positions = torch.arange(start, used, device=device)[None]
         else:
-            lengths, taken = torch.tensor([before, list(counts)], device=device).unsqueeze(-1)
+            lengths, taken = to_device([before, list(counts)], device).unsqueeze(-1)
             column = torch.arange(width, device=device)
             positions = lengths + column
             rows = torch.arange(len(counts), device=device)[:, None]
@@ -132,7 +133,7 @@ class SlotState(State):
             if mine.is_initialized:
                 if not its.is_initialized:
                     its.lazy_initialization(mine.keys, mine.values)
-                index = torch.tensor([list(slots), list(to)], device=mine.keys.device)
+                index = to_device([list(slots), list(to)], mine.keys.device)
                 its.keys[index[1], :, :used] = mine.keys[index[0], :, :used]
                 its.values[index[1], :, :used] = mine.values[index[0], :, :used]
         for slot, other in zip(slots, to, strict=True):
