@@ -53,6 +53,7 @@ class ModelOptions:
     )
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
+    cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
     max_num_seqs: int = option(32, "most completions decoded at once")
 
 
@@ -122,6 +123,7 @@ def load_aligned_model(options: ModelOptions) -> Any:
             draft=options.draft,
             draft_temperature=options.draft_temperature,
             num_speculative_tokens=options.num_speculative_tokens,
+            cuda_graphs=options.cuda_graphs,
             max_num_seqs=options.max_num_seqs,
         )
     except InvalidRequest as error:

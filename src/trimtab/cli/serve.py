@@ -188,7 +188,7 @@ def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
 def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Opened":
     """The proposal, its aligners, and an engine."""
     from trimtab.decode.aligned import AlignedModel
-    from trimtab.decode.assemble import Loader
+    from trimtab.decode.assemble import Loader, make_capture
     from trimtab.decode.engine import Engine
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened
@@ -205,6 +205,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         draft=None if options.draft == "aligner" else options.draft,
         draft_temperature=options.draft_temperature,
         num_speculative_tokens=options.num_speculative_tokens,
+        cuda_graphs=options.cuda_graphs,
         max_num_seqs=options.max_num_seqs,
     )
     engine = Engine(
@@ -218,7 +219,12 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     memory, root = options.max_aligner_memory, options.aligner_root
     registry = Registry(
         base,
-        Loader(base.tokenizer, dtype=options.dtype, device=options.device),
+        Loader(
+            base.tokenizer,
+            dtype=options.dtype,
+            device=options.device,
+            capture=make_capture(options.cuda_graphs, options.device),
+        ),
         max_bytes=None if memory is None else int(memory * 2**30),
         root=None if root is None else Path(root),
     )

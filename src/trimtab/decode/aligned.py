@@ -105,6 +105,7 @@ class AlignedModel:
         device: str | torch.device | None = None,
         revision: str | None = None,
         draft: Any = None,
+        cuda_graphs: bool = False,
         **settings: Any,
     ) -> Self:
         """Load a proposal and its aligners.
@@ -122,6 +123,8 @@ class AlignedModel:
             device: where to put what is loaded here; default: the first GPU, or the CPU.
             revision: hub revision of the proposal.
             draft: as for `AlignedModel`, or a model to load: a folder, a hub id, an `Aligner`, a transformers model.
+            cuda_graphs: replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart. It has not
+                been run on a GPU yet: see docs/decoding.md.
             settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
 
         Raises:
@@ -131,7 +134,17 @@ class AlignedModel:
         unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs"}
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
-        parts = load_parts(proposal, aligner, draft, tokenizer, eos_token_ids, dtype=dtype, device=device, revision=revision)
+        parts = load_parts(
+            proposal,
+            aligner,
+            draft,
+            tokenizer,
+            eos_token_ids,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            cuda_graphs=cuda_graphs,
+        )
         return cls(
             parts.proposal,
             parts.aligners,

@@ -13,12 +13,13 @@ from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.aligner import Aligner, Manifest, describe, load_weights
 from trimtab.models.base import LanguageModel
+from trimtab.models.graphs import CudaCapture
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.loading import load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
-__all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts"]
+__all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts", "make_capture"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def load_parts(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     revision: str | None,
+    cuda_graphs: bool,
 ) -> Parts:
     """Load what is named and check that it fits together; the arguments are those of `AlignedModel.from_pretrained`.
 
@@ -57,6 +59,7 @@ def load_parts(
     """
     if eos_token_ids is not None and not isinstance(eos_token_ids, (list, tuple)):
         raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
+    capture = make_capture(cuda_graphs, device)
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
     owned = isinstance(proposal, (str, Path))
     if owned:
@@ -66,20 +69,34 @@ def load_parts(
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-    loader = Loader(tokenizer, dtype=dtype, device=device)
+    loader = Loader(tokenizer, dtype=dtype, device=device, capture=capture)
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded:
         draft = loaded[0].draft
     if draft is not None and not (isinstance(draft, str) and draft in DRAFTS):
         draft = loader.load(draft).model
     return Parts(
-        _backend(proposal, loader.vocab_size, owned=owned),
+        _backend(proposal, loader.vocab_size, owned, capture),
         [item.model for item in loaded],
         [item.manifest for item in loaded],
         draft,
         tokenizer,
         find_eos_token_ids(proposal, tokenizer) if eos_token_ids is None else eos_token_ids,
     )
+
+
+def make_capture(cuda_graphs: bool, device: str | torch.device | None) -> CudaCapture | None:
+    """What captures the passes of models, if CUDA graphs are wanted.
+
+    Raises:
+        InvalidOption: they are, without a GPU.
+    """
+    if not cuda_graphs:
+        return None
+    if device == "auto" or (kind := pick_device(device).type) != "cuda":
+        where = "spread over devices" if device == "auto" else f"on {kind}"
+        raise InvalidOption(f"cuda_graphs needs models on one GPU, and these are {where}: leave it out, or say device cuda")
+    return CudaCapture()
 
 
 class Loaded(NamedTuple):
@@ -99,11 +116,19 @@ class Loader:
     Args:
         tokenizer: the proposal's, which every aligner's must equal; None to trust the caller.
         dtype, device: of what is loaded here.
+        capture: of `make_capture`, for what is loaded here, adapters on a shared base apart.
     """
 
-    def __init__(self, tokenizer: Any, *, dtype: str | torch.dtype, device: str | torch.device | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        dtype: str | torch.dtype,
+        device: str | torch.device | None,
+        capture: CudaCapture | None = None,
+    ) -> None:
         self.vocab_size = vocabulary_size(tokenizer) if tokenizer is not None else None
-        self._tokenizer, self._dtype, self._device = tokenizer, dtype, device
+        self._tokenizer, self._dtype, self._device, self._capture = tokenizer, dtype, device, capture
         self._pools: weakref.WeakValueDictionary[str, AdapterPool] = weakref.WeakValueDictionary()
         self._unfit: set[str] = set()
 
@@ -126,7 +151,7 @@ class Loader:
             if found.is_adapter and (adapted := self._adapt(found.folder, str(source))) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source = load_weights(found, dtype=self._dtype, device=self._device)
-        model = _backend(source, self.vocab_size, owned=named)
+        model = _backend(source, self.vocab_size, named, self._capture)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
     @property
@@ -160,9 +185,9 @@ def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None
     return draft if manifest is not None and manifest.is_residual else None
 
 
-def _backend(module: Any, vocab_size: int | None, owned: bool) -> LanguageModel:
+def _backend(module: Any, vocab_size: int | None, owned: bool, capture: CudaCapture | None) -> LanguageModel:
     if isinstance(module, torch.nn.Module):
-        return HuggingFaceLM(module, vocab_size, owned=owned)
+        return HuggingFaceLM(module, vocab_size, owned=owned, capture=capture if owned else None)
     if not hasattr(module, "vocab_size") or not hasattr(module, "extend"):
         raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {module!r}")
     return module  # type: ignore[no-any-return]

@@ -15,7 +15,8 @@ from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import State
 from trimtab.models.fingerprint import fingerprint_model
-from trimtab.models.lean import Deltas, LeanDecoder
+from trimtab.models.graphs import Capture, Graphs
+from trimtab.models.lean import LEAN, Deltas, LeanDecoder
 from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
 
@@ -58,9 +59,22 @@ class HuggingFaceLM:
         owned: nobody else uses `model`, so its weights may move to where they are read fastest; it is of no use by itself
             after that.
         lean: take the lean forward pass where there is one; False for the stock module's.
+        capture: a `trimtab.models.graphs.CudaCapture`, to replay short passes of an owned model as CUDA graphs; None runs every
+            pass.
+
+    Raises:
+        UnsupportedModel: an architecture that ragged slots would decode wrongly; or one without a lean pass, with `capture`.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, lean: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int | None = None,
+        *,
+        owned: bool = False,
+        lean: bool = True,
+        capture: Capture | None = None,
+    ) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
         if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
@@ -83,8 +97,13 @@ class HuggingFaceLM:
         """What the weights take, however they are packed."""
         self._lean = LeanDecoder(inner) if lean and inner is model and LeanDecoder.fits(inner) else None
         self._owned = owned
+        self._graphs: Graphs | None = None
         if self._lean is not None and owned:
             prepack(self._lean.linears, shared=inner.get_input_embeddings().weight)
+            self._graphs = Graphs(self._lean, capture) if capture else None
+        elif capture is not None:
+            kind = inner.config.model_type
+            raise UnsupportedModel(f"cuda_graphs: only plain {', '.join(LEAN)} models can be captured, not this '{kind}' model")
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -129,16 +148,20 @@ class HuggingFaceLM:
         assert isinstance(state, SlotState)
         state.check_room(tokens, counts)
         last_position = (self.max_length or state.capacity) - 1
-        state.step = step = state.plan(counts, tokens.shape[1], last_position, self.device)
-        tokens = tokens.to(self.device)
-        try:
-            logits: Tensor = (
-                self._lean(tokens, step, state.layers, last_only=last_only, deltas=self._deltas(state, len(counts)))
-                if self._lean
-                else self._stock(tokens, step, state, last_only)
-            )
-        finally:
-            state.step = None
+        tokens, deltas = tokens.to(self.device), self._deltas(state, len(counts))
+        logits = None
+        if self._graphs is not None and deltas is None and not last_only:
+            logits = self._graphs.extend(state, tokens, counts, last_position)
+        if logits is None:
+            state.step = step = state.plan(counts, tokens.shape[1], last_position, self.device)
+            try:
+                logits = (
+                    self._lean(tokens, step, state.layers, last_only=last_only, deltas=deltas)
+                    if self._lean
+                    else self._stock(tokens, step, state, last_only)
+                )
+            finally:
+                state.step = None
         state.advance(counts)
         return logits
 

@@ -83,6 +83,11 @@ class LeanDecoder:
         """Every matrix product of a pass."""
         return [linear for layer in self._layers for linear in layer[:4]] + [self._head]
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The rotations' cosines and signed sines, as far as they were needed."""
+        return self._cos, self._sin
+
     def __call__(
         self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], *, last_only: bool, deltas: Deltas | None = None
     ) -> Tensor:

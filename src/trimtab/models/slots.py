@@ -100,6 +100,7 @@ class SlotState(State):
         super().__init__(lengths, capacity)
         self.step: Step | None = None
         self.gathered: Any = None  # the adapters of the last mixed step, side by side: `trimtab.models.adapters.Gathered`
+        self.graphs: dict[Any, Any] = {}  # of `trimtab.models.graphs`
         self.layers = [SlotLayer(self) for _ in range(layers)]
         self.cache = Cache(layers=self.layers)
 
@@ -112,19 +113,22 @@ class SlotState(State):
         """Lay out a step of `width` tokens for the first slots, of which slot b uses the first `counts[b]`."""
         before = self.lengths[: len(counts)]
         used = max(1, *(length + count for length, count in zip(before, counts, strict=True)))
-        last = min(last_position, self.capacity)
-        start = rows = write = None
         if len(counts) == 1 and counts[0] == width:
-            start = before[0]
-            positions = torch.arange(start, used, device=device)[None]
-        else:
-            lengths, taken = to_device([before, list(counts)], device).unsqueeze(-1)
-            column = torch.arange(width, device=device)
-            positions = lengths + column
-            rows = torch.arange(len(counts), device=device)[:, None]
-            write = torch.where(column < taken, positions, self.capacity)
+            last = min(last_position, self.capacity)
+            positions = torch.arange(before[0], used, device=device)[None]
+            return Step(positions.clamp(max=last), before[0], None, None, used, last + 1, unmasked=width == 1)
+        lengths, taken = to_device([before, list(counts)], device).unsqueeze(-1)
         unmasked = width == 1 and all(length + count == used for length, count in zip(before, counts, strict=True))
-        return Step(positions.clamp(max=last), start, rows, write, used, last + 1, unmasked)
+        return self.lay_out(lengths, taken, width, used, last_position)._replace(unmasked=unmasked)
+
+    def lay_out(self, lengths: Tensor, taken: Tensor, width: int, used: int, last_position: int) -> Step:
+        """The step of slots of these lengths `[B, 1]` that take so many tokens `[B, 1]`, where `used` columns suffice."""
+        last = min(last_position, self.capacity)
+        column = torch.arange(width, device=lengths.device)
+        positions = lengths + column
+        rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        write = torch.where(column < taken, positions, self.capacity)
+        return Step(positions.clamp(max=last), None, rows, write, used, last + 1, unmasked=False)
 
     def copy(self, slots: Sequence[int], target: "SlotState", to: Sequence[int]) -> None:
         """Copy what these slots use into slots of `target`."""
