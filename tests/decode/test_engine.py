@@ -12,7 +12,8 @@ from trimtab import AlignedModel, SamplingParams, TokenEvent
 from trimtab.core.noise import uniforms
 from trimtab.decode.engine import Engine
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.errors import DeadRow, InvalidOption, InvalidRequest
+from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.table import TableLM
 
 V = 7
@@ -377,3 +378,25 @@ def test_the_budget_of_a_step_holds_across_all_that_read():
         running.step()
         assert sum(passes) <= 40 + 16, "a token more for each prompt where the budget is less than there are prompts"
     assert all(group[0].finish_reason for group in groups)
+
+
+def test_what_a_sick_request_leaves_in_its_slot_is_nobodys():
+    """Zero weight times NaN is NaN: a masked column of a slot that somebody longer stretches must hold numbers."""
+    sick = 31
+    models = [tiny_model(seed=seed) for seed in (0, 1)]
+    for one in models:
+        one.get_input_embeddings().weight.data[sick] = math.nan
+    model = AlignedModel(HuggingFaceLM(models[0]), [HuggingFaceLM(models[1])], eos_token_ids=[EOS])
+
+    def run(prompts: list[list[int]], tokens: list[int], slots: int) -> list[Growing]:
+        running = Engine(model.proposal, model.pace, max_num_seqs=slots)
+        asked = [sequences(p, model, max_tokens=n, logit_bias={sick: -100})[0] for p, n in zip(prompts, tokens, strict=True)]
+        running.submit(asked)
+        finish(running)
+        return asked
+
+    healthy = [3, 4]
+    _, dead, after = run([[5] * 30, [6] * 20 + [sick] + [7] * 4, healthy], [30, 30, 20], slots=2)
+    assert isinstance(dead.error, DeadRow)
+    assert after.error is None
+    assert after.tokens == run([healthy], [20], slots=1)[0].tokens

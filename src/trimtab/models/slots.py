@@ -130,6 +130,12 @@ class SlotState(State):
         write = torch.where(column < taken, positions, self.capacity)
         return Step(positions.clamp(max=last), None, rows, write, used, last + 1, unmasked=False)
 
+    def wipe(self, slot: int) -> None:
+        """Zero a slot's keys and values."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot] = layer.values[slot] = 0
+
     def copy(self, slots: Sequence[int], target: "SlotState", to: Sequence[int]) -> None:
         """Copy what these slots use into slots of `target`."""
         used = max(self.lengths[slot] for slot in slots)
