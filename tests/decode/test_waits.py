@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from tiny import EOS, tiny_model
 from trimtab import AlignedModel, SamplingParams
@@ -35,7 +36,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 class Watch(TorchFunctionMode):
-    """Notes whatever goes to the device in a way that CUDA waits for."""
+    """Notes whatever goes to the device in a way that CUDA waits for: not from pinned memory, or not queued."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,12 +44,18 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = isinstance(args[0], Tensor) and args[0].device.type == "cpu" if args else False
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         result = func(*args, **kwargs)
-        arrived = isinstance(result, Tensor) and result.device.type == "meta"
-        if arrived and (func in (torch.tensor, torch.as_tensor) or (given and not kwargs.get("non_blocking"))):
+        there = any(is_there(value) for value in (result, *given))
+        here = [value for value in given if value.device.type == "cpu"]
+        queued = kwargs.get("non_blocking") and all(getattr(value, "pinned", False) for value in here)
+        if there and (here or func in (torch.tensor, torch.as_tensor)) and not queued:
             self.waited.append(getattr(func, "__name__", str(func)))
         return result
+
+
+def is_there(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"
 
 
 @pytest.fixture
@@ -58,13 +65,20 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tolist = Tensor.tolist
 
     def read(self: Tensor) -> Any:
-        if self.device.type != "meta":
+        if not is_there(self):
             return tolist(self)
         sizes.append(self.numel())
         return [0.0] * self.numel()
 
+    def pin(self: Tensor) -> Tensor:
+        pinned = self.clone()
+        pinned.pinned = self.is_contiguous()  # type: ignore[attr-defined]  # from anything else, the copy makes one that is not
+        return pinned
+
     monkeypatch.setattr("trimtab.models.huggingface.fingerprint_model", lambda model: str(id(model)))
+    monkeypatch.setattr("trimtab.core.transfer.QUEUED", ("meta",))
     monkeypatch.setattr(Tensor, "tolist", read)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
     return sizes
 
 
@@ -87,11 +101,18 @@ def test_a_step_waits_for_its_device_once(reads: list[int], asked: str, draft: s
     assert watch.waited == []
 
 
-def test_the_watch_sees_what_waits() -> None:
+def test_the_watch_sees_what_waits(reads: list[int]) -> None:
+    far, near = torch.zeros(2, device="meta"), torch.zeros(2)
+    with Watch() as watch:
+        to_device([1], "meta")
+        to_device(torch.zeros(2, 3).mT, "meta")
+    assert watch.waited == []
     with Watch() as watch:
         torch.tensor([1], device="meta")
-        torch.zeros(1).to("meta")
-        to_device([1], "meta")
-    assert watch.waited == ["tensor", "to"]
+        near.to("meta", non_blocking=True)
+        torch.zeros(2, 3).mT.pin_memory().to("meta", non_blocking=True)
+        far.copy_(near)
+        far[:1] = near[:1]
+    assert watch.waited == ["tensor", "to", "to", "copy_", "__setitem__"]
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(torch.zeros(1, device="meta"))

@@ -1,7 +1,10 @@
 """Captured passes: the rows of passes that are not, whatever the slots do. CUDA's graphs need a GPU; a tape of operators has
 their semantics: what is recorded is done again on the same tensors, and no Python decides anything in between."""
 
+import logging
+import math
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +19,7 @@ from tiny import EOS, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models import graphs
-from trimtab.models.base import vacate
+from trimtab.models.base import State, vacate
 from trimtab.models.huggingface import HuggingFaceLM
 
 V, CAPACITY = 32, 40
@@ -49,18 +52,24 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Captures like `CudaCapture`, on a CPU, and counts."""
+    """Captures like `CudaCapture`, on a CPU, and counts. Results share memory there: a replay spoils all others here."""
 
-    def __init__(self) -> None:
+    def __init__(self, captures: int = 1000) -> None:
         self.captured = self.replayed = 0
+        self._most, self._results = captures, weakref.WeakSet[Tensor]()
 
-    def __call__(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if self.captured == self._most:
+            raise RuntimeError("CUDA error: out of memory")
         self.captured += 1
         with Tape() as tape:
             result = work()
+        self._results.add(result)
 
         def replay() -> None:
             self.replayed += 1
+            for other in self._results:
+                other.fill_(math.nan)
             result.copy_(tape.replay()[id(result)])
 
         return replay, result
@@ -127,17 +136,58 @@ def test_tokens_of_a_seed_are_the_same(asked, drafts):
     assert more.replayed > 5
 
 
-def test_a_graph_goes_with_its_state_and_their_number_is_bounded(monkeypatch):
+def repeat(model: HuggingFaceLM, state: State, *widths: int) -> list[Tensor]:
+    """The rows of passes over two slots that are taken back each time."""
+    rows = []
+    for width in widths:
+        rows.append(model.extend(state, torch.ones(2, width, dtype=torch.long), [1, 1])[:, 0])
+        model.rollback(state, [1, 1])
+    return rows
+
+
+def test_the_number_of_graphs_is_bounded(monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 2)
     _, model, recorder = pair()
-    state = model.new_state(2, CAPACITY)
-    for width in (1, 2, 3, 1, 2, 3, 1, 2, 3):
-        model.extend(state, torch.ones(2, width, dtype=torch.long), [1, 1])
-        model.rollback(state, [1, 1])
+    repeat(model, model.new_state(2, CAPACITY), 1, 2, 3, 1, 2, 3, 1, 2, 3)
     assert recorder.captured == 2
-    other = model.new_state(2, CAPACITY)
-    model.extend(other, torch.ones(2, 1, dtype=torch.long), [1, 1])
-    assert other.graphs == {(2, 1, 16): 1}
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_state_goes_at_once_and_its_graphs_with_it(captured):
+    _, model, recorder = pair()
+    state = model.new_state(2, CAPACITY)
+    repeat(model, state, *([1, 1] if captured else [1]))
+    assert recorder.captured == captured
+    gone = [weakref.ref(state), *(weakref.ref(graph.replay) for graph in state.graphs.values() if captured)]
+    del state
+    assert [one() for one in gone] == [None] * len(gone)
+    assert recorder.captured == captured
+    repeat(model, model.new_state(2, CAPACITY), 1, 1)
+    assert recorder.captured == captured + 1
+
+
+def test_rotations_that_a_graph_reads_outlive_longer_ones():
+    plain, model, _ = pair()
+    state, reference = model.new_state(2, 8), repeat(plain, plain.new_state(2, 8), 1)[0]
+    repeat(model, state, 1, 1)
+    (graph,) = state.graphs.values()
+    tables = graph.tables
+    repeat(model, model.new_state(2, CAPACITY), 1)
+    assert graph.tables is tables
+    assert model._lean.tables[0] is not tables[0]
+    assert_close(repeat(model, state, 1)[0], reference, atol=5e-5, rtol=0)
+
+
+def test_where_capturing_fails_passes_run_without_and_say_so_once(caplog):
+    plain, _, _ = pair()
+    model = HuggingFaceLM(tiny_model("llama", V), owned=True, capture=Recorder(captures=1))
+    with caplog.at_level(logging.WARNING):
+        rows = repeat(model, model.new_state(2, CAPACITY), 1, 1, 2, 2, 3, 3, 2)
+    assert [record.message for record in caplog.records] == [
+        "a pass could not be captured as a CUDA graph, so all of them run without from now on: CUDA error: out of memory"
+    ]
+    for row in rows:
+        assert_close(row, repeat(plain, plain.new_state(2, CAPACITY), 1)[0], atol=5e-5, rtol=0)
 
 
 def test_prompts_and_long_passes_are_not_captured():
@@ -146,9 +196,9 @@ def test_prompts_and_long_passes_are_not_captured():
         state = model.new_state(1, CAPACITY)
         for _ in range(3):
             model.prefill(state, torch.ones(1, 2, dtype=torch.long), [2])
-        model.extend(state, torch.ones(1, 17, dtype=torch.long), [17])
-        model.rollback(state, [17])
-        model.extend(state, torch.ones(1, 17, dtype=torch.long), [17])
+        for _ in range(3):
+            model.extend(state, torch.ones(1, 18, dtype=torch.long), [18])
+            model.rollback(state, [18])
     assert recorder.captured == 0
 
 
@@ -176,7 +226,9 @@ def test_what_is_loaded_is_captured_and_what_is_passed_or_shared_is_not(tmp_path
     assert all(one._graphs is None for one in (plain.proposal, *plain.aligners))
 
 
-@pytest.mark.parametrize(("device", "where"), [("cpu", "on cpu"), ("auto", "spread over devices")])
+@pytest.mark.parametrize(
+    ("device", "where"), [("cpu", "a GPU, and these are on cpu"), ("auto", "one GPU, and 'auto' may spread")]
+)
 def test_graphs_want_a_gpu_before_anything_is_loaded(device, where):
-    with pytest.raises(InvalidOption, match=f"cuda_graphs needs models on one GPU, and these are {where}"):
+    with pytest.raises(InvalidOption, match=f"cuda_graphs needs models on {where}"):
         AlignedModel.from_pretrained("no/such-folder", device=device, cuda_graphs=True)

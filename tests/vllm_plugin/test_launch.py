@@ -129,6 +129,7 @@ OTHERS: dict[str, Any] = {
     "stream_interval": 1.0,
     "playground": True,
     "votes": "votes.jsonl",
+    "cuda_graphs": True,
     "device": "cpu",
 }
 

@@ -7,12 +7,15 @@ from torch import Tensor
 
 __all__ = ["to_device"]
 
+QUEUED = ("cuda",)
+"""Types of devices whose copies from pinned memory wait their turn."""
+
 
 def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.tensor(values, device=device)`, queued behind the work of a GPU instead of waiting for it to end.
 
     `torch.tensor` copies from ordinary memory, which CUDA does not return from before all that was asked of the stream is done.
-    From pinned memory it does; torch keeps that memory until the copy has been made.
+    From pinned memory it does, if it lies as the copy will; torch keeps that memory until the copy has been made.
 
     Args:
         values: numbers, lists of them, or a tensor of the host.
@@ -20,6 +23,6 @@ def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None
         dtype: default: what torch makes of them.
     """
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
-    if torch.device(device).type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    if torch.device(device).type not in QUEUED:
+        return host.to(device)
+    return host.contiguous().pin_memory().to(device, non_blocking=True)

@@ -93,10 +93,12 @@ def make_capture(cuda_graphs: bool, device: str | torch.device | None) -> CudaCa
     """
     if not cuda_graphs:
         return None
-    if device == "auto" or (kind := pick_device(device).type) != "cuda":
-        where = "spread over devices" if device == "auto" else f"on {kind}"
-        raise InvalidOption(f"cuda_graphs needs models on one GPU, and these are {where}: leave it out, or say device cuda")
-    return CudaCapture()
+    if device == "auto":
+        raise InvalidOption("cuda_graphs needs models on one GPU, and 'auto' may spread them: leave it out, or say device cuda")
+    chosen = pick_device(device)
+    if chosen.type != "cuda":
+        raise InvalidOption(f"cuda_graphs needs models on a GPU, and these are on {chosen}: leave it out, or say device cuda")
+    return CudaCapture(chosen)
 
 
 class Loaded(NamedTuple):

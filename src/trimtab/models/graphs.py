@@ -8,6 +8,7 @@ so it belongs to that state and goes with it.
 `CudaCapture` is all that needs a GPU.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,19 +21,20 @@ from trimtab.models.slots import SlotState
 
 __all__ = ["Capture", "CudaCapture", "Graphs"]
 
-Replay = Callable[[], Any]
-Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]
-"""From work on tensors that stay, and their device, to what does it again, and the tensor that its result is then in."""
+logger = logging.getLogger(__name__)
 
-WIDEST = 16
-"""Tokens of a slot; longer passes read prompts, and take the GPU long enough."""
+Replay = Callable[[], Any]
+Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""From work on tensors that stay, to what does it again, and the tensor that its result is in until anything is replayed."""
+
+WIDEST = 17
+"""Tokens of a slot, the most drafts and one; longer passes read prompts, and take the GPU long enough."""
 COLUMNS = 256
 """Columns are rounded up to a multiple."""
 MET = 2
 """Passes of a shape that run without a graph, for many shapes are not met again."""
 MOST = 64
 """Graphs of a state; further shapes run without."""
-
 
 _Shape = tuple[int, int, int]
 """Slots, tokens of each, columns."""
@@ -43,15 +45,15 @@ class _Pass(NamedTuple):
     """`[B, K]`"""
     numbers: Tensor
     """`[2, B]` the lengths of the slots, and how many tokens each takes."""
-    logits: Tensor
-    """`[B, K, W]`, written by each replay."""
+    hidden: Tensor
+    """`[B, K, H]`, written by each replay."""
     replay: Replay
     tables: tuple[Tensor, Tensor]
     """The rotations that it reads; the decoder may have replaced them by longer ones."""
 
 
 class Graphs:
-    """The captured passes of a model. Each state has its own, in `SlotState.graphs`.
+    """The captured passes of a model. Each state has its own, in `SlotState.graphs`. One thread at a time may use them.
 
     Args:
         lean: the model; its weights stay where they are.
@@ -59,7 +61,8 @@ class Graphs:
     """
 
     def __init__(self, lean: LeanDecoder, capture: Capture) -> None:
-        self._lean, self._capture = lean, capture
+        self._lean = lean
+        self._capture: Capture | None = capture
 
     def extend(self, state: SlotState, tokens: Tensor, counts: Sequence[int], last_position: int) -> Tensor | None:
         """Logits `[B, K, W]` of tokens `[B, K]`, or None if this pass is to run without a graph.
@@ -73,23 +76,27 @@ class Graphs:
         slots, width = tokens.shape
         if width > WIDEST:
             return None
-        used = max(length + count for length, count in zip(state.lengths, counts, strict=False))
+        used = max(1, *(length + count for length, count in zip(state.lengths, counts, strict=False)))
         columns = min(-(-used // COLUMNS) * COLUMNS, state.capacity)
         shape = (min(1 << (slots - 1).bit_length(), len(state)), width, columns)
         graphs: dict[_Shape, _Pass | int] = state.graphs
         graph = graphs.setdefault(shape, 0)
         if isinstance(graph, int):
-            if graph < MET or sum(isinstance(other, _Pass) for other in graphs.values()) >= MOST:
+            made = self._make(state, shape, last_position, tokens) if graph >= MET else None
+            if made is None:
                 graphs[shape] = graph + 1
                 return None
-            graph = graphs[shape] = self._make(state, shape, last_position, tokens)
+            graph = graphs[shape] = made
         surplus = [0] * (shape[0] - slots)
         graph.tokens[:slots] = tokens
         graph.numbers.copy_(to_device([[*state.lengths[:slots], *surplus], [*counts, *surplus]], tokens.device))
         graph.replay()
-        return graph.logits[:slots]
+        return self._lean.logits(graph.hidden[:slots])
 
-    def _make(self, state: SlotState, shape: _Shape, last_position: int, like: Tensor) -> _Pass:
+    def _make(self, state: SlotState, shape: _Shape, last_position: int, like: Tensor) -> _Pass | None:
+        """Capture a pass, unless there are too many or capturing has failed before: then no pass is captured any more."""
+        if self._capture is None or sum(isinstance(other, _Pass) for other in state.graphs.values()) >= MOST:
+            return None
         slots, width, columns = shape
         tokens, numbers = like.new_zeros(slots, width), like.new_zeros(2, slots)
 
@@ -97,35 +104,47 @@ class Graphs:
             lengths, taken = numbers.unsqueeze(-1)
             state.step = state.lay_out(lengths, taken, width, columns, last_position)
             try:
-                return self._lean(tokens, state.step, state.layers, last_only=False)
+                return self._lean.hidden(tokens, state.step, state.layers)
             finally:
                 state.step = None
 
-        replay, logits = self._capture(work, like.device)
-        return _Pass(tokens, numbers, logits, replay, self._lean.tables)
+        try:
+            replay, hidden = self._capture(work)
+        except RuntimeError as error:
+            logger.warning("a pass could not be captured as a CUDA graph, so all of them run without from now on: %s", error)
+            self._capture = None
+            return None
+        return _Pass(tokens, numbers, hidden, replay, self._lean.tables)
 
 
 class CudaCapture:
-    """Records the kernels of some work in a CUDA graph.
+    """Records the kernels of some work in a CUDA graph. Other threads may go on using the GPU.
 
-    All graphs of one of these share memory for what is only needed on the way, so no two of them may be replayed at once.
+    All graphs share the memory for what is only needed on the way, results included: so they are replayed one at a time.
+
+    Args:
+        device: a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
+        self._stream: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None  # memory is shared for as long as one graph of it lives
 
-    def __call__(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
-        """How to do `work` again, and where its result is then. Other threads may go on using the GPU."""
-        with torch.cuda.device(device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                work()  # what libraries set up at their first use on a stream cannot be recorded
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = work()
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """How to do `work` again, and where its result is then."""
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
+            if self._anchor is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._anchor, _ = self._record(lambda: torch.zeros(1, device=self._device))
+                self._pool = self._anchor.pool()
+            work()  # what kernels and libraries set up when they are first used cannot be recorded
+            graph, result = self._record(work)
         return graph.replay, result
+
+    def _record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result

@@ -92,15 +92,25 @@ class LeanDecoder:
         self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], *, last_only: bool, deltas: Deltas | None = None
     ) -> Tensor:
         """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of the last column alone."""
+        hidden = self.hidden(tokens, step, cache, deltas)
+        return self.logits(hidden[:, -1:] if last_only else hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[B, K, W]` of hidden states `[B, K, H]`."""
+        normed = F.rms_norm(hidden.flatten(0, 1), (hidden.shape[-1],), self._norm, self._eps)
+        return self._head(normed).view(*hidden.shape[:2], -1)
+
+    def hidden(self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], deltas: Deltas | None = None) -> Tensor:
+        """Hidden states `[B, K, H]` of tokens `[B, K]`, behind the last layer."""
         batch, width = tokens.shape
         heads, keys, group = self._heads, self._heads + self._key_heads, self._heads // self._key_heads
         cos, sin = self._rotations(step)
         x = F.embedding(tokens.flatten(), self._embedding)  # [B·K, hidden]: products of matrices, not of batches of them
         mask = None if step.unmasked else _repeat(step.additive_mask(x.dtype), group)
-        hidden = (x.shape[-1],)
+        size = (x.shape[-1],)
         for i, (layer, slots) in enumerate(zip(self._layers, cache, strict=True)):
             to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
-            qkv = _product(layer.qkv, F.rms_norm(x, hidden, layer.attention_norm, self._eps), to_qkv)
+            qkv = _product(layer.qkv, F.rms_norm(x, size, layer.attention_norm, self._eps), to_qkv)
             qkv = qkv.view(batch, width, -1, self._head_dim)
             qk, v = qkv[:, :, :keys], qkv[:, :, keys:]
             if layer.query_key_norm is not None:
@@ -112,12 +122,10 @@ class LeanDecoder:
             queries = _fold(qk[:, :, :heads], group)
             mixed = F.scaled_dot_product_attention(queries, past_keys, past_values, attn_mask=mask, scale=self._scaling)
             x = x + _product(layer.out, _unfold(mixed, group).reshape(batch * width, -1), to_out)
-            gate_up = _product(layer.gate_up, F.rms_norm(x, hidden, layer.mlp_norm, self._eps), to_gate_up)
+            gate_up = _product(layer.gate_up, F.rms_norm(x, size, layer.mlp_norm, self._eps), to_gate_up)
             gate, up = gate_up.chunk(2, -1)
             x = x + _product(layer.down, F.silu(gate) * up, to_down)
-        if last_only:
-            x, width = x.view(batch, width, -1)[:, -1], 1
-        return self._head(F.rms_norm(x, hidden, self._norm, self._eps)).view(batch, width, -1)
+        return x.view(batch, width, -1)
 
     def _read_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -6,6 +6,7 @@ entries are masked, then overwritten. A step over the first slots works on views
 past, whatever each slot did before.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
 
     def __init__(self, slots: "SlotState") -> None:
         super().__init__()
-        self.slots = slots
+        self.slots: SlotState = weakref.proxy(slots)  # or buffers and graphs would stay until garbage is collected
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros, for stale or unused entries must be finite even though they are masked."""

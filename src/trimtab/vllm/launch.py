@@ -46,6 +46,7 @@ REFUSED = {
     "stream_interval": "vLLM counts tokens, not seconds: --vllm_args='--stream-interval 4'",
     "playground": "the playground needs the embedded engine",
     "votes": "the playground needs the embedded engine",
+    "cuda_graphs": "vLLM takes them by itself, unless --vllm_args='--enforce-eager'",
     "device": "vLLM chooses devices itself: CUDA_VISIBLE_DEVICES and --vllm_args='--tensor-parallel-size 2'",
 }
 """Options of the embedded server that vLLM has nothing for, and why."""
