@@ -234,10 +234,12 @@ def describe(path: str | Path, *, revision: str | None = None) -> Description:
     return Description(folder, is_adapter, tokenizer, manifest, draft if (draft / "config.json").is_file() else None)
 
 
-def load_weights(found: Description, *, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
-    """The model in an aligner's folder; an adapter comes as a PEFT model around its base."""
+def load_weights(
+    found: Description, *, dtype: str | torch.dtype, device: str | torch.device | None, trainable: bool = False
+) -> Any:
+    """The model in an aligner's folder; an adapter comes as a PEFT model around its base, frozen unless it is to be trained."""
     if found.is_adapter:
-        return _load_adapter(found.folder, dtype, device)
+        return _load_adapter(found.folder, dtype, device, trainable)
     return load_model(found.folder, dtype=dtype, device=device)
 
 
@@ -306,7 +308,7 @@ def base_of(folder: Path) -> str:
     return str(base)
 
 
-def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None) -> Any:
+def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None, trainable: bool) -> Any:
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -316,7 +318,7 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.de
     with readable(folder, "aligner"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         try:
-            model = PeftModel.from_pretrained(base, str(folder), use_safetensors=True).eval()
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, use_safetensors=True).eval()
         except UserWarning as warning:
             raise CheckpointError(f"'{folder}' does not fill the adapter: {str(warning)[:120]}") from None
     check_finite(model, folder)

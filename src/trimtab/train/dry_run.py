@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
-from trimtab.models.aligner import describe
+from trimtab.models.aligner import base_of, describe
 from trimtab.models.huggingface import check_supported
 from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
@@ -33,6 +33,7 @@ from trimtab.train.records import DataOptions, is_cached, is_local, parse_column
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
 from trimtab.train.run import open_tokenizer, read_chat_template, read_parts
+from trimtab.train.start import read_lora
 
 __all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
 
@@ -97,15 +98,17 @@ def _alone() -> Iterator[None]:
 
 def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
     proposal = find_config(options.proposal, expected.proposal)
-    aligner = find_config(options.aligner, expected.aligner)
+    here = describe(options.aligner) if Path(options.aligner).expanduser().is_dir() else None
+    adapter = here.folder if here and here.is_adapter else None
+    aligner = find_config(base_of(adapter) if adapter else options.aligner, expected.aligner)
     for found in (proposal, aligner):
         check_supported(found.config)
     tokenizer, vocab_size = _vocabulary(options, proposal, aligner)
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest)
-    if Path(options.aligner).expanduser().is_dir():
-        options = options.continuing(describe(options.aligner).manifest)
+    options = options.continuing(here.manifest) if here else options
+    options = options.of_adapter() if adapter else options
     if data.lacking is None and options.contrast is None:  # whatever takes more, unless the columns say otherwise
         columns = parse_columns(options.columns)
         options = dataclasses.replace(options, contrast=options.default_contrast * (not columns or "rejected" in columns))
@@ -117,7 +120,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     development = data.development or [of_one]
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)
 
-    rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length)
+    rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, read_lora(adapter) if adapter else None)
     parameters = rehearsal.parameters
     batch_size = arguments.train_batch_size
     step = rehearsal.step(_longest(examples, batch_size, pad=data.examples is None))

@@ -127,9 +127,11 @@ class TrainOptions:
     train_draft: bool | None = _option(
         None,
         "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
-        " unless --use_peft]",
+        " unless an adapter is trained]",
     )
-    use_peft: bool = _option(False, "train a LoRA adapter instead of all weights")
+    use_peft: bool = _option(
+        False, "train a LoRA adapter instead of all weights; an --aligner that is one is trained on as it is"
+    )
     lora_r: int = _option(16, "LoRA rank")
     lora_alpha: int = _option(32, "LoRA scale")
     lora_dropout: float = _option(0.05, "LoRA dropout")
@@ -312,6 +314,21 @@ class TrainOptions:
             return dataclasses.replace(self, **found)
         except InvalidOption as error:
             raise InvalidOption(f"{self.aligner} was trained at other settings: {error}") from None
+
+    def of_adapter(self) -> "TrainOptions":
+        """The same where the aligner is a LoRA adapter, which is trained on as it is, around its frozen base.
+
+        Raises:
+            InvalidOption: the start or a setting of fresh adapters is asked for.
+        """
+        if self.start == "uniform":
+            raise InvalidOption(
+                f"start 'uniform' retrains the output layer, and '{self.aligner}' is an adapter: choose another"
+            )
+        for option in dataclasses.fields(self):
+            if option.name.startswith("lora_") and getattr(self, option.name) != option.default:
+                raise InvalidOption(f"{option.name}: '{self.aligner}' is an adapter, and keeps its own: leave it out")
+        return dataclasses.replace(self, use_peft=True)
 
     def warn(self) -> None:
         """Say it where objective and rule do not fit."""

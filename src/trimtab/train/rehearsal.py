@@ -54,16 +54,23 @@ class Rehearsal:
         config: the aligner's configuration.
         vocab_size: V.
         mean_length: mean number of tokens in the training answers.
+        lora: of an aligner that is an adapter on a model of that configuration.
     """
 
     def __init__(
-        self, options: TrainOptions, arguments: TrainingArguments, config: Any, vocab_size: int, mean_length: float
+        self,
+        options: TrainOptions,
+        arguments: TrainingArguments,
+        config: Any,
+        vocab_size: int,
+        mean_length: float,
+        lora: Any = None,
     ) -> None:
         self._options, self._arguments, self._vocab_size = options, arguments, vocab_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            model = prepare_model(model, options, arguments.seed)
+            model = prepare_model(model, options, arguments.seed, lora)
         with self._making():
             _give_devices(model)
             model.to = lambda *args, **kwargs: model  # it was made where it belongs, and torch cannot move it

@@ -22,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 
 from trimtab.errors import InvalidOption
 from trimtab.files import named_errors, only_writer, read_json, write_json
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, base_of, describe, load_weights, save_model
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
@@ -38,7 +38,7 @@ from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.rows import Layout, RowSource
-from trimtab.train.start import add_lora, zero_output_layer
+from trimtab.train.start import add_lora, make_lora, read_lora, zero_output_layer
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
@@ -67,7 +67,7 @@ class _Run(NamedTuple):
     data: dict[str, ExampleDataset]
     """What trainers call them: `train_dataset` and `eval_dataset`."""
     draft_start: str | Path
-    """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself."""
+    """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base."""
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -120,7 +120,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
     options = options.continuing(found.manifest)
-    model = load_model(options.aligner, dtype=torch.float32, device="cpu")
+    options = options.of_adapter() if found.is_adapter else options
+    model, draft_start = _load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
     examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
@@ -144,7 +145,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
-    this = _Run(options, arguments, output, ranks, tokenizer, data, found.draft or options.aligner)
+    this = _Run(options, arguments, output, ranks, tokenizer, data, draft_start)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
@@ -156,6 +157,14 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         report["draft"] = _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
     return report
+
+
+def _load_start(options: TrainOptions, found: Description) -> tuple[Any, str | Path]:
+    """The aligner that training starts from, and what its drafter would start from."""
+    if not found.is_adapter:
+        return load_model(options.aligner, dtype=torch.float32, device="cpu"), found.draft or options.aligner
+    read_lora(found.folder)
+    return load_weights(found, dtype=torch.float32, device="cpu", trainable=True), found.draft or base_of(found.folder)
 
 
 def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started: float) -> dict[str, Any]:
@@ -352,16 +361,18 @@ def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def prepare_model(model: Any, options: TrainOptions, seed: int) -> Any:
-    """The aligner as it starts."""
+def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
+    """The aligner as it starts, with fresh adapters of the given configuration or of the options, unless it has some."""
     if options.start == "uniform":
         logger.info("the output layer starts at zero: the aligned model starts at the proposal")
         zero_output_layer(model)
-    if not options.use_peft:
+    if not options.use_peft or hasattr(model, "peft_config"):
         return model
-    if Path(options.aligner).is_dir():
+    if lora is not None:
+        model.name_or_path = lora.base_model_name_or_path
+    elif Path(options.aligner).is_dir():
         model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
-    return add_lora(model, options, seed)
+    return add_lora(model, lora or make_lora(options), seed)
 
 
 def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
