@@ -20,7 +20,8 @@ from trimtab.train.examples import answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rows import Layout, ModelRows, compress, tail_points
-from trimtab.train.run import prepare_model, train
+from trimtab.train.run import train
+from trimtab.train.start import prepare_model
 from trimtab.train.trainer import AlignerTrainer
 
 QUICK = Expected(tflops=1.0)

@@ -20,7 +20,7 @@ from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.options import TrainOptions
 from trimtab.train.ranks import Ranks
 from trimtab.train.rows import CachedRows
-from trimtab.train.run import prepare_model
+from trimtab.train.start import prepare_model
 from trimtab.train.trainer import AlignerTrainer
 
 __all__ = ["Rehearsal", "Step"]

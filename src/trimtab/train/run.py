@@ -22,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 
 from trimtab.errors import InvalidOption
 from trimtab.files import named_errors, only_writer, read_json, write_json
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, base_of, describe, load_weights, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
@@ -38,14 +38,13 @@ from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.rows import Layout, RowSource
-from trimtab.train.start import add_lora, make_lora, read_lora, zero_output_layer
+from trimtab.train.start import load_start, prepare_model
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
 __all__ = [
     "open_tokenizer",
-    "prepare_model",
     "read_chat_template",
     "read_examples",
     "read_parts",
@@ -121,7 +120,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
     options = options.continuing(found.manifest)
     options = options.of_adapter() if found.is_adapter else options
-    model, draft_start = _load_start(options, found)
+    model, draft_start = load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
     examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
@@ -157,14 +156,6 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         report["draft"] = _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
     return report
-
-
-def _load_start(options: TrainOptions, found: Description) -> tuple[Any, str | Path]:
-    """The aligner that training starts from, and what its drafter would start from."""
-    if not found.is_adapter:
-        return load_model(options.aligner, dtype=torch.float32, device="cpu"), found.draft or options.aligner
-    read_lora(found.folder)
-    return load_weights(found, dtype=torch.float32, device="cpu", trainable=True), found.draft or base_of(found.folder)
 
 
 def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started: float) -> dict[str, Any]:
@@ -359,20 +350,6 @@ def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
             )
             return
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
-    """The aligner as it starts, with fresh adapters of the given configuration or of the options, unless it has some."""
-    if options.start == "uniform":
-        logger.info("the output layer starts at zero: the aligned model starts at the proposal")
-        zero_output_layer(model)
-    if not options.use_peft or hasattr(model, "peft_config"):
-        return model
-    if lora is not None:
-        model.name_or_path = lora.base_model_name_or_path
-    elif Path(options.aligner).is_dir():
-        model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
-    return add_lora(model, lora or make_lora(options), seed)
 
 
 def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

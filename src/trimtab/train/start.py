@@ -1,18 +1,44 @@
 """Where training starts from: a zero output layer, or low-rank adapters, fresh or of an earlier round."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimtab.errors import InvalidOption
-from trimtab.models.loading import readable
+from trimtab.models.aligner import Description, base_of, load_weights
+from trimtab.models.loading import load_model, readable
 from trimtab.train.options import TrainOptions
 
-__all__ = ["add_lora", "make_lora", "read_lora", "zero_output_layer"]
+__all__ = ["load_start", "prepare_model", "read_lora"]
+
+logger = logging.getLogger(__name__)
 
 
-def zero_output_layer(model: Any) -> None:
+def load_start(options: TrainOptions, found: Description) -> tuple[Any, str | Path]:
+    """The aligner that training starts from, and what its drafter would start from."""
+    if not found.is_adapter:
+        return load_model(options.aligner, dtype=torch.float32, device="cpu"), found.draft or options.aligner
+    read_lora(found.folder)
+    return load_weights(found, dtype=torch.float32, device="cpu", trainable=True), found.draft or base_of(found.folder)
+
+
+def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
+    """The aligner as it starts, with fresh adapters of the given configuration or of the options, unless it has some."""
+    if options.start == "uniform":
+        logger.info("the output layer starts at zero: the aligned model starts at the proposal")
+        _zero_output_layer(model)
+    if not options.use_peft or hasattr(model, "peft_config"):
+        return model
+    if lora is not None:
+        model.name_or_path = lora.base_model_name_or_path
+    elif Path(options.aligner).is_dir():
+        model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
+    return _add_lora(model, lora or _make_lora(options), seed)
+
+
+def _zero_output_layer(model: Any) -> None:
     """Make every next-token distribution uniform: an untied output layer of zeros, in place.
 
     The aligned model then *is* the proposal, and training moves it away from there.
@@ -44,7 +70,7 @@ def read_lora(folder: Path) -> Any:
     return config
 
 
-def make_lora(options: TrainOptions) -> Any:
+def _make_lora(options: TrainOptions) -> Any:
     """The configuration of fresh LoRA adapters."""
     from peft import LoraConfig
 
@@ -57,7 +83,7 @@ def make_lora(options: TrainOptions) -> Any:
     )
 
 
-def add_lora(model: Any, config: Any, seed: int) -> Any:
+def _add_lora(model: Any, config: Any, seed: int) -> Any:
     """The model inside a PEFT model with fresh LoRA adapters."""
     from peft import get_peft_model
 
