@@ -184,7 +184,7 @@ def test_where_capturing_fails_passes_run_without_and_say_so_once(caplog):
     with caplog.at_level(logging.WARNING):
         rows = repeat(model, model.new_state(2, CAPACITY), 1, 1, 2, 2, 3, 3, 2)
     assert [record.message for record in caplog.records] == [
-        "a pass could not be captured as a CUDA graph, so all of them run without from now on: CUDA error: out of memory"
+        "a pass could not be captured as a CUDA graph, so this model runs without from now on: CUDA error: out of memory"
     ]
     for row in rows:
         assert_close(row, repeat(plain, plain.new_state(2, CAPACITY), 1)[0], atol=5e-5, rtol=0)
@@ -203,7 +203,9 @@ def test_prompts_and_long_passes_are_not_captured():
 
 
 def test_models_that_cannot_be_captured_are_refused():
-    with pytest.raises(UnsupportedModel, match=r"cuda_graphs: only plain llama, mistral, qwen2, qwen3 .* not this 'gpt2'"):
+    with pytest.raises(
+        UnsupportedModel, match=r"cuda_graphs: only plain llama, mistral, qwen2, qwen3 models can .* this is a 'gpt2'"
+    ):
         HuggingFaceLM(tiny_model("gpt2", V), owned=True, capture=Recorder())
 
 

@@ -75,12 +75,36 @@ def test_it_resumes_exactly(task, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_its_drafter_starts_from_the_base_if_one_is_asked_for(task):
-    assert not second(task, "x").of_adapter().trains_draft | task_options(task, "x", use_peft=True).trains_draft
-    report = train(second(task, "drafted", {"max_steps": 4}, train_draft=True))
+def test_its_drafter_starts_from_the_base_and_goes_on_where_there_is_one(task):
+    report = train(second(task, "bare", {"max_steps": 2}, train_draft=None))
+    assert "draft" not in report
+    report = train(second(task, "drafted", {"max_steps": 2}, train_draft=True))
     assert report["draft"]["metrics"]["eval_acceptance_on_answers"] > 0
     assert not (task / "drafted" / "draft" / ADAPTER).exists()
     AlignedModel.from_pretrained(task / "proposal", task / "drafted")
+    third = second(task, "third", {"max_steps": 2}, aligner=str(task / "drafted"), train_draft=None)
+    assert estimate(third, Expected(tflops=1.0))["draft_steps"] == 2
+    assert "draft" in train(third)
+
+
+def test_a_run_is_known_by_the_adapter_s_configuration(task, tmp_path):
+    adapter = shutil.copytree(task / "first", tmp_path / "adapter")
+    asked = second(task, "known", {"max_steps": 2}, aligner=str(adapter))
+    train(asked)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 320}))
+    with pytest.raises(InvalidOption, match="holds a run with lora="):
+        train(asked)
+
+
+def test_a_base_that_is_named_from_here_is_found_from_anywhere(task, tmp_path, monkeypatch):
+    adapter = shutil.copytree(task / "first", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "start"}))
+    monkeypatch.chdir(task)
+    train(second(task, "anywhere", {"max_steps": 2}, aligner=str(adapter)))
+    monkeypatch.chdir(tmp_path)
+    AlignedModel.from_pretrained(task / "proposal", task / "anywhere")
 
 
 def test_a_dry_run_counts_the_adapter_and_its_base(task):
@@ -102,6 +126,17 @@ def test_a_dry_run_counts_the_adapter_and_its_base(task):
 def test_what_an_adapter_cannot_have_is_refused(task, run, settings, says):
     with pytest.raises(InvalidOption, match=says):
         run(second(task, "refused", **settings))
+
+
+@pytest.mark.parametrize("run", [train, lambda options: estimate(options, Expected(tflops=1.0))], ids=["run", "dry run"])
+def test_a_run_that_is_the_base_of_the_adapter_is_not_overwritten(task, run):
+    train(task_options(task, "base", {"max_steps": 2}))
+    train(task_options(task, "on_base", {"max_steps": 2}, aligner=str(task / "base"), use_peft=True))
+    before = {path.name for path in (task / "base").iterdir()}
+    onto = second(task, "base", aligner=str(task / "on_base"), overwrite_output_dir=True)
+    with pytest.raises(InvalidOption, match=r"output_dir '.*base' holds the base of the adapter '.*on_base': "):
+        run(onto)
+    assert before <= {path.name for path in (task / "base").iterdir()}
 
 
 @pytest.mark.parametrize("run", [train, lambda options: estimate(options, Expected(tflops=1.0))], ids=["run", "dry run"])

@@ -125,7 +125,7 @@ def test_what_a_later_round_cannot_use_is_refused_before_it_trains(task, tmp_pat
     with pytest.raises(CheckpointError):
         train(options)
     assert not (task / "refused" / "run.json").exists()
-    with pytest.raises(InvalidOption, match="output_dir is the aligner's own folder"):
+    with pytest.raises(InvalidOption, match="output_dir holds the aligner, "):
         task_options(task, "start")
 
 

@@ -22,7 +22,7 @@ def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None
         device: where to put them.
         dtype: default: what torch makes of them.
     """
-    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    host = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type not in QUEUED:
         return host.to(device)
     return host.contiguous().pin_memory().to(device, non_blocking=True)

@@ -111,7 +111,7 @@ class Graphs:
         try:
             replay, hidden = self._capture(work)
         except RuntimeError as error:
-            logger.warning("a pass could not be captured as a CUDA graph, so all of them run without from now on: %s", error)
+            logger.warning("a pass could not be captured as a CUDA graph, so this model runs without from now on: %s", error)
             self._capture = None
             return None
         return _Pass(tokens, numbers, hidden, replay, self._lean.tables)

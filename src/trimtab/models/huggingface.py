@@ -103,7 +103,10 @@ class HuggingFaceLM:
             self._graphs = Graphs(self._lean, capture) if capture else None
         elif capture is not None:
             kind = inner.config.model_type
-            raise UnsupportedModel(f"cuda_graphs: only plain {', '.join(LEAN)} models can be captured, not this '{kind}' model")
+            plain = f"plain {', '.join(LEAN)} models"
+            raise UnsupportedModel(
+                f"cuda_graphs: only {plain} can be captured, without adapters of their own; this is a '{kind}'"
+            )
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -103,12 +103,12 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     aligner = find_config(base_of(adapter) if adapter else options.aligner, expected.aligner)
     for found in (proposal, aligner):
         check_supported(found.config)
-    tokenizer, vocab_size = _vocabulary(options, proposal, aligner)
+    tokenizer, vocab_size = _vocabulary(options, proposal, aligner, here.tokenizer if here else None)
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest)
     options = options.continuing(here.manifest) if here else options
-    options = options.of_adapter() if adapter else options
+    options = options.of_adapter(here) if here and adapter else options
     if data.lacking is None and options.contrast is None:  # whatever takes more, unless the columns say otherwise
         columns = parse_columns(options.columns)
         options = dataclasses.replace(options, contrast=options.default_contrast * (not columns or "rejected" in columns))
@@ -172,13 +172,14 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     return report
 
 
-def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig) -> tuple[Any, int]:
-    """The proposal's tokenizer, if both are at hand and agree, and V."""
+def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
+    """The proposal's tokenizer, if it and the aligner's `own` are at hand and agree, and V."""
     read_chat_template(options)
     here = [is_here(found.source, "tokenizer_config.json") for found in (proposal, aligner)]
     tokenizer = open_tokenizer(options, proposal.source) if here[0] else None
-    if tokenizer is not None and here[1]:
-        check_same_vocabulary(tokenizer, open_tokenizer(options, aligner.source), options.aligner)
+    own = open_tokenizer(options, aligner.source) if own is None and here[1] else own
+    if tokenizer is not None and own is not None:
+        check_same_vocabulary(tokenizer, own, options.aligner)
     known = {found.source: SHAPES[found.source].tokens for found in (proposal, aligner) if found.source in SHAPES}
     if len(set(known.values())) > 1:
         counts = " and ".join(f"{name} has {tokens} tokens" for name, tokens in known.items())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
-from trimtab.models.aligner import OBJECTIVES, Manifest
+from trimtab.models.aligner import OBJECTIVES, Description, Manifest, base_of
 from trimtab.train.records import parse_columns
 from trimtab.train.rows import Layout
 
@@ -127,7 +127,7 @@ class TrainOptions:
     train_draft: bool | None = _option(
         None,
         "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
-        " unless an adapter is trained]",
+        " unless an adapter is trained that has none]",
     )
     use_peft: bool = _option(
         False, "train a LoRA adapter instead of all weights; an --aligner that is one is trained on as it is"
@@ -155,8 +155,8 @@ class TrainOptions:
         for name in ("proposal", "aligner", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise InvalidOption(f"--{name} is required")
-        if Path(self.output_dir).resolve() == Path(self.aligner).resolve():
-            raise InvalidOption(f"output_dir is the aligner's own folder, {self.aligner}: choose another one")
+        if self._would_overwrite(self.aligner):
+            raise InvalidOption(f"output_dir holds the aligner, {self.aligner}: choose another one")
         if self.objective not in OBJECTIVES:
             raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
         if self.start not in STARTS:
@@ -315,12 +315,16 @@ class TrainOptions:
         except InvalidOption as error:
             raise InvalidOption(f"{self.aligner} was trained at other settings: {error}") from None
 
-    def of_adapter(self) -> "TrainOptions":
+    def of_adapter(self, found: Description) -> "TrainOptions":
         """The same where the aligner is a LoRA adapter, which is trained on as it is, around its frozen base.
 
         Raises:
-            InvalidOption: the start or a setting of fresh adapters is asked for.
+            InvalidOption: the start or a setting of fresh adapters is asked for, or the base would be overwritten.
         """
+        if self._would_overwrite(base_of(found.folder)):
+            raise InvalidOption(
+                f"output_dir '{self.output_dir}' holds the base of the adapter '{self.aligner}': choose another"
+            )
         if self.start == "uniform":
             raise InvalidOption(
                 f"start 'uniform' retrains the output layer, and '{self.aligner}' is an adapter: choose another"
@@ -328,7 +332,13 @@ class TrainOptions:
         for option in dataclasses.fields(self):
             if option.name.startswith("lora_") and getattr(self, option.name) != option.default:
                 raise InvalidOption(f"{option.name}: '{self.aligner}' is an adapter, and keeps its own: leave it out")
-        return dataclasses.replace(self, use_peft=True)
+        drafting = self.train_draft or (found.draft is not None and self.train_draft is None and self.trains_residual)
+        return dataclasses.replace(self, use_peft=True, train_draft=drafting)
+
+    def _would_overwrite(self, model: str) -> bool:
+        """Whether a model, if it is a folder, is in the output's."""
+        folder = Path(model).expanduser().resolve()
+        return Path(self.output_dir).expanduser().resolve() in (folder, *folder.parents)
 
     def warn(self) -> None:
         """Say it where objective and rule do not fit."""

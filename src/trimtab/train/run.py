@@ -38,7 +38,7 @@ from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.rows import Layout, RowSource
-from trimtab.train.start import load_start, prepare_model
+from trimtab.train.start import describe_lora, load_start, prepare_model
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
@@ -119,7 +119,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
     options = options.continuing(found.manifest)
-    options = options.of_adapter() if found.is_adapter else options
+    options = options.of_adapter(found) if found.is_adapter else options
     model, draft_start = load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
@@ -127,6 +127,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
+    if found.is_adapter:
+        run |= {"lora": describe_lora(found.folder)}
     drafting: dict[str, Any] | None = None
     if options.trains_draft:
         needs = vocabulary_size(tokenizer), min(options.max_length, context)

@@ -1,5 +1,6 @@
 """Where training starts from: a zero output layer, or low-rank adapters, fresh or of an earlier round."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from trimtab.models.aligner import Description, base_of, load_weights
 from trimtab.models.loading import load_model, readable
 from trimtab.train.options import TrainOptions
 
-__all__ = ["load_start", "prepare_model", "read_lora"]
+__all__ = ["describe_lora", "load_start", "prepare_model", "read_lora"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,11 @@ def load_start(options: TrainOptions, found: Description) -> tuple[Any, str | Pa
     if not found.is_adapter:
         return load_model(options.aligner, dtype=torch.float32, device="cpu"), found.draft or options.aligner
     read_lora(found.folder)
-    return load_weights(found, dtype=torch.float32, device="cpu", trainable=True), found.draft or base_of(found.folder)
+    model = load_weights(found, dtype=torch.float32, device="cpu", trainable=True)
+    base = base_of(found.folder)
+    if (folder := Path(base).expanduser()).is_dir():  # what is saved must find it from anywhere
+        base = model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+    return model, found.draft or base
 
 
 def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
@@ -35,7 +40,11 @@ def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None
         model.name_or_path = lora.base_model_name_or_path
     elif Path(options.aligner).is_dir():
         model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
-    return _add_lora(model, lora or _make_lora(options), seed)
+    try:
+        return _add_lora(model, lora or _make_lora(options), seed)
+    except ValueError as error:
+        name = "aligner" if lora else "lora_target_modules"
+        raise InvalidOption(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def _zero_output_layer(model: Any) -> None:
@@ -70,6 +79,13 @@ def read_lora(folder: Path) -> Any:
     return config
 
 
+def describe_lora(folder: Path) -> dict[str, Any]:
+    """What training depends on of an adapter's configuration, beside its weights."""
+    values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    apart = ("base_model_name_or_path", "inference_mode", "peft_version")
+    return {key: value for key, value in values.items() if key not in apart}
+
+
 def _make_lora(options: TrainOptions) -> Any:
     """The configuration of fresh LoRA adapters."""
     from peft import LoraConfig
@@ -87,9 +103,6 @@ def _add_lora(model: Any, config: Any, seed: int) -> Any:
     """The model inside a PEFT model with fresh LoRA adapters."""
     from peft import get_peft_model
 
-    try:
-        with torch.random.fork_rng():  # adapters are initialised from the global generator: lend it a seed, put it back
-            torch.default_generator.manual_seed(seed)
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise InvalidOption(f"lora_target_modules: {str(error).splitlines()[0]}") from error
+    with torch.random.fork_rng():  # adapters are initialised from the global generator: lend it a seed, put it back
+        torch.default_generator.manual_seed(seed)
+        return get_peft_model(model, config)
