@@ -14,7 +14,15 @@ from trimtab.decode.draft import choose_drafter
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
 from trimtab.decode.prompts import as_list, encode_completion, encode_prompt
-from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, check_number, check_shaping
+from trimtab.decode.request import (
+    Completion,
+    Prompt,
+    SamplingParams,
+    TokenEvent,
+    check_number,
+    check_shaping,
+    refuse_row_settings,
+)
 from trimtab.decode.scoring import Score, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.settings import settle
@@ -77,7 +85,7 @@ class AlignedModel:
         self._take(aligners, manifests)
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
-        self.pace = _make_pace(num_speculative_tokens)
+        self.pace = Pace(num_speculative_tokens)
         check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
         check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
         self._draft_temperature = draft_temperature
@@ -239,7 +247,7 @@ class AlignedModel:
     def with_draft_length(self, num_speculative_tokens: int | None) -> Self:
         """The same models and settings with another draft length, and with nothing learned about speed yet."""
         other = copy.copy(self)
-        other.pace = _make_pace(num_speculative_tokens)
+        other.pace = Pace(num_speculative_tokens)
         return other
 
     def with_aligners(self, aligners: Sequence[LanguageModel], manifests: Sequence[Manifest | None] | None = None) -> Self:
@@ -342,7 +350,7 @@ class AlignedModel:
                 raise InvalidRequest(f"{field}: there is no token {outside[0]}; ids end at {self.proposal.vocab_size - 1}")
         shaping = self.shaping(params)
         if not shaping.rule.has_row:
-            _refuse_row_settings(params, shaping)
+            refuse_row_settings(params, shaping.rule)
         seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
         return [
             Growing(i, index, ids, self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
@@ -381,31 +389,10 @@ class AlignedModel:
 SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
 
 
-MAX_DRAFT = 16
-"""The longest draft."""
-
-
 def _are_ids(answer: Any) -> bool:
     return isinstance(answer, (list, tuple)) and all(isinstance(token, int) for token in answer)
-
-
-def _make_pace(length: int | None) -> Pace:
-    if length is not None and (type(length) is not int or not 0 <= length <= MAX_DRAFT):
-        raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {length!r}")
-    return Pace(length)
 
 
 def _check_params(params: Any) -> None:
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
-
-
-def _refuse_row_settings(params: SamplingParams, shaping: Shaping) -> None:
-    """Without an aligned row there is nothing for the sampling knobs to act on; say so instead of dropping them."""
-    plain = SamplingParams()
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "logprobs"):
-        if getattr(params, name) != getattr(plain, name) and not (name == "top_k" and params.top_k <= 0):
-            raise InvalidRequest(
-                f"{name} acts on the aligned row, which rule '{shaping.rule}' does not have: leave it at "
-                f"{getattr(plain, name)!r}, or use proposal_temperature, proposal_top_p and aligner_temperature"
-            )

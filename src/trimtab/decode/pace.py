@@ -10,8 +10,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from trimtab.errors import InvalidOption
+
 __all__ = ["Load", "Pace", "Tally"]
 
+MAX_DRAFT = 16
+"""The longest draft."""
 LADDER = (0, 1, 2, 3, 4, 6, 8)
 """The draft lengths in use."""
 FIRST = (4, 0, 2)
@@ -112,10 +116,15 @@ class Pace:
     """Chooses draft lengths; one for each proposal, shared by all that decodes with it.
 
     Args:
-        fixed: a draft length for every step, or None to adapt.
+        fixed: a draft length for every step, or None to adapt; what users call `num_speculative_tokens`.
+
+    Raises:
+        InvalidOption: it is none.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
+        if fixed is not None and (type(fixed) is not int or not 0 <= fixed <= MAX_DRAFT):
+            raise InvalidOption(f"num_speculative_tokens must be from 0 to {MAX_DRAFT}, not {fixed!r}")
         self.fixed = fixed
         self.tally = Tally()
         self._kinds: dict[Hashable, Hope] = {}

@@ -10,7 +10,17 @@ from typing import Any, TypeAlias
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.errors import InvalidOption, InvalidRequest
 
-__all__ = ["Completion", "Message", "Prompt", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_number", "check_shaping"]
+__all__ = [
+    "Completion",
+    "Message",
+    "Prompt",
+    "SamplingParams",
+    "TokenEvent",
+    "TokenLogprobs",
+    "check_number",
+    "check_shaping",
+    "refuse_row_settings",
+]
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -208,6 +218,17 @@ def check_shaping(
         check_number("proposal_top_p", proposal_top_p, above=0, high=1)
     if aligner_temperature is not None:
         check_number("aligner_temperature", aligner_temperature, above=0)
+
+
+def refuse_row_settings(params: SamplingParams, rule: Rule) -> None:
+    """Without an aligned row there is nothing for the sampling knobs to act on; say so instead of dropping them."""
+    plain = SamplingParams()
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "logprobs"):
+        if getattr(params, name) != getattr(plain, name) and not (name == "top_k" and params.top_k <= 0):
+            raise InvalidRequest(
+                f"{name} acts on the aligned row, which rule '{rule}' does not have: leave it at "
+                f"{getattr(plain, name)!r}, or use proposal_temperature, proposal_top_p and aligner_temperature"
+            )
 
 
 def _integer(name: str, value: Any, low: int | None = None) -> None:
