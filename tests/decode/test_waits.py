@@ -101,6 +101,19 @@ def test_a_step_waits_for_its_device_once(reads: list[int], asked: str, draft: s
     assert watch.waited == []
 
 
+def test_so_does_a_step_of_several_groups(reads: list[int]) -> None:
+    base = AlignedModel(far_model(0), eos_token_ids=[EOS])
+    models = [base, *(base.with_aligners([far_model(seed)]) for seed in (1, 2))]
+    engine = Engine(base.proposal, base.pace)
+    with Watch() as watch:
+        for model in (*models, *models[1:]):
+            engine.submit(model.prepare([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True, seed=0)))
+        for steps in range(1, 6):
+            assert engine.step()
+            assert len(reads) == steps
+    assert watch.waited == []
+
+
 def test_the_watch_sees_what_waits(reads: list[int]) -> None:
     far, near = torch.zeros(2, device="meta"), torch.zeros(2)
     with Watch() as watch:
