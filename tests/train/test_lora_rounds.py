@@ -91,6 +91,9 @@ def test_a_run_is_known_by_the_adapter_s_configuration(task, tmp_path):
     adapter = shutil.copytree(task / "first", tmp_path / "adapter")
     asked = second(task, "known", {"max_steps": 2}, aligner=str(adapter))
     train(asked)
+    run = json.loads((task / "known" / "run.json").read_text())
+    assert run["lora"]["r"] == 3
+    assert "lora_r" not in run
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 320}))
     with pytest.raises(InvalidOption, match="holds a run with lora="):

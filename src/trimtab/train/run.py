@@ -127,8 +127,10 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
-    if found.is_adapter:
-        run |= {"lora": describe_lora(found.folder)}
+    if found.is_adapter:  # the options' settings are of fresh adapters
+        run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
+            "lora": describe_lora(found.folder)
+        }
     drafting: dict[str, Any] | None = None
     if options.trains_draft:
         needs = vocabulary_size(tokenizer), min(options.max_length, context)
