@@ -38,7 +38,7 @@ def main() -> None:
     shaping = model.shaping(model.defaults)
     rule, weight = shaping.rule, torch.tensor([shaping.weights[0] if options.weight is None else options.weight])
     ends = model.eos_token_ids
-    examples = encode_records(read_records(options.dataset), model.tokenizer, ends, 512)[: options.examples]
+    examples = encode_records(read_records(options.dataset), model.encoder, 512)[: options.examples]
     samples = options.samples if isinstance(rule, Product) else [0]
     errors: dict[Layout, list[torch.Tensor]] = {Layout(k, s): [] for k in options.top_k for s in samples}
     exact_nll = []

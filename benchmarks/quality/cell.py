@@ -11,6 +11,7 @@ from data import read_texts
 from judge import train_judge
 from transformers import AutoTokenizer
 
+from trimtab.decode.encoding import Encoder
 from trimtab.demo.pretrain import Size, pretrain, train_tokenizer
 from trimtab.files import atomic_folder
 from trimtab.train.examples import Example, encode_records, split_by_prompt
@@ -87,7 +88,7 @@ class Cell(NamedTuple):
     def encode(self, records: list[Record]) -> list[Example]:
         """Pairs as token ids."""
         tokenizer = AutoTokenizer.from_pretrained(self.data / "tokenizer")
-        return encode_records(records, tokenizer, [tokenizer.eos_token_id], MAX_LENGTH)
+        return encode_records(records, Encoder(tokenizer, len(tokenizer), [tokenizer.eos_token_id]), MAX_LENGTH)
 
     def names(self, examples: list[Example], *, once: bool = False) -> list[str]:
         """What their prompts are called, the same for every seed's tokenizer; with `once`, each in its first place only."""

@@ -11,9 +11,22 @@ from typing import Any, Self
 from trimtab.errors import InvalidOption
 from trimtab.files import atomic_write, named_errors, only_writer
 
-__all__ = ["ResumableLines"]
+__all__ = ["ResumableLines", "kept_header"]
 
 logger = logging.getLogger(__name__)
+
+
+def kept_header(out: str | Path) -> dict[str, Any]:
+    """What the run that `out` was left from has written of itself; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError), open(_partial_of(Path(out)), encoding="utf-8") as stream:
+        found = json.loads(stream.readline())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _partial_of(out: Path) -> Path:
+    special = out.exists() and not out.is_file()
+    return Path(f"{out.name}.partial") if special else out.with_name(out.name + ".partial")
 
 
 class ResumableLines:
@@ -36,8 +49,7 @@ class ResumableLines:
         self._out = Path(out)
         if self._out.is_dir():
             raise InvalidOption(f"out: {out} is a folder; name a file")
-        special = self._out.exists() and not self._out.is_file()
-        self._partial = Path(f"{self._out.name}.partial") if special else self._out.with_name(self._out.name + ".partial")
+        self._partial = _partial_of(self._out)
         self._header = json.loads(json.dumps(header, default=str))
         self._group = group
         self.done = 0

@@ -1,10 +1,13 @@
 """Data whose columns are called otherwise or hide the prompt in the answers, and parts of hub data sets."""
 
+import json
+
 import datasets
 import pytest
 
 from tiny_task import write_rows
 from trimtab.cli.common import DataOptions
+from trimtab.decode.prompts import chat_columns
 from trimtab.errors import DataError, InvalidOption
 from trimtab.train.implicit import implicit_prompt
 from trimtab.train.records import is_cached, read_records
@@ -41,6 +44,48 @@ def test_a_column_that_is_not_there_is_named_with_its_place(tmp_path):
         read(tmp_path, {"prompt": "hi"}, "prompt=post")
     with pytest.raises(InvalidOption, match="columns must be FIELD=COLUMN"):
         read(tmp_path, {"prompt": "hi"}, "text=post")
+
+
+LOOK = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize("tools", [[LOOK], json.dumps([LOOK])], ids=["list", "text"])
+def test_tools_and_settings_of_the_template_belong_to_the_prompt(tmp_path, tools):
+    row = {"messages": [USER, HELLO], "tools": tools, "chat_template_kwargs": {"thinking": True}}
+    prompt = {"messages": [USER], "tools": [LOOK], "chat_template_kwargs": {"thinking": True}}
+    assert read(tmp_path, row) == (prompt, [HELLO], None)
+    assert chat_columns(prompt) == {"prompt": [USER], "tools": [LOOK], "chat_template_kwargs": {"thinking": True}}
+    assert read(tmp_path, {**chat_columns(prompt), "completion": [HELLO]}) == (prompt, [HELLO], None)
+    assert read(tmp_path, {"chat": [USER, HELLO], "can": tools}, "messages=chat", "tools=can")[0] == {
+        "messages": [USER],
+        "tools": [LOOK],
+    }
+
+
+@pytest.mark.parametrize("nothing", [None, [], ""], ids=repr)
+def test_no_tools_are_none(tmp_path, nothing):
+    assert read(tmp_path, {"messages": [USER, HELLO], "tools": nothing}) == ([USER], [HELLO], None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "hi", "completion": "hello", "tools": [LOOK]}, "'tools' goes to a chat template, but 'prompt' is a text"),
+        ({"messages": [USER, HELLO], "tools": "[{"}, "'tools' is not JSON"),
+        ({"messages": [USER, HELLO], "tools": LOOK}, "'tools' must be a list of JSON schemas"),
+        ({"messages": [USER, HELLO], "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
+    ],
+)
+def test_malformed_tools_are_refused_with_their_place(tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: {message}"):
+        read(tmp_path, row)
+
+
+def test_a_call_is_an_answer_and_has_no_content(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [LOOK]}
+    assert read(tmp_path, {"messages": [USER, call]}) == ([USER], [call], None)
+    with pytest.raises(DataError, match=r"messages\[1\] must be a message with 'role' and 'content'"):
+        read(tmp_path, {"messages": [USER, {"role": "assistant", "content": None}]})
 
 
 def test_the_first_records_can_be_taken(tmp_path):

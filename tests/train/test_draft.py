@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from tiny_task import V, make_task, task_options, task_rows
 from trimtab import AlignedModel, SamplingParams
+from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption, VocabularyMismatch
 from trimtab.models.aligner import Aligner
 from trimtab.train import run
@@ -41,7 +42,7 @@ def test_its_figures_are_those_of_the_loaded_models(task, trained):
         AlignedModel.from_pretrained(path, draft="none").proposal for path in (task / "proposal", folder, folder / "draft")
     )
     finished = Aligner.from_pretrained(folder)
-    _, development = run.read_examples(task_options(task, "whole"), finished.tokenizer, (0,), 64)
+    _, development = run.read_examples(task_options(task, "whole"), Encoder(finished.tokenizer, V, (0,)), 64)
     kept, kl = [], []
     for example in development:
         ids = torch.tensor([example.prompt + example.chosen])

@@ -87,7 +87,7 @@ def test_samples_that_were_cut_do_not_learn_to_end(model, tmp_path):
     assert [row.get("unfinished", []) for row in rows(tmp_path / "out.jsonl")] == [
         ["completion"] * (reason == "length") for reason in reasons
     ]
-    examples = encode_records(read_records(str(tmp_path / "out.jsonl"), need="chosen"), model.tokenizer, [0], 64)
+    examples = encode_records(read_records(str(tmp_path / "out.jsonl"), need="chosen"), model.encoder, 64)
     assert [example.chosen[-1] == 0 for example in examples] == [reason == "stop" for reason in reasons]
 
 
@@ -140,6 +140,22 @@ def test_ranked_chats_are_messages_and_an_interrupted_run_of_other_pairs_is_refu
             propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=other)
     propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
     assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_tools_reach_the_template_and_are_written_beside_the_prompt(tmp_path):
+    """The template of this tokenizer spells the tools' names before the messages, so other tools mean other samples."""
+    template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT_TEMPLATE
+    aligned = AlignedModel.from_pretrained(
+        tiny_model("llama", V, seed=1), tokenizer=tiny_tokenizer(chat_template=template), eos_token_ids=[0]
+    )
+    messages, params = [{"role": "user", "content": "abc"}], SamplingParams(max_tokens=12, seed=5)
+    records = [Record({"messages": messages, "tools": [{"name": name}]}, None, None, "") for name in ("look", "see")]
+    propose(aligned, [*records, Record(messages, None, None, "")], tmp_path / "out", params, batch_size=3)
+    look, see, none = rows(tmp_path / "out")
+    assert (look["prompt"], look["tools"], see["tools"]) == (messages, [{"name": "look"}], [{"name": "see"}])
+    assert "tools" not in none
+    (expected,) = aligned.generate(["looku abc<eos>a "], params)
+    assert look["completion"] == [{"role": "assistant", "content": expected.text}]
 
 
 def test_pairs_of_equal_samples_are_counted_and_another_drafter_is_another_run(tmp_path, caplog):

@@ -76,6 +76,15 @@ def test_texts_and_chats_are_asked_for_and_written_in_order(tmp_path):
     assert by_seed[7].body == common | {"seed": 7, "messages": [{"role": "user", "content": "abc"}]}
 
 
+def test_tools_of_a_chat_are_sent(tmp_path):
+    prompt = {"messages": [{"role": "user", "content": "abc"}], "tools": [{"type": "function", "function": {"name": "look"}}]}
+    with scripted(lambda asked, number: choices(asked), models=[{"id": "m", "owned_by": "x"}]) as server:
+        sampled(server.url, tmp_path / "out", SamplingParams(max_tokens=4), [Record(prompt, None, None, "")])
+    assert {name: server.asked[-1].body[name] for name in prompt} == prompt
+    assert "chat_template_kwargs" not in server.asked[-1].body
+    assert rows(tmp_path / "out")[0]["tools"] == prompt["tools"]
+
+
 @pytest.mark.parametrize(
     ("owner", "settings", "sent"),
     [

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
+from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.records import Record, read_records, read_rows
@@ -200,13 +201,13 @@ def record(prompt: Any, chosen: Any, rejected: Any = None) -> Record:
 
 def test_texts_are_encoded_with_the_end_of_sequence():
     """a is 1, b is 2, and so on in the tiny tokenizer."""
-    examples = encode_records([record("ab", "c", "de"), record("b", "")], tiny_tokenizer(), [EOS], 10)
+    examples = encode_records([record("ab", "c", "de"), record("b", "")], Encoder(tiny_tokenizer(), 28, [EOS]), 10)
     assert examples == [Example([1, 2], [3, EOS], [4, 5, EOS]), Example([2], [EOS], [])]
 
 
 def test_chats_are_encoded_by_the_template():
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
-    [example] = encode_records([record([{"role": "user", "content": "b"}], [HELLO], [RUDE])], tokenizer, [EOS], 40)
+    [example] = encode_records([record([{"role": "user", "content": "b"}], [HELLO], [RUDE])], Encoder(tokenizer, 28, [EOS]), 40)
     space = 27
     assert example.prompt == [21, space, 2, EOS, 1, space]
     assert example.chosen == [*(ord(letter) - 96 for letter in "hello"), EOS]
@@ -223,7 +224,7 @@ def test_answers_are_cut_and_long_prompts_left_out_and_both_are_counted(caplog):
         record("ab", "c", "defgh"),
     ]
     with caplog.at_level(logging.WARNING, "trimtab"):
-        examples = encode_records(records, tiny_tokenizer(), [EOS], 6)
+        examples = encode_records(records, Encoder(tiny_tokenizer(), 28, [EOS]), 6)
     assert examples == [
         Example([1, 2, 3], [4, 5, EOS], []),
         Example([1, 2, 3, 4], [5, 6], []),
@@ -235,18 +236,18 @@ def test_answers_are_cut_and_long_prompts_left_out_and_both_are_counted(caplog):
 
 def test_nothing_is_said_where_everything_fits(caplog):
     with caplog.at_level(logging.INFO, "trimtab"):
-        encode_records([record("ab", "c")], tiny_tokenizer(), [EOS], 4)
+        encode_records([record("ab", "c")], Encoder(tiny_tokenizer(), 28, [EOS]), 4)
     assert caplog.records == []
 
 
 def test_no_record_left_is_an_error():
     with pytest.raises(DataError, match="no record is left: every prompt has 3 tokens or more; raise max_length"):
-        encode_records([record("abc", "d"), record("abcd", "d")], tiny_tokenizer(), [EOS], 3)
+        encode_records([record("abc", "d"), record("abcd", "d")], Encoder(tiny_tokenizer(), 28, [EOS]), 3)
 
 
 def test_what_cannot_be_encoded_is_named_by_its_place():
     with pytest.raises(DataError, match=r"data\.jsonl:7: prompt is a chat, but the tokenizer has no chat template"):
-        encode_records([record([USER], [HELLO])], tiny_tokenizer(), [EOS], 10)
+        encode_records([record([USER], [HELLO])], Encoder(tiny_tokenizer(), 28, [EOS]), 10)
 
 
 def test_fingerprints_see_what_they_should():

@@ -14,6 +14,7 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
+from trimtab.decode.encoding import Encoder
 from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.models.aligner import Manifest
 from trimtab.models.huggingface import HuggingFaceLM
@@ -276,7 +277,7 @@ def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated_and_its_regu
     options = task_options(task, "none", contrast=2.0, **settings)
     source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
     records = read_records(str(task / "train.jsonl"), need="rejected")
-    examples = encode_records(records, load_tokenizer(task / "proposal"), (0,), 64)[:6]
+    examples = encode_records(records, Encoder(load_tokenizer(task / "proposal"), V, (0,)), 64)[:6]
     kinds = {
         which: source.compress(answers(examples, which), options.row_layout(V), 1.3).rows for which in ("chosen", "rejected")
     }

@@ -14,6 +14,7 @@ __all__ = [
     "LengthOptions",
     "ModelOptions",
     "SamplingOptions",
+    "TemplateOptions",
     "check_prompts",
     "check_weights",
     "load_aligned_model",
@@ -21,6 +22,7 @@ __all__ = [
     "make_sampling_params",
     "places_that_fit",
     "refuse_overwriting",
+    "set_template",
 ]
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,19 @@ class ModelOptions:
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
     max_num_seqs: int = option(32, "most completions decoded at once")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How chats become texts."""
+
+    chat_template_path: str | None = option(
+        None, "a Jinja file: the chat template, as the aligner was trained with it [default: the proposal's]", metavar="FILE"
+    )
+    date: str | None = option(
+        None,
+        "what a chat template that writes the date takes for today, YYYY-MM-DD [default: today; a resumed run keeps its own]",
+    )
 
 
 @dataclass(frozen=True)
@@ -101,15 +116,23 @@ def check_weights(options: ModelOptions) -> None:
         raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
 
 
-def load_aligned_model(options: ModelOptions) -> Any:
-    """The models that the flags name, ready to decode."""
+def load_aligned_model(options: ModelOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
+    """The models that the flags name, ready to decode.
+
+    Args:
+        options: the models' flags.
+        chats: how chats become texts; None where there are none.
+        kept_date: the date of the run that is resumed, if one is.
+    """
     from trimtab.cli import quiet_loading
     from trimtab.decode.aligned import AlignedModel
+    from trimtab.decode.template import pick_date, read_chat_template
 
     check_weights(options)
+    template = read_chat_template(chats.chat_template_path) if chats is not None else None
     quiet_loading()
     try:
-        return AlignedModel.from_pretrained(
+        model = AlignedModel.from_pretrained(
             options.proposal,
             list(options.aligner),
             rule=options.rule,
@@ -125,18 +148,37 @@ def load_aligned_model(options: ModelOptions) -> Any:
             num_speculative_tokens=options.num_speculative_tokens,
             cuda_graphs=options.cuda_graphs,
             max_num_seqs=options.max_num_seqs,
+            date=None if chats is None else pick_date(chats.date, kept_date),
         )
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
+    if chats is not None:
+        set_template(model.tokenizer, template, chats.date)
+    return model
+
+
+def set_template(tokenizer: Any, template: str | None, date: str | None) -> None:
+    """Give a tokenizer the chat template that was asked for; refuse a date that it does not write."""
+    from trimtab.decode.template import refuse_idle_date
+
+    if template is not None:
+        tokenizer.chat_template = template
+    refuse_idle_date(date, tokenizer)
 
 
 def load_reward_model(
-    flag: str, source: str, prompts: Sequence[Any], sources: Sequence[str], dtype: str, device: str | None
+    flag: str,
+    source: str,
+    prompts: Sequence[Any],
+    sources: Sequence[str],
+    dtype: str,
+    device: str | None,
+    date: str | None = None,
 ) -> Any:
     """The sequence classifier that a flag names; a prompt that it cannot take is refused, naming where it stands."""
     from trimtab.evaluate.reward import RewardModel
 
-    model = RewardModel.from_pretrained(source, dtype=dtype, device=device)
+    model = RewardModel.from_pretrained(source, dtype=dtype, device=device, date=date)
     for prompt, place in zip(prompts, sources, strict=True):
         try:
             model.check(prompt)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, SamplingOptions
+from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, SamplingOptions, TemplateOptions
 from trimtab.cli.dry_run import DryRunOptions
 from trimtab.cli.options import UsageError, option
 
@@ -13,7 +13,7 @@ __all__ = ["Options", "render", "run"]
 
 
 @dataclass(frozen=True)
-class Options(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, ModelOptions):
+class Options(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, TemplateOptions, ModelOptions):
     """Flags of `trimtab eval`."""
 
     annotations: str | None = option(

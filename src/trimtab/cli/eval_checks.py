@@ -42,6 +42,9 @@ def check_flags(options: "Options", baseline: System, system: System) -> None:
         raise UsageError("--n must be 1: one answer to a prompt is judged")
     if options.leave_out_long and not (baseline.here or system.here):
         raise UsageError("--leave_out_long goes by the context of a model that runs here, and none does")
+    for name in ("chat_template_path", "date"):
+        if name in given and not (baseline.here or system.here):
+            raise UsageError(f"--{name} is for chats with a model that runs here, and none does")
     if options.max_prompts is not None and options.max_prompts < 1:
         raise UsageError(f"--max_prompts must be at least 1, not {options.max_prompts}")
     if options.length_control not in LENGTH_CONTROLS:

@@ -14,6 +14,7 @@ from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.options import UsageError
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
+from trimtab.decode.template import pick_date
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.settings import Limits, without_password
 from trimtab.errors import DataError, EndpointError, InvalidOption, InvalidRequest
@@ -28,6 +29,7 @@ from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_eval
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
+from trimtab.files import read_json, write_json
 from trimtab.train.records import read_records
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ __all__ = ["evaluate", "make_judges", "make_settings", "name_system", "read_prom
 
 logger = logging.getLogger(__name__)
 
+RUN = "run.json"
+"""The file in the output folder that keeps the date of a run, which chat templates may write."""
 DENIED = (401, 403)
 """What an endpoint answers to whom it does not know."""
 
@@ -50,6 +54,9 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
     settings = make_settings(options, params)
     limits = Limits(options.concurrency, options.request_timeout, options.max_retries)
     judges = make_judges(options, limits)
+    out, frontier = Path(options.out), None
+    kept = read_json(out / RUN) if (out / RUN).is_file() else {}
+    date = pick_date(options.date, kept.get("date"))
     prompts, development = read_prompts(options, baseline)
     loaded = [judge for judge in judges if not isinstance(judge, str)]
     check_data(options, systems, prompts, loaded)
@@ -58,15 +65,15 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
     for one in systems:
         if one.kind == "endpoint":
             _reach(one.where, one.model, limits)
-    model = _model(options, systems, params)
+    model = _model(options, systems, params, date)
     if model is not None:
         prompts = _that_fit(options, model, prompts)
         development = development and _that_fit(options, model, development)
         _check_prompts(model, systems, params, [prompts, development or prompts])
-    judges = [_reward_judge(judge, options, prompts) if isinstance(judge, str) else judge for judge in judges]
-    out, frontier = Path(options.out), None
+    judges = [_reward_judge(judge, options, prompts, date) if isinstance(judge, str) else judge for judge in judges]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN, {**kept, "date": date})
     if development is not None:
-        out.mkdir(parents=True, exist_ok=True)
         with Bench(out, model, limits) as bench:
             params, frontier = sweep(bench, judges[0], baseline, development, params, settings, options.max_kl)
     plan = Plan(
@@ -105,11 +112,11 @@ def make_settings(options: "Options", params: SamplingParams) -> list[Setting]:
     return settings
 
 
-def _model(options: "Options", systems: Sequence[System], params: SamplingParams) -> AlignedModel | None:
+def _model(options: "Options", systems: Sequence[System], params: SamplingParams, date: str) -> AlignedModel | None:
     """The models in this process; None if no system needs them."""
     if not any(one.here for one in systems):
         return None
-    model: AlignedModel = load_aligned_model(options)
+    model: AlignedModel = load_aligned_model(options, options, date)
     try:
         model.shaping(params)
     except InvalidRequest as error:
@@ -212,9 +219,9 @@ def make_judges(options: "Options", limits: Limits, *, reach: bool = True) -> li
     return judges
 
 
-def _reward_judge(spec: str, options: "Options", prompts: Prompts) -> Judge:
+def _reward_judge(spec: str, options: "Options", prompts: Prompts, date: str) -> Judge:
     """The reward model that a user names, which can take the prompts."""
-    model = load_reward_model("--judge", spec, prompts.prompts, prompts.sources, options.dtype, options.device)
+    model = load_reward_model("--judge", spec, prompts.prompts, prompts.sources, options.dtype, options.device, date)
     return RewardJudge(model, Path(spec).name)
 
 

@@ -10,12 +10,14 @@ from typing import Any
 from trimtab.cli.common import (
     ModelOptions,
     SamplingOptions,
+    TemplateOptions,
     check_prompts,
     load_aligned_model,
     make_sampling_params,
     refuse_overwriting,
 )
 from trimtab.cli.options import UsageError, option
+from trimtab.jsonlines import ResumableLines, kept_header
 
 __all__ = ["Options", "render", "run"]
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options(SamplingOptions, ModelOptions):
+class Options(SamplingOptions, TemplateOptions, ModelOptions):
     """Flags of `trimtab generate`."""
 
     prompt: tuple[str, ...] = option((), "a prompt; may repeat")
@@ -45,7 +47,7 @@ def run(options: Options) -> dict[str, Any]:
 
         records = read_records(options.input, need="prompt")
         prompts = [record.prompt for record in records]
-    model = load_aligned_model(options)
+    model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
     check_prompts(model, records, params)
     report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
     if options.out is None:
@@ -61,12 +63,10 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int:
-    from trimtab.jsonlines import ResumableLines
-
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    settings |= {"prompts": digest, "weights": [m.fingerprint for m in model.models.all]}
+    settings |= {**model.encoder.chat_settings, "prompts": digest, "weights": [m.fingerprint for m in model.models.all]}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):
@@ -78,10 +78,12 @@ def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int
 
 def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, Any]]:
     """One row for each completion."""
+    from trimtab.decode.prompts import chat_columns
+
     rows = []
     for i, c in enumerate(completions):
         row = {
-            "prompt": prompts[i // n],
+            **chat_columns(prompts[i // n]),
             "completion": c.text,
             "finish_reason": c.finish_reason,
             "seed": c.seed,

@@ -8,6 +8,7 @@ from trimtab.cli.common import (
     LengthOptions,
     ModelOptions,
     SamplingOptions,
+    TemplateOptions,
     check_prompts,
     load_aligned_model,
     load_reward_model,
@@ -18,12 +19,13 @@ from trimtab.cli.common import (
 from trimtab.cli.dry_run import DryRunOptions, aligner_weights, check_expected, describe_model, describe_size, model_weights
 from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption
+from trimtab.jsonlines import kept_header
 
 __all__ = ["Options", "render", "run"]
 
 
 @dataclass(frozen=True)
-class Options(DryRunOptions, DataOptions, LengthOptions, SamplingOptions):
+class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, SamplingOptions):
     """Flags of `trimtab propose`."""
 
     proposal: str = option(
@@ -73,6 +75,8 @@ def run(options: Options) -> dict[str, Any]:
             "aligner": options.aligner or None,
             "max_num_seqs": options.max_num_seqs,
             "leave_out_long": options.leave_out_long or None,
+            "chat_template_path": options.chat_template_path,
+            "date": options.date,
         }
         | ({} if options.reward_model else {"dtype": options.dtype, "device": options.device}),  # it runs here all the same
         {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")},
@@ -126,7 +130,7 @@ def _here(options: Options, records: Any, params: Any, ranking: Any) -> int:
     asked = ModelOptions(
         options.proposal, options.aligner, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most
     )
-    model = load_aligned_model(asked)
+    model = load_aligned_model(asked, options, kept_header(options.out).get("proposal", {}).get("date"))
     prompts, sources = [record.prompt for record in records], [record.source for record in records]
     records = [records[i] for i in places_that_fit(options, model, prompts, [None] * len(records), sources)]
     check_prompts(model, records, params)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelOptions
+from trimtab.cli.common import ModelOptions, TemplateOptions, set_template
 from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 
@@ -21,9 +21,12 @@ LOG_Z_EVERY = 8
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(TemplateOptions, ModelOptions):
     """Flags of `trimtab serve`."""
 
+    date: str | None = option(
+        None, "what a chat template that writes the date takes for today, YYYY-MM-DD [default: the day of each request]"
+    )
     aligner: tuple[str, ...] = option(
         (), "an aligner, and what requests call it; may repeat. It stays in memory", metavar="NAME=PATH"
     )
@@ -190,9 +193,11 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.assemble import Loader, make_capture
     from trimtab.decode.engine import Engine
+    from trimtab.decode.template import read_chat_template
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened
 
+    template = read_chat_template(options.chat_template_path)
     base = AlignedModel.from_pretrained(
         options.proposal,
         dtype=options.dtype,
@@ -207,7 +212,9 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         num_speculative_tokens=options.num_speculative_tokens,
         cuda_graphs=options.cuda_graphs,
         max_num_seqs=options.max_num_seqs,
+        date=options.date,
     )
+    set_template(base.tokenizer, template, options.date)
     engine = Engine(
         base.proposal,
         base.pace,

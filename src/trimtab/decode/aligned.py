@@ -11,9 +11,10 @@ from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.decode.assemble import AlignerLike, load_parts
 from trimtab.decode.draft import choose_drafter
+from trimtab.decode.encoding import Encoder
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
-from trimtab.decode.prompts import as_list, encode_completion, encode_prompt
+from trimtab.decode.prompts import as_list
 from trimtab.decode.request import (
     Completion,
     Prompt,
@@ -54,6 +55,7 @@ class AlignedModel:
         num_speculative_tokens: tokens to draft ahead: None adapts to what pays, 0 decodes token by token. In float32 it
             changes no token.
         max_num_seqs: the most completions decoded at once.
+        date: what chat templates that write the date take for today, `YYYY-MM-DD`; None takes the clock's.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class AlignedModel:
         draft_temperature: float | None = None,
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
+        date: str | None = None,
     ) -> None:
         if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
             raise InvalidOption(f"max_num_seqs must be an integer of at least 1, not {max_num_seqs!r}")
@@ -85,6 +88,7 @@ class AlignedModel:
         self._take(aligners, manifests)
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
+        self.encoder = Encoder(tokenizer, proposal.vocab_size, self.eos_token_ids, date)
         self.pace = Pace(num_speculative_tokens)
         check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
         check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
@@ -139,7 +143,7 @@ class AlignedModel:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs"}
+        unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs", "date"}
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         parts = load_parts(
@@ -281,10 +285,11 @@ class AlignedModel:
         Raises:
             InvalidRequest: it could not be scored at any length.
         """
-        size = len(self._prompt_ids(0, prompt)) + (
-            1 if completion is None else len(self._completion_ids(0, prompt, completion))
-        )
-        return self.max_length is None or size <= self.max_length
+        if self.max_length is None:
+            return True
+        if completion is None:
+            return len(self.encoder.prompt(prompt)) < self.max_length
+        return sum(map(len, self._ids(0, prompt, completion))) <= self.max_length
 
     def check_pair(self, prompt: Prompt, completion: Any) -> None:
         """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
@@ -336,7 +341,7 @@ class AlignedModel:
             InvalidRequest: the prompt or a parameter cannot be decoded.
         """
         name = name or f"prompts[{i}]"
-        ids = encode_prompt(self.tokenizer, prompt, self.proposal.vocab_size, name)
+        ids = self.encoder.prompt(prompt, name)
         limit = params.max_tokens
         if self.max_length is not None:
             if len(ids) >= self.max_length:
@@ -367,7 +372,7 @@ class AlignedModel:
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""
-        prompt, completion, num_bytes = self._prompt_ids(i, item), self._completion_ids(i, item, answer), None
+        (prompt, completion), num_bytes = self._ids(i, item, answer), None
         if not _are_ids(answer):
             text = self.tokenizer.decode(completion, skip_special_tokens=True) if not isinstance(answer, str) else answer
             num_bytes = len(text.encode(errors="replace"))
@@ -376,14 +381,11 @@ class AlignedModel:
             raise InvalidRequest(f"prompts[{i}] and completions[{i}] have {total}, but the context holds {self.max_length}")
         return prompt, completion, num_bytes
 
-    def _prompt_ids(self, i: int, item: Prompt) -> list[int]:
-        return encode_prompt(self.tokenizer, item, self.proposal.vocab_size, f"prompts[{i}]")
-
-    def _completion_ids(self, i: int, item: Prompt, answer: Any) -> list[int]:
-        name = f"completions[{i}]"
+    def _ids(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int]]:
+        names = f"prompts[{i}]", f"completions[{i}]"
         if _are_ids(answer):
-            return encode_prompt(self.tokenizer, list(answer), self.proposal.vocab_size, name)
-        return encode_completion(self.tokenizer, item, answer, self.eos_token_ids, name)
+            return self.encoder.prompt(item, names[0]), self.encoder.prompt(list(answer), names[1])
+        return self.encoder.pair(item, answer, names)
 
 
 SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")

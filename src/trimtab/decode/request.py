@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-"""A text, a list of chat messages (`{"role": …, "content": …}`), or token ids."""
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
+"""A text, a list of chat messages (`{"role": …, "content": …}`), token ids, or a chat as `{"messages": …, "tools": …}`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from trimtab.decode.prompts import is_chat
+from trimtab.decode.prompts import is_chat, read_chat
 from trimtab.decode.request import Prompt, SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.errors import DataError, EndpointError
@@ -78,8 +78,11 @@ class RemoteModel:
         body |= given if explicit else {field: value for field, value in given.items() if value != NEUTRAL[field]}
         if not is_chat(prompt):
             return "/v1/completions", body | {"prompt": prompt}
-        messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-        return "/v1/chat/completions", body | {"messages": messages}
+        chat = read_chat(prompt, "prompt")
+        body["messages"] = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
+        body |= {"tools": chat.tools} if chat.tools else {}
+        body |= {"chat_template_kwargs": dict(chat.settings)} if chat.settings else {}
+        return "/v1/chat/completions", body
 
 
 def check_sendable(prompts: Sequence[Prompt], sources: Sequence[str], what: str = "prompt") -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import gather
 from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.prompts import read_chat
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import completion_rows
 from trimtab.decode.shaping import BatchShaping
@@ -42,7 +43,8 @@ except ModuleNotFoundError as error:
 __all__ = ["TrimtabLM", "main"]
 
 SHAPING = {"rule", "weight", "proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature"}
-LOADING = {"aligner", "tokenizer", "dtype", "revision", "draft", "draft_temperature", "num_speculative_tokens"} | SHAPING
+DRAFTING = {"draft", "draft_temperature", "num_speculative_tokens"}
+LOADING = {"aligner", "tokenizer", "dtype", "revision", "date"} | DRAFTING | SHAPING
 """Options that are `AlignedModel.from_pretrained`'s."""
 OWN = {"add_bos_token", "batch_size", "device", "max_gen_toks", "max_length", "max_num_seqs", "prefix_token_id", "seed"}
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "seed"} | SHAPING
@@ -134,6 +136,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         self.max_length = max_length or longest or DEFAULT_MAX_LENGTH
         candidates = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self._prefix_token_id: int | None = next((token for token in candidates if token is not None), None)
+        self._rendered: set[str] = set()
         self._shaping = self.model.shaping(self.model.defaults)
         self._device = self.model.proposal.device
 
@@ -169,24 +172,31 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, which has one BOS at most."""
+        """Ids of a text, which has one BOS at most; what the chat template has written gets none."""
         if add_special_tokens is None:
-            prefix = self._prefix_token_id
-            begun = prefix is not None and string.startswith(self.tokenizer.decode([prefix]))
-            add_special_tokens = False if begun else self.add_bos_token
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer(string, verbose=False, **special)["input_ids"])
+            add_special_tokens = self._begins_anew(string)
+        encoder = self.model.encoder
+        if not string:
+            return list(encoder.around[0]) if add_special_tokens else []
+        return encoder.text(string, "a text", special=add_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of its continuation, which takes the context's last spaces, as the harness has it."""
+        special, before = self._begins_anew(context), context.rstrip()
+        prompt: Any = before or self.model.encoder.around[0] or [self.prefix_token_id]
+        return self.model.encoder.pair(prompt, context[len(before) :] + continuation, special=special, ended=False)
+
+    def _begins_anew(self, text: str) -> bool:
+        """Whether the tokenizer's first tokens come before a text."""
+        return self.add_bos_token is not False and text not in self._rendered
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without `add_generation_prompt` it ends inside the last message."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        chat = read_chat(chat_history, "the conversation")
+        unfinished = not add_generation_prompt
+        rendered = self.model.encoder.render(chat, "the conversation", answer=add_generation_prompt, unfinished=unfinished)
+        self._rendered.add(rendered)
+        return rendered
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes down beside the results."""

@@ -20,14 +20,15 @@ alone.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trimtab.decode.prompts import as_list, encode_text, is_chat, render_chat
+from trimtab.decode.encoding import Encoder
+from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.loading import check_filled, check_finite, expand, load_tokenizer, loading_arguments, readable
@@ -58,6 +59,7 @@ class RewardModel:
         tokenizer: its tokenizer, with or without a padding token.
         batch_size: rows of a forward pass.
         max_length: tokens of a row; longer ones are truncated. Default: the least of what model and tokenizer state.
+        date: what a chat template that writes the date takes for today, `YYYY-MM-DD`; None takes the clock's.
 
     Attributes:
         truncated: how many rows `score` has truncated so far.
@@ -68,7 +70,9 @@ class RewardModel:
         InvalidOption: `batch_size` or `max_length` is no positive number, or the model has fewer positions.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, date: str | None = None
+    ) -> None:
         config = model.config
         _check_labels(config, getattr(config, "_name_or_path", "") or type(model).__name__)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
@@ -88,6 +92,7 @@ class RewardModel:
         self.truncated = 0
         self._decoder = _is_decoder(config)
         self._embeddings: Tensor = model.get_input_embeddings().weight
+        self._encoder = Encoder(tokenizer, len(self._embeddings), date=date)
 
     @classmethod
     def from_pretrained(
@@ -100,6 +105,7 @@ class RewardModel:
         revision: str | None = None,
         batch_size: int = 16,
         max_length: int | None = None,
+        date: str | None = None,
     ) -> "RewardModel":
         """A folder or hub id that `AutoModelForSequenceClassification` loads.
 
@@ -111,6 +117,7 @@ class RewardModel:
             revision: a hub revision.
             batch_size: rows of a forward pass.
             max_length: tokens of a row; see the class.
+            date: see the class.
 
         Raises:
             CheckpointError: missing, pickled, incomplete or non-finite weights, or no classification head.
@@ -119,7 +126,7 @@ class RewardModel:
         """
         model = _load_classifier(source, dtype, device, revision)
         tokenizer = load_tokenizer(source, revision=revision) if tokenizer is None else tokenizer
-        return cls(model, tokenizer, batch_size=batch_size, max_length=max_length)
+        return cls(model, tokenizer, batch_size=batch_size, max_length=max_length, date=date)
 
     def score(self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str]) -> list[float]:
         """One score for each prompt with its answer, in their order; higher is better.
@@ -171,16 +178,16 @@ class RewardModel:
             raise InvalidRequest(f"{name} must be a text that is not empty, or messages, not {prompt!r}")
         tokenizer, pair = self.tokenizer, f"{name} with its answer"
         if getattr(tokenizer, "chat_template", None):
-            question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            messages = [*question, {"role": "assistant", "content": answer}]
-            text = render_chat(tokenizer, messages, pair, answer=False)
+            chat = read_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, name)
+            whole = chat._replace(messages=[*chat.messages, {"role": "assistant", "content": answer}])
+            text = self._encoder.render(whole, pair, answer=False)
             if not self._decoder and not text.startswith(getattr(tokenizer, "cls_token", None) or ""):
                 return self._encode_pair(text, None, pair)
-            ids = encode_text(tokenizer, text, pair, special=False)
+            ids = self._encoder.text(text, pair, special=False)
         elif self._decoder:
             if not isinstance(prompt, str):
                 raise InvalidRequest(f"{name} is a chat, but the reward model's tokenizer has no chat template: give a text")
-            ids = encode_text(tokenizer, prompt + answer, pair, special=True)
+            ids = self._encoder.text(prompt + answer, pair) + self._encoder.around[1]  # all that it was trained with
         else:
             return self._encode_pair(_plain(prompt, name), answer, pair)
         first = ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
@@ -278,7 +285,7 @@ def _plain(prompt: Prompt, name: str) -> str:
     """The text of a prompt for an encoder that has no chat template."""
     if isinstance(prompt, str):
         return prompt
-    messages: Any = list(prompt)
+    messages: Any = prompt["messages"] if isinstance(prompt, Mapping) else list(prompt)
     text = messages[0].get("content") if len(messages) == 1 and messages[0].get("role") == "user" else None
     if not isinstance(text, str):
         raise InvalidRequest(

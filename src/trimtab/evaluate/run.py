@@ -130,7 +130,8 @@ class Bench:
 
 def bare_proposal(model: AlignedModel) -> AlignedModel:
     """The proposal alone, without the settings that were made for its aligners."""
-    return AlignedModel(model.proposal, (), model.tokenizer, model.eos_token_ids, max_num_seqs=model.max_num_seqs)
+    parts = model.proposal, (), model.tokenizer, model.eos_token_ids
+    return AlignedModel(*parts, max_num_seqs=model.max_num_seqs, date=model.encoder.date)
 
 
 def run_evaluation(

@@ -11,17 +11,18 @@ for the same again computes nothing.
 """
 
 import dataclasses
+import json
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.pace import Tally
-from trimtab.decode.prompts import is_chat
+from trimtab.decode.prompts import is_chat, read_chat
 from trimtab.decode.request import SamplingParams, TokenEvent
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.completions import RemoteModel
@@ -141,9 +142,16 @@ def show_prompt(prompt: Any) -> str:
     """A prompt as a text, for judges and reports."""
     if not is_chat(prompt):
         return str(prompt)
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+    messages = read_chat(prompt, "prompt").messages
+    if len(messages) == 1:
+        return _content(messages[0])
+    return "\n\n".join(f"{message['role'].capitalize()}: {_content(message)}" for message in messages)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """What a message says; one that says nothing calls tools."""
+    said = message.get("content")
+    return str(said) if said is not None else json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
 def check_answerable(model: AlignedModel, prompts: Prompts, params: SamplingParams) -> None:
@@ -181,7 +189,11 @@ def answer_here(model: AlignedModel, prompts: Prompts, params: SamplingParams, j
         "sampling": repr(dataclasses.replace(params, seed=None)),
     }
     each = [dataclasses.replace(params, seed=first + i) for i in range(len(prompts))]
-    keys = [key_of({**known, "prompt": p, "seed": one.seed}) for p, one in zip(prompts.prompts, each, strict=True)]
+    chats = model.encoder.chat_settings
+    keys = [
+        key_of({**known, **(chats if is_chat(p) else {}), "prompt": p, "seed": one.seed})
+        for p, one in zip(prompts.prompts, each, strict=True)
+    ]
     missing = [i for i, key in enumerate(keys) if journal.get(key) is None]
     check_answerable(model, prompts.pick(missing), params)
     speed_key = key_of({**known, "what": "speed", "answers": keys})

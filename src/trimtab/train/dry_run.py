@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
+from trimtab.decode.encoding import Encoder
+from trimtab.decode.template import read_chat_template
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
 from trimtab.models.aligner import base_of, describe
@@ -32,7 +34,7 @@ from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
-from trimtab.train.run import open_tokenizer, read_chat_template, read_parts
+from trimtab.train.run import open_tokenizer, read_parts, run_date
 from trimtab.train.start import read_lora
 
 __all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
@@ -174,7 +176,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
 
 def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
     """The proposal's tokenizer, if it and the aligner's `own` are at hand and agree, and V."""
-    read_chat_template(options)
+    read_chat_template(options.chat_template_path)
     here = [is_here(found.source, "tokenizer_config.json") for found in (proposal, aligner)]
     tokenizer = open_tokenizer(options, proposal.source) if here[0] else None
     own = open_tokenizer(options, aligner.source) if own is None and here[1] else own
@@ -221,7 +223,8 @@ def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: F
         why = f"the tokenizer of {options.proposal} is not on this machine"
         return _Data(None, None, (len(records), len(kept)), why, lacking)
     ends = find_eos_token_ids(proposal, tokenizer)
-    examples, development = (encode_records(part, tokenizer, ends, longest) for part in (records, kept))
+    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(options))
+    examples, development = (encode_records(part, encoder, longest) for part in (records, kept))
     return _Data(examples, development, (len(examples), len(development)), None, lacking)
 
 

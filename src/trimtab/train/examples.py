@@ -4,11 +4,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from trimtab.decode.prompts import encode_completion, encode_prompt
+from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError, InvalidRequest
-from trimtab.models.vocabulary import vocabulary_size
 from trimtab.train.records import Record
 
 __all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "split_by_prompt"]
@@ -30,8 +29,8 @@ def answers(examples: Sequence[Example], which: str) -> list[Example]:
     return [Example(example.prompt, getattr(example, which), []) for example in examples]
 
 
-def encode_records(records: Sequence[Record], tokenizer: Any, eos_token_ids: Sequence[int], max_length: int) -> list[Example]:
-    """Encode prompts and answers with the tokenizer, chats by its template.
+def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int) -> list[Example]:
+    """Encode prompts and answers, chats by the template.
 
     Answers are cut at `max_length` tokens, prompt included. A prompt that leaves no room for an answer is left out, and the
     number of either is logged.
@@ -39,31 +38,37 @@ def encode_records(records: Sequence[Record], tokenizer: Any, eos_token_ids: Seq
     Raises:
         DataError: a record cannot be encoded, or no record is left.
     """
-    examples, cut, dropped = [], 0, 0
-    size = vocabulary_size(tokenizer)
+    examples, cut, dropped, shared = [], 0, 0, 0
     for record in records:
+        names = [name for name in ("chosen", "rejected") if getattr(record, name) is not None]
         try:
-            prompt = encode_prompt(tokenizer, record.prompt, size, "prompt")
-            answers = [
-                []
-                if answer is None
-                else encode_completion(
-                    tokenizer, record.prompt, answer, eos_token_ids, name, ended=name not in record.unfinished
-                )
-                for name, answer in (("chosen", record.chosen), ("rejected", record.rejected))
-            ]
+            prompt, encoded, shares_token = encoder.answers(
+                record.prompt,
+                [getattr(record, name) for name in names],
+                "prompt",
+                names,
+                [name not in record.unfinished for name in names],
+            )
         except InvalidRequest as error:
             raise DataError(f"{record.source}: {error}") from error
+        shared += shares_token
         room = max_length - len(prompt)
         if room < 1:
             dropped += 1
             continue
-        cut += any(len(answer) > room for answer in answers)
-        examples.append(Example(prompt, *(answer[:room] for answer in answers)))
+        cut += any(len(answer) > room for answer in encoded)
+        found = {name: answer[:room] for name, answer in zip(names, encoded, strict=True)}
+        examples.append(Example(prompt, found.get("chosen", []), found.get("rejected", [])))
     if cut or dropped:
         logger.warning(
             "of %d records, %d had an answer cut at max_length=%d and %d a longer prompt, left out",
             len(records), cut, max_length, dropped,
+        )  # fmt: skip
+    if shared:
+        logger.warning(
+            "of %d records, %d have a prompt whose end and whose answer's beginning are one token, as after a space: it is the"
+            " answer's, and in decoding the prompt ends with another; let prompts end without a space",
+            len(records), shared,
         )  # fmt: skip
     if not examples:
         raise DataError(f"no record is left: every prompt has {max_length} tokens or more; raise max_length")

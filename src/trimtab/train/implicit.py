@@ -1,7 +1,8 @@
 """Pairs of answers without a prompt of their own: both begin with it, and this finds where it ends."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
+
+from trimtab.decode.encoding import common_length
 
 __all__ = ["implicit_prompt"]
 
@@ -18,7 +19,7 @@ def implicit_prompt(chosen: T, rejected: T) -> T:
     cut after the last turn of a transcript (answers may begin with the same words); in other texts without a space at its end,
     as TRL's `extract_prompt` does.
     """
-    length = _common(chosen, rejected)
+    length = common_length(chosen, rejected)
     if not isinstance(chosen, str):
         return chosen[: min(length, len(chosen) - 1, len(rejected) - 1)]
     shared = chosen[:length]
@@ -26,9 +27,3 @@ def implicit_prompt(chosen: T, rejected: T) -> T:
     if turn >= 0:
         return shared[: turn + len(TURN)]
     return shared[:-1] if shared.endswith(" ") else shared
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many elements are alike from the beginning."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

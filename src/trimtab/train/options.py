@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
+from trimtab.decode.template import check_date
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest, base_of
@@ -116,6 +117,10 @@ class TrainOptions:
     chat_template_path: str | None = _option(
         None, "a Jinja file: the chat template of the tokenizer, in training and in what is saved [default: its own]"
     )
+    date: str | None = _option(
+        None,
+        "what a chat template that writes the date takes for today, YYYY-MM-DD [default: today; a resumed run keeps its own]",
+    )
     max_length: int = _option(1024, "longest prompt and answer together, in tokens")
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
     cache_tail_samples: int | None = _option(
@@ -155,6 +160,7 @@ class TrainOptions:
         for name in ("proposal", "aligner", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise InvalidOption(f"--{name} is required")
+        check_date(self.date)
         if self._would_overwrite(self.aligner):
             raise InvalidOption(f"output_dir holds the aligner, {self.aligner}: choose another one")
         if self.objective not in OBJECTIVES:

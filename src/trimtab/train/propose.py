@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.prompts import chat_columns
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.completions import Sample
 from trimtab.jsonlines import ResumableLines
@@ -52,6 +53,7 @@ def propose(
         InvalidOption: `out` holds part of a run with other settings.
     """
     who = {"weights": model.fingerprints, "draft": model.drafter, "shaping": repr(model.shaping(params))}
+    who |= model.encoder.chat_settings
 
     def draw(start: int) -> Generator[list[list[Sample]], None, None]:
         for first in range(start, len(records), batch_size):
@@ -126,4 +128,4 @@ def _row(record: Record, samples: dict[str, Sample], **known: Any) -> dict[str, 
     text = isinstance(record.prompt, str)
     drawn = {name: one.text if text else [{"role": "assistant", "content": one.text}] for name, one in samples.items()}
     cut = [name for name, one in samples.items() if one.text and not one.ended]
-    return {"prompt": record.prompt, **known, **drawn} | ({UNFINISHED: cut} if cut else {})
+    return {**chat_columns(record.prompt), **known, **drawn} | ({UNFINISHED: cut} if cut else {})

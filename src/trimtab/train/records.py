@@ -7,10 +7,12 @@
     prompt                       a prompt alone, to sample from
 
 A list `unfinished` names answers that were cut, such as samples by `max_tokens`: they have no end of sequence to learn.
-A prompt is a text or a list of messages, and an answer is of the same kind. Further columns are ignored. Data that call their
+A prompt is a text or a list of messages, and an answer is of the same kind. Beside messages, `tools` (JSON schemas, or a text
+of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored. Data that call their
 columns otherwise are mapped: `prompt=post`.
 """
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -20,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.decode.prompts import is_chat
-from trimtab.errors import DataError, InvalidOption
+from trimtab.decode.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
+from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.train.implicit import implicit_prompt
 
 __all__ = ["UNFINISHED", "DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
 
 _FILES = (".jsonl", ".jsonl.gz", ".parquet")
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", *CHAT_FIELDS)
 """The columns that mean something."""
 UNFINISHED = "unfinished"
 """The column that says which answers were cut."""
@@ -193,6 +195,27 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> di
 
 
 def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
+    record = _answers(row, source, need)
+    fields = {field: _read_field(row[field], field, source) for field in CHAT_FIELDS if row.get(field)}
+    if fields and isinstance(record.prompt, str):
+        raise DataError(f"{source}: '{min(fields)}' goes to a chat template, but 'prompt' is a text: give messages")
+    return dataclasses.replace(record, prompt=join_chat(record.prompt, fields))
+
+
+def _read_field(value: Any, field: str, source: str) -> Any:
+    """A field of a chat; TRL also takes a text of JSON, for the columns of Parquet have one type."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{source}: '{field}' is not JSON: {error}") from None
+    if field == "tools" and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+        raise DataError(f"{source}: 'tools' must be a list of JSON schemas, not {value!r}")
+    if field != "tools" and not isinstance(value, Mapping):
+        raise DataError(f"{source}: '{field}' must be an object, not {value!r}")
+    return value
+
+
+def _answers(row: Mapping[str, Any], source: str, need: str) -> Record:
     if row.get("messages") is not None and row.get("prompt") is None:
         messages = row["messages"]
         last = messages[-1] if is_chat(messages) else None
@@ -248,9 +271,10 @@ def _answer(row: Mapping[str, Any], name: str, prompt: Any, source: str) -> Any:
 
 
 def _check_messages(messages: Any, name: str, source: str) -> None:
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
-            raise DataError(f"{source}: {name}[{i}] must be a message with 'role' and 'content', not {message!r}")
+    try:
+        check_messages(messages, name)
+    except InvalidRequest as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 def _text_or_chat(row: Mapping[str, Any], name: str, source: str) -> Any:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
-from trimtab.errors import InvalidOption
+from trimtab.decode.encoding import Encoder
+from trimtab.decode.template import pick_date, read_chat_template, refuse_idle_date
 from trimtab.files import named_errors, only_writer, read_json, write_json
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.fingerprint import fingerprint_model
@@ -45,9 +46,9 @@ from trimtab.train.tune import RANGES, tune_weight
 
 __all__ = [
     "open_tokenizer",
-    "read_chat_template",
     "read_examples",
     "read_parts",
+    "run_date",
     "train",
 ]
 
@@ -123,7 +124,9 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     model, draft_start = load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
-    examples, development = read_examples(options, tokenizer, proposal.eos_token_ids, context)
+    options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options)))
+    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
+    examples, development = read_examples(options, encoder, context)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
@@ -264,21 +267,12 @@ def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], out
 
 def open_tokenizer(options: TrainOptions, source: str) -> Any:
     """The proposal's tokenizer, with the chat template that was asked for."""
-    template = read_chat_template(options)
+    template = read_chat_template(options.chat_template_path)
     tokenizer = load_tokenizer(source)
     if template is not None:
         tokenizer.chat_template = template
+    refuse_idle_date(options.date, tokenizer)
     return tokenizer
-
-
-def read_chat_template(options: TrainOptions) -> str | None:
-    """The chat template that was asked for; None if none was."""
-    if options.chat_template_path is None:
-        return None
-    try:
-        return Path(options.chat_template_path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidOption(f"chat_template_path: {error}") from error
 
 
 def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
@@ -292,14 +286,19 @@ def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
     return records, kept
 
 
-def read_examples(
-    options: TrainOptions, tokenizer: Any, eos_token_ids: tuple[int, ...], context: int
-) -> tuple[list[Example], list[Example]]:
+def run_date(options: TrainOptions) -> str:
+    """The date of the run in the output folder, or of a new one."""
+    path = Path(options.output_dir) / "run.json"
+    kept = read_json(path) if path.exists() and not options.overwrite_output_dir else None
+    return pick_date(options.date, kept.get("date") if isinstance(kept, dict) else None)
+
+
+def read_examples(options: TrainOptions, encoder: Encoder, context: int) -> tuple[list[Example], list[Example]]:
     """Training and development examples."""
     records, kept = read_parts(options)
     max_length = min(options.max_length, context)
-    train_examples = encode_records(records, tokenizer, eos_token_ids, max_length)
-    return train_examples, encode_records(kept, tokenizer, eos_token_ids, max_length)
+    train_examples = encode_records(records, encoder, max_length)
+    return train_examples, encode_records(kept, encoder, max_length)
 
 
 def _caches(

@@ -47,6 +47,7 @@ REFUSED = {
     "playground": "the playground needs the embedded engine",
     "votes": "the playground needs the embedded engine",
     "cuda_graphs": "vLLM takes them by itself, unless --vllm_args='--enforce-eager'",
+    "date": "vLLM renders chats itself, by the clock",
     "device": "vLLM chooses devices itself: CUDA_VISIBLE_DEVICES and --vllm_args='--tensor-parallel-size 2'",
 }
 """Options of the embedded server that vLLM has nothing for, and why."""
@@ -109,6 +110,8 @@ def command_line(options: Any, named: Sequence[tuple[str, str, float | None]], n
     for name in SAME:
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.chat_template_path is not None:
+        words += ["--chat-template", options.chat_template_path]
     if options.log_prompts:
         words.append("--enable-log-requests")
     if named:

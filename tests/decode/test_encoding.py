@@ -1,0 +1,256 @@
+"""Texts to ids, for tokenizers of every kind: training, scoring, decoding and the harness must read the same ids.
+
+The reference is the tokenizer itself on prompt and answer as one text. Where that text is split is checked by what the parts
+decode to.
+"""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from kinds import BOS, ENDING, EOS, KINDS, TEMPLATE, byte_level, llama, metaspace
+from trimtab import AlignedModel
+from trimtab.decode.encoding import Encoder
+from trimtab.decode.prompts import Chat
+from trimtab.errors import DataError, InvalidOption, InvalidRequest
+from trimtab.evaluate.harness import TrimtabLM
+from trimtab.models.table import TableLM
+from trimtab.train.examples import encode_records
+from trimtab.train.records import Record
+
+PAIRS = [
+    ("The capital of France is", " Paris"),
+    ("Assistant:", " it is the word 42"),
+    ("what is it?\n", "the word"),
+    ("the", "re"),
+    ("in 北京", " café"),
+]
+QUESTION = {"role": "user", "content": "what is it?"}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request):
+    return KINDS[request.param]()
+
+
+def make(tokenizer, **settings) -> Encoder:
+    return Encoder(tokenizer, len(tokenizer), [EOS], **settings)
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def aligned(tokenizer) -> AlignedModel:
+    return AlignedModel(TableLM(torch.zeros(len(tokenizer))), (), tokenizer, [EOS])
+
+
+@pytest.mark.parametrize(("prompt", "answer"), PAIRS)
+def test_prompt_and_answer_are_one_text_split_at_the_border(tokenizer, prompt, answer):
+    encoder = make(tokenizer)
+    ids, answer_ids = encoder.pair(prompt, answer)
+    assert ids + answer_ids == tokenizer(prompt + answer)["input_ids"] + [EOS]
+    assert ids == encoder.prompt(prompt) == tokenizer(prompt)["input_ids"]
+
+
+def test_a_chat_is_split_where_the_template_says(tokenizer):
+    """`[/INST]Paris`, without a space: an answer that is encoded alone would get one from SentencePiece."""
+    encoder, ask = make(tokenizer), "<s>[INST] what is it? [/INST]"
+    ids, answer_ids = encoder.pair([QUESTION], "Paris")
+    assert ids == encoder.prompt([QUESTION]) == plain(tokenizer, ask)
+    assert ids + answer_ids == plain(tokenizer, ask + "Paris</s>")
+    assert answer_ids[-1] == EOS
+    assert answer_ids.count(EOS) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_scoring_and_the_harness_read_the_same_ids(kind):
+    tokenizer = KINDS[kind]()
+    encoder, model = make(tokenizer), aligned(tokenizer)
+    harness = TrimtabLM(model)
+    for prompt, answer in [*PAIRS, ("is ", "Paris"), ([QUESTION], "Paris")]:
+        (example,) = encode_records([Record(prompt, answer, None, "here")], encoder, 100)
+        ((scored, scored_answer, _),) = model.encode_pairs([prompt], [answer])
+        assert (example.prompt, example.chosen) == (scored, scored_answer)
+        text = prompt if isinstance(prompt, str) else harness.apply_chat_template(prompt)
+        if text == text.rstrip():  # the harness counts spaces between them as the answer's, and we follow it there
+            assert harness._encode_pair(text, answer) == (scored, scored_answer[:-1])
+        assert harness.tok_encode(text) == encoder.prompt(prompt)
+
+
+def test_a_rendered_chat_that_comes_as_a_text_has_one_bos(tokenizer):
+    encoder, text = make(tokenizer), "<s>[INST] what is it? [/INST]"
+    assert encoder.prompt(text) == encoder.prompt([QUESTION])
+    assert encoder.prompt(text).count(BOS) == 1
+    assert encoder.pair(text, "Paris") == encoder.pair([QUESTION], "Paris")
+    assert TrimtabLM(aligned(tokenizer)).tok_encode(text) == encoder.prompt(text)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace first", "prepend normaliser"])
+def test_a_template_without_a_bos_gets_none_in_the_harness_either(kind):
+    """Zephyr's: its tokenizer puts a BOS before texts, and chats go without."""
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = TEMPLATE.replace("{{ bos_token }}", "")
+    model = aligned(tokenizer)
+    harness, chat = TrimtabLM(model), [QUESTION]
+    text = harness.apply_chat_template(chat)
+    assert harness.tok_encode(text) == model.encoder.prompt(chat)
+    assert BOS not in harness.tok_encode(text)
+    assert harness._encode_pair(text, "Paris")[0] == model.encoder.prompt(chat)
+    assert harness.tok_encode("what is it?")[0] == BOS
+
+
+@pytest.mark.parametrize("kind", ENDING)
+def test_what_a_tokenizer_appends_is_no_part_of_a_prompt(kind):
+    tokenizer = ENDING[kind]()
+    encoder, whole = make(tokenizer), tokenizer("Assistant: it")["input_ids"]
+    assert whole[-1] == EOS
+    assert encoder.prompt("Assistant: it") == whole[:-1]
+    assert encoder.pair("Assistant:", " it") == (tokenizer("Assistant:")["input_ids"][:-1], [*whole[len(whole) - 2 :]])
+    assert TrimtabLM(aligned(tokenizer)).tok_encode("Assistant: it") == whole[:-1]
+
+
+def test_an_answer_behind_ids_is_encoded_as_it_stands_behind_their_text(tokenizer):
+    encoder = make(tokenizer)
+    for prompt, answer in PAIRS[:4]:
+        ids, answer_ids = encoder.pair(prompt, answer)
+        assert encoder.pair(ids, answer) == (ids, answer_ids)
+
+
+# ---- where both share a token
+
+
+def test_a_token_that_begins_in_the_prompt_is_the_answers():
+    tokenizer = byte_level()
+    encoder = make(tokenizer)
+    ids, answer_ids = encoder.pair("The capital is ", "Paris")
+    assert tokenizer.convert_ids_to_tokens(ids + answer_ids)[-4:] == ["Ġis", "ĠPa", "ris", "</s>"]
+    assert [*ids, *plain(tokenizer, " ")] == encoder.prompt("The capital is ")
+    assert encoder.answers("The capital is ", ["Paris"], "p", ["a"], [True]).shares_token
+    assert not encoder.answers("The capital is", [" Paris"], "p", ["a"], [True]).shares_token
+
+
+def test_both_answers_of_a_pair_are_behind_the_same_prompt():
+    encoder = make(byte_level())
+    ids, (chosen, rejected), _ = encoder.answers("The capital is ", ["Paris", "\n"], "p", ["a", "b"], [True, True])
+    assert ids + chosen == [*encoder.text("The capital is Paris", "t"), EOS]
+    assert ids + rejected == [*encoder.text("The capital is \n", "t"), EOS]
+
+
+def test_training_warns_of_prompts_that_end_inside_a_token(caplog):
+    records = [Record(prompt, "Paris", None, "x") for prompt in ("it is ", "it is\n", "is ")]
+    with caplog.at_level(logging.WARNING):
+        encode_records(records, make(byte_level()), 100)
+    assert "of 3 records, 2 have a prompt whose end and whose answer's beginning are one token" in caplog.text
+
+
+def test_without_anything_shared_the_prompt_is_kept_whole():
+    """`t` and `he` are one token, and no BOS stands before it."""
+    tokenizer = llama(False)
+    assert plain(tokenizer, "the") == [tokenizer.convert_tokens_to_ids("▁the")]
+    ids, answer_ids = make(tokenizer).pair("t", "he")
+    assert ids == plain(tokenizer, "t")
+    assert answer_ids == [*plain(tokenizer, "he"), EOS]
+
+
+# ---- the end of sequence
+
+
+@pytest.mark.parametrize("prompt", ["Assistant:", [QUESTION]], ids=["text", "chat"])
+def test_an_end_that_is_written_in_the_answer_counts_once(tokenizer, prompt):
+    encoder = make(tokenizer)
+    assert encoder.pair(prompt, " Paris</s>") == encoder.pair(prompt, " Paris")
+    assert encoder.pair(prompt, " Paris</s>\n") == encoder.pair(prompt, " Paris")
+    assert encoder.pair(prompt, " Paris</s>", ended=False)[1] == encoder.pair(prompt, " Paris")[1][:-1]
+
+
+@pytest.mark.parametrize("prompt", ["Assistant:", [QUESTION]], ids=["text", "chat"])
+def test_an_answer_that_goes_on_behind_its_end_is_refused(tokenizer, prompt):
+    with pytest.raises(InvalidRequest, match=r"^completion goes on behind the end of sequence '</s>' at character 6: end"):
+        make(tokenizer).pair(prompt, " Paris</s> and Rome")
+
+
+# ---- the date
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+def test_a_template_that_writes_the_date_writes_the_one_that_is_given():
+    tokenizer = metaspace("first")
+    tokenizer.chat_template = CLOCK
+    given = make(tokenizer, date="2024-02-29")
+    assert given.prompt([QUESTION]) == plain(tokenizer, "29 Feb 2024 what is it? ")
+    assert given.chat_settings["date"] == "2024-02-29"
+    assert make(tokenizer, date="2024-03-01").prompt([QUESTION]) != given.prompt([QUESTION])
+    tokenizer.chat_template = "{% set day = strftime_now('%-d.%m.%y %A %%d') %}\n  {% if day %}{{ day }}{% endif %}"
+    assert given.render(Chat([QUESTION], [], {}), "p", answer=True) == "29.02.24 Thursday %d"
+    assert make(metaspace("first"), date="2024-02-29").chat_settings["date"] is None, "this one writes none"
+
+
+@pytest.mark.parametrize("date", ["today", "2024-02-30", "", 20240229])
+def test_what_is_no_date_is_refused(date):
+    with pytest.raises(InvalidOption, match="date must be YYYY-MM-DD"):
+        make(byte_level(), date=date)
+
+
+# ---- tools, and what else a template is told
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+TOOLED = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if thinking %}think {% endif %}{% for m in messages %}{{ m.role }}:"
+    "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %} {% endfor %}"
+)
+
+
+def tooled() -> Encoder:
+    tokenizer = byte_level()
+    tokenizer.chat_template = TOOLED
+    return make(tokenizer)
+
+
+def test_tools_and_settings_reach_the_template():
+    encoder = tooled()
+    text = json.dumps(TOOLS) + "think user:what is it? "
+    prompt = {"messages": [QUESTION], "tools": TOOLS, "chat_template_kwargs": {"thinking": True}}
+    assert encoder.prompt(prompt) == plain(encoder.tokenizer, text)
+    ids, answer_ids = encoder.pair(prompt, "Paris")
+    assert ids + answer_ids == [*plain(encoder.tokenizer, text + "assistant:Paris "), EOS]
+    assert encoder.prompt({"messages": [QUESTION]}) == encoder.prompt([QUESTION])
+
+
+@pytest.mark.parametrize("arguments", ['{"at": "sea"}', {"at": "sea"}], ids=["text", "object"])
+def test_a_call_in_the_history_needs_no_content_and_its_arguments_are_an_object(arguments):
+    encoder = tooled()
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
+    messages = [QUESTION, call, {"role": "tool", "content": "a ship"}]
+    assert encoder.prompt(messages) == plain(encoder.tokenizer, 'user:what is it? assistant:{"at": "sea"} tool:a ship ')
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"messages": [QUESTION], "tool": []}, "unknown field 'tool': a chat has messages, tools and chat_template_kwargs"),
+        ({"messages": "hello"}, "prompt: messages must be a list, not 'hello'"),
+        ({"messages": [{"role": "user"}]}, r"prompt: messages\[0\] must be a message"),
+        ({"messages": [QUESTION], "tools": {"a": 1}}, "tools must be a list of JSON schemas"),
+        ({"messages": [QUESTION], "tools": ["look"]}, "tools must be a list of JSON schemas"),
+        ({"messages": [QUESTION], "chat_template_kwargs": ["a"]}, "chat_template_kwargs must map names to values"),
+        ({"messages": [QUESTION], "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs cannot set 'tokenize'"),
+    ],
+)
+def test_a_malformed_chat_is_refused(prompt, message):
+    with pytest.raises(InvalidRequest, match=message):
+        tooled().prompt(prompt)
+
+
+def test_a_template_that_rewrites_history_is_refused_with_the_way_out():
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% if messages | length > 1 %}short{% else %}{{ messages[0].content }}{% endif %}"
+    with pytest.raises(InvalidRequest, match=r"does not continue the prompt.*--chat_template_path"):
+        make(tokenizer).pair([QUESTION], "Paris")
+    with pytest.raises(DataError, match=r"^here: .*--chat_template_path"):
+        encode_records([Record([QUESTION], "Paris", None, "here")], make(tokenizer), 100)
