@@ -20,9 +20,15 @@ def tempered(row: list[float], temperature: float, top_p: float = 1.0) -> list[f
     return [p / math.fsum(probs) for p in probs]
 
 
+def powers(q: list[float], weight: float) -> list[float]:
+    """Each q(v)^λ; an anti-expert takes what it cannot say for its least likely possible token."""
+    least = min(p for p in q if p > 0)
+    return [1.0 if weight == 0 else (max(p, least) if weight < 0 else p) ** weight for p in q]
+
+
 def expected_row(rule: str, p: list[float], qs: list[list[float]], weights: list[float]) -> list[float]:
     """The decoding rules of the specification, in plain Python on probabilities."""
-    q = [math.prod(row[v] ** w for row, w in zip(qs, weights, strict=True)) for v in range(len(p))]
+    q = [math.prod(factors) for factors in zip(*(powers(row, w) for row, w in zip(qs, weights, strict=True)), strict=True)]
     if rule == "product":
         raw = [a * b for a, b in zip(p, q, strict=True)]
     elif rule == "geometric":
@@ -32,7 +38,7 @@ def expected_row(rule: str, p: list[float], qs: list[list[float]], weights: list
     if rule.startswith("kl_gate"):
         unit = [b / math.fsum(q) for b in q]
         tau = float(rule.removeprefix("kl_gate(tau=").removesuffix(")"))
-        if math.fsum(a * math.log(a / b) for a, b in zip(p, unit, strict=True) if a) > tau:
+        if math.fsum(a * (math.log(a / b) if b else math.inf) for a, b in zip(p, unit, strict=True) if a) > tau:
             raw = p
     return [r / math.fsum(raw) for r in raw]
 

@@ -118,6 +118,14 @@ def test_divergence_and_entropy_treat_zeros_as_limits():
     assert_close(entropy(p).item(), math.log(2))
 
 
+def test_a_token_of_no_probability_has_no_part_in_a_divergence_however_far_the_other_is():
+    """0·log(0/q) = 0, also where a mask stands for −inf and the other's power of it has overflowed."""
+    p = log_normalize(torch.tensor([1.0, 2.0, torch.finfo(torch.float32).min]))
+    q = log_normalize(torch.tensor([1.0, 1.0, -math.inf]))
+    expected = kl_divergence(p[:2], q[:2])
+    assert kl_divergence(p, q).item() == pytest.approx(expected.item())
+
+
 def test_padding_columns_get_no_mass():
     logits = torch.tensor([[1.0, 2.0, 3.0, 1e9]])
     row = row_from_logits(logits.to(torch.bfloat16), 3)

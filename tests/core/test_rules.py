@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from law_of import expected_row, powers
 from statistics_of import chi_square
+from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import Warp, kl_divergence, log_normalize, warp
 from trimtab.core.noise import uniforms
-from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, parse_rule
+from trimtab.core.objectives import likelihood
+from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, log_power, parse_rule
 from trimtab.errors import DeadRow, InvalidOption
 
 V = 6
@@ -74,10 +77,101 @@ def test_kl_gate_leaves_rows_without_common_support_to_the_proposal():
     assert torch.equal(KLGate()(logp, [logq], [1.0]), logp)
 
 
-def test_nan_is_an_error_and_not_a_distribution(rule):
-    logp = rows(7, 2)
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_distribution_is_an_error_wherever_it_comes_from(rule, number, weight):
+    """NaN and +inf at one token, here one that the other model cannot say; −inf at all of them."""
+    where = slice(None) if number == -math.inf else slice(0, 1)
+    sick, sound = rows(7, 2), rows(8, 2)
+    sick[1, where], sound[:, 0] = number, -math.inf
     with pytest.raises(DeadRow):
-        rule(torch.where(logp < -3, math.nan, logp), [rows(8, 2)], [1.0])
+        rule(sick, [sound], [weight])
+    with pytest.raises(DeadRow):
+        rule(sound, [sick], [weight])
+    assert_close(rule(sound, [rows(9, 2), sick], [weight, 0.0]), rule(sound, [rows(9, 2)], [weight]))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_candidates_of_what_is_no_distribution_are_no_tokens(number):
+    sick, sound = rows(7), rows(8)
+    sick[:] = number
+    for logp, logq in ((sick, sound), (sound, sick)):
+        assert set(draw_candidates(Candidates(n=3), logp, [logq], [-1.0], 20)) == {NO_TOKEN}
+
+
+# ---- anti-experts and what they cannot say
+
+SIGNS = [[-1.0], [-0.3], [1.0, -1.0], [-0.4, -0.7], [0.5, 0.0, -2.0], [1.7], [-1.0, 1.7]]
+
+
+@pytest.mark.parametrize("weights", SIGNS, ids=str)
+@pytest.mark.parametrize("name", ["product", "geometric", "nucleus", "kl_gate(tau=0.8)", "kl_gate(tau=inf)"])
+def test_impossible_tokens_have_the_law_of_the_definition(name, weights):
+    """In plain Python on probabilities: with λ < 0 an impossible token has the factor of the least likely possible one.
+
+    Proposal and aligners are 0 here and there, apart and together, and each row has a token that all can say.
+    """
+    logp, logqs = rows(60, 30, zeros=0.3), [rows(61 + i, 30, zeros=0.4) for i in range(len(weights))]
+    logp[:, 0] = 0.0
+    logp = log_normalize(logp)
+    logqs = [log_normalize(torch.where(torch.arange(V) == 0, 0.0, logq)) for logq in logqs]
+    target = parse_rule(name.replace("inf", "1e999"))(logp, logqs, weights)
+    for k in range(30):
+        expected = expected_row(name, logp[k].exp().tolist(), [logq[k].exp().tolist() for logq in logqs], weights)
+        assert_close(target[k].exp().tolist(), expected, atol=1e-12, rtol=1e-9)
+        assert all(t == 0 for t, p in zip(target[k].exp().tolist(), logp[k].tolist(), strict=True) if p == -math.inf)
+
+
+def test_an_anti_expert_holds_an_impossible_token_back_no_more_than_any_other():
+    """p = (.5, .3, .2), q = (.8, .2, 0), λ = −1: factors 1/.8, 1/.2 and, for what is impossible, 1/.2 again.
+
+    So p·q^λ = (.625, 1.5, 1) / 3.125. Where q is less, the factor is never less.
+    """
+    p, q = torch.tensor([0.5, 0.3, 0.2]).double().log(), torch.tensor([0.8, 0.2, 0.0]).double().log()
+    assert_close(Product()(p, [q], [-1.0]).exp().tolist(), [0.2, 0.48, 0.32])
+    assert_close(Product().log_z(p, [q], torch.tensor([-1.0]).double()).item(), math.log(3.125))
+    factors = Product()(p, [q], [-1.0]) - p
+    assert factors[0] < factors[1]
+    assert factors[1].item() == pytest.approx(factors[2].item())
+
+
+def test_an_anti_expert_that_cannot_say_what_the_proposal_cannot_say_is_as_if_it_could():
+    p, q = torch.tensor([0.5, 0.5, 0.0]).double().log(), torch.tensor([0.7, 0.3, 0.0]).double().log()
+    small = torch.tensor([0.7, 0.3, 1e-300]).double().log()
+    assert_close(Product()(p, [q], [-1.5]), Product()(p, [small], [-1.5]))
+
+
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -math.inf])
+@pytest.mark.parametrize("weights", [[-2.0, -1.0], [2.0, -1.0], [-1e6, 0.5]], ids=str)
+def test_a_mask_is_impossible_however_it_is_written(rule, mask, weights):
+    """Models write −inf, or the least number of a format, whose double overflows."""
+    logp, logqs = rows(70, 4).float(), [rows(71, 4).float(), rows(72, 4).float()]
+    logp[:, 5] = logqs[0][:, 5] = logqs[1][:, 4] = mask
+    logqs[1][:, 5] = mask
+    expected = [torch.where(row < -1e30, -math.inf, row) for row in (logp, *logqs)]
+    target = rule(logp, logqs, weights)
+    assert torch.equal(target.exp(), rule(expected[0], expected[1:], weights).exp())
+    assert target[:, 5].isneginf().all()
+
+
+def test_the_power_of_a_row_that_is_not_normalised_differs_by_a_constant():
+    logits = rows(73, 3, zeros=0.4) + 7.0
+    for weight in (0.6, -0.6):
+        scaled = log_power(logits, torch.tensor([weight]))
+        assert_close(log_normalize(scaled), log_normalize(log_power(log_normalize(logits), torch.tensor([weight]))))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0, -1.0])
+def test_masked_aligners_have_gradients(weight):
+    """−inf in a row, and none of it in the gradient, which is that of finite differences: the least possible token's counts."""
+    logits = rows(74, 2)[:, :5]
+    mask = torch.tensor([0.0, 0, 0, -math.inf, -math.inf])
+    tokens = torch.tensor([0, 1] if weight > 0 else [3, 0])
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return likelihood(Product(), log_normalize(rows(75, 2)[:, :5]), log_normalize(x + mask), weight, tokens)
+
+    assert torch.autograd.gradcheck(loss, logits.clone().requires_grad_())
 
 
 def test_rules_are_values_that_read_as_they_are_written():
@@ -206,7 +300,8 @@ def candidates_law(p: torch.Tensor, q: torch.Tensor, n: int, weight: float) -> t
     law = torch.zeros(V, dtype=torch.float64)
     for draw in itertools.product(range(V), repeat=n):
         chance = math.prod(p[v].item() for v in draw)
-        weights = [q[v].item() ** weight for v in draw]
+        factors = powers(q.tolist(), weight)
+        weights = [factors[v] for v in draw]
         for v, w in zip(draw, weights, strict=True):
             law[v] += chance * w / sum(weights)
     return law
@@ -220,9 +315,9 @@ def draw_candidates(
     return rule.sample(expand[0], expand[1:], torch.tensor(weights, dtype=torch.float64), noise).tolist()
 
 
-@pytest.mark.parametrize(("n", "weight"), [(1, 1.0), (2, 1.0), (3, 0.5), (4, 1.0)])
-def test_candidates_follow_their_enumerated_law(n, weight):
-    p, q = rows(40, zeros=0.2), rows(41)
+@pytest.mark.parametrize(("n", "weight", "zeros"), [(1, 1.0, 0), (2, 1.0, 0), (3, 0.5, 0), (4, 1.0, 0), (3, -1.0, 0.5)])
+def test_candidates_follow_their_enumerated_law(n, weight, zeros):
+    p, q = rows(40, zeros=0.2), rows(41, zeros=zeros)
     law = candidates_law(p.exp(), q.exp(), n, weight)
     counts = torch.bincount(torch.tensor(draw_candidates(Candidates(n=n), p, [q], [weight], 30_000)), minlength=V)
     assert chi_square(dict(enumerate(counts.tolist())), dict(enumerate(law.tolist()))) > 1e-3

@@ -6,6 +6,7 @@ import random
 import weakref
 
 import pytest
+import torch
 
 from statistics_of import fits
 from tiny import EOS, save_lora, save_tiny, tiny_model, tiny_tokenizer
@@ -163,6 +164,17 @@ def test_log_z_is_the_mass_that_the_rule_divides_by():
     engine.submit([gated])
     finish(engine, [gated])
     assert gated.log_z == [], "the gate has none"
+
+
+def test_log_z_of_an_anti_expert_counts_what_it_cannot_say():
+    """q = (.5, .5, 0, …) and λ = −1: every token has the factor 1/.5 = 2, so Z is 2, and the row is the proposal's."""
+    halves = torch.tensor([0.5, 0.5, *[0.0] * (V - 2)]).double().log()
+    model = bare(num_speculative_tokens=0).with_aligners([TableLM(halves.expand(V + 1, V))])
+    engine = Engine(model.proposal, model.pace, log_z_every=1)
+    (sequence,) = model.prepare([1, 2], SamplingParams(max_tokens=6, ignore_eos=True, seed=4, weight=-1.0))
+    engine.submit([sequence])
+    finish(engine, [sequence])
+    assert sequence.log_z == pytest.approx([math.log(2)] * 6)
 
 
 @pytest.mark.parametrize("length", [0, 4])

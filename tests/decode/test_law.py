@@ -32,6 +32,22 @@ def test_tables_follow_the_rule(rule, weights):
     assert fits(sampled(model, [3], max_tokens=3), law) > 1e-3
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weights", [[-0.8], [0.7, -1.2]], ids=["anti-expert", "proxy"])
+def test_anti_experts_with_zeros_follow_the_rule(rule, weights):
+    """What an anti-expert cannot say is drawn as often as the definition says, scored so, and drawn alike at any draft length."""
+    proposal, *aligners = [TableLM.random(V, order=2, seed=seed, zeros=0.3) for seed in (10, 11, 12)[: 1 + len(weights)]]
+    settings = {"eos_token_ids": [EOS], "rule": rule, "weight": weights, "max_num_seqs": 500}
+    model = AlignedModel(proposal, aligners, **settings)
+    law = expected_law(proposal, aligners, rule, weights, [3], 3)
+    drawn = sampled(model, [3], max_tokens=3)
+    assert fits(drawn, law) > 1e-3
+    for completion, score in zip(law, model.score([[3]] * len(law), [list(c) for c in law]), strict=True):
+        assert sum(score.aligned) == pytest.approx(law[completion], abs=1e-9)
+    for length in (0, 1, 3):
+        assert sampled(AlignedModel(proposal, aligners, num_speculative_tokens=length, **settings), [3], max_tokens=3) == drawn
+
+
 def test_the_warps_shape_the_inputs_and_the_temperature_the_result():
     proposal, aligner = tables(1)
     model = AlignedModel(

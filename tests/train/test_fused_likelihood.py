@@ -43,6 +43,18 @@ def test_losses_and_gradients_are_those_of_the_plain_likelihood(rule, weight, te
     check(*inputs(top_k, impossible=impossible), rule, weight, temperature)
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize(
+    ("rule", "weight"), [(Product(), 1.0), (Product(), 0.0), (Product(), -0.7), (Geometric(), -0.5), (Geometric(), 0.5)]
+)
+def test_so_they_are_where_the_aligner_s_logits_are_masked(rule, weight, samples):
+    """By −inf or by the least float; a wanted token (5, 0) only where it keeps mass: under an expert it would be impossible."""
+    cached, logits = inputs(3, samples=samples if isinstance(rule, Product) else 0)
+    logits[:, [1, 6] if weight > 0 else [0, 1, 6]] = -torch.inf
+    logits[:, 2 if weight > 0 else 5] = torch.finfo(torch.float32).min
+    check(cached, logits, rule, weight, 0.9)
+
+
 @pytest.mark.parametrize(("top_k", "samples"), [(1, 1), (1, 30), (3, 2), (3, 7), (V - 1, 2)])
 @pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.3, 0.7), (-1.0, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize("impossible", [False, True])

@@ -93,6 +93,17 @@ def test_what_the_proposal_cannot_say_stays_impossible():
         assert_close(mixed.exp().sum(-1), torch.ones(2))
 
 
+@pytest.mark.parametrize("rule", ["product", "geometric", "nucleus", "kl_gate(tau=0.9)"])
+def test_an_anti_expert_may_have_tokens_that_it_cannot_say(rule):
+    logits, logqs = make_logits(3), [make_rows(3, 1), make_rows(3, 2)]
+    logqs[1][:, [0, 3]] = -math.inf
+    logqs[1] = torch.log_softmax(logqs[1], -1)
+    before, how = logits.clone(), shaping(rule, 0.4, -1.3)
+    Mixer(V).mix(logits, range(3), logqs, [how] * 3)
+    for i in range(3):
+        assert_close(possible(logits[i]), specified(before[i], [logq[i] for logq in logqs], how), atol=1e-5, rtol=0)
+
+
 def test_nothing_is_written_to_the_aligners_rows():
     logits, logq = make_logits(2), make_rows(2, 1)
     given: Any = logq.clone()

@@ -55,4 +55,4 @@ def _first_above(cumulative: Tensor, goal: Tensor) -> Tensor:
 
 
 def _alive(mass: Tensor) -> Tensor:
-    return mass > 0  # False for NaN
+    return (mass > 0) & (mass < torch.inf)  # False for NaN

@@ -21,13 +21,18 @@ __all__ = [
     "Warp",
     "entropy",
     "gather",
+    "impossible",
     "in_nucleus",
+    "is_distribution",
     "kl_divergence",
     "log_normalize",
     "nucleus_mask",
     "row_from_logits",
     "warp",
 ]
+
+MASK = 1e30
+"""Nats: what is further from 0 is no log-probability but a mask, which models also write as the least number of a format."""
 
 _INT_VIEW = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -46,6 +51,17 @@ def row_from_logits(logits: Tensor, vocab_size: int) -> Tensor:
     return log_normalize(logits if logits.dtype == torch.float64 else logits.float())
 
 
+def impossible(logw: Tensor) -> Tensor:
+    """Which entries stand for tokens that cannot be drawn: −inf, and masks that are as good as that."""
+    return logw < -MASK
+
+
+def is_distribution(logw: Tensor) -> Tensor:
+    """Whether each row `[..., V]` can be normalised, `[..., 1]`: nothing in it is NaN or +inf, and some token is possible."""
+    best = logw.amax(-1, keepdim=True)  # NaN if anything is
+    return (best > -MASK) & (best < MASK)
+
+
 def gather(rows: Tensor, tokens: Tensor) -> Tensor:
     """The entries of `rows` `[..., V]` at `tokens` `[...]`."""
     return rows.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -58,7 +74,8 @@ def entropy(logp: Tensor) -> Tensor:
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     """KL(p‖q) of each row in nats, `[...]`; +inf where p has mass that q lacks."""
-    return (logp.exp() * torch.where(logp.isneginf(), 0.0, logp - logq)).sum(-1)
+    p = logp.exp()
+    return (p * torch.where(p == 0, 0.0, logp - logq)).sum(-1)
 
 
 class Warp(NamedTuple):

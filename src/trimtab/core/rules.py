@@ -3,7 +3,7 @@
 A rule is a frozen value. `rule(logp, logqs, weights)` maps the proposal's row log p̃ and the rows log q_1 … log q_n, each
 `[..., V]`, to the normalised target row `[..., V]`. It is pure, works on any number of leading dimensions row by row, never
 writes to its arguments, and never gives mass to a token outside the proposal's support. Weights are λ_1 … λ_n; a negative
-one makes its aligner an anti-expert, and 0 removes it, even where that aligner says −inf.
+one makes its aligner an anti-expert, and 0 removes it, whatever that aligner says. What q^λ is where q is 0, `log_power` says.
 
     product     ∝ p̃ · Π q_i^λ_i                          the Residual Alignment Model, arXiv 2505.19700
     geometric   ∝ p̃^(1−Σw) · Π q_i^w_i                   interpolation between language models
@@ -26,11 +26,23 @@ import torch
 from torch import Tensor
 
 from trimtab.core.draw import NO_TOKEN, inverse_cdf
-from trimtab.core.logprobs import kl_divergence, log_normalize
+from trimtab.core.logprobs import MASK, impossible, is_distribution, kl_divergence, log_normalize
 from trimtab.core.transfer import to_device
 from trimtab.errors import DeadRow, InvalidOption
 
-__all__ = ["RULES", "Candidates", "Geometric", "KLGate", "Nucleus", "Product", "Rule", "parse_rule", "register"]
+__all__ = [
+    "RULES",
+    "Candidates",
+    "Geometric",
+    "KLGate",
+    "Nucleus",
+    "Product",
+    "Rule",
+    "log_power",
+    "parse_rule",
+    "register",
+    "weighted_sum",
+]
 
 
 @dataclass(frozen=True)
@@ -68,18 +80,19 @@ class Rule:
         return self._cut(logp, logqs, weights).logsumexp(-1)
 
     def _cut(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """`log_weights` on the support of p̃."""
-        return torch.where(logp.isneginf(), -math.inf, self.log_weights(logp, logqs, weights))
+        """`log_weights` on the support of p̃; NaN where p̃ is no distribution, which must not pass unnoticed."""
+        logw = torch.where(impossible(logp), -math.inf, self.log_weights(logp, logqs, weights))
+        return torch.where(is_distribution(logp), logw, math.nan)
 
     def __call__(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor | Sequence[float]) -> Tensor:
         """`target`, with weights as numbers if you like, and with an error for a row that has no mass.
 
         Raises:
-            DeadRow: some row is −inf throughout, or NaN.
+            DeadRow: some row is −inf throughout, or has NaN or +inf, or the rows of a place share no support.
         """
         weights = torch.as_tensor(weights, dtype=logp.dtype, device=logp.device)
         row = self.target(logp, logqs, weights)
-        if not bool(torch.isfinite(row.amax(-1)).all()):
+        if not bool(is_distribution(row).all()):
             raise DeadRow(f"rule '{self}' leaves no token with any probability: the rows share no support, or are NaN")
         return row
 
@@ -175,7 +188,7 @@ class Nucleus(Rule):
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Σ λ_i log q_i, or all mass on the proposal's best token where that ends the sequence."""
-        logw = torch.where(logp.isnan(), logp, weighted_sum(logqs, weights))  # a sick proposal must not pass unnoticed
+        logw = weighted_sum(logqs, weights)
         if not self.force_eos:
             return logw
         best = logp.argmax(-1, keepdim=True)
@@ -210,10 +223,10 @@ class KLGate(Rule):
             raise InvalidOption(f"kl_gate: tau must be at least 0, not {self.tau}")
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """Σ λ_i log q_i, or log p̃ where the gate is shut; NaN where an aligner says NaN, which is no shut gate."""
+        """Σ λ_i log q_i, or log p̃ where the gate is shut; NaN where an aligner has no distribution, which is no shut gate."""
         logw = weighted_sum(logqs, weights)
         row = torch.where(self.falls_back(logp, logqs, weights).unsqueeze(-1), logp, logw)
-        return torch.where(logw.isnan().any(-1, keepdim=True), math.nan, row)
+        return torch.where(logw.isnan(), math.nan, row)
 
     def falls_back(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Which rows `[...]` are left to the proposal."""
@@ -252,19 +265,29 @@ class Candidates(Rule):
         drawn = inverse_cdf(logp, uniforms[..., : self.n])
         if not logqs:
             return drawn[..., 0]
-        at_drawn = [logq.gather(-1, drawn.clamp(min=0)) for logq in logqs]
-        choice = inverse_cdf(log_normalize(weighted_sum(at_drawn, weights)), uniforms[..., self.n :])
+        at_drawn = weighted_sum(logqs, weights).gather(-1, drawn.clamp(min=0))
+        choice = inverse_cdf(log_normalize(at_drawn), uniforms[..., self.n :])
         dead = (drawn == NO_TOKEN).any(-1) | (choice == NO_TOKEN).any(-1)
         return torch.where(dead, NO_TOKEN, drawn.gather(-1, choice.clamp(min=0)).squeeze(-1))
 
 
 def weighted_sum(logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Σ λ_i log q_i over rows `[..., V]` with weights `[..., n]`; λ = 0 gives 0 even where log q is −inf."""
-    terms = [
-        torch.where(weight == 0, 0.0, weight * logq)
-        for logq, weight in zip(logqs, torch.split(weights, 1, dim=-1), strict=True)
-    ]
+    """Σ log q_i^λ_i over whole rows `[..., V]` with weights `[..., n]`, see `log_power`."""
+    terms = [log_power(logq, weight) for logq, weight in zip(logqs, torch.split(weights, 1, dim=-1), strict=True)]
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
+def log_power(logq: Tensor, weight: Tensor) -> Tensor:
+    """Log q^λ = λ log q of whole rows `[..., V]`, normalised or not, with weights `[..., 1]`; everyone takes it from here.
+
+    Where q is 0: for λ > 0 the power is 0. For λ = 0 it is 1, like that of every token, whatever the row is. For λ < 0 it is
+    that of the row's least likely possible token: an anti-expert holds an impossible token back no more than any other
+    (docs/rules.md says why). A row that is no distribution becomes NaN throughout, unless λ is 0.
+    """
+    exponent = torch.where(weight == 0, 1.0, weight)  # 0 · −inf would be NaN, also in gradients
+    power = torch.where(is_distribution(logq), exponent, math.nan) * logq
+    most = torch.where(power > MASK, -math.inf, power).amax(-1, keepdim=True)
+    return torch.where(weight == 0, 0.0, torch.where(power > MASK, most, power))
 
 
 def parse_rule(text: str | Rule) -> Rule:

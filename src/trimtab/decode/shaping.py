@@ -107,12 +107,12 @@ class BatchShaping:
             tokens: `[B, 1]` a token for each request that its row makes possible.
         """
         at = tokens.clamp(min=0)
-        logp, logqs = gather(inputs[0][:, :1], at)[..., None], [gather(logq[:, :1], at)[..., None] for logq in inputs[1]]
-        found = torch.full_like(logp, math.nan)
+        first = inputs[0][:, :1], [logq[:, :1] for logq in inputs[1]]
+        found = torch.full_like(at, math.nan, dtype=target.dtype)
         for rule, index in self._groups:
-            if rule.weighs_tokens and logqs:
-                found[index] = rule.log_weights(*self._part((logp, logqs), index))
-        return found[..., 0] - gather(target[:, :1], at)
+            if rule.weighs_tokens and inputs[1]:
+                found[index] = gather(rule.log_weights(*self._part(first, index)), at[index])
+        return found - gather(target[:, :1], at)
 
     def _part(self, inputs: Inputs, index: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Some requests' inputs and weights, as a rule takes them; all of them without an index."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import gather, log_normalize
-from trimtab.core.rules import Geometric, Product, Rule
+from trimtab.core.rules import Geometric, Product, Rule, log_power
 from trimtab.errors import InvalidOption
 from trimtab.train.rows import CachedRows
 
@@ -38,17 +38,21 @@ def fused_likelihood(
     """
     if not isinstance(rule, (Product, Geometric)):
         raise InvalidOption(f"rule: '{rule}' has no likelihood from compressed rows; product and geometric have")
+    scale = weight / temperature
+    if scale <= 0:  # an anti-expert's power is more than a product, where its logits are masked
+        rows = logits[positions, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+        logits, positions, scale = log_power(rows, rows.new_tensor([scale])), torch.arange(len(rows), device=rows.device), 1.0
     if cached.samples.shape[-1]:
         if not isinstance(rule, Product):
             raise InvalidOption(f"rule: '{rule}' raises the proposal to a power, for which draws from its tail are biased")
-        return _drawn(cached, logits, positions, weight / temperature)
+        return _drawn(cached, logits, positions, scale)
     share = 1.0 if isinstance(rule, Product) else 1.0 - weight
     tokens = cached.token.long()
     ids = torch.cat([cached.ids.long(), tokens.unsqueeze(-1)], -1)
     kept = torch.cat([cached.logp, cached.token_logp.unsqueeze(-1)], -1)
     losses: Tensor = _Likelihood.apply(  # type: ignore[no-untyped-call]
         logits, positions, ids, _scaled(kept, share), _scaled(cached.spread(vocab_size), share), tokens,
-        weight / temperature, vocab_size,
+        scale, vocab_size,
     )  # fmt: skip
     return losses
 
