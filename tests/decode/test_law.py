@@ -35,7 +35,7 @@ def test_tables_follow_the_rule(rule, weights):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("weights", [[-0.8], [0.7, -1.2]], ids=["anti-expert", "proxy"])
 def test_anti_experts_with_zeros_follow_the_rule(rule, weights):
-    """What an anti-expert cannot say is drawn as often as the definition says, scored so, and drawn alike at any draft length."""
+    """What an anti-expert cannot say is drawn as the definition says, scored so, and drawn alike at any draft length."""
     proposal, *aligners = [TableLM.random(V, order=2, seed=seed, zeros=0.3) for seed in (10, 11, 12)[: 1 + len(weights)]]
     settings = {"eos_token_ids": [EOS], "rule": rule, "weight": weights, "max_num_seqs": 500}
     model = AlignedModel(proposal, aligners, **settings)

@@ -421,14 +421,13 @@ def test_a_rule_without_a_row_cannot_score():
 
 
 def test_a_row_without_mass_is_an_error_and_no_number():
-    """The supports of proposal and aligner do not meet after the first token: there is no distribution to score with."""
+    """The supports of proposal and aligner do not meet: there is no distribution to score with."""
     proposal, aligner = (
         TableLM(torch.where(torch.arange(V) == best, 0.0, -math.inf).expand(V + 1, V).double()) for best in (1, 2)
     )
     model = AlignedModel(proposal, [aligner], eos_token_ids=[EOS])
-    with pytest.raises(DeadRow):
-        model.generate([[1]])
-    with pytest.raises(DeadRow):
+    assert model.generate([[1]])[0].finish_reason == "error"
+    with pytest.raises(DeadRow, match=r"'product' leaves no possible token after 0 tokens of completions\[0\]"):
         model.score([[1]], [[1, 1]])
 
 
@@ -504,5 +503,6 @@ def test_a_nan_aligner_is_an_error_under_every_rule():
     broken.model.norm.weight.data.fill_(torch.nan)
     model = AlignedModel.from_pretrained(tiny_model("llama", 28), broken, tokenizer=tiny_tokenizer())
     for rule in ("product", "geometric", "nucleus", "kl_gate", "candidates(n=2)"):
-        with pytest.raises(DeadRow, match="aligner 0 gives NaN"):
-            model.generate("a", SamplingParams(max_tokens=1, seed=0, rule=rule))
+        (dead,) = model.generate("a", SamplingParams(max_tokens=1, seed=0, rule=rule))
+        assert dead.finish_reason == "error"
+        assert "aligner 0 gives NaN" in dead.error

@@ -17,7 +17,7 @@ from statistics_of import chi_square
 from tiny import EOS, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.rules import Geometric
-from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, VocabularyMismatch
+from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
 from trimtab.models.table import TableLM
 
 V = 5
@@ -546,11 +546,12 @@ def test_the_events_of_a_stream_are_the_completion():
 # ---- rows without a token
 
 
-def test_rows_without_mass_are_an_error_that_says_where():
+def test_rows_without_mass_end_a_completion_and_say_where():
     proposal, aligner = TableLM(table_of({1: 2, 2: 3})), TableLM(table_of({1: 2, 2: 4}))
     model = AlignedModel(proposal, [aligner])
-    with pytest.raises(DeadRow, match="rule 'product' leaves no possible token after 1 tokens of completion 0 of prompt 0"):
-        model.generate([[1]], SamplingParams(max_tokens=5))
+    (dead,) = model.generate([[1]], SamplingParams(max_tokens=5))
+    assert (dead.finish_reason, dead.tokens) == ("error", [2])
+    assert dead.error.startswith("rule 'product' leaves no possible token after 1 tokens of completion 0 of prompt 0")
     assert model.generate([[1]], SamplingParams(max_tokens=1))[0].tokens == [2]
 
 

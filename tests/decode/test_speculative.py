@@ -19,7 +19,6 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import parse_rule
 from trimtab.decode.draft import Lookup
-from trimtab.errors import DeadRow
 from trimtab.models.aligner import Manifest
 from trimtab.models.table import TableLM, enumerate_sequences
 
@@ -220,8 +219,9 @@ def test_a_sick_draft_model_is_no_reason_to_fail_but_a_sick_aligner_is():
         [[1]], SamplingParams(max_tokens=9, seed=0)
     )
     assert len(drafted[0].tokens) == 9
-    with pytest.raises(DeadRow, match="aligner 0 gives NaN probabilities after 0 tokens"):
-        AlignedModel(PROPOSAL, [nan], num_speculative_tokens=3).generate([[1]], SamplingParams(max_tokens=9, seed=0))
+    (dead,) = AlignedModel(PROPOSAL, [nan], num_speculative_tokens=3).generate([[1]], SamplingParams(max_tokens=9, seed=0))
+    assert (dead.finish_reason, dead.tokens) == ("error", [])
+    assert dead.error.startswith("aligner 0 gives NaN probabilities after 0 tokens")
 
 
 def residual_manifest(**fields):

@@ -459,6 +459,51 @@ def test_nan_is_the_requests_error_and_not_the_servers():
         assert server.complete(model="base", prompt="ab")["choices"]
 
 
+class DiesAfter(TableLM):
+    """NaN after one token."""
+
+    def __init__(self, table, token):
+        super().__init__(table)
+        self._token = token
+
+    def row(self, prefix):
+        return super().row(prefix) * (torch.nan if len(prefix) and prefix[-1] == self._token else 1.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wants", [{}, {"logprobs": 2}], ids=["", "logprobs"])
+def test_a_completion_that_cannot_go_on_ends_its_own_choice_alone(stream, wants):
+    """Prompts "aba" and "abb", of which only the second ends in the sick token; 'a' is all that is drawn else."""
+    a, b = tiny_tokenizer(LETTERS).convert_tokens_to_ids(["a", "b"])
+    service = table_service([DiesAfter(TABLES[0].table, b)])
+    with running(service) as server:
+        body = {"model": "base", "max_tokens": 3, "logit_bias": {str(a): 1000}, "stream": stream} | wants
+        answer = server.post("/v1/completions", prompt=["aba", "abb"], **body)
+        assert answer.status_code == 200
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [c for chunk in chunks for c in chunk["choices"]] if stream else answer.json()["choices"]
+        ends = {c["index"]: c for c in choices if c["finish_reason"]}
+        assert {i: c["finish_reason"] for i, c in ends.items()} == {0: "length", 1: "error"}
+        assert "".join(c["text"] for c in choices if c["index"] == 0) == "aaa"
+        assert "".join(c["text"] for c in choices if c["index"] == 1) == ""
+        assert ends[1]["error"]["code"] == "dead_row"
+        assert "the proposal gives NaN" in ends[1]["error"]["message"]
+        assert "error" not in ends[0]
+        assert not any("error" in chunk for chunk in chunks)
+        if not stream:
+            assert answer.json()["usage"]["completion_tokens"] == 3
+        alone = server.post("/v1/completions", prompt="abb", n=2, **body)
+        if stream:
+            assert alone.status_code == 200
+            *_, last, done = [line for line in alone.text.splitlines() if line]
+            assert json.loads(last[6:])["error"]["code"] == "dead_row"
+            assert done == "data: [DONE]"
+        else:
+            assert (alone.status_code, alone.json()["error"]["code"]) == (400, "dead_row")
+        assert server.complete(prompt="aba", **body | {"stream": False})["choices"][0]["text"] == "aaa"
+        assert server.metric("trimtab:request_failure_total", model_name="base", reason="dead_row") == 1
+
+
 def test_loading_is_seen_in_health_and_requests_are_told_to_wait():
     service = table_service(TABLES[:1])
     gate, load = threading.Event(), service._load

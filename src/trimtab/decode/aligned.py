@@ -174,6 +174,9 @@ class AlignedModel:
     ) -> list[Completion]:
         """Complete prompts.
 
+        A completion that cannot go on, because a distribution is NaN or has no mass, ends with the `finish_reason` `"error"`
+        and says why in `error`; the others are what they would be without it.
+
         Args:
             prompts: texts, chat message lists or id lists, of any lengths; or just one of them.
             params: one for all prompts, or a list with one for each.
@@ -183,7 +186,6 @@ class AlignedModel:
 
         Raises:
             InvalidRequest: a prompt or parameter cannot be decoded; nothing has been computed then.
-            DeadRow: a distribution is NaN or has no mass.
         """
         sequences = self._sequences(prompts, params)
         done = {(e.prompt_index, e.index): e.completion for e in self._decode(sequences) if e.completion is not None}
@@ -215,6 +217,7 @@ class AlignedModel:
         Raises:
             InvalidRequest: a pair cannot be scored; nothing has been computed then.
             InvalidOption: the rule has no closed form.
+            DeadRow: a distribution on the way is NaN or has no mass, so that there is nothing to score with.
         """
         if params is not None:
             _check_params(params)
@@ -225,7 +228,7 @@ class AlignedModel:
             batch = pairs[start : start + self.max_num_seqs]
             ids = [(prompt, completion) for prompt, completion, _ in batch]
             for (_, completion, num_bytes), row in zip(
-                batch, score_tokens(self.proposal, self.aligners, shaping, ids), strict=True
+                batch, score_tokens(self.proposal, self.aligners, shaping, ids, start), strict=True
             ):
                 scores.append(Score(row.proposal, row.aligner, row.aligned, tokens=completion, num_bytes=num_bytes))
         return scores
@@ -367,8 +370,6 @@ class AlignedModel:
         engine.submit(sequences)
         while engine:
             yield from engine.step()
-            if engine.failed and engine.failed[0].error is not None:
-                raise engine.failed[0].error
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""

@@ -88,7 +88,7 @@ class Batch:
     def step(self, limits: Sequence[int]) -> list[TokenEvent]:
         """Draft up to `limits[i]` tokens for sequence i and verify them: at least one token for each.
 
-        A sequence whose next-token distribution is NaN or has no mass gets a `DeadRow` as its `error`, and no token.
+        A sequence whose next-token distribution is NaN or has no mass ends there, with a `DeadRow` as its `error`.
         """
         place = {sequence: i for i, sequence in enumerate(self.sequences)}
         groups = list(self._groups.values())

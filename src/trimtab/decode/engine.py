@@ -68,7 +68,7 @@ class Engine:
         self._moving: list[Growing] = []
         """Sequences on their way from one of these to the next."""
         self.failed: list[Growing] = []
-        """Sequences that ended with an `error` in the last step."""
+        """Sequences that were at work when the last step failed."""
 
     def __len__(self) -> int:
         """Sequences that are not finished."""
@@ -118,8 +118,8 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Read some of the prompts, and decode at least one token for each sequence that has read its own.
 
-        What goes wrong with one sequence ends that one, which is in `failed` then. If the machine fails (memory, say), all that
-        were at work end so, and the error is raised; those that wait can go on.
+        A sequence without a next token ends with the `finish_reason` `"error"`, and nobody else notices. If the machine fails
+        (memory, say), all that were at work are in `failed`, with their `error`, and it is raised; those that wait can go on.
         """
         self.failed = []
         decoding: list[Growing] = []
@@ -128,7 +128,7 @@ class Engine:
             self._read()
             decoding = list(self._batch.sequences)
             events = self._decode() if decoding else []
-            self._batch.remove([s for s in decoding if s.finish_reason or s.error])
+            self._batch.remove([s for s in decoding if s.finish_reason])
         except Exception as error:
             reading = [s for reading in self._reading for s in reading.sequences]
             self.failed = list(dict.fromkeys([*decoding, *self._batch.sequences, *reading, *self._moving]))
@@ -138,7 +138,6 @@ class Engine:
             self._moving = []
             self._batch = self._empty_batch()
             raise
-        self.failed = [s for s in decoding if s.error]
         return events
 
     def _empty_batch(self) -> Batch:

@@ -148,12 +148,14 @@ class Completion:
     Attributes:
         text: without special tokens, cut before the stop text that ended it.
         tokens: generated ids, with the end-of-sequence id if it was drawn.
-        finish_reason: `"stop"` (end of sequence, stop text or stop id) or `"length"`.
+        finish_reason: `"stop"` (end of sequence, stop text or stop id), `"length"`, or `"error"` where it could not go on: what
+            it has so far is here, and `error` says why.
         index: which of the request's `n` completions this is.
         seed: the request's seed, also when it was drawn fresh: with it, the completion can be had again.
         prompt_tokens: length of the prompt in tokens.
         logprobs: if asked for.
         fallbacks: under `kl_gate`, how many tokens the gate left to the proposal; None under other rules.
+        error: why it could not go on (a distribution that is NaN, or without any token), or None.
     """
 
     text: str
@@ -164,6 +166,7 @@ class Completion:
     prompt_tokens: int
     logprobs: TokenLogprobs | None = None
     fallbacks: int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class TokenEvent:
 
     Attributes:
         prompt_index, index: which prompt, and which of its completions.
-        token: the id just drawn.
+        token: the id just drawn; None on the last event of a completion that could not go on.
         text: new text that is now certain. Text that might turn out to be part of a stop text, or of a character whose
             bytes are not complete, is held back; the events' texts join to the completion's.
         finish_reason: None until the last event.
@@ -183,7 +186,7 @@ class TokenEvent:
 
     prompt_index: int
     index: int
-    token: int
+    token: int | None
     text: str
     finish_reason: str | None = None
     completion: Completion | None = None

@@ -10,8 +10,8 @@ from torch import Tensor
 from trimtab.core.logprobs import gather
 from trimtab.decode.prefill import pad, prefill
 from trimtab.decode.request import TokenLogprobs
-from trimtab.decode.shaping import BatchShaping, Shaping
-from trimtab.errors import DeadRow, InvalidOption
+from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
+from trimtab.errors import InvalidOption
 from trimtab.models.base import LanguageModel
 
 __all__ = ["Score", "completion_rows", "score_in_steps", "score_tokens"]
@@ -38,9 +38,10 @@ def score_tokens(
     aligners: Sequence[LanguageModel],
     shaping: Shaping,
     pairs: Sequence[tuple[list[int], list[int]]],
+    first: int = 0,
 ) -> list[TokenLogprobs]:
     """Score completions after their prompts, all in one batch; see `score_in_steps`."""
-    steps = score_in_steps(proposal, aligners, shaping, pairs)
+    steps = score_in_steps(proposal, aligners, shaping, pairs, first=first)
     while True:
         try:
             next(steps)
@@ -56,6 +57,7 @@ def score_in_steps(
     *,
     top: int = 0,
     step: int | None = None,
+    first: int = 0,
 ) -> Generator[None, None, list[TokenLogprobs]]:
     """Score completions after their prompts, all in one batch, piece by piece: the scores are the generator's return value.
 
@@ -66,9 +68,11 @@ def score_in_steps(
         pairs: prompt and completion, neither empty.
         top: how many of the best tokens to return for each position.
         step: the most tokens of a completion to score before yielding.
+        first: the number of the first completion, for errors.
 
     Raises:
         InvalidOption: the rule has no row.
+        DeadRow: a row on the way is NaN or has no mass.
     """
     if not shaping.rule.has_row:
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
@@ -78,9 +82,11 @@ def score_in_steps(
     for rows, tokens, counts in completion_rows([proposal, *aligners], pairs, step):
         rows.append(batch.target(batch.inputs(rows[0], rows[1:])))
         values = torch.stack([gather(row, tokens) for row in rows], dim=1).tolist()
-        for column, value, count in zip(columns, values, counts, strict=True):
-            if any(math.isnan(number) for numbers in value for number in numbers[:count]):
-                raise DeadRow(f"rule '{shaping.rule}' leaves no possible token, or a model gives NaN")
+        for i, (column, value, count) in enumerate(zip(columns, values, counts, strict=True)):
+            dead = [j for j in range(count) if any(math.isnan(numbers[j]) for numbers in value)]
+            if dead:
+                where = f"after {len(column[0]) + dead[0]} tokens of completions[{first + i}]"
+                raise explain_dead_row(shaping, [row[i, dead[0]] for row in rows], where)
             for numbers, new in zip(column, value, strict=True):
                 numbers += new[:count]
         for i, row in enumerate((rows[0], rows[-1]) if top else ()):

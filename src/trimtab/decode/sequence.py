@@ -12,6 +12,7 @@ from trimtab.decode.pace import Hope, Tally
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.shaping import Shaping
 from trimtab.decode.text import TextStream
+from trimtab.errors import DeadRow
 
 __all__ = ["Drawn", "Sequence"]
 
@@ -66,7 +67,7 @@ class Sequence:
         self.log_z: list[float] = []
         """Observed log Z, if the engine tracks it."""
         self.error: Exception | None = None
-        """Why it cannot go on."""
+        """Why it cannot go on: itself, or because the engine failed."""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._text = TextStream(tokenizer, params.stop)
         self._drawn: list[Drawn] = []
@@ -124,6 +125,12 @@ class Sequence:
             top_aligned=top_aligned,
         )
 
+    def fail(self, error: DeadRow) -> TokenEvent:
+        """End here, for there is no next token; what has come so far stays."""
+        self.error, self.finish_reason = error, "error"
+        text = self._text.close()
+        return TokenEvent(self.prompt_index, self.index, None, text, self.finish_reason, self._completion())
+
     def _completion(self) -> Completion:
         assert self.finish_reason is not None
         return Completion(
@@ -135,11 +142,13 @@ class Sequence:
             prompt_tokens=len(self.prompt),
             logprobs=self._logprobs() if self.params.logprobs else None,
             fallbacks=self._fallbacks if isinstance(self.shaping.rule, KLGate) else None,
+            error=None if self.error is None else str(self.error),
         )
 
     def _logprobs(self) -> TokenLogprobs:
-        proposal, *aligners, aligned = (list(column) for column in zip(*(d.logprobs for d in self._drawn), strict=True))
-        tops = [list(column) for column in zip(*map(self._tops, self._drawn), strict=True)]
+        rows = len(self.models.aligners) + 2
+        proposal, *aligners, aligned = ([d.logprobs[i] for d in self._drawn] for i in range(rows))
+        tops = [[self._tops(d)[i] for d in self._drawn] for i in range(2 if self.params.top_logprobs else 0)]
         return TokenLogprobs(proposal, aligners[0] if len(aligners) == 1 else aligners, aligned, *tops)
 
     def _tops(self, drawn: Drawn) -> Seq[list[tuple[int, float]]]:

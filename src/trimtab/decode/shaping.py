@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.core.logprobs import Warp, gather, warp
+from trimtab.core.logprobs import Warp, gather, is_distribution, warp
 from trimtab.core.rules import KLGate, Rule
 from trimtab.core.transfer import to_device
+from trimtab.errors import DeadRow
 
-__all__ = ["BatchShaping", "Inputs", "Shaping", "stack_warps"]
+__all__ = ["BatchShaping", "Inputs", "Shaping", "explain_dead_row", "stack_warps"]
 
 Inputs = tuple[Tensor, list[Tensor]]
 """The rule's inputs log p̃ and log q_1 … log q_n, each `[B, K, V]`."""
@@ -121,6 +122,22 @@ class BatchShaping:
         if index is None:
             return logp, logqs, weights
         return logp[index], [logq[index] for logq in logqs], weights[index]
+
+
+def explain_dead_row(shaping: Shaping, rows: Sequence[Tensor], where: str) -> DeadRow:
+    """Say who is to blame for an aligned row without a token.
+
+    Args:
+        shaping: how it came about; an aligner of weight 0 is never to blame.
+        rows: the models' own `[V]`: the proposal's, then each aligner's. Further ones are left out.
+        where: the place, for the message.
+    """
+    weighed = [("the proposal", 1.0), *((f"aligner {i}", weight) for i, weight in enumerate(shaping.weights))]
+    for (name, weight), row in zip(weighed, rows, strict=False):
+        if weight and not bool(is_distribution(row)):
+            what = "NaN probabilities" if bool(row.isnan().any()) else "no distribution"
+            return DeadRow(f"{name} gives {what} {where}: are its weights or its dtype sound?")
+    return DeadRow(f"rule '{shaping.rule}' leaves no possible token {where}: loosen top-k, top-p or logit_bias")
 
 
 def stack_warps(warps: Sequence[Warp], device: torch.device) -> Warp:

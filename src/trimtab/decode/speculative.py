@@ -25,7 +25,7 @@ from trimtab.decode.request import TokenEvent
 from trimtab.decode.sampler import Sampler
 from trimtab.decode.sequence import Drawn
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.shaping import BatchShaping
+from trimtab.decode.shaping import BatchShaping, explain_dead_row
 from trimtab.errors import DeadRow
 from trimtab.models.base import State, vacate
 
@@ -164,7 +164,7 @@ class Group:
     def emit(self, values: Sequence[Sequence[float]], limits: Sequence[int]) -> list[TokenEvent]:
         """Hand what was decided to the sequences; a stop inside an accepted run discards the rest of the run.
 
-        A sequence whose next-token distribution is NaN or has no mass gets a `DeadRow` as its `error`, and no token.
+        A sequence whose next-token distribution is NaN or has no mass ends there, with a `DeadRow` as its `error`.
         """
         events = []
         settings = self._settings
@@ -178,7 +178,7 @@ class Group:
                 sequence.observe_log_z(row[2])
             for j, one in enumerate(drawn):
                 if one.token < 0:
-                    sequence.error = self._explain(slot, j)
+                    events.append(sequence.fail(self._explain(slot, j)))
                     break
                 events.append(sequence.accept(one))
                 if sequence in self._lookups:
@@ -206,14 +206,10 @@ class Group:
         return to_device([self._lookups[s].drafts(width) for s in self.sequences], device)
 
     def _explain(self, slot: int, position: int) -> DeadRow:
-        """Say which model is to blame for a row without a token."""
+        """Say who is to blame for a row without a token."""
         sequence = self.sequences[slot]
         where = f"after {len(sequence.tokens)} tokens of completion {sequence.index} of prompt {sequence.prompt_index}"
-        names = ["the proposal", *(f"aligner {i}" for i in range(len(self.models.aligners))), "the draft model"]
-        for name, row in zip(names, self._rows, strict=False):
-            if bool(row[slot, position].isnan().any()):
-                return DeadRow(f"{name} gives NaN probabilities {where}: are its weights or its dtype sound?")
-        return DeadRow(f"rule '{sequence.shaping.rule}' leaves no possible token {where}: loosen top-k, top-p or logit_bias")
+        return explain_dead_row(sequence.shaping, [rows[slot, position] for rows in self._rows], where)
 
 
 def can_draft(sequence: Growing) -> bool:

@@ -12,9 +12,9 @@ from trimtab.core.logprobs import entropy, gather, kl_divergence
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Prompt, SamplingParams
 from trimtab.decode.scoring import completion_rows
-from trimtab.decode.shaping import BatchShaping, Shaping
+from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
 from trimtab.decode.text import TextStream
-from trimtab.errors import DeadRow, InvalidOption, InvalidRequest
+from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.evaluate.intervals import ratio_interval
 
 __all__ = ["Trace", "pieces", "summarise", "trace"]
@@ -78,7 +78,7 @@ def trace(
     if not shaping.rule.has_row:
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
     size = model.max_num_seqs
-    return [one for i in range(0, len(pairs), size) for one in _trace_batch(model, shaping, pairs[i : i + size])]
+    return [one for i in range(0, len(pairs), size) for one in _trace_batch(model, shaping, pairs[i : i + size], i)]
 
 
 def summarise(traces: Sequence[Trace]) -> dict[str, Any]:
@@ -136,7 +136,9 @@ def pieces(tokenizer: Any, ids: Sequence[int], influences: Sequence[float]) -> l
     return list(zip(texts, influences, strict=True))
 
 
-def _trace_batch(model: AlignedModel, shaping: Shaping, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Trace]:
+def _trace_batch(
+    model: AlignedModel, shaping: Shaping, pairs: Sequence[tuple[list[int], list[int]]], first: int
+) -> list[Trace]:
     """Traces of completions that fit into one batch; the device is waited for once in each piece of the rows."""
     device = model.proposal.device
     batch = BatchShaping([shaping] * len(pairs), device)
@@ -156,10 +158,12 @@ def _trace_batch(model: AlignedModel, shaping: Shaping, pairs: Sequence[tuple[li
         ]
         if has_log_z:
             values.append(shaping.rule.log_z(*inputs, weights.to(aligned.dtype)))
-        for column, mine, count in zip(columns, torch.stack(values, dim=1).tolist(), counts, strict=True):
+        for i, (column, mine, count) in enumerate(zip(columns, torch.stack(values, dim=1).tolist(), counts, strict=True)):
             for name, numbers in zip(names, mine, strict=True):
-                if any(map(math.isnan, numbers[:count])):
-                    raise DeadRow(f"rule '{shaping.rule}' leaves no possible token, or a model gives NaN")
+                dead = [j for j in range(count) if math.isnan(numbers[j])]
+                if dead:
+                    where = f"after {len(column[name]) + dead[0]} tokens of completions[{first + i}]"
+                    raise explain_dead_row(shaping, [row[i, dead[0]] for row in rows], where)
                 column[name] += numbers[:count]
     return [
         Trace(completion, c["proposal"], c["aligned"], c["kl"], c["entropy"], c.get("log_z"))

@@ -83,7 +83,7 @@ class _Exchange:
             yield []
             if self.generates:
                 async for events in self.service.events(self.job):
-                    self.tokens += len(events)
+                    self.tokens += sum(event.token is not None for event in events)
                     yield events
             outcome = "ok"
         except Refusal as refusal:
@@ -233,7 +233,8 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
     if exchange.kind == "chat":
         if exchange.params.logprobs:
             logprobs = wire.chat_logprobs(texts, *_columns(completion))
-        return wire.chat_choice(index, completion.text, completion.finish_reason, logprobs)
+        choice = wire.chat_choice(index, completion.text, completion.finish_reason, logprobs)
+        return choice | wire.dead_row(completion.error)
     echo = exchange.echoes[index // exchange.params.n] if exchange.echoes else None
     text = (echo.text if echo else "") + completion.text
     if exchange.params.logprobs:
@@ -242,7 +243,7 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
             before, best = echo.logprobs()
             tokens, values, tops = echo.ids + tokens, before + values, best + tops
         logprobs = wire.completion_logprobs(texts, tokens, values, tops)
-    return wire.completion_choice(index, text, completion.finish_reason, logprobs)
+    return wire.completion_choice(index, text, completion.finish_reason, logprobs) | wire.dead_row(completion.error)
 
 
 def _columns(completion: Completion) -> tuple[list[int], list[Any], list[Any]]:
@@ -295,11 +296,12 @@ async def _chat_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
         chunks = []
         for index, mine in _by_choice(exchange, events).items():
             text = "".join(event.text for event in mine)
-            logprobs = wire.chat_logprobs(texts, *_event_columns(mine)) if exchange.params.logprobs else None
+            columns = _event_columns(mine)
+            logprobs = wire.chat_logprobs(texts, *columns) if exchange.params.logprobs and columns[0] else None
             if text or logprobs:
                 chunks.append(stream.text(index, text, logprobs))
             if reason := mine[-1].finish_reason:
-                chunks.append(stream.end(index, reason))
+                chunks.append(stream.end(index, reason, _error(mine)))
         if chunks:
             yield b"".join(chunks)
     if exchange.include_usage:
@@ -320,11 +322,12 @@ async def _completion_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
             chunks.append(stream.text(index, echo.text, logprobs, None if exchange.generates else "length"))
         for index, mine in _by_choice(exchange, events).items():
             text, logprobs, reason = "".join(event.text for event in mine), None, mine[-1].finish_reason
-            if exchange.params.logprobs:
-                logprobs = wire.completion_logprobs(texts, *_event_columns(mine), offset=offsets[index])
+            columns = _event_columns(mine)
+            if exchange.params.logprobs and columns[0]:
+                logprobs = wire.completion_logprobs(texts, *columns, offset=offsets[index])
             offsets[index] += len(text)
             if text or logprobs or reason:
-                chunks.append(stream.text(index, text, logprobs, reason))
+                chunks.append(stream.text(index, text, logprobs, reason, _error(mine)))
         if chunks:
             yield b"".join(chunks)
     if exchange.include_usage:
@@ -338,6 +341,13 @@ def _by_choice(exchange: _Exchange, events: Sequence[TokenEvent]) -> dict[int, l
     return sorted_events
 
 
+def _error(events: Sequence[TokenEvent]) -> str | None:
+    """Why a choice could not go on, if that is how it ends."""
+    whole = events[-1].completion
+    return None if whole is None else whole.error
+
+
 def _event_columns(events: Sequence[TokenEvent]) -> tuple[list[int], list[Any], list[Any]]:
     """Tokens of some events, their log-probabilities, and the best of each position."""
-    return [e.token for e in events], [e.aligned for e in events], [e.top_aligned or () for e in events]
+    drawn = [e for e in events if e.token is not None]
+    return [e.token for e in drawn if e.token is not None], [e.aligned for e in drawn], [e.top_aligned or () for e in drawn]

@@ -148,8 +148,10 @@ class Answer:
         try:
             async for events in self._service.events(self._job):
                 self._last = time.perf_counter()
-                self.events += events
-                self.shown += [self._show(event) for event in events]
+                for event in events:
+                    if event.token is not None:
+                        self.events.append(event)
+                        self.shown.append(self._show(event, event.token))
             self.completion, outcome = self.events[-1].completion, "ok"
         except Refusal as refusal:
             self.problem, outcome = refusal.message, refusal.code or str(refusal.status)
@@ -158,11 +160,11 @@ class Answer:
             self._service.metrics.finish(self.label, self._job, time.perf_counter() - self._job.arrived, outcome)
             del self._job  # which holds its models; answers may be kept for long
 
-    def _show(self, event: TokenEvent) -> Shown:
-        texts, special = self._service.texts, event.token in self._special
+    def _show(self, event: TokenEvent, token: int) -> Shown:
+        texts, special = self._service.texts, token in self._special
         return Shown(
-            "" if special else self._parts.add(texts.utf8(event.token)),
-            texts.text(event.token),
+            "" if special else self._parts.add(texts.utf8(token)),
+            texts.text(token),
             special,
             event.proposal,
             event.aligned,

@@ -289,13 +289,18 @@ class Service:
         """Submit a job and follow it to its end; closing the iterator, or its task, cancels the job.
 
         Raises:
-            Refusal: it cannot be decoded, or takes too long, or the server stops.
+            Refusal: it cannot be decoded, or takes too long, or the server stops; or, at the end, none of its completions could
+                go on: where some could, the others have the finish reason `error`.
         """
+        died = 0
         with self.refusing(None):
             self.start(job)
             try:
                 async for events in job:
+                    died += sum(event.finish_reason == "error" for event in events)
                     yield events
+                if died == len(job.sequences):
+                    raise DeadRow(job.sequences[0].error)
             finally:
                 self.release(job)
 

@@ -99,6 +99,11 @@ def model_list(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 # ---- whole answers
 
 
+def dead_row(reason: str | None) -> dict[str, Any]:
+    """What a choice with the finish reason `error` has beside it; nothing for another choice."""
+    return {} if reason is None else error_body(reason, "invalid_request_error", code="dead_row")
+
+
 def completion_choice(index: int, text: str, finish_reason: str, logprobs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One choice of a completion; `logprobs` from `completion_logprobs`."""
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -140,11 +145,11 @@ class _Stream:
         """The last event, without choices; only for `include_usage`."""
         return f'{self._head}"choices":[],"usage":{_json(usage.as_dict())}}}\n\n'.encode("utf-8", "replace")
 
-    def _tail(self, logprobs: Mapping[str, Any] | None, finish_reason: str | None) -> str:
+    def _tail(self, logprobs: Mapping[str, Any] | None, finish_reason: str | None, error: str | None = None) -> str:
         """What follows a choice's text."""
         if logprobs is None and finish_reason is None:
             return self._plain
-        return f'"logprobs":{_json(logprobs)},"finish_reason":{_json(finish_reason)}}}{self._end}'
+        return f"{_json({'logprobs': logprobs, 'finish_reason': finish_reason, **dead_row(error)})[1:]}{self._end}"
 
 
 class CompletionStream(_Stream):
@@ -158,9 +163,16 @@ class CompletionStream(_Stream):
     def __init__(self, id: str, created: int, model: str, *, include_usage: bool = False) -> None:
         super().__init__("text_completion", id, created, model, include_usage)
 
-    def text(self, index: int, text: str, logprobs: Mapping[str, Any] | None = None, finish_reason: str | None = None) -> bytes:
-        """More text of a choice; the last event of a choice has a finish reason."""
-        event = f'{self._head}"choices":[{{"index":{index},"text":{_quote(text)},{self._tail(logprobs, finish_reason)}'
+    def text(
+        self,
+        index: int,
+        text: str,
+        logprobs: Mapping[str, Any] | None = None,
+        finish_reason: str | None = None,
+        error: str | None = None,
+    ) -> bytes:
+        """More text of a choice; the last event of a choice has a finish reason, and why where that is `error`."""
+        event = f'{self._head}"choices":[{{"index":{index},"text":{_quote(text)},{self._tail(logprobs, finish_reason, error)}'
         return event.encode("utf-8", "replace")
 
 
@@ -183,9 +195,9 @@ class ChatStream(_Stream):
         """More text of a choice."""
         return self._event(index, f'{{"content":{_quote(text)}}}', self._tail(logprobs, None))
 
-    def end(self, index: int, finish_reason: str) -> bytes:
-        """Nothing more follows in this choice."""
-        return self._event(index, "{}", self._tail(None, finish_reason))
+    def end(self, index: int, finish_reason: str, error: str | None = None) -> bytes:
+        """Nothing more follows in this choice; `error` says why, where that is the reason."""
+        return self._event(index, "{}", self._tail(None, finish_reason, error))
 
     def _event(self, index: int, delta: str, tail: str) -> bytes:
         return f'{self._head}"choices":[{{"index":{index},"delta":{delta},{tail}'.encode("utf-8", "replace")

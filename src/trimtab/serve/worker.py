@@ -77,7 +77,7 @@ class Job:
         """What has happened since last time, as soon as there is something.
 
         Raises:
-            DeadRow: a distribution of one of its sequences has no mass; or whatever else went wrong.
+            TrimtabError: what ended the job before its sequences.
         """
         while True:
             await self._wake.wait()
@@ -259,7 +259,7 @@ class Worker:
         self._scorings.pop(0)
 
     def _report(self, events: Sequence[TokenEvent]) -> None:
-        """Hand a step's events to the jobs they belong to, and fail those whose sequences cannot go on."""
+        """Hand a step's events to the jobs they belong to."""
         due = time.perf_counter() - self._delivered >= self._interval
         for event in events:
             job = self._jobs.get(event.prompt_index)
@@ -271,9 +271,6 @@ class Worker:
         self._forget([job for job in self._held if all(s.finish_reason for s in job.sequences)])
         if due:
             self._deliver()
-        for sequence in self.engine.failed:
-            assert sequence.error is not None
-            self._fail([sequence], sequence.error)
 
     def _deliver(self) -> None:
         held, self._held = self._held, {}
