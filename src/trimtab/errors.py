@@ -80,6 +80,9 @@ class EndpointError(TrimtabError):
     status: int | None = None
     """The HTTP status of a refusal."""
 
+    code: str | None = None
+    """The server's own name for the reason of a refusal, if it has one."""
+
     all_down: bool = False
     """Whether no endpoint answers any more, rather than one request alone having failed."""
 

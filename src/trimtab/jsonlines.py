@@ -34,7 +34,7 @@ class ResumableLines:
 
     The partial file's first line describes the run; only a run with the same description goes on with it. A torn last line,
     or part of a group, is dropped. A target that is no regular file is written at the end, from the partial file. One process
-    at a time writes it.
+    at a time writes it. A row with an `error` stands for what could not be made; it counts as written, and is not tried again.
 
     Args:
         out: the file to be.
@@ -54,6 +54,8 @@ class ResumableLines:
         self._group = group
         self.done = 0
         """Groups that an earlier run has written, once this is entered."""
+        self.failed = 0
+        """Rows so far that have an `error`, an earlier run's too."""
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -79,6 +81,7 @@ class ResumableLines:
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add whole groups; they are on disk when this returns."""
         for row in rows:
+            self.failed += bool(row.get("error"))
             self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -102,6 +105,7 @@ class ResumableLines:
         kept = sum(map(len, lines[: 1 + done * self._group]))
         if kept != len(data):
             os.truncate(self._partial, kept)
+        self.failed = sum(bool(json.loads(line).get("error")) for line in lines[1 : 1 + done * self._group])
         if done:
             logger.info("resuming %s after %d prompts", self._out, done)
         return done

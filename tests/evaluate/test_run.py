@@ -74,7 +74,7 @@ def test_all_of_it_is_in_the_folder_and_on_the_page(done):
     out, results = done
     assert read(out / "results.json") == json.loads(json.dumps(results))
     assert results.keys() == {
-        *("title", "systems", "dataset", "judging", "texts", "distribution", "likelihood", "speed", "provenance")
+        *("title", "systems", "dataset", "judging", "texts", "distribution", "likelihood", "speed", "provenance", "failed")
     }
     assert sorted(path.name for path in out.glob("o*/*")) == ["aligned.json", "proposal.json", "proposal_another_seed.json"]
     assert sorted(path.name for path in out.glob("a*/*")) == [

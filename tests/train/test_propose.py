@@ -31,7 +31,7 @@ def rows(path):
 
 
 def test_samples_are_those_of_generate_with_a_seed_for_each_prompt(model, tmp_path):
-    assert propose(model, TEXTS, tmp_path / "out.jsonl", PARAMS, batch_size=2) == 10
+    assert propose(model, TEXTS, tmp_path / "out.jsonl", PARAMS, batch_size=2) == (10, 0)
     alone = [
         {"prompt": record.prompt, "completion": completion.text}
         | ({"unfinished": ["completion"]} if completion.finish_reason == "length" else {})
@@ -112,7 +112,7 @@ class Wordiness:
 
 def test_ranked_samples_are_the_best_against_the_worst(model, tmp_path):
     params, scorer = SamplingParams(max_tokens=6, n=5, seed=5), Wordiness()
-    assert propose(model, TEXTS, tmp_path / "out", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2)) == 10
+    assert propose(model, TEXTS, tmp_path / "out", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2)) == (10, 0)
     propose(model, TEXTS, tmp_path / "all", params, batch_size=2)
     samples = [(row["prompt"], row["completion"]) for row in rows(tmp_path / "all")]
     assert scorer.asked == samples

@@ -21,7 +21,7 @@ from trimtab.endpoints.settings import Limits
 from trimtab.errors import DataError, EndpointError, InvalidOption
 from trimtab.train.propose import propose
 from trimtab.train.propose_remotely import propose_remotely
-from trimtab.train.records import Record
+from trimtab.train.records import Record, read_records
 
 QUICK = Limits(concurrency=3, request_timeout=30, max_retries=3, backoff=0.02)
 CHAT = [{"role": "user", "content": "abc", "name": None}]
@@ -53,10 +53,37 @@ def sampled(url, out, params, records=RECORDS, model=None, limits=QUICK):
         return propose_remotely(endpoints, model, records, out, params)
 
 
+def test_a_sample_that_could_not_go_on_is_no_answer_and_ends_nothing(tmp_path):
+    """One choice of a request, as a server says it; and a request that is refused because none of its choices could go on."""
+
+    def respond(asked, number):
+        reply = choices(asked)
+        if asked.body.get("prompt") == "de":
+            return Reply({"error": {"message": "all dead", "code": "dead_row"}}, status=400)
+        if asked.body.get("prompt") == "abc":
+            reply.body["choices"][0] |= {"finish_reason": "error", "error": {"message": "a row is NaN"}}
+        return reply
+
+    for _ in range(2):  # once more, as the file is written anew
+        with scripted(respond, models=MODELS) as server:
+            assert sampled(server.url, tmp_path / "o.jsonl", SamplingParams(max_tokens=4, n=2, seed=5)) == (8, 3)
+        first, dead, _, _, *lost = rows(tmp_path / "o.jsonl")[:6]
+        assert first == {"prompt": "abc", "completion": "abc 5 0"}
+        assert dead == {"prompt": "abc", "finish_reason": "error", "error": "a row is NaN"}
+        assert all(row["prompt"] == "de" and row["finish_reason"] == "error" and "all dead" in row["error"] for row in lost)
+    assert read_records(str(tmp_path / "o.jsonl"), need="prompt")[0].chosen == "abc 5 0"
+
+
+def test_another_refusal_still_ends_the_run(tmp_path):
+    refusal = Reply({"error": {"message": "too long", "code": "context_length"}}, status=400)
+    with scripted(lambda asked, number: refusal, models=MODELS) as server, pytest.raises(EndpointError, match="too long"):
+        sampled(server.url, tmp_path / "o.jsonl", SamplingParams(max_tokens=4, n=2, seed=5))
+
+
 def test_texts_and_chats_are_asked_for_and_written_in_order(tmp_path):
     """Two of each: vLLM draws them by seed and seed + 1, so the next prompt has seed + 2."""
     with scripted(lambda asked, number: choices(asked, delay=0.1 * (3 - number)), models=MODELS) as server:
-        assert sampled(server.url, tmp_path / "out", SamplingParams(max_tokens=4, n=2, seed=5, stop=["x"])) == 8
+        assert sampled(server.url, tmp_path / "out", SamplingParams(max_tokens=4, n=2, seed=5, stop=["x"])) == (8, 0)
     assert rows(tmp_path / "out") == [
         {"prompt": "abc", "completion": "abc 5 0"},
         {"prompt": "abc", "completion": "abc 5 1"},

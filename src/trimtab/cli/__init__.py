@@ -1,7 +1,8 @@
 """The `trimtab` command: parse → options → one library call → print.
 
 Each subcommand is a module with `Options` (a dataclass: its fields are the flags), `run(options)` that returns a JSON-able
-report, and `render(report)` for people. What is imported to show `--help` is no more than that.
+report, and `render(report)` for people. What is imported to show `--help` is no more than that. A report whose `failed` is
+above 0 did its work but for so many parts of it (completions that could not go on, say), and the exit status is 1.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     namespace = vars(parser.parse_args(arguments))
     keep_freed_memory()
-    command = importlib.import_module(f"trimtab.cli.{namespace.pop('command')}")
+    name = namespace.pop("command")
+    command = importlib.import_module(f"trimtab.cli.{name}")
     as_json = namespace.pop("json", False)
     options = read_options(command.Options, namespace)
     _log_to_stderr()
@@ -69,7 +71,8 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     text = json.dumps(report, ensure_ascii=False, allow_nan=False) if as_json else command.render(report)
     with contextlib.suppress(BrokenPipeError):
         print(text, flush=True)  # noqa: T201 - this is the command's output
-    return 0
+    failed = report.get("failed", 0)
+    return _complain(name, f"{failed} could not be finished; the output says which, and why", 1) if failed else 0
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -51,18 +51,20 @@ def run(options: Options) -> dict[str, Any]:
     check_prompts(model, records, params)
     report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
     if options.out is None:
-        return report | {"completions": _rows(prompts, model.generate(prompts, params), params.n)}
-    return report | {"out": options.out, "rows": _write(options, model, prompts, params)}
+        rows = _rows(prompts, model.generate(prompts, params), params.n)
+        return report | {"completions": rows, "failed": sum("error" in row for row in rows)}
+    return report | {"out": options.out} | _write(options, model, prompts, params)
 
 
 def render(report: dict[str, Any]) -> str:
     """The texts, or where they went."""
     if "out" in report:
-        return f"{report['rows']} completions in {report['out']}"
+        failed = f", of which {report['failed']} ended in an error" if report["failed"] else ""
+        return f"{report['rows']} completions in {report['out']}{failed}"
     return "\n\n".join(row["completion"] for row in report["completions"])
 
 
-def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int:
+def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dict[str, Any]:
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
@@ -73,7 +75,7 @@ def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> int
             part = prompts[start : start + options.max_num_seqs]
             lines.write(_rows(part, model.generate(part, params), params.n))
             logger.info("completed %d of %d prompts", start + len(part), len(prompts))
-    return len(prompts) * options.n
+    return {"rows": len(prompts) * options.n, "failed": lines.failed}
 
 
 def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, Any]]:
@@ -90,5 +92,6 @@ def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, 
             "index": c.index,
         }
         row |= {"prompt_tokens": c.prompt_tokens, "completion_tokens": len(c.tokens)}
-        rows.append(row if c.fallbacks is None else row | {"fallbacks": c.fallbacks})
+        row |= {} if c.fallbacks is None else {"fallbacks": c.fallbacks}
+        rows.append(row if c.error is None else row | {"error": c.error})
     return rows

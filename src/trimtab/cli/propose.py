@@ -1,7 +1,7 @@
 """`trimtab propose`: samples for every prompt of a data set, or preference pairs of them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import (
     DataOptions,
@@ -20,6 +20,9 @@ from trimtab.cli.dry_run import DryRunOptions, aligner_weights, check_expected, 
 from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption
 from trimtab.jsonlines import kept_header
+
+if TYPE_CHECKING:
+    from trimtab.train.propose import Written
 
 __all__ = ["Options", "render", "run"]
 
@@ -90,10 +93,10 @@ def run(options: Options) -> dict[str, Any]:
     records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples)
     ranking = _ranking(options, pairs, records)
     if options.endpoint:
-        rows = _remotely(options, limits, records, params, ranking)
+        written = _remotely(options, limits, records, params, ranking)
     else:
-        rows = _here(options, records, params, ranking)
-    return {"out": options.out, "rows": rows, "pairs": pairs, "seed": params.seed}
+        written = _here(options, records, params, ranking)
+    return {"out": options.out, **written._asdict(), "pairs": pairs, "seed": params.seed}
 
 
 def _pairs(options: Options) -> int:
@@ -123,7 +126,7 @@ def _ranking(options: Options, pairs: int, records: Any) -> Any:
     return Ranking(model, fingerprint_model(model.model), pairs)
 
 
-def _here(options: Options, records: Any, params: Any, ranking: Any) -> int:
+def _here(options: Options, records: Any, params: Any, ranking: Any) -> "Written":
     from trimtab.train.propose import propose
 
     most = 32 if options.max_num_seqs is None else options.max_num_seqs
@@ -137,7 +140,7 @@ def _here(options: Options, records: Any, params: Any, ranking: Any) -> int:
     return propose(model, records, options.out, params, max(1, most // params.n), ranking)
 
 
-def _remotely(options: Options, limits: Any, records: Any, params: Any, ranking: Any) -> int:
+def _remotely(options: Options, limits: Any, records: Any, params: Any, ranking: Any) -> "Written":
     from trimtab.endpoints.client import Endpoints
     from trimtab.train.propose_remotely import propose_remotely
 
@@ -190,4 +193,5 @@ def render(report: dict[str, Any]) -> str:
     """Where the samples are."""
     if "dry_run" in report:
         return _render_rehearsal(report)
-    return f"{report['rows']} {'pairs' if report['pairs'] else 'samples'} in {report['out']}"
+    failed = f", of which {report['failed']} could not be finished" if report["failed"] else ""
+    return f"{report['rows']} {'pairs' if report['pairs'] else 'samples'} in {report['out']}{failed}"

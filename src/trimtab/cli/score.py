@@ -44,6 +44,8 @@ def render(report: dict[str, Any]) -> str:
         lines += [f"{name:12}{_number(token)}{_number(byte)}" for token, byte in pairs]
     if report["impossible_tokens"]:
         lines.append(f"{report['impossible_tokens']} tokens are impossible under the rule, so its likelihood is zero")
+    if report["failed"]:
+        lines.append(f"{report['failed']} sequences are left out: they meet a distribution that is NaN or has no token")
     return "\n".join(lines)
 
 

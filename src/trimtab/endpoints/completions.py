@@ -23,10 +23,11 @@ OWN_DEFAULTS = ("vllm", "sglang")
 
 
 class Sample(NamedTuple):
-    """A completion's text, and whether it came to its end or was cut by `max_tokens`."""
+    """A completion's text, whether it came to its end or was cut by `max_tokens`, and why it could not go on, if so."""
 
     text: str
     ended: bool
+    error: str | None = None
 
 
 class RemoteModel:
@@ -65,7 +66,12 @@ class RemoteModel:
         def read(number: int, answer: Any) -> list[Sample]:
             return _samples(answer, params.n, chat=is_chat(prompts[number]))
 
-        yield from self._endpoints.map(range(start, len(prompts)), make, read)
+        def failed(number: int, error: EndpointError) -> list[Sample]:
+            if error.code != "dead_row":  # of which the others' answers know nothing
+                raise error
+            return [Sample("", True, str(error))] * params.n
+
+        yield from self._endpoints.map(range(start, len(prompts)), make, read, failed)
 
     def _request(self, prompt: Any, params: SamplingParams) -> tuple[str, dict[str, Any]]:
         """Path and body."""
@@ -117,5 +123,15 @@ def _samples(answer: Any, n: int, *, chat: bool) -> list[Sample]:
         raise ValueError(f"{len(texts)} texts of {n}")
     for text in texts:
         text.encode()  # what cannot be written is no answer
-    cut = [choice.get("finish_reason") == "length" for choice in choices]
-    return [Sample(text, not short) for text, short in zip(texts, cut, strict=True)]
+    return [
+        Sample(text, choice.get("finish_reason") != "length", _error(choice))
+        for text, choice in zip(texts, choices, strict=True)
+    ]
+
+
+def _error(choice: dict[str, Any]) -> str | None:
+    """Why a choice could not go on, in the server's words if it has any."""
+    if choice.get("finish_reason") != "error":
+        return None
+    said = choice.get("error")
+    return str(said["message"]) if isinstance(said, dict) and said.get("message") else "the server ended it with an error"

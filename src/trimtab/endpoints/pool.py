@@ -176,7 +176,7 @@ class Pool:
             raise _Failure(said, unavailable=busy, rest=rest, status=response.status_code)
         if not 200 <= response.status_code < 300:
             refusal = EndpointError(f"{endpoint.name}{path} answered {response.status_code}: {_message(response)}")
-            refusal.status = response.status_code
+            refusal.status, refusal.code = response.status_code, _code(response)
             raise refusal
         try:
             return read(response.json())
@@ -264,6 +264,15 @@ def _message(response: Any) -> str:
     message = str(said.get("message", said) if isinstance(said, dict) else said)
     field = said.get("param") if isinstance(said, dict) else None
     return _short(f"{message} ({field})" if isinstance(field, str) and field not in message else message)
+
+
+def _code(response: Any) -> str | None:
+    """OpenAI's `code` of an error."""
+    try:
+        code = response.json()["error"]["code"]
+    except UNUSABLE:
+        return None
+    return code if isinstance(code, str) else None
 
 
 def _retry_after(text: str | None) -> float | None:

@@ -26,13 +26,20 @@ MOST_LETTERS = 60
 
 
 class Contest(NamedTuple):
-    """Two sides that judges compare: `main`, `null` or `references`."""
+    """Two sides that judges compare: `main`, `null` or `references`; but for the prompts that one of them has no answer to."""
 
     pair: str
     name_1: str
     texts_1: Sequence[str]
     name_2: str
     texts_2: Sequence[str]
+    died: frozenset[int] = frozenset()
+
+    def why_not(self, number: int) -> str:
+        """Why a pair cannot be compared; '' if it can."""
+        if number in self.died:
+            return "an answer ended in an error"
+        return "no reference" if self.pair == "references" and not self.texts_2[number] else ""
 
 
 def judge_contest(judge: Judge, contest: Contest, prompts: Prompts, journal: Journal) -> list[Judgement]:
@@ -43,10 +50,9 @@ def judge_contest(judge: Judge, contest: Contest, prompts: Prompts, journal: Jou
             prompts.prompts, contest.texts_1, contest.texts_2, prompts.references, strict=True
         )
     ]
-    if contest.pair == "references":  # there may be none for some prompts
-        judged = iter(judge.judge([pair for pair in pairs if pair.output_2], journal))
-        return [next(judged) if pair.output_2 else Judgement(None, why_missing="no reference") for pair in pairs]
-    return judge.judge(pairs, journal)
+    reasons = [contest.why_not(i) for i in range(len(pairs))]
+    judged = iter(judge.judge([pair for pair, why in zip(pairs, reasons, strict=True) if not why], journal))
+    return [Judgement(None, why_missing=why) if why else next(judged) for why in reasons]
 
 
 def annotate(judge: str, contest: Contest, prompts: Prompts, judgements: Sequence[Judgement]) -> list[Annotation]:

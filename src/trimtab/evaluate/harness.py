@@ -288,6 +288,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
 
         Raises:
             InvalidRequest: a generation setting is unknown or does not fit.
+            DeadRow: a row is NaN or has no mass; what was answered before is in lm-eval's cache, if it has one.
         """
         order = Collator(
             [request.args for request in requests],
@@ -303,6 +304,8 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
                 prompts, params = self._prompts(contexts, settings)
                 for event in self.model.stream(prompts, params):
                     if event.completion is not None:
+                        if event.completion.error is not None:
+                            raise DeadRow(event.completion.error)  # lm-eval would take what there is for the answer
                         done[event.prompt_index] = event.completion.text
                         self.cache_hook.add_partial(
                             "generate_until", (contexts[event.prompt_index], settings), event.completion.text

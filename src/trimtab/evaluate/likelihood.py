@@ -9,7 +9,8 @@ import torch
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.errors import DataError, InvalidRequest
+from trimtab.decode.scoring import Score
+from trimtab.errors import DataError, DeadRow, InvalidRequest
 from trimtab.evaluate.intervals import ratio_interval
 
 __all__ = ["held_out"]
@@ -39,18 +40,22 @@ def held_out(
         the completions' text; `gain`, by how many nats per token the aligned model is below the proposal;
         `impossible_tokens`, how many have no probability under the rule, and with any of them the aligned figures are None,
         for they are infinite. `nll_interval` and `gain_interval` are 95 % bootstrap intervals over the sequences, None for
-        fewer than two.
+        fewer than two. `failed` is how many sequences have a dead row on their way, so that they have no likelihood: they
+        are left out of everything else, and named in the log.
 
     Raises:
         DataError: a pair cannot be scored; the message names its source.
+        DeadRow: none has a likelihood.
     """
     sums: list[list[float]] = []
     sizes: list[int] = []
     num_bytes = impossible = 0
+    dead: list[DeadRow] = []
     for start in range(0, len(prompts), model.max_num_seqs):
         part = slice(start, start + model.max_num_seqs)
         try:
-            scores = model.score(list(prompts[part]), list(completions[part]), params)
+            scores, died = _score(model, prompts[part], completions[part], sources[part], params)
+            dead += died
         except InvalidRequest:
             _blame(model, prompts[part], completions[part], sources[part])
             raise
@@ -62,13 +67,16 @@ def held_out(
             num_bytes += score.num_bytes or 0
             impossible += sum(value == -math.inf for value in score.aligned)
         logger.info("scored %d of %d", min(start + model.max_num_seqs, len(prompts)), len(prompts))
+    if not sums and dead:
+        raise dead[0]
     columns = [list(column) for column in zip(*sums, strict=True)]
     totals = [math.fsum(column) for column in columns]
     gains = [aligned - proposal for proposal, *_, aligned in sums]
     tokens = sum(sizes)
     return {
         "tokens": tokens,
-        "sequences": len(prompts),
+        "sequences": len(sums),
+        "failed": len(dead),
         "nll": _by_model([_ratio(total, tokens) for total in totals]),
         "nll_interval": _by_model([_interval(column, sizes) for column in columns]),
         "nll_per_byte": _by_model([_ratio(total, num_bytes) for total in totals]),
@@ -76,6 +84,27 @@ def held_out(
         "gain_interval": _interval([-gain for gain in gains], sizes),
         "impossible_tokens": impossible,
     }
+
+
+def _score(
+    model: AlignedModel,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    sources: Sequence[str],
+    params: SamplingParams | None,
+) -> tuple[list[Score], list[DeadRow]]:
+    """The scores of a batch, and what is wrong with those that have none: they are found by scoring one by one."""
+    try:
+        return model.score(list(prompts), list(completions), params), []
+    except DeadRow:
+        scores, dead = [], []
+    for prompt, completion, source in zip(prompts, completions, sources, strict=True):
+        try:
+            scores += model.score([prompt], [completion], params)
+        except DeadRow as error:
+            dead.append(DeadRow(f"{source}: {error}"))
+            logger.warning("%s is left out: %s", source, error)
+    return scores, dead
 
 
 def _by_model(figures: list[Any]) -> dict[str, Any]:

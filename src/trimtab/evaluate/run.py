@@ -14,11 +14,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.settings import Limits
+from trimtab.errors import DeadRow
 from trimtab.evaluate.alpaca import write_outputs
 from trimtab.evaluate.contests import Contest, judge_contests, slug
 from trimtab.evaluate.distribution import Trace, pieces, summarise, trace
@@ -41,6 +42,8 @@ from trimtab.files import write_json
 __all__ = ["NULL_SEED", "Bench", "Plan", "bare_proposal", "run_evaluation"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NULL_SEED = 1_000_003
 """Added to the seed where a system answers again; more than there are prompts."""
@@ -89,6 +92,8 @@ class Bench:
 
     def __init__(self, out: Path, model: AlignedModel | None, limits: Limits) -> None:
         self.out, self.model, self.limits = out, model, limits
+        self.failed = 0
+        """Answers so far that could not go on."""
         self._answers, self.judgements = Journal(out / "answers.jsonl"), Journal(out / "judgements.jsonl")
 
     def __enter__(self) -> "Bench":
@@ -112,7 +117,15 @@ class Bench:
         Raises:
             DataError, EndpointError, InvalidRequest: it cannot answer.
         """
-        name = name or system.name
+        answers, prompts, name = self._answer(system, prompts, params, name or system.name)
+        if died := len(answers.died):
+            self.failed += died
+            logger.warning("%s: %d of %d answers ended in an error, and are left out", name, died, len(prompts))
+        return answers, prompts, name
+
+    def _answer(
+        self, system: System, prompts: Prompts | None, params: SamplingParams, name: str
+    ) -> tuple[Answers, Prompts, str]:
         if system.kind == "file":
             return answer_from_file(system, prompts)
         assert prompts is not None
@@ -157,15 +170,16 @@ def run_evaluation(
         first, prompts, name_1 = bench.answer(plan.baseline, plan.prompts, plan.params)
         second, prompts, name_2 = bench.answer(plan.system, prompts, plan.params)
         name_2 = _unlike(name_2, name_1)
-        contests = [Contest("main", name_1, first.texts, name_2, second.texts)]
+        contests = [Contest("main", name_1, first.texts, name_2, second.texts, first.died | second.died)]
+        repeated: dict[str, Answers] = {}
         if plan.null and plan.baseline.can_repeat and plan.judges:
             again = dataclasses.replace(plan.params, seed=(plan.params.seed or 0) + NULL_SEED)
             null_name = _unlike(f"{name_1}, another seed", name_1, name_2)
-            other, _, _ = bench.answer(plan.baseline, prompts, again, name=null_name)
-            contests.append(Contest("null", name_1, first.texts, null_name, other.texts))
+            repeated[null_name] = other = bench.answer(plan.baseline, prompts, again, name=null_name)[0]
+            contests.append(Contest("null", name_1, first.texts, null_name, other.texts, first.died | other.died))
         wanted = [text or "" for text in prompts.references]
         if plan.references and any(wanted) and "references" not in (plan.baseline.kind, plan.system.kind):
-            contests.append(Contest("references", name_1, first.texts, "references", wanted))
+            contests.append(Contest("references", name_1, first.texts, "references", wanted, first.died))
         judging, opinions, stopped = judge_contests(
             plan.judges, contests, prompts, bench.judgements, plan.out, plan.length_control
         )
@@ -184,8 +198,9 @@ def run_evaluation(
         **({"stopped": str(stopped)} if stopped is not None else {}),
         "provenance": {"judges": {judge.name: _describe_judge(judge) for judge in plan.judges}, **plan.record},
     }
+    results["failed"] = bench.failed + (frontier or {}).get("failed", 0) + results.get("likelihood", {}).get("failed", 0)
     results |= amend(results)
-    _write_outputs(plan, prompts, {**answers, **_others(contests)})
+    _write_outputs(plan, prompts, {**answers, **repeated})
     write_json(plan.out / "results.json", results)
     write_report(plan.out / "report.html", results, _items(plan, prompts, answers, traces, opinions))
     if stopped is not None:
@@ -199,19 +214,33 @@ def _describe_judge(judge: Judge) -> dict[str, Any]:
 
 
 def _traces(plan: Plan, prompts: Prompts, answers: Answers) -> list[Trace | None]:
-    """What the aligners do at each token of each answer; None where that cannot be said."""
+    """What the aligners do at each token of each answer; None where that cannot be said, or the answer died."""
     model = plan.model
     found: list[Trace | None] = [None] * len(prompts)
     if model is None or not model.aligners or not model.shaping(plan.params).rule.has_row:
         return found
     completions: Sequence[Any] = answers.tokens if answers.tokens is not None else answers.texts
-    known = [i for i, completion in enumerate(completions) if completion and _fits(model, prompts.prompts[i], completion)]
+    whole = [i for i, completion in enumerate(completions) if completion and i not in answers.died]
+    known = [i for i in whole if _fits(model, prompts.prompts[i], completions[i])]
     if not known:
         return found
-    seen = trace(model, [prompts.prompts[i] for i in known], [completions[i] for i in known], plan.params)
+    try:
+        seen: Sequence[Trace | None] = trace(
+            model, [prompts.prompts[i] for i in known], [completions[i] for i in known], plan.params
+        )
+    except DeadRow:  # somewhere on an answer that another system wrote
+        seen = [_trace_alone(model, prompts.prompts[i], completions[i], plan.params) for i in known]
     for i, one in zip(known, seen, strict=True):
         found[i] = one
     return found
+
+
+def _trace_alone(model: AlignedModel, prompt: Any, completion: Any, params: SamplingParams) -> Trace | None:
+    try:
+        return trace(model, [prompt], [completion], params)[0]
+    except DeadRow as error:
+        logger.warning("an answer is left out of what the aligners do: %s", error)
+        return None
 
 
 def _unlike(name: str, *taken: str) -> str:
@@ -258,24 +287,26 @@ def _likelihood(plan: Plan, prompts: Prompts) -> dict[str, Any]:
 
 
 def _describe_texts(answers: Mapping[str, Answers]) -> dict[str, Any]:
-    equal = distinct_at_equal_length({name: one.texts for name, one in answers.items()})
+    """Of those answers that are some: of each system's own, and for a comparison of those to the prompts that all answered."""
+    died = frozenset[int]().union(*(one.died for one in answers.values()))
+    equal = distinct_at_equal_length({name: _pick(one.texts, died) for name, one in answers.items()})
     return {
-        name: describe_texts(one.texts, one.finish_reasons)
+        name: describe_texts(_pick(one.texts, one.died), one.finish_reasons and _pick(one.finish_reasons, one.died))
         | {f"{figure}_at_equal_length": value for figure, value in equal[name].items()}
         for name, one in answers.items()
     }
 
 
-def _others(contests: Sequence[Contest]) -> dict[str, Answers]:
-    """The answers of the contests beside the main one."""
-    return {contest.name_2: Answers(list(contest.texts_2)) for contest in contests if contest.pair == "null"}
+def _pick(items: Sequence[T], died: frozenset[int]) -> list[T]:
+    return [item for i, item in enumerate(items) if i not in died]
 
 
 def _write_outputs(plan: Plan, prompts: Prompts, answers: Mapping[str, Answers]) -> None:
     for name, one in answers.items():
         rows = [
             {"instruction": show_prompt(prompt), "output": text, "generator": name, "dataset": "trimtab"}
-            for prompt, text in zip(prompts.prompts, one.texts, strict=True)
+            | ({"finish_reason": "error"} if i in one.died else {})
+            for i, (prompt, text) in enumerate(zip(prompts.prompts, one.texts, strict=True))
         ]
         write_outputs(plan.out / "outputs" / f"{slug(name)}.json", rows)
 

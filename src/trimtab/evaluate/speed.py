@@ -23,6 +23,7 @@ from trimtab.core.noise import uniforms
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.pace import Tally
 from trimtab.decode.request import SamplingParams
+from trimtab.errors import DeadRow
 from trimtab.hardware import describe_hardware
 from trimtab.models.aligner import Aligner
 
@@ -164,13 +165,19 @@ def _contestants(model: AlignedModel, stock: Stock, ids: Tensor, params: Samplin
     contestants: dict[str, Callable[[], object]] = {
         "proposal_hf": lambda: _generate(stock.proposal, ids, params),
         "two_model_hf": lambda: _two_model_loop(stock, ids, params),
-        "proposal_engine": lambda: alone.generate(prompts, replace(params, weight=None, rule=None)),
-        "aligned_tokenwise": lambda: tokenwise.generate(prompts, params),
-        "aligned_speculative": lambda: model.generate(prompts, params),
+        "proposal_engine": lambda: _complete(alone, prompts, replace(params, weight=None, rule=None)),
+        "aligned_tokenwise": lambda: _complete(tokenwise, prompts, params),
+        "aligned_speculative": lambda: _complete(model, prompts, params),
     }
     if len(ids) == 1 and _width(stock.proposal) == _width(stock.aligner):
         contestants["assisted_hf"] = lambda: _generate(stock.proposal, ids, params, assistant_model=stock.aligner)
     return contestants
+
+
+def _complete(model: AlignedModel, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    """Generate, and refuse to time what could not go on."""
+    if errors := [one.error for one in model.generate(prompts, params) if one.error is not None]:
+        raise DeadRow(errors[0])
 
 
 def _generate(module: Any, ids: Tensor, params: SamplingParams, **more: Any) -> None:

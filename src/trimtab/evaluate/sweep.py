@@ -54,7 +54,8 @@ def sweep(
 
     Returns:
         `params` with the rule and the weight that won, and the frontier: `judge`, `prompts`, `points` with `rule`, `weight`,
-        `win_rate`, `win_rate_interval`, `kl_per_token`, `kl_per_sequence` and `picked`.
+        `win_rate`, `win_rate_interval`, `kl_per_token`, `kl_per_sequence` and `picked`, and `failed`, how many answers could
+        not go on.
 
     Raises:
         InvalidOption: a rule has no row whose KL could be measured, or no setting is within `max_kl`.
@@ -74,13 +75,14 @@ def sweep(
     for one, rule, weight in tried:
         label = f"{rule}, weight {weight:g}"
         answers, _, _ = bench.answer(System("aligned", "aligned"), prompts, one, name=label)
-        contest = Contest("development", name, first.texts, label, answers.texts)
+        contest = Contest("development", name, first.texts, label, answers.texts, first.died | answers.died)
         judgements = judge_contest(judge, contest, prompts, bench.judgements)
         annotations = annotate(judge.name, contest, prompts, judgements)
         write_annotations(bench.out, annotations, judgements, f"development-{slug(label)}")
         won = summarise_annotations(annotations, length_control="length-only fit", source=f"{judge.name}, {label}")
         assert answers.tokens is not None
-        moved = summarise(trace(model, prompts.prompts, answers.tokens, one))
+        alive = [i for i in range(len(prompts)) if i not in answers.died]
+        moved = summarise(trace(model, prompts.pick(alive).prompts, [answers.tokens[i] for i in alive], one))
         figures = {key: won[key] for key in ("n", "missing", "win_rate", "win_rate_interval")}
         figures |= {key: moved[key] for key in ("kl_per_token", "kl_per_sequence", "kl_per_sequence_interval")}
         points.append({"rule": rule, "weight": weight, **figures, "picked": False})
@@ -92,6 +94,7 @@ def sweep(
     best = max(allowed, key=lambda i: (points[i]["win_rate"], -_kl(points[i])))
     points[best]["picked"] = True
     frontier = {"judge": judge.name, "split": "development", "prompts": len(prompts), "max_kl": max_kl, "points": points}
+    frontier["failed"] = bench.failed
     return tried[best][0], frontier
 
 

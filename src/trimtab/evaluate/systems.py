@@ -25,7 +25,7 @@ from trimtab.decode.pace import Tally
 from trimtab.decode.prompts import is_chat, read_chat
 from trimtab.decode.request import SamplingParams, TokenEvent
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.completions import RemoteModel
+from trimtab.endpoints.completions import RemoteModel, Sample
 from trimtab.endpoints.settings import Limits, base_url, without_password
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.evaluate.alpaca import read_outputs
@@ -111,7 +111,7 @@ class Answers:
     Attributes:
         texts: one for each prompt.
         tokens: their ids, from a model here.
-        finish_reasons: why each ended, where that is known.
+        finish_reasons: why each ended, where that is known; `"error"` for one that could not go on, and is no answer.
         speed: of the decoding, from a model here, see `Throughput`.
     """
 
@@ -119,6 +119,11 @@ class Answers:
     tokens: list[list[int]] | None = None
     finish_reasons: list[str | None] | None = None
     speed: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def died(self) -> frozenset[int]:
+        """Which of them could not go on."""
+        return frozenset(i for i, reason in enumerate(self.finish_reasons or ()) if reason == "error")
 
 
 def parse_system(text: str) -> System:
@@ -227,12 +232,19 @@ def answer_remotely(
             seeded = dataclasses.replace(params, seed=(params.seed or 0) + run[0])  # prompt i has the seed `params.seed + i`
             waiting = iter(run)
             for samples in remote.complete([prompts.prompts[i] for i in run], seeded):
-                journal.add_all({keys[next(waiting)]: {"output": sample.text} for (sample,) in samples})
+                journal.add_all({keys[next(waiting)]: _kept(sample) for (sample,) in samples})
                 done += len(samples)
                 if done == len(prompts) or time.monotonic() >= say_again:
                     say_again = time.monotonic() + SAY_EVERY
                     logger.info("%s: answered %d of %d prompts", system.name, done, len(prompts))
-    return Answers([journal[key]["output"] for key in keys]), remote.name
+    found = [journal[key] for key in keys]
+    return Answers([row["output"] for row in found], finish_reasons=[row.get("finish_reason") for row in found]), remote.name
+
+
+def _kept(sample: Sample) -> dict[str, Any]:
+    """What the journal keeps of an endpoint's answer."""
+    kept = {"output": sample.text}
+    return kept if sample.error is None else kept | {"finish_reason": "error", "error": sample.error}
 
 
 def answer_from_file(system: System, prompts: Prompts | None) -> tuple[Answers, Prompts, str]:
@@ -251,16 +263,16 @@ def answer_from_file(system: System, prompts: Prompts | None) -> tuple[Answers, 
     if prompts is None:
         sources = [f"{system.where} entry {i}" for i in range(1, len(rows) + 1)]
         prompts = Prompts([row["instruction"] for row in rows], [None] * len(rows), sources)
-    waiting: dict[str, deque[str]] = defaultdict(deque)
+    waiting: dict[str, deque[tuple[str, str | None]]] = defaultdict(deque)
     for row in rows:
-        waiting[show_prompt(row["instruction"])].append(row["output"])
-    texts = []
+        waiting[show_prompt(row["instruction"])].append((row["output"], row.get("finish_reason")))
+    answers = []
     for prompt, source in zip(prompts.prompts, prompts.sources, strict=True):
         found = waiting[show_prompt(prompt)]
         if not found:
             raise DataError(f"{system.where}: has no output for the prompt of {source}: {show_prompt(prompt)[:80]!r}")
-        texts.append(found.popleft() if len(found) > 1 else found[0])  # a prompt asked twice may be answered twice, or once
-    return Answers(texts), prompts, name
+        answers.append(found.popleft() if len(found) > 1 else found[0])  # a prompt asked twice may be answered twice, or once
+    return Answers([text for text, _ in answers], finish_reasons=[reason for _, reason in answers]), prompts, name
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
@@ -298,6 +310,7 @@ def _decode(
         for event in work:
             if (c := event.completion) is not None:
                 row = {"output": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason}
+                row |= {} if c.error is None else {"error": c.error}
                 done[keys[event.prompt_index]] = row
             if done and time.perf_counter() - started >= WRITE_EVERY:
                 keep()

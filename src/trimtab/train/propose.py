@@ -4,6 +4,9 @@ The output is a data set in TRL's layout: `prompt`, `chosen` (the record's own a
 record has an answer, else `prompt` and `completion`; with a `Ranking`, both answers of a pair are samples. Every prompt has a
 seed of its own, so an interrupted run gives the same file as one that was left alone. Who draws is a model here, or endpoints:
 `trimtab.train.propose_remotely`.
+
+A sample that could not go on is no answer. Its row has the `finish_reason` `error` and an `error` that says why in the place of
+answers, and whoever reads the file leaves it out.
 """
 
 import contextlib
@@ -13,7 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.prompts import chat_columns
@@ -23,12 +26,19 @@ from trimtab.jsonlines import ResumableLines
 from trimtab.train.ranking import Ranking
 from trimtab.train.records import UNFINISHED, Record
 
-__all__ = ["Draw", "propose", "write_samples"]
+__all__ = ["Draw", "Written", "propose", "write_samples"]
 
 logger = logging.getLogger(__name__)
 
 Draw: TypeAlias = Callable[[int], Generator[list[list[Sample]], None, None]]
 """From the number of a record on: the samples of that record and those after it, in order, some records at a time."""
+
+
+class Written(NamedTuple):
+    """How many rows a file has, and how many of them stand for samples that could not go on."""
+
+    rows: int
+    failed: int
 
 
 def propose(
@@ -38,8 +48,8 @@ def propose(
     params: SamplingParams,
     batch_size: int,
     ranking: Ranking | None = None,
-) -> int:
-    """Write `params.n` samples for each record to `out`, or pairs of them; the number of rows.
+) -> Written:
+    """Write `params.n` samples for each record to `out`, or pairs of them.
 
     Args:
         model: transformers models: the bare proposal, or with aligners.
@@ -60,7 +70,7 @@ def propose(
             part = records[first : first + batch_size]
             each = [dataclasses.replace(params, seed=(params.seed or 0) + first + i) for i in range(len(part))]
             drawn = model.generate([record.prompt for record in part], each)
-            samples = [Sample(one.text, one.finish_reason != "length") for one in drawn]
+            samples = [Sample(one.text, one.finish_reason != "length", one.error) for one in drawn]
             yield [samples[i : i + params.n] for i in range(0, len(samples), params.n)]
 
     return write_samples(who, draw, records, out, params, ranking)
@@ -73,8 +83,8 @@ def write_samples(
     out: str | Path,
     params: SamplingParams,
     ranking: Ranking | None = None,
-) -> int:
-    """Write what is drawn to `out`, going on where an interrupted run stopped; the number of rows.
+) -> Written:
+    """Write what is drawn to `out`, going on where an interrupted run stopped.
 
     Args:
         proposal: what tells who draws from others.
@@ -99,7 +109,7 @@ def write_samples(
         with contextlib.closing(draw(done)) as drawn:
             for groups in drawn:
                 rows = list(_rows(records[done : done + len(groups)], groups, ranking))
-                alike += sum(row.get("chosen") == row.get("rejected") for row in rows) if ranking else 0
+                alike += sum(row["chosen"] == row["rejected"] for row in rows if "error" not in row) if ranking else 0
                 lines.write(rows)
                 done += len(groups)
                 logger.info("proposed for %d of %d prompts", done, len(records))
@@ -107,7 +117,7 @@ def write_samples(
         logger.warning(
             "%d pairs are of two equal samples, from which there is nothing to learn: draw hotter, or fewer pairs", alike
         )
-    return len(records) * each
+    return Written(len(records) * each, lines.failed)
 
 
 def _rows(records: Sequence[Record], groups: Sequence[Sequence[Sample]], ranking: Ranking | None) -> Iterator[dict[str, Any]]:
@@ -124,7 +134,9 @@ def _rows(records: Sequence[Record], groups: Sequence[Sequence[Sample]], ranking
 
 
 def _row(record: Record, samples: dict[str, Sample], **known: Any) -> dict[str, Any]:
-    """A record with samples for answers: texts for a text, messages for a chat; what was cut is named."""
+    """A record with samples for answers: texts for a text, messages for a chat; what was cut is named, what died left out."""
+    if errors := [one.error for one in samples.values() if one.error is not None]:
+        return {"prompt": record.prompt, "finish_reason": "error", "error": errors[0]}
     text = isinstance(record.prompt, str)
     drawn = {name: one.text if text else [{"role": "assistant", "content": one.text}] for name, one in samples.items()}
     cut = [name for name, one in samples.items() if one.text and not one.ended]

@@ -9,7 +9,7 @@ from pathlib import Path
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.completions import RemoteModel, Sample, check_sendable
-from trimtab.train.propose import write_samples
+from trimtab.train.propose import Written, write_samples
 from trimtab.train.ranking import Ranking
 from trimtab.train.records import Record
 
@@ -23,8 +23,8 @@ def propose_remotely(
     out: str | Path,
     params: SamplingParams,
     ranking: Ranking | None = None,
-) -> int:
-    """Write `params.n` samples for each record to `out`, or pairs of them, in the order of the records; the number of rows.
+) -> Written:
+    """Write `params.n` samples for each record to `out`, or pairs of them, in the order of the records.
 
     Args:
         endpoints: where the proposal is; entered.

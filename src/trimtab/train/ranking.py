@@ -30,11 +30,19 @@ class Ranking(NamedTuple):
     """Of a prompt: best and worst, second best and second worst, and so on; at most half of its samples."""
 
     def pick(self, records: Sequence[Record], groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[Record, Sample, Sample]]:
-        """Records with a wanted and an unwanted sample of each, from all of its samples."""
-        prompts = [record.prompt for record, samples in zip(records, groups, strict=True) for _ in samples]
-        scores, first = self.scorer.score(prompts, [sample.text for samples in groups for sample in samples]), 0
-        for record, samples in zip(records, groups, strict=True):
+        """Records with a wanted and an unwanted sample of each, from all of its samples that could be finished.
+
+        Where too few could, what is lacking are pairs of one that could not.
+        """
+        alive = [[sample for sample in samples if sample.error is None] for samples in groups]
+        prompts = [record.prompt for record, samples in zip(records, alive, strict=True) for _ in samples]
+        scores, first = self.scorer.score(prompts, [sample.text for samples in alive for sample in samples]), 0
+        for record, samples, drawn in zip(records, alive, groups, strict=True):
             order = sorted(range(len(samples)), key=lambda i: -scores[first + i])
             ranked, first = [samples[i] for i in order], first + len(samples)
             for i in range(self.pairs):
-                yield record, ranked[i], ranked[-1 - i]
+                if 2 * i + 1 < len(ranked):
+                    yield record, ranked[i], ranked[-1 - i]
+                else:
+                    dead = next(sample for sample in drawn if sample.error is not None)
+                    yield record, dead, dead

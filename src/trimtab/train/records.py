@@ -7,6 +7,7 @@
     prompt                       a prompt alone, to sample from
 
 A list `unfinished` names answers that were cut, such as samples by `max_tokens`: they have no end of sequence to learn.
+A row with the `finish_reason` `error` is of a completion that could not go on, and is left out.
 A prompt is a text or a list of messages, and an answer is of the same kind. Beside messages, `tools` (JSON schemas, or a text
 of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored. Data that call their
 columns otherwise are mapped: `prompt=post`.
@@ -16,6 +17,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.train.implicit import implicit_prompt
 
 __all__ = ["UNFINISHED", "DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
+
+logger = logging.getLogger(__name__)
 
 _FILES = (".jsonl", ".jsonl.gz", ".parquet")
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", *CHAT_FIELDS)
@@ -106,8 +110,14 @@ def read_records(
         DataError: names the file and the line, or the row.
     """
     columns = parse_columns(how.columns) if how else {}
-    rows = itertools.islice(read_rows(dataset, how), limit)
-    records = [_record(_renamed(row, columns, source), source, need) for source, row in rows]
+    records, dead = [], 0
+    for source, row in itertools.islice(read_rows(dataset, how), limit):
+        if row.get("finish_reason") == "error":
+            dead += 1
+        else:
+            records.append(_record(_renamed(row, columns, source), source, need))
+    if dead:
+        logger.warning("%s: %d rows are left out: their completions ended in an error", dataset, dead)
     if not records:
         raise DataError(f"{dataset}: holds no records")
     return records
