@@ -422,6 +422,16 @@ def test_what_was_stopped_cannot_be_voted_on(page, server):
 # ---- the page
 
 
+@pytest.mark.parametrize(
+    "path", ["", "/config", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/upload", "/login"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_other_pages_cannot_use_its_routes(server, path, method):
+    headers = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+    answer = httpx.request(method, f"{server.url}/playground{path}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_it_fits_the_screen(browser, server, tmp_path, size, scheme):

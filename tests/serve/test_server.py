@@ -19,6 +19,7 @@ from trimtab.core.rules import parse_rule
 from trimtab.models.table import TableLM, enumerate_sequences
 
 V = len(LETTERS) + 1
+JSON = {"content-type": "application/json"}
 TABLES = [TableLM.random(V, order=2, seed=seed) for seed in range(4)]
 
 
@@ -252,9 +253,9 @@ def test_what_is_wrong_is_named(server, body, status, param, says):
 
 def test_bodies_and_paths_that_make_no_sense_get_openais_error(server):
     for answer, status in (
-        (server.client.post("/v1/completions", content=b"{"), 400),
-        (server.client.post("/v1/completions", content=b"[]"), 400),
-        (server.client.post("/v1/completions", content=b"\xff\xfe"), 400),
+        (server.client.post("/v1/completions", content=b"{", headers=JSON), 400),
+        (server.client.post("/v1/completions", content=b"[]", headers=JSON), 400),
+        (server.client.post("/v1/completions", content=b"\xff\xfe", headers=JSON), 400),
         (server.client.get("/v1/completions"), 405),
         (server.client.post("/v1/nothing"), 404),
         (server.client.post("/v1/load_aligner", json={"name": "x", "path": "y"}), 404),

@@ -49,6 +49,8 @@ DEFAULTS = {
     "--port": ["8000"],
     "--dtype": ["auto"],
     "--max-num-seqs": ["32"],
+    "--middleware": ["trimtab.vllm.middleware.AllowedPages"],
+    "--allowed-origins": ["[]"],
 }
 
 
@@ -66,6 +68,7 @@ def test_flags_become_vllms():
         ssl_certfile="cert.pem",
         shutdown_timeout=2.5,
         log_prompts=True,
+        allowed_origins=("http://localhost:3000",),
         vllm_args="--tensor-parallel-size 2 --hf-overrides '{\"a b\": 1}'",
     )
     assert flags(command_line(options, [], ["base", "org/base"])) == {
@@ -81,6 +84,8 @@ def test_flags_become_vllms():
         "--enable-log-requests": [],
         "--tensor-parallel-size": ["2"],
         "--hf-overrides": ['{"a b": 1}'],
+        "--middleware": ["trimtab.vllm.middleware.AllowedPages"],
+        "--allowed-origins": ['["http://localhost:3000"]'],
     }
 
 
@@ -94,8 +99,10 @@ def test_aligners_become_settings_that_the_plugin_reads():
         dtype="float16",
         max_aligner_memory=1.5,
     )
-    found = flags(command_line(options, NAMED, ["base"]))
-    assert found["--middleware"] == ["trimtab.vllm.middleware.AlignerNames"]
+    words = command_line(options, NAMED, ["base"])
+    found = flags(words)
+    assert words[words.index("--middleware") + 1] == "trimtab.vllm.middleware.AlignerNames"
+    assert found["--middleware"] == ["trimtab.vllm.middleware.AllowedPages"], "the last stands before the others"
     assert read_settings(json.loads(found["--additional-config"][0])) == Settings(
         aligners={"docs": "path/docs", "terse": "path/terse"},
         weights={"terse": -0.5},
@@ -109,8 +116,9 @@ def test_aligners_become_settings_that_the_plugin_reads():
     assert read_settings(json.loads(least["--additional-config"][0])) == Settings({"docs": "path/docs"})
 
 
-def test_the_name_of_the_middleware_is_one_that_can_be_imported():
-    folder, _, name = module.MIDDLEWARE.rpartition(".")
+@pytest.mark.parametrize("middleware", [module.NAMES, module.PAGES])
+def test_the_name_of_a_middleware_is_one_that_can_be_imported(middleware):
+    folder, _, name = middleware.rpartition(".")
     assert hasattr(__import__(folder, fromlist=[name]), name)
 
 
@@ -137,7 +145,7 @@ OTHERS: dict[str, Any] = {
 def test_every_option_is_mapped_or_refused():
     assert set(OTHERS) == set(REFUSED)
     mapped = {*module.SAME, *module.SHAPING, "proposal", "aligner", "engine", "vllm_args", "api_key", "served_model_name"}
-    mapped |= {"max_aligner_memory", "shutdown_timeout", "log_prompts"}
+    mapped |= {"max_aligner_memory", "shutdown_timeout", "log_prompts", "allowed_origins", "allowed_hosts"}
     assert mapped | set(REFUSED) == {field.name for field in fields(Options)}
     assert not mapped & set(REFUSED)
 
@@ -161,6 +169,7 @@ def test_what_changes_nothing_is_not_refused():
         ("--api_key=secret", "--vllm_args: --api-key does not go there"),
         ("--additional-config '{}'", "--vllm_args: --additional-config does not go there: it would replace the aligners"),
         ("--additional_config.trimtab.rule product", "--vllm_args: --additional-config does not go there"),
+        ("--allowed-origins '[\"*\"]'", "--vllm_args: --allowed-origins does not go there: say --allowed_origins"),
         ("--chat-template 'x", "--vllm_args: No closing quotation: --chat-template 'x"),
     ],
 )
@@ -294,12 +303,14 @@ def test_wrong_usage_is_one_line(given, says, capsys):
 
 def test_how_the_server_ended_is_how_the_command_ends(root, server, capsys):
     words = ["serve", "--engine", "vllm", "--proposal", str(root / "proposal"), "--json", "--api_key", "secret"]
+    words += ["--allowed_hosts", "a.example", "--allowed_hosts", "b.example"]
     assert main(words) == 0
     out = capsys.readouterr()
     assert json.loads(out.out) == {"model": "proposal", "engine": "vllm"}
     assert "secret" not in out.err
     assert "secret" not in shlex.join(server.commands[0]), "others would see it in the list of processes"
     assert server.environments[0]["VLLM_API_KEY"] == "secret"
+    assert server.environments[0]["TRIMTAB_ALLOWED_HOSTS"] == "a.example b.example"
     server.status = 1
     assert main(words) == 1
     assert "vllm serve ended with status 1" in capsys.readouterr().err

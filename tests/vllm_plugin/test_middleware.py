@@ -12,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from trimtab.vllm.middleware import AlignerNames, translate
+from trimtab.vllm.middleware import HOSTS_VARIABLE, AlignerNames, AllowedPages, translate
 from trimtab.vllm.settings import Settings
 
 CONFIG = {"trimtab": {"aligners": {"docs": "path/docs", "terse": {"path": "path/terse", "weight": 0.5}}}}
 SETTINGS = Settings({"docs": "path/docs", "terse": "path/terse"}, {"terse": 0.5})
+JSON = {"content-type": "application/json"}
+HEADERS = [(b"content-type", b"application/json")]
 BASES = ["base", "org/base"]
 
 
@@ -32,11 +34,19 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [{"id": "base"}]}, headers={"x-seen": "yes"})
 
 
-def make_app(config: Any = CONFIG, served: list[str] | None = BASES, api_key: list[str] | None = None) -> Starlette:
+def make_app(
+    config: Any = CONFIG,
+    served: list[str] | None = BASES,
+    api_key: list[str] | None = None,
+    host: str = "127.0.0.1",
+    allowed_origins: tuple[str, ...] = (),
+) -> Starlette:
     paths = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/api/v1/completions"]
     routes = [Route(path, echo, methods=["POST", "GET"]) for path in paths]
     app = Starlette(routes=[*routes, Route("/v1/models", models, methods=["GET", "POST"])])
-    app.state.args = SimpleNamespace(served_model_name=served, model="folder/base", api_key=api_key)
+    app.state.args = SimpleNamespace(
+        served_model_name=served, model="folder/base", api_key=api_key, host=host, allowed_origins=list(allowed_origins)
+    )
     app.state.vllm_config = SimpleNamespace(additional_config=config)
     app.add_middleware(AlignerNames)
     return app
@@ -172,7 +182,7 @@ def test_what_contradicts_itself_is_refused_as_vllm_would(body, field, says):
     ],
 )
 def test_what_is_no_request_of_ours_passes_byte_for_byte(body):
-    answer = ask(make_app(), "POST", "/v1/completions", content=body, headers={"x-sent": "ours"})
+    answer = ask(make_app(), "POST", "/v1/completions", content=body, headers={"x-sent": "ours", **JSON})
     assert answer.status_code == 200
     assert answer.json()["body"].encode("latin-1") == body
     assert answer.headers["x-seen"] == "ours"
@@ -183,7 +193,7 @@ def test_a_body_in_many_pieces_is_one_body():
         for piece in (b'{"mod', b'el": "do', b"", b'cs"}'):
             yield piece
 
-    answer = ask(make_app(), "POST", "/v1/completions", content=pieces())
+    answer = ask(make_app(), "POST", "/v1/completions", content=pieces(), headers=JSON)
     assert json.loads(answer.json()["body"]) == {"model": "base", "vllm_xargs": {"aligner": "docs"}}
 
 
@@ -257,7 +267,7 @@ def play(messages: list[dict[str, Any]], app: Any) -> tuple[list[dict[str, Any]]
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "app": make_app()}
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": HEADERS, "app": make_app()}
     asyncio.run(AlignerNames(app)(scope, receive, send))
     return messages, sent
 
@@ -295,3 +305,68 @@ def test_what_comes_without_vllms_key_is_not_even_read(variable, monkeypatch):
         answer = ask(app, "POST", "/v1/completions", json=clash, headers={"authorization": f"{scheme} sesame"})
         assert answer.status_code == 400
     assert ask(app, "POST", "/invocations", json=clash).status_code == 400, "vLLM wants no key there"
+
+
+# ---- pages of other origins
+
+
+def visit(method: str = "POST", path: str = "/v1/completions", app: Any = None, **headers: str) -> httpx.Response:
+    """What a page, or a client, gets; `allowed` names the origins that may come in."""
+    app = app or make_app()
+    app.add_middleware(AllowedPages)
+    given = {"host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    return ask(app, method, path, json={"model": "docs"}, headers=given)
+
+
+def test_a_page_of_another_origin_is_kept_out_of_every_route():
+    for path in ("/v1/completions", "/v1/models", "/v1/embeddings", "/nowhere"):
+        for method in ("GET", "POST", "OPTIONS"):
+            answer = visit(method, path, origin="https://evil.example")
+            assert answer.status_code == 403
+            error = answer.json()["error"]
+            assert "pages of 'https://evil.example' may not use this server" in error.pop("message")
+            assert error == {"type": "ForbiddenError", "param": None, "code": 403}
+
+
+def test_a_page_that_is_allowed_reads_answers_and_refusals():
+    allowed = ("http://localhost:3000",)
+    app, page = make_app(api_key=["sesame"], allowed_origins=allowed), {"origin": allowed[0]}
+    asked = {"access_control_request_method": "POST", "access_control_request_headers": "authorization"}
+    preflight = visit("OPTIONS", app=app, **page, **asked)
+    assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (200, "authorization")
+    app = make_app(allowed_origins=allowed)
+    wrong = {"model": "docs", "aligner": "terse"}
+    app.add_middleware(AllowedPages)
+    for body, status in (({"model": "docs"}, 200), (wrong, 400)):
+        answer = ask(app, "POST", "/v1/completions", json=body, headers={"host": "localhost", **page})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, allowed[0])
+
+
+def test_a_foreign_name_is_refused_unless_the_environment_names_it(monkeypatch):
+    assert visit(host="evil.example").status_code == 403
+    assert visit(host="evil.example", app=make_app(host="0.0.0.0")).status_code == 200
+    monkeypatch.setenv(HOSTS_VARIABLE, "other.example good.example")
+    assert visit(host="good.example:8000").status_code == 200
+
+
+def test_a_socket_of_a_foreign_page_is_closed():
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def refuse(*_: Any) -> None:
+        raise AssertionError("it got through")
+
+    headers = [(b"host", b"localhost"), (b"origin", b"https://evil.example")]
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": headers, "app": make_app()}
+    asyncio.run(AllowedPages(refuse)(scope, None, send))  # type: ignore[arg-type]
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None])
+def test_a_body_that_is_not_said_to_be_json_is_refused(kind):
+    headers = {} if kind is None else {"content-type": kind}
+    answer = ask(make_app(), "POST", "/v1/completions", content=b'{"model": "docs"}', headers=headers)
+    assert answer.status_code == 415
+    assert "'Content-Type: application/json'" in answer.json()["error"]["message"]

@@ -38,6 +38,17 @@ class Options(TemplateOptions, ModelOptions):
     host: str = option("127.0.0.1", "address to listen on; the default lets in this machine alone")
     port: int = option(8000, "port to listen on; 0 for any that is free")
     api_key: tuple[str, ...] = option((), f"a key that clients must send; may repeat [default: ${KEY_VARIABLE}]", metavar="KEY")
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "web pages that may use the server beside its own, as https://example.com; '*' for all; may repeat [default: none]",
+        metavar="ORIGIN",
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names that the server answers to beside localhost; '*' for any; may repeat [default: none where only this machine "
+        "reaches it, else any]",
+        metavar="NAME",
+    )
     served_model_name: tuple[str, ...] = option(
         (),
         "what the proposal is called; may repeat, the first counts [default: its folder's name, or hub id]",
@@ -108,7 +119,11 @@ def _run_vllm(options: Options) -> dict[str, Any]:
     from trimtab.vllm.launch import launch
 
     settings, named = _settings(options), _aligners(options)
-    status = launch(dataclasses.replace(options, api_key=settings.api_keys), named, [settings.name, *settings.aliases])
+    status = launch(
+        dataclasses.replace(options, api_key=settings.api_keys, allowed_origins=tuple(settings.origins.allowed)),
+        named,
+        [settings.name, *settings.aliases],
+    )
     if status:
         raise TrimtabError(f"vllm serve ended with status {status}; its messages stand above")
     return {"model": settings.name, "engine": "vllm"}
@@ -147,6 +162,7 @@ def _settings(options: Options) -> "Settings":
     if options.aligner_root is not None and not Path(options.aligner_root).is_dir():
         raise UsageError(f"--aligner_root: there is no folder '{options.aligner_root}'")
     names = options.served_model_name or _names_of(options.proposal)
+    from trimtab.origins import Origins
     from trimtab.serve.guard import check_keys
 
     keys = options.api_key or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
@@ -155,6 +171,7 @@ def _settings(options: Options) -> "Settings":
         name=names[0],
         aliases=tuple(names[1:]),
         api_keys=keys,
+        origins=Origins(options.allowed_origins, host=options.host, hosts=options.allowed_hosts),
         max_body_bytes=options.max_body_bytes,
         max_prompt_tokens=options.max_prompt_tokens,
         max_tokens=options.max_tokens,

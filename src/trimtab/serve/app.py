@@ -11,9 +11,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from trimtab import __version__
 from trimtab.errors import TrimtabError
+from trimtab.origins import is_json
 from trimtab.serve import wire
 from trimtab.serve.answers import answer_chat, answer_completion
 from trimtab.serve.explain import explain
@@ -28,6 +31,7 @@ __all__ = ["make_app"]
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 ERROR = {"$ref": "#/components/schemas/Error"}
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 ERROR_SCHEMA = {
@@ -46,12 +50,15 @@ ERROR_SCHEMA = {
         }
     },
 }
+NOT_JSON = "the body must be said to be JSON: send 'Content-Type: application/json' (curl: -H 'Content-Type: application/json')"
 MEANINGS = {
     400: "A field is wrong; the message names it.",
     401: "The server needs an API key.",
+    403: "The request is a web page's of another origin, or for another server.",
     404: "There is no such model or aligner.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
+    415: "The body is not said to be JSON.",
     429: "Too many requests are waiting; Retry-After says when to ask again.",
     500: "The server failed.",
     503: "The server is loading, stopping, or has failed.",
@@ -90,6 +97,7 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
         keys=service.settings.api_keys,
         protected=("/v1",),
         max_body_bytes=service.settings.max_body_bytes,
+        origins=service.settings.origins,
     )
     _add_errors(app)
     _add_operations(app, service)
@@ -99,14 +107,25 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
     return app
 
 
+def _get(app: FastAPI, path: str, **described: Any) -> Callable[[Handler], Handler]:
+    """A route for GET, and for HEAD, which the OpenAPI document does not repeat."""
+
+    def add(handler: Handler) -> Handler:
+        app.get(path, **described)(handler)
+        app.head(path, include_in_schema=False)(handler)
+        return handler
+
+    return add
+
+
 def _add_operations(app: FastAPI, service: Service) -> None:
-    @app.get("/health", responses=_answers(503, health=True), tags=["operations"])
+    @_get(app, "/health", responses=_answers(503, health=True), tags=["operations"])
     async def health() -> Response:
         """Whether the server is loading, ready, stopping or failed."""
         state = service.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["operations"])
+    @_get(app, "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["operations"])
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(await asyncio.to_thread(service.metrics.render), media_type=CONTENT_TYPE)
@@ -118,12 +137,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
         listed = [wire.model_card(base, service.created, root=base)]
         return listed + [wire.model_card(e.name, e.created, root=e.name, parent=base) for e in service.registry.entries]
 
-    @app.get("/v1/models", responses=_answers(503), tags=["models"])
+    @_get(app, "/v1/models", responses=_answers(503), tags=["models"])
     async def list_models() -> Response:
         """The base, and every aligner."""
         return JSONResponse(wire.model_list(cards()))
 
-    @app.get("/v1/models/{model:path}", responses=_answers(404, 503), tags=["models"])
+    @_get(app, "/v1/models/{model:path}", responses=_answers(404, 503), tags=["models"])
     async def retrieve_model(model: str) -> Response:
         """One of them."""
         for card in cards():
@@ -136,7 +155,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_loading(app: FastAPI, service: Service) -> None:
-    answers = _answers(400, 404, 408, 413, 503)
+    answers = _answers(400, 404, 408, 413, 415, 503)
 
     @app.post("/v1/load_aligner", openapi_extra=_body(LoadAligner), responses=answers, tags=["models"])
     async def load_aligner(request: Request) -> Response:
@@ -172,7 +191,7 @@ def _add_loading(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    answers = _answers(400, 404, 408, 413, 429, 503, 504, stream=True)
+    answers = _answers(400, 404, 408, 413, 415, 429, 503, 504, stream=True)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest), responses=answers, tags=["generation"])
     async def completions(request: Request) -> Response:
@@ -192,6 +211,8 @@ async def _parse(service: Service, request: Request, model: type[M]) -> tuple[M,
     try:
         async with asyncio.timeout(service.settings.request_timeout):
             body = await request.body()
+        if body and not is_json([value for name, value in request.headers.raw if name == b"content-type"]):
+            raise Refusal(415, NOT_JSON, code="unsupported_media_type")
         return model.model_validate_json(body), len(body)
     except TimeoutError:
         raise Refusal(408, "the body did not arrive in time") from None
@@ -213,8 +234,17 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def explain_status(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:128]}: {str(error.detail).lower()}"
+        headers = dict(error.headers or {})
+        if "Allow" in headers:  # Starlette looks no further than the first route of the path
+            headers["Allow"] = ", ".join(sorted(_methods(app, request.scope)))
         body = wire.error_body(message, "invalid_request_error")
-        return Response(wire.dumps(body), error.status_code, error.headers, "application/json")
+        return Response(wire.dumps(body), error.status_code, headers, "application/json")
+
+
+def _methods(app: FastAPI, scope: Scope) -> set[str]:
+    """What the routes of a path take."""
+    found = [route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+    return {method for route in found for method in route.methods or ()}
 
 
 # ---- the OpenAPI document
@@ -228,7 +258,7 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
 def _answers(*statuses: int, stream: bool = False, health: bool = False) -> dict[int | str, dict[str, Any]]:
     """What a route may answer besides 200."""
     found: dict[int | str, dict[str, Any]] = {}
-    for status in statuses if health else (*statuses, 401, 500):
+    for status in statuses if health else (*statuses, 401, 403, 500):
         schema = {"type": "object"} if health else ERROR
         found[status] = {"description": MEANINGS[status], "content": {"application/json": {"schema": schema}}}
     content = {"application/json": {"schema": {"type": "object"}}} | ({"text/event-stream": {}} if stream else {})

@@ -1,4 +1,5 @@
-"""What stands before every request: its id, the key, the size of its body, and an answer when something breaks.
+"""What stands before every request: its id, where it comes from, the key, the size of its body, and an answer when something
+breaks.
 
 Plain ASGI, so that streams pass through unbuffered. Add it innermost of Starlette's own error handling, by
 `app.add_middleware(Guard, …)`: outside of that, a failure would have been answered before it gets here.
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import InvalidOption
+from trimtab.origins import Origins
 from trimtab.serve.wire import dumps, error_body
 
 __all__ = ["REQUEST_ID_HEADER", "Guard", "check_keys"]
@@ -31,21 +33,29 @@ class Guard:
 
     Each request has an id, the client's own if it is up to 64 letters, digits, `.`, `_` and `-`, in
     `request.state.request_id` and on the answer. Refusals and failures have OpenAI's shape: 400 for a malformed
-    Content-Length, 401 without a key, 413 for too long a body, and 500, without details, for an exception of the
-    application, which is logged. If the answer has begun by then, it is cut short.
+    Content-Length, 401 without a key, 403 for a web page of another origin, 413 for too long a body, and 500, without
+    details, for an exception of the application, which is logged. If the answer has begun by then, it is cut short. Pages
+    that are allowed can read all of these but a 403, and need no key to ask whether they may.
 
     Args:
         app: what is guarded.
         keys: bearer tokens that are accepted; none leaves everything open.
         protected: prefixes of paths that need a key: `"/v1"` is `/v1` and all below it, `"/"` everything.
         max_body_bytes: the longest body that is read, declared or counted.
+        origins: which pages may use the application; default: its own.
 
     Raises:
         InvalidOption: a key is empty, or has space around it, which no header can carry.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Iterable[str] = (), protected: Sequence[str] = ("/v1",), max_body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        keys: Iterable[str] = (),
+        protected: Sequence[str] = ("/v1",),
+        max_body_bytes: int,
+        origins: Origins | None = None,
     ) -> None:
         keys = list(keys)
         check_keys(keys)
@@ -53,6 +63,8 @@ class Guard:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._protected = tuple(prefix.rstrip("/") + "/" for prefix in protected)
         self._max_body_bytes = max_body_bytes
+        self._origins = origins or Origins()
+        self._check_with_cors = self._origins.with_cors(self._check)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -61,6 +73,16 @@ class Guard:
             return
         request_id = _request_id(_header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
+        refusal = self._origins.refusal(scope)
+        if refusal is None:
+            await self._check_with_cors(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
+        else:
+            await _Exchange(receive, send, request_id, self._max_body_bytes).refuse(403, *refusal, _VARIES)
+
+    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or answer, what is no page's business or an allowed page's."""
         allowed = not self._needs_key(scope) or self._has_key(_header(scope, b"authorization"))
         if scope["type"] == "websocket":
             if allowed:
@@ -68,7 +90,7 @@ class Guard:
             else:
                 await send({"type": "websocket.close", "code": 1008, "reason": "an API key is needed"})
             return
-        exchange = _Exchange(receive, send, request_id, self._max_body_bytes)
+        exchange = _Exchange(receive, send, scope["state"]["request_id"], self._max_body_bytes)
         if not allowed:
             await exchange.refuse(401, _NO_KEY, "invalid_api_key", [(b"www-authenticate", b"Bearer")])
         elif not (lengths := _header(scope, b"content-length")):
@@ -120,6 +142,7 @@ def check_keys(keys: Iterable[str]) -> None:
 _NO_KEY = "this server needs an API key: send 'Authorization: Bearer KEY' with one of its keys"
 _CLOSE = [(b"connection", b"close")]
 """On answers to a body that is not going to be read."""
+_VARIES = [(b"vary", b"Origin")]
 
 
 class _Exchange:

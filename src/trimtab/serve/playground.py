@@ -20,7 +20,8 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 from gradio.themes.utils import colors, sizes
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount
 
 from trimtab.serve.arena import Arena
@@ -77,13 +78,14 @@ def add_playground(app: FastAPI, service: Service, *, votes: Path) -> None:
     )
     _end_streams_on_stop(app, service)
 
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> Response:
+    async def icon(_: Request) -> Response:
         return Response(ICON, media_type="image/svg+xml")
 
-    @app.get("/manifest.json", include_in_schema=False)
-    async def manifest() -> dict[str, str]:
-        return {"name": "Trimtab", "start_url": PATH}
+    async def manifest(_: Request) -> Response:
+        return JSONResponse({"name": "Trimtab", "start_url": PATH})
+
+    app.add_route("/favicon.ico", icon, include_in_schema=False)  # Starlette's routes for GET take HEAD, too
+    app.add_route("/manifest.json", manifest, include_in_schema=False)
 
 
 def _page(service: Service, book: VoteBook) -> gr.Blocks:

@@ -1,7 +1,6 @@
 """Start a server and keep it until it is told to stop."""
 
 import asyncio
-import ipaddress
 import logging
 import logging.config
 import signal
@@ -12,10 +11,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from trimtab.origins import is_loopback
 from trimtab.serve.logs import configure_logs
 from trimtab.serve.service import Service
 
-__all__ = ["is_loopback", "run_server"]
+__all__ = ["run_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,3 @@ def run_server(app: FastAPI, service: Service, *, host: str, port: int, **tls: s
     if service.failure is not None:
         raise service.failure
     return service.report()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.engine import Engine
 from trimtab.decode.request import Prompt, SamplingParams, TokenEvent
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
+from trimtab.origins import Origins
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.registry import NoSuchAligner, Registry
 from trimtab.serve.wire import TokenTexts
@@ -40,6 +41,7 @@ class Settings:
         name: what the proposal is called.
         aliases: other names for it.
         api_keys: bearer tokens; none leaves the server open.
+        origins: which web pages may use it.
         max_body_bytes: the longest request body.
         max_prompt_tokens: the longest prompt; None for what fits the context.
         max_tokens: the longest completion; None for what fits the context.
@@ -54,6 +56,7 @@ class Settings:
     name: str
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    origins: Origins = field(default_factory=Origins)
     max_body_bytes: int = 2**20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None

@@ -17,13 +17,15 @@ from typing import Any
 
 from trimtab.errors import InvalidOption
 from trimtab.models.loading import load_tokenizer
+from trimtab.vllm.middleware import HOSTS_VARIABLE
 from trimtab.vllm.settings import KEY, SHAPING, Catalog, read_settings
 
 __all__ = ["command_line", "launch"]
 
 logger = logging.getLogger(__name__)
 
-MIDDLEWARE = "trimtab.vllm.middleware.AlignerNames"
+NAMES = "trimtab.vllm.middleware.AlignerNames"
+PAGES = "trimtab.vllm.middleware.AllowedPages"
 
 SAME = ("host", "port", "dtype", "max_num_seqs", "ssl_keyfile", "ssl_certfile")
 """Options that vLLM has, too, under the same names."""
@@ -55,6 +57,7 @@ REFUSED = {
 OURS = {
     "--additional-config": "it would replace the aligners; say --aligner, --weight, --rule and the rest",
     "--api-key": "it would stand in the log; say --api_key",
+    "--allowed-origins": "say --allowed_origins",
 }
 """Flags of vLLM that users give by our own names."""
 
@@ -79,10 +82,12 @@ def launch(options: Any, named: Sequence[tuple[str, str, float | None]], names: 
     if settings is not None:
         Catalog(settings, load_tokenizer(options.proposal), ())
     logger.info("vllm %s", shlex.join(words))
-    secret = {"VLLM_API_KEY": options.api_key[0]} if len(options.api_key) == 1 else {}  # vLLM's variable holds one
+    told = {HOSTS_VARIABLE: " ".join(options.allowed_hosts)}
+    if len(options.api_key) == 1:  # vLLM's variable holds one
+        told["VLLM_API_KEY"] = options.api_key[0]
     keys = ["--api-key", *options.api_key] if len(options.api_key) > 1 else []  # not for the log
     command = [sys.executable, "-m", "trimtab.vllm.command", *words, *keys]
-    server = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **secret})
+    server = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **told})
     passed_on = [
         signal.signal(number, lambda given, _: server.send_signal(given)) for number in (signal.SIGTERM, signal.SIGINT)
     ]
@@ -115,7 +120,8 @@ def command_line(options: Any, named: Sequence[tuple[str, str, float | None]], n
     if options.log_prompts:
         words.append("--enable-log-requests")
     if named:
-        words += ["--additional-config", json.dumps(_additional_config(options, named)), "--middleware", MIDDLEWARE]
+        words += ["--additional-config", json.dumps(_additional_config(options, named)), "--middleware", NAMES]
+    words += ["--middleware", PAGES, "--allowed-origins", json.dumps(list(options.allowed_origins))]  # vLLM lets in all unasked
     try:
         further = shlex.split(options.vllm_args)
     except ValueError as error:

@@ -3,6 +3,7 @@
 vLLM knows one model and takes our fields in `vllm_xargs`. With `--middleware trimtab.vllm.middleware.AlignerNames`, `model` may
 be an aligner's name, `BASE:ALIGNER` or the base, and `aligner`, `weight`, `rule` and the rest may stand in the body itself, so
 that clients of `trimtab serve` need not change. `/v1/models` lists the aligners. Whatever else is asked passes unchanged.
+`AllowedPages` stands before all of it, and keeps out web pages of other origins.
 """
 
 import hmac
@@ -10,11 +11,13 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
+from trimtab.origins import Origins, is_json
 from trimtab.vllm.settings import FIELDS, Settings, field_of, read_settings
 
-__all__ = ["AlignerNames"]
+__all__ = ["HOSTS_VARIABLE", "AlignerNames", "AllowedPages"]
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,6 +30,39 @@ REQUESTS = (
 MODELS = "/v1/models"
 GUARDED = "/v1"
 """Where vLLM wants a key; `/invocations` it answers without one."""
+
+HOSTS_VARIABLE = "TRIMTAB_ALLOWED_HOSTS"
+"""Of the environment: names that the server answers to beside its own, with spaces between them."""
+
+
+class AllowedPages:
+    """ASGI middleware, for `vllm serve --middleware`: lets in the pages of `--allowed-origins`, and what is no page.
+
+    Args:
+        app: the application behind it.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+        self._origins: Origins | None = None
+        self._with_cors = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request or socket."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        if self._origins is None:  # what vLLM was started with is known once it serves
+            args, hosts = scope["app"].state.args, os.environ.get(HOSTS_VARIABLE, "").split()
+            self._origins = Origins(args.allowed_origins, host=args.host or "0.0.0.0", hosts=hosts)
+            self._with_cors = self._origins.with_cors(self._app)
+        refusal = self._origins.refusal(scope)
+        if refusal is None:
+            await self._with_cors(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
+        else:
+            await _refuse(send, 403, refusal[0])
 
 
 class AlignerNames:
@@ -58,6 +94,9 @@ class AlignerNames:
         body = await _read(receive)
         if body is None:
             return
+        if body and not is_json([value for name, value in scope["headers"] if name.lower() == b"content-type"]):
+            await _refuse(send, 415, "send the header 'Content-Type: application/json' (curl: --json, or -H)")
+            return
         try:
             given = json.loads(body)
         except (ValueError, RecursionError):
@@ -67,7 +106,7 @@ class AlignerNames:
             try:
                 translated = translate(given, bases, settings)
             except ValueError as error:
-                await _refuse(send, error)
+                await _refuse(send, 400, str(error), field_of(error))
                 return
             if translated is not given:
                 body = json.dumps(translated).encode()
@@ -180,10 +219,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _refuse(send: Send, error: Exception) -> None:
-    """400 in OpenAI's shape."""
-    shown = {"message": str(error), "type": "BadRequestError", "param": field_of(error), "code": 400}
-    body = json.dumps({"error": shown}).encode()
+async def _refuse(send: Send, status: int, message: str, param: str | None = None) -> None:
+    """An error in OpenAI's shape, with vLLM's words."""
+    kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
