@@ -2,16 +2,36 @@
 
 import json
 from itertools import chain
+from typing import Required, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types import completion_create_params as text_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionDeveloperMessageParam,
+    ChatCompletionMessage,
+    ChatCompletionStreamOptionsParam,
+    ChatCompletionSystemMessageParam,
+    ChatCompletionUserMessageParam,
+)
+from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidRequest
 from trimtab.serve.explain import explain
-from trimtab.serve.schema import ChatRequest, CompletionRequest, LoadAligner, UnloadAligner
+from trimtab.serve.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    LoadAligner,
+    ResponseFormat,
+    StreamOptions,
+    TextPart,
+    UnloadAligner,
+)
 
 COMPLETION = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -27,6 +47,21 @@ def refusal(model, body):
     with pytest.raises(ValidationError) as info:
         model.model_validate_json(body if isinstance(body, str | bytes) else json.dumps(body))
     return explain(info.value)
+
+
+def said_of(model, body):
+    """The refusal, or nothing where there is none."""
+    try:
+        model.model_validate_json(json.dumps(body))
+    except ValidationError as error:
+        return explain(error)[0]
+    return ""
+
+
+def sampling(request):
+    given = {name: value for name, value in request.sampling(5, True, 0).items() if value != []}
+    del given["top_logprobs"]
+    return SamplingParams(**given)
 
 
 def refused(model, **fields):
@@ -92,6 +127,101 @@ def test_a_prompt_is_one_or_several(prompt, prompts):
     assert parse(CompletionRequest, prompt=prompt).prompts == prompts
 
 
+def nullable(params):
+    """The fields of one of OpenAI's typed parameters that need not be given."""
+    hints = get_type_hints(params, include_extras=True)
+    return [name for name, hint in hints.items() if get_origin(hint) is not Required]
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "body"),
+    [
+        (ChatRequest, chat_params.CompletionCreateParamsBase, lambda nulls: CHAT | nulls),
+        (ChatRequest, chat_params.CompletionCreateParamsStreaming, lambda nulls: CHAT | nulls),
+        (CompletionRequest, text_params.CompletionCreateParamsBase, lambda nulls: COMPLETION | nulls),
+        (CompletionRequest, text_params.CompletionCreateParamsStreaming, lambda nulls: COMPLETION | nulls),
+        (ChatRequest, ChatCompletionStreamOptionsParam, lambda nulls: CHAT | {"stream": True, "stream_options": nulls}),
+        *(
+            (ChatRequest, params, lambda nulls, role=role: CHAT | {"messages": [{"content": "x"} | nulls | {"role": role}]})
+            for role, params in (
+                ("assistant", ChatCompletionAssistantMessageParam),
+                ("user", ChatCompletionUserMessageParam),
+                ("system", ChatCompletionSystemMessageParam),
+                ("developer", ChatCompletionDeveloperMessageParam),
+            )
+        ),
+    ],
+)
+def test_null_is_not_given_wherever_openais_schema_has_a_field(model, params, body):
+    """Alone and all together, and it changes nothing."""
+    names = [name for name in nullable(params) if name not in BASES[model]]
+    plain = model.model_validate_json(json.dumps(body({})))
+    assert names
+    for chosen in (*([name] for name in names), names):
+        asked = model.model_validate_json(json.dumps(body(dict.fromkeys(chosen))))
+        assert sampling(asked) == sampling(plain)
+        assert model is CompletionRequest or asked.limit is None
+
+
+NEUTRAL = {
+    "tools": [],
+    "functions": [],
+    "tool_choice": "auto",
+    "function_call": "none",
+    "parallel_tool_calls": True,
+    "modalities": ["text"],
+    "service_tier": "auto",
+    "verbosity": "medium",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "store": False,
+    "user": "",
+    "metadata": {},
+    "logit_bias": {},
+    "stop": [],
+    "stop_token_ids": [],
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+}
+LACKED = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "functions": [{"name": "f"}],
+    "tool_choice": "required",
+    "function_call": {"name": "f"},
+    "modalities": ["text", "audio"],
+    "service_tier": "flex",
+    "verbosity": "low",
+    "reasoning_effort": "low",
+    "audio": {"voice": "v", "format": "wav"},
+    "prediction": {"type": "content", "content": "x"},
+    "web_search_options": {},
+    "prompt_cache_retention": "24h",
+    "store": True,
+    "frequency_penalty": 1,
+}
+
+
+@pytest.mark.parametrize("model", [CompletionRequest, ChatRequest])
+def test_what_asks_for_nothing_is_taken_and_what_asks_for_more_is_refused_by_name(model):
+    for name, value in NEUTRAL.items():
+        assert sampling(parse(model, **{name: value})) == sampling(parse(model))
+    for name, value in LACKED.items():
+        message, param = refused(model, **{name: value})
+        assert message.startswith(f"{name} must be ")
+        assert "null" in message
+        assert param == name
+
+
+def test_no_top_logprobs_need_no_logprobs():
+    assert parse(ChatRequest, top_logprobs=0).top_logprobs == 0
+
+
+def test_an_assistant_may_have_said_nothing():
+    asked = parse(ChatRequest, messages=[*CHAT["messages"], {"role": "assistant", "content": None}, {"role": "assistant"}])
+    assert asked.chat[1:] == 2 * [{"role": "assistant", "content": ""}]
+
+
 def test_what_clients_send_unasked_is_ignored():
     parse(CompletionRequest, user="u", store=False, metadata={"a": "b"}, presence_penalty=0, frequency_penalty=0.0, suffix="")
     parse(ChatRequest, user="u", store=None, metadata={}, response_format={"type": "text"})
@@ -99,8 +229,10 @@ def test_what_clients_send_unasked_is_ignored():
 
 def test_an_answer_of_ours_can_be_sent_back():
     """OpenAI's client sends what it was given: `message.model_dump()` has all these nulls."""
-    nulls = dict.fromkeys(["refusal", "annotations", "audio", "function_call", "tool_calls"])
+    nulls = dict.fromkeys(["refusal", "annotations", "audio", "function_call", "tool_calls", "name", "reasoning_content"])
     answer = {"role": "assistant", "content": "hi"} | nulls
+    assert set(ChatCompletionMessage.model_fields) <= set(nulls | answer)
+    parse(ChatRequest, messages=[answer | {"tool_calls": [], "annotations": []}])
     request = parse(ChatRequest, messages=[{"role": "user", "content": "x"}, answer])
     assert request.chat == [{"role": "user", "content": "x"}, {"role": "assistant", "content": "hi"}]
 
@@ -149,7 +281,9 @@ def test_aligners_are_loaded_by_either_spelling():
         ({"n": "1"}, "n must be an integer at least 1 and at most 128, not '1'", "n"),
         ({"stream": 1}, "stream must be true or false, not 1", "stream"),
         ({"temprature": 1}, "unknown field 'temprature': did you mean 'temperature'?", "temprature"),
-        ({"tools": []}, "unknown field 'tools': this server does not have it; leave it out", "tools"),
+        ({"guided_json": {}}, "unknown field 'guided_json': this server does not have it; leave it out", "guided_json"),
+        ({"messages": []}, "unknown field 'messages': it belongs to /v1/chat/completions", "messages"),
+        ({"pin": True}, "unknown field 'pin': it belongs to /v1/load_aligner", "pin"),
         (
             {"presence_penalty": 0.5},
             "presence_penalty must be 0 or null: it is not supported, use repetition_penalty, not 0.5",
@@ -210,7 +344,27 @@ def test_a_refusal_of_a_completion_is_one_sentence(fields, message, param):
             'messages[0].content must be a text or a list of parts {"type": "text", "text": …}, not null',
             "messages",
         ),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing: it must be a text or a list of parts", "messages"),
         ({"messages": [{"role": "user", "content": "x", "foo": 1}]}, "unknown field 'messages[0].foo'", "messages"),
+        (
+            {"messages": [{"role": "user", "content": "x", "seed": 1}]},
+            "unknown field 'messages[0].seed': it belongs to the request itself",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls must be empty or null: tools are not supported, not a list of 1",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]},
+            "messages[0].reasoning_content must be null: it is not supported, not 'y'",
+            "messages",
+        ),
+        ({"include_usage": True}, "unknown field 'include_usage': it belongs to 'stream_options'", "include_usage"),
+        ({"content": "x"}, "unknown field 'content': it belongs to 'messages'", "content"),
+        ({"prompt": "x"}, "unknown field 'prompt': it belongs to /v1/completions", "prompt"),
+        ({"refusal": "x"}, "unknown field 'refusal': this server does not have it; leave it out", "refusal"),
         (
             {"messages": []},
             "messages must be a list of at least one message with 'role' and 'content', not a list of 0",
@@ -225,6 +379,26 @@ def test_a_refusal_of_a_chat_is_one_sentence(fields, message, param):
     said, about = refused(ChatRequest, **fields)
     assert said.startswith(message)
     assert about == param
+
+
+def test_no_name_is_suggested_for_itself():
+    """Any name that is known somewhere, at any level where it is not."""
+    levels = [
+        (ChatRequest, lambda extra: CHAT | extra),
+        (CompletionRequest, lambda extra: COMPLETION | extra),
+        (ChatRequest, lambda extra: CHAT | {"messages": [{"role": "user", "content": "x"} | extra]}),
+        (
+            ChatRequest,
+            lambda extra: CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"} | extra]}]},
+        ),
+        (ChatRequest, lambda extra: CHAT | {"stream": True, "stream_options": extra}),
+        (ChatRequest, lambda extra: CHAT | {"response_format": {"type": "text"} | extra}),
+        (UnloadAligner, lambda extra: {"name": "a"} | extra),
+    ]
+    inner = (ChatMessage, TextPart, StreamOptions, ResponseFormat)
+    for name in sorted({*chain.from_iterable(model.model_fields for model in (*BASES, *inner))}):
+        for model, body in levels:
+            assert f"did you mean {name!r}?" not in said_of(model, body({name: "x"}))
 
 
 def test_a_missing_field_is_named():

@@ -113,6 +113,43 @@ def test_a_seed_gives_the_same_text_streamed_or_not_and_whatever_else_runs(serve
     assert alone[0] != alone[1]
 
 
+# ---- methods
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/v1/models", "/v1/models/q1", "/v1/models/none", "/docs", "/openapi.json"]
+)
+def test_head_is_get_without_the_body(server, path):
+    got, asked = server.client.get(path), server.client.head(path)
+    assert (asked.status_code, asked.content) == (got.status_code, b"")
+    for name in set(got.headers) - {"date", "x-request-id", "content-length" if path == "/metrics" else ""}:
+        assert asked.headers[name] == got.headers[name]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("PUT", "/v1/models/q1", "GET, HEAD"),
+        ("GET", "/v1/completions", "POST"),
+        ("HEAD", "/v1/chat/completions", "POST"),
+        ("OPTIONS", "/v1/completions", "POST"),
+        ("POST", "/docs", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(server, method, path, allowed):
+    answer = server.client.request(method, path)
+    assert (answer.status_code, answer.headers.get_list("allow")) == (405, [allowed])
+    if method != "HEAD":
+        assert answer.json()["error"] == {
+            "message": f"{method} {path}: method not allowed",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        }
+
+
 # ---- OpenAI's client
 
 

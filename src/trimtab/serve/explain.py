@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trimtab.serve.schema import (
+    CONTENT,
     MAX_STOPS,
     ChatMessage,
     ChatRequest,
@@ -22,7 +23,26 @@ from trimtab.serve.schema import (
 
 __all__ = ["explain"]
 
-_MODELS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner)
+_ROUTES: dict[type[BaseModel], str] = {
+    CompletionRequest: "/v1/completions",
+    ChatRequest: "/v1/chat/completions",
+    LoadAligner: "/v1/load_aligner",
+    UnloadAligner: "/v1/unload_aligner",
+}
+_INNER: dict[str, type[BaseModel]] = {
+    "stream_options": StreamOptions,
+    "response_format": ResponseFormat,
+    "messages": ChatMessage,
+    "messages.content": TextPart,
+}
+"""Where objects stand within a body."""
+
+
+def _nulls(model: type[BaseModel]) -> list[str]:
+    """Fields that may be null and nothing else: there is nothing here that they could ask for."""
+    return [name for name, field in model.model_fields.items() if field.annotation is type(None)]
+
+
 _SHOWN = 40
 """Characters of the user's own input that a message repeats."""
 _NAME = "a name of at most 128 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -41,8 +61,15 @@ _WORDS = {
     "suffix": "empty or null: it is not supported",
     "messages": "a list of at least one message with 'role' and 'content'",
     "messages.role": "'system', 'developer', 'user' or 'assistant'",
-    **{f"messages.{name}": "null" for name in ("refusal", "annotations", "audio", "function_call", "tool_calls")},
-    "messages.content": 'a text or a list of parts {"type": "text", "text": …}',
+    **dict.fromkeys(("tools", "functions", "messages.tool_calls"), "empty or null: tools are not supported"),
+    "messages.annotations": "empty or null: it is not supported",
+    **dict.fromkeys(("tool_choice", "function_call"), "'none', 'auto' or null: tools are not supported"),
+    "modalities": "['text'] or null: there are only texts",
+    "service_tier": "'auto', 'default' or null: there are no tiers",
+    "verbosity": "'medium' or null: it is not supported",
+    **dict.fromkeys(_nulls(ChatRequest), "null: it is not supported"),
+    **{f"messages.{name}": "null: it is not supported" for name in _nulls(ChatMessage)},
+    "messages.content": CONTENT,
     "messages.name": "a text or null",
     "messages.content.text": "a text",
     "messages.content.type": "'text': parts of other types are not supported",
@@ -70,17 +97,17 @@ def explain(error: ValidationError) -> tuple[str, str | None]:
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first['ctx']['error']}", None
     if first["type"] == "conflict":
-        return first["msg"], first["ctx"]["field"]
+        return ".".join(filter(None, [_place(_steps(first)), first["msg"]])), first["ctx"]["field"]
     if not first["loc"]:
         return f"the body must be a JSON object, not {_show(first['input'])}", None
     param = str(first["loc"][0])
     # A union reports each of its branches: the one that got furthest is what was meant, and of a part its type.
     first = max((d for d in details if d["loc"][0] == param), key=lambda d: (d["loc"][-1] == "type", len(_steps(d))))
-    model = next(model for model in _MODELS if model.__name__ == error.title)
+    model = next(model for model in _ROUTES if model.__name__ == error.title)
     steps = _steps(first)
     place = _place(steps)
     if first["type"] == "extra_forbidden":
-        return _unknown(place, model), _cut(param)
+        return f"unknown field {place!r}: {_hint(steps, model)}", _cut(param)
     while not (expected := _expected(steps, model)):  # then say what must be the nearest thing around it
         steps = steps[:-1]
     if first["type"] == "missing":
@@ -89,7 +116,7 @@ def explain(error: ValidationError) -> tuple[str, str | None]:
     return f"{around} must be {expected}" + (f", not {shown}" if around == place else f"; {place} is {shown}"), param
 
 
-_NESTED = {name for model in (StreamOptions, ResponseFormat, ChatMessage, TextPart) for name in model.model_fields}
+_NESTED = {name for model in _INNER.values() for name in model.model_fields}
 
 
 def _steps(detail: ErrorDetails) -> list[int | str]:
@@ -129,11 +156,22 @@ def _phrase(schema: Mapping[str, Any]) -> str:
     return f"{kind} {' and '.join(limits)}" if limits else kind
 
 
-def _unknown(place: str, model: type[BaseModel]) -> str:
-    known = sorted({*model.model_fields, *_NESTED})
-    near = difflib.get_close_matches(place.rpartition(".")[2], known, n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]!r}?" if near else "this server does not have it; leave it out"
-    return f"unknown field {place!r}: {hint}"
+def _hint(steps: Sequence[int | str], model: type[BaseModel]) -> str:
+    """What to do about an unknown field: where it belongs, what was meant, or nothing."""
+    *outer, name = [step for step in steps if isinstance(step, str)]
+    level = ".".join(outer)
+    homes = {"the request itself": model} if level else {}
+    homes |= {f"'{place}'": inner for place, inner in _INNER.items() if place.partition(".")[0] in model.model_fields}
+    homes |= {route: other for other, route in _ROUTES.items()}
+    if home := next((home for home, other in homes.items() if name in _fields(other)), None):
+        return f"it belongs to {home}"
+    near = difflib.get_close_matches(name, _fields(_INNER.get(level, model)), n=1, cutoff=0.75)
+    return f"did you mean {near[0]!r}?" if near else "this server does not have it; leave it out"
+
+
+def _fields(model: type[BaseModel]) -> list[str]:
+    """Fields that are of use, in order."""
+    return sorted(set(model.model_fields) - set(_nulls(model)))
 
 
 def _cut(text: str) -> str:

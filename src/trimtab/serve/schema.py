@@ -2,8 +2,8 @@
 
 Bodies are parsed with `Model.model_validate_json(body)`, by JSON's own types: `"1"` is no number and `true` no integer. The
 bounds in the schema are those of `SamplingParams`, so that the OpenAPI document tells the truth. `null` means the default.
-`user`, `store`, `metadata` and a message's null fields are accepted and ignored, because clients send them unasked; nothing
-else is.
+Clients send much unasked: what names the user or asks for nothing (`tools: []`, `service_tier: "auto"`) is accepted and
+ignored; nothing else is.
 """
 
 from collections.abc import Mapping
@@ -61,6 +61,7 @@ Temperature = Annotated[float, Field(gt=0)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_INT), Whole]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Empty = Annotated[list[Any], Field(max_length=0)]
 AlignerName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
@@ -111,6 +112,25 @@ class _Request(_Strict):
     user: str | None = Field(None, description="Ignored.")
     store: OnlyFalse | None = Field(None, description="Ignored: nothing is stored.")
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="Ignored.")
+
+    # OpenAI's fields for what there is not here, as far as they ask for nothing.
+    tools: Empty | None = None
+    functions: Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    safety_identifier: str | None = Field(None, description="Ignored.")
+    prompt_cache_key: str | None = Field(None, description="Ignored.")
+    audio: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
 
     top_k: TopK | None = Field(0, description="0 or -1 keeps all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
@@ -189,6 +209,16 @@ class CompletionRequest(_Request):
         return [prompt] if single else list(prompt)
 
 
+CONTENT = 'a text or a list of parts {"type": "text", "text": …}'
+"""What a message says."""
+
+
+def _needs_content(schema: dict[str, Any]) -> None:
+    """JSON schema of `ChatMessage`: whoever is no assistant says something."""
+    given = {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}}
+    schema["anyOf"] = [{"required": ["role"], "properties": {"role": {"const": "assistant"}}}, given]
+
+
 class TextPart(_Strict):
     """A part of a message's content; there are only texts."""
 
@@ -197,16 +227,37 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """One message. The null fields are those that OpenAI's client sends back with an answer of ours."""
+    """One message. The null and empty fields are those that clients send back with an answer of ours."""
+
+    model_config = ConfigDict(json_schema_extra=_needs_content)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description="Null for an assistant only."
+    )
     name: str | None = None
-    refusal: None = None
-    annotations: None = None
+    annotations: Empty | None = None
+    tool_calls: Empty | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    reasoning: None = None
+    reasoning_content: None = None
+    refusal: None = None
+    tool_call_id: None = None
+
+    @model_validator(mode="after")
+    def _only_an_assistant_says_nothing(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            given = "content" in self.model_fields_set
+            said = f"content must be {CONTENT}, not null" if given else f"content is missing: it must be {CONTENT}"
+            raise _conflict("messages", said)
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content; parts are joined by newlines, as vLLM joins them."""
+        content = self.content or ""
+        return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 _BOTH: dict[str, Any] = {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}
@@ -225,7 +276,7 @@ class ChatRequest(_Request):
         json_schema_extra={
             "allOf": [
                 _STREAM_OPTIONS,
-                _needs("top_logprobs", {"type": "integer"}, "logprobs", True),
+                _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", True),
                 {"not": {"required": ["max_tokens", "max_completion_tokens"], "properties": _BOTH}},
             ]
         }
@@ -240,7 +291,7 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise _conflict("top_logprobs", "top_logprobs needs logprobs to be true")
         old, new = self.__dict__["max_tokens"], self.max_completion_tokens  # reading a deprecated attribute warns
         if None not in (old, new) and old != new:  # the schema is simpler, and does not allow both
@@ -257,15 +308,13 @@ class ChatRequest(_Request):
     def chat(self) -> list[dict[str, str]]:
         """The messages as chat templates want them.
 
-        Parts are joined by newlines, as vLLM joins them. A developer is OpenAI's newer word for the system, and most
-        templates know only that one: many drop the messages of roles that they do not know.
+        A developer is OpenAI's newer word for the system, and most templates know only that one: many drop the messages of
+        roles that they do not know.
         """
         return [
             {
                 "role": "system" if message.role == "developer" else message.role,
-                "content": message.content
-                if isinstance(message.content, str)
-                else "\n".join(part.text for part in message.content),
+                "content": message.text,
             }
             | ({} if message.name is None else {"name": message.name})
             for message in self.messages
