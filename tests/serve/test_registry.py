@@ -14,9 +14,11 @@ import pytest
 from serving import folder_service, running
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
+from trimtab.cli.serve import _cache_bytes
 from trimtab.decode.assemble import Loader
 from trimtab.errors import InvalidRequest, VocabularyMismatch
 from trimtab.models.adapters import Adapted
+from trimtab.models.table import TableLM
 from trimtab.serve.registry import NoSuchAligner, NoSuchFolder, OutOfMemory, Registry
 
 V = 28
@@ -293,3 +295,14 @@ def test_a_batch_mixes_adapters_full_aligners_and_the_base(server, root):
         }
         found = {key: answer.result()["choices"][0]["text"] for key, answer in asked.items()}
     assert found == {(name, s): expected[name][s] for name in expected for s in range(2)}
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(None, 500), (100, 450)])
+def test_caches_get_half_of_what_aligners_leave(allowed, expected, monkeypatch):
+    """What aligners may still take under their limit is not the caches'."""
+    model = TableLM.random(7, seed=0)
+    registry = Registry(
+        AlignedModel(model, tokenizer=tiny_tokenizer("abcdef")), Loader(None, dtype="auto", device="cpu"), max_bytes=allowed
+    )
+    monkeypatch.setattr("trimtab.hardware.free_memory", lambda device: 1000)
+    assert _cache_bytes(model.device, registry) == expected

@@ -11,6 +11,7 @@ from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 
 if TYPE_CHECKING:
+    from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened, Settings
 
 __all__ = ["Options", "render", "run"]
@@ -232,14 +233,6 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         date=options.date,
     )
     set_template(base.tokenizer, template, options.date)
-    engine = Engine(
-        base.proposal,
-        base.pace,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_cache_tokens=options.max_cache_tokens or _cache_tokens(base.proposal),
-        log_z_every=LOG_Z_EVERY,
-    )
     memory, root = options.max_aligner_memory, options.aligner_root
     registry = Registry(
         base,
@@ -255,15 +248,24 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     for name, path, weight in named:
         registry.load(name, path, weight=weight, pinned=True)
         registry.resident([name])  # what contradicts itself shows now
+    engine = Engine(
+        base.proposal,
+        base.pace,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_cache_tokens=options.max_cache_tokens,
+        max_cache_bytes=None if options.max_cache_tokens else _cache_bytes(base.proposal.device, registry),
+        log_z_every=LOG_Z_EVERY,
+    )
     return Opened(registry, engine)
 
 
-def _cache_tokens(proposal: Any) -> int | None:
-    """How many tokens of the proposal's cache fit in half of the memory that is free once it is loaded."""
+def _cache_bytes(device: Any, registry: "Registry") -> int | None:
+    """Half of the memory that is free once all is loaded, aligners that may still come included."""
     from trimtab.hardware import free_memory
 
-    free = free_memory(proposal.device)
-    return None if free is None else max(1, free // 2 // proposal.cache_bytes_per_token)
+    free = free_memory(device)
+    return None if free is None else max(1, (free - registry.room) // 2)
 
 
 def _add_playground(app: Any, service: Any, options: Options) -> None:

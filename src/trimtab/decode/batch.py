@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Models
+from trimtab.decode.memory import Size, batch_bytes
 from trimtab.decode.pace import Pace
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
@@ -38,14 +39,19 @@ class Batch:
         self._groups: dict[Models, Group] = {}
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Slots, and tokens that each can hold."""
-        return len(self._state), self._state.capacity
+    def size(self) -> Size:
+        """Of the proposal's state."""
+        return Size(len(self._state), self._state.capacity)
 
     @property
     def groups(self) -> int:
         """How many sets of models are at work."""
         return len(self._groups)
+
+    def most_bytes(self, size: Size, coming: Sequence[Growing]) -> int:
+        """The most memory that all states take until the batch has this size and these sequences have come."""
+        groups = {models: group.size for models, group in self._groups.items()}
+        return batch_bytes(self.size, groups, self.sequences, coming, size)
 
     def resize(self, slots: int, capacity: int) -> None:
         """Move to new states of this size."""
@@ -60,7 +66,9 @@ class Batch:
         """Take over sequences of these models, whose prompts, all but the last token, are in slots of other states."""
         places = range(len(self.sequences), len(self.sequences) + len(sequences))
         self._proposal.copy(states[0], slots, self._state, places)
-        self._group(models, len(sequences)).add(sequences, states[1:], slots)
+        group = self._group(models, len(sequences))
+        group.add(sequences, states[1:], slots)
+        self._groups[group.models] = group  # not before: memory may not suffice, and no group is empty
         self.sequences += sequences
 
     def add_sibling(self, sequence: Growing, sibling: Growing) -> None:
@@ -124,9 +132,9 @@ class Batch:
 
     def _group(self, models: Models, more: int) -> Group:
         """The group of these models, with room for so many more."""
-        if models not in self._groups:
+        group = self._groups.get(models)
+        if group is None:
             models = dataclasses.replace(models, adapters=())  # or it would hold its first request's for as long as it lives
-            self._groups[models] = Group(models, self._pace, log_z_every=self._log_z_every)
-        group = self._groups[models]
+            group = Group(models, self._pace, log_z_every=self._log_z_every)
         group.make_room(len(group.sequences) + more, self._state.capacity, len(self._state))
         return group

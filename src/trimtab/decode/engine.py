@@ -11,6 +11,7 @@ Requests may have aligners of their own, or none: they share the proposal, and e
 share a prompt list; it is read once and copied. What is in the engine never changes what a request gets, only when.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ import torch
 
 from trimtab.decode.batch import Batch
 from trimtab.decode.draft import Models
+from trimtab.decode.memory import Size, reading_bytes
 from trimtab.decode.pace import Load, Pace
 from trimtab.decode.prefill import pad
 from trimtab.decode.request import TokenEvent
@@ -28,6 +30,8 @@ from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.models.base import LanguageModel, vacate
 
 __all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
 
 SPARE = 4
 """An idle cache with slots longer than so many times what is needed is made anew."""
@@ -42,7 +46,9 @@ class Engine:
         max_num_seqs: the most sequences admitted at once; others wait in the order they came.
         max_num_batched_tokens: the most prompt tokens read in one step.
         max_cache_tokens: the most tokens that the slots may hold together; None for what `max_num_seqs` sequences of any
-            length need. A long request then means fewer at a time. Prompts that are being read are held apart, on top.
+            length need. A long request then means fewer at a time.
+        max_cache_bytes: the most memory that all caches may take together: those of the proposal, of aligners and of drafters,
+            prompts that are being read, and what is there twice while a cache grows. None for no limit.
         log_z_every: also observe each sequence's log Z, once in so many steps; 0 for never.
     """
 
@@ -54,6 +60,7 @@ class Engine:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         max_cache_tokens: int | None = None,
+        max_cache_bytes: int | None = None,
         log_z_every: int = 0,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -61,7 +68,8 @@ class Engine:
                 raise InvalidOption(f"{name} must be at least 1, not {value}")
         self.pace = pace
         self._proposal, self._log_z_every = proposal, log_z_every
-        self.max_num_seqs, self._max_tokens, self._budget = max_num_seqs, max_num_batched_tokens, max_cache_tokens
+        self.max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
+        self._cache_tokens, self._cache_bytes = max_cache_tokens, max_cache_bytes
         self._waiting: deque[Growing] = deque()
         self._reading: deque[_Reading] = deque()
         self._batch = self._empty_batch()
@@ -86,9 +94,9 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """The share of the cache that the sequences may come to use; of the cache there is, where no limit was set."""
+        """The share of the cache that the sequences may come to use; of the cache there is, if tokens have no limit."""
         slots, capacity = self._batch.size
-        return sum(map(_need, self._batch.sequences)) / max(self._budget or slots * capacity, 1)
+        return sum(map(_need, self._batch.sequences)) / max(self._cache_tokens or slots * capacity, 1)
 
     def submit(self, sequences: Iterable[Growing]) -> None:
         """Queue sequences.
@@ -98,10 +106,17 @@ class Engine:
         """
         new = list(sequences)
         for sequence in new:
-            if self._budget is not None and _need(sequence) > self._budget:
+            need = _need(sequence)
+            if self._cache_tokens is not None and need > self._cache_tokens:
                 raise InvalidRequest(
-                    f"prompt and max_tokens need {_need(sequence)} tokens, but the cache holds {self._budget}: ask for fewer"
+                    f"prompt and max_tokens need {need} tokens, but the cache holds {self._cache_tokens}: ask for fewer"
                 )
+            if self._cache_bytes is None:
+                continue
+            alone = self._empty_batch().most_bytes(Size(1, need), [sequence]) + reading_bytes([sequence])
+            if alone > self._cache_bytes:
+                sizes = f"{alone / 2**20:.1f} MiB of caches, but {self._cache_bytes / 2**20:.1f} MiB are allowed"
+                raise InvalidRequest(f"prompt and max_tokens, {need} tokens, need {sizes}: ask for fewer")
         self._waiting.extend(new)
 
     @torch.inference_mode()
@@ -119,13 +134,13 @@ class Engine:
         """Read some of the prompts, and decode at least one token for each sequence that has read its own.
 
         A sequence without a next token ends with the `finish_reason` `"error"`, and nobody else notices. If the machine fails
-        (memory, say), all that were at work are in `failed`, with their `error`, and it is raised; those that wait can go on.
+        (memory, say) while newcomers are admitted or read, they are in `failed`, with their `error`, and those that decode go on.
+        Otherwise all that were at work end so, and the error is raised; those that wait can go on.
         """
         self.failed = []
         decoding: list[Growing] = []
         try:
-            self._admit()
-            self._read()
+            self._take_in()
             decoding = list(self._batch.sequences)
             events = self._decode() if decoding else []
             self._batch.remove([s for s in decoding if s.finish_reason])
@@ -140,6 +155,23 @@ class Engine:
             raise
         return events
 
+    def _take_in(self) -> None:
+        """Admit and read. Where nobody decodes whom a failure would spare, it is raised."""
+        try:
+            self._admit()
+            self._read()
+        except Exception as error:
+            newcomers = list(dict.fromkeys([*self._moving, *(s for reading in self._reading for s in reading.sequences)]))
+            if set(self._batch.sequences) <= set(newcomers):
+                raise
+            logger.exception("%d sequences could not be taken in", len(newcomers))
+            for sequence in newcomers:
+                sequence.error = error
+            self._moving = []
+            self._reading.clear()
+            self._batch.remove([s for s in self._batch.sequences if s in newcomers])
+            self.failed = newcomers
+
     def _empty_batch(self) -> Batch:
         return Batch(self._proposal, self.pace, log_z_every=self._log_z_every)
 
@@ -151,16 +183,18 @@ class Engine:
         """Let waiting sequences in, in their order, while slots and cache have room."""
         live = [*self._batch.sequences, *(s for reading in self._reading for s in reading.sequences)]
         new: list[Growing] = []
-        capacity = max(map(_need, live), default=0)
+        size = None
         while self._waiting and len(live) + len(new) < self.max_num_seqs:
-            capacity = max(capacity, _need(self._waiting[0]))
-            if self._budget is not None and (live or new) and (len(live) + len(new) + 1) * capacity > self._budget:
+            fits = self._size_for(live, [*new, self._waiting[0]])
+            if fits is None:
                 break
             new.append(self._waiting.popleft())
-        if not new:
+            size = fits
+        if size is None:
             return
         self._moving = new
-        self._make_room(len(live) + len(new), max(map(_need, [*live, *new])))
+        if size != self._batch.size:
+            self._batch.resize(*size)
         decoding = {id(s.prompt): s for s in self._batch.sequences}
         begin: dict[Models, list[Growing]] = {}
         for sequence in new:
@@ -171,18 +205,34 @@ class Engine:
         self._reading.extend(_Reading(models, sequences) for models, sequences in begin.items())
         self._moving = []
 
-    def _make_room(self, slots: int, capacity: int) -> None:
-        """Grow the cache; by more than is needed, so that growing is rare, where the budget allows it."""
-        have_slots, have_capacity = self._batch.size
-        if not self._batch.sequences and SPARE * capacity < have_capacity:  # what a long request needed is not kept for good
-            have_slots = have_capacity = 0
-        if slots <= have_slots and capacity <= have_capacity:
-            return
-        roomy_slots = have_slots if slots <= have_slots else min(max(slots, 2 * have_slots), self.max_num_seqs)
-        roomy_capacity = have_capacity if capacity <= have_capacity else max(capacity, have_capacity * 3 // 2)
-        if self._budget is None or roomy_slots * roomy_capacity <= self._budget:
-            slots, capacity = roomy_slots, roomy_capacity
-        self._batch.resize(slots, capacity)
+    def _size_for(self, live: Sequence[Growing], new: Sequence[Growing]) -> Size | None:
+        """What the cache is to be for these sequences; None if there is no room for them.
+
+        It grows by more than is needed, so that growing is rare, where the limits allow it.
+        """
+        needed = Size(len(live) + len(new), max(map(_need, [*live, *new])))
+        have = self._batch.size
+        if (
+            not self._batch.sequences and SPARE * needed.capacity < have.capacity
+        ):  # what a long request needed is not kept for good
+            have = Size()
+        roomy = Size(
+            have.slots if needed.slots <= have.slots else min(max(needed.slots, 2 * have.slots), self.max_num_seqs),
+            have.capacity if needed.capacity <= have.capacity else max(needed.capacity, have.capacity * 3 // 2),
+        )
+        return next((size for size in (roomy, needed) if self._allows(size, live, new)), None)
+
+    def _allows(self, size: Size, live: Sequence[Growing], new: Sequence[Growing]) -> bool:
+        """Whether a cache of this size stays within the limits, with all that is beside it until the new ones have read."""
+        if self._cache_tokens is not None and size.slots * size.capacity > self._cache_tokens:
+            return False
+        if self._cache_bytes is None:
+            return True
+        prompts = {id(sequence.prompt) for sequence in live}
+        reading = [sequence for reading in self._reading for sequence in reading.sequences]
+        begin = [sequence for sequence in new if id(sequence.prompt) not in prompts]
+        beside = sum(reading.num_bytes for reading in self._reading) + reading_bytes(begin)
+        return self._batch.most_bytes(size, [*reading, *new]) + beside <= self._cache_bytes
 
     def _read(self) -> None:
         """Read chunks of prompts, of those first that have waited longest since their last, until the budget is spent."""
@@ -238,6 +288,14 @@ class _Reading:
     def sequences(self) -> list[Growing]:
         """Those that are still reading."""
         return [sequence for readers in self._readers for sequence in readers]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the states take, until the last prompt is read."""
+        return sum(
+            model.state_bytes(len(state), state.capacity, set(state.adapters[: len(self._prompts)]))
+            for model, state in zip(self.models.all, self.states, strict=True)
+        )
 
     def join(self, sequence: Growing) -> bool:
         """Read along with a sibling, if one is here."""

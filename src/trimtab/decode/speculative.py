@@ -20,6 +20,7 @@ from trimtab.core.rules import KLGate
 from trimtab.core.speculation import DRAWS, draft_tokens, verify
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
+from trimtab.decode.memory import Size
 from trimtab.decode.pace import Pace
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sampler import Sampler
@@ -74,13 +75,19 @@ class Group:
         self._settings: _Settings | None = None
         self._rows: list[Tensor] = []
 
+    @property
+    def size(self) -> Size:
+        """Of each of the states."""
+        return Size(len(self._states[0]), self._states[0].capacity) if self._states else Size()
+
     def make_room(self, slots: int, capacity: int, most: int) -> None:
         """Move to larger states, if these are too small; slots at least double, up to `most`, so that moving is rare."""
         for i, (model, old) in enumerate(zip(self.models.all[1:], self._states, strict=True)):
             if slots > len(old) or capacity != old.capacity:
-                self._states[i] = model.new_state(slots if slots <= len(old) else min(max(slots, 2 * len(old)), most), capacity)
+                new = model.new_state(slots if slots <= len(old) else min(max(slots, 2 * len(old)), most), capacity)
                 if live := range(len(self.sequences)):
-                    model.copy(old, live, self._states[i], live)
+                    model.copy(old, live, new, live)
+                self._states[i] = new  # not before: memory may not suffice
 
     def add(self, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
         """Take over sequences whose prompts, all but the last token, are in slots of other states."""

@@ -14,7 +14,7 @@ views of that; a later step writes only the rows whose adapter changed.
 import copy
 import hashlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,6 +215,12 @@ class AdapterPool(HuggingFaceLM):
             raise UnsupportedModel("the base model of these adapters is not what it was: its dtype or its modules have changed")
         return state
 
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """Keys and values, and where slots differ in their adapters, these side by side."""
+        different = set(adapters)
+        mixing = self.gathered_bytes(different - {None}) if len(different) > 1 else 0
+        return super().state_bytes(slots, capacity) + slots * mixing
+
     def read(self, folder: str | Path, name: str) -> "Adapted":
         """Load the folder of a LoRA adapter that was trained on this base.
 
@@ -314,6 +320,10 @@ class Adapted:
         state = self.pool.new_state(slots, capacity)
         state.adapters = [self.adapter] * slots
         return state
+
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """What a state of the pool takes."""
+        return self.pool.state_bytes(slots, capacity, adapters)
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot; rows `[B, K, V]`, each by its slot's own adapter."""

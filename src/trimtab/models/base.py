@@ -6,7 +6,7 @@ last slots out, so that a batch shrinks and grows inside one state. Every implem
 (tests/models/test_contract.py): chunked = stepwise, cached = uncached, batched = alone, rollback and copies = recompute.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +80,15 @@ class LanguageModel(Protocol):
 
     def new_state(self, slots: int, capacity: int) -> State:
         """Empty slots that can hold `capacity` tokens each."""
+
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """What such a state takes in memory once it is written.
+
+        Args:
+            slots: how many.
+            capacity: tokens that each can hold.
+            adapters: those that its slots use, None among them for a slot without.
+        """
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot and return the next-token rows after each appended token.

@@ -5,7 +5,7 @@ right only for plain full attention with positions that do not depend on the bat
 known to be of that kind and passes the contract suite, and refused otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,10 @@ class HuggingFaceLM:
         if self._lean is not None and not self._owned and not self._lean.is_current(self.model):
             self._lean = LeanDecoder(self.model) if LeanDecoder.fits(self.model) else None
         return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
+
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """Keys and values, with the column for what no slot uses."""
+        return slots * (capacity + 1) * self.cache_bytes_per_token
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot; log-probabilities `[B, K, V]`, float32 (float64 for a float64 model)."""

@@ -4,7 +4,8 @@ Its next-token distribution depends on the last `order` tokens and stands in a t
 can be enumerated and compared exactly. It is the model on which decoding is proved right before any sampling.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,10 @@ class TableLM:
     def new_state(self, slots: int, capacity: int) -> TableState:
         """Empty slots."""
         return TableState([[] for _ in range(slots)], capacity)
+
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """Nothing that matters."""
+        return 0
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot; rows `[B, K, V]`."""

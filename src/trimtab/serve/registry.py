@@ -114,6 +114,11 @@ class Registry:
             here = sum(entry.loaded.num_bytes for entry in self._entries.values() if entry.loaded)
             return here + sum(size for ref, size in self._held if ref() is not None) + self._loader.shared_bytes
 
+    @property
+    def room(self) -> int:
+        """Bytes of the limit that aligners do not take yet; 0 where there is no limit."""
+        return 0 if self._max_bytes is None else max(0, self._max_bytes - self.num_bytes)
+
     def load(self, name: str, path: str, *, weight: float | None = None, pinned: bool = False, inside: bool = False) -> Entry:
         """Add an aligner, or replace the one of that name, once the new one is in memory.
 

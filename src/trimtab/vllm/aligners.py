@@ -8,7 +8,7 @@ from torch import Tensor
 from trimtab.decode.assemble import Loader
 from trimtab.errors import InvalidOption
 from trimtab.hardware import free_memory
-from trimtab.models.adapters import Adapted, AdapterPool
+from trimtab.models.adapters import Adapted
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.vocabulary import vocabulary_size
 from trimtab.vllm.cache import AlignerCache, Ask, Request
@@ -111,12 +111,10 @@ class Aligners:
 
     def _check_memory(self, settings: Settings, limits: Limits, device: torch.device) -> str:
         """Refuse caches that do not fit; what all of it takes, in words."""
-        tokens = limits.max_model_len + 1
-        per_request = 0
-        for base, slots in self._slots.items():
-            adapters = self._adapters(base)
-            mixing = base.gathered_bytes(adapters) if isinstance(base, AdapterPool) and len(adapters) > 1 else 0
-            per_request += (base.cache_bytes_per_token * tokens + mixing) * slots // limits.max_num_seqs
+        per_request = sum(
+            base.state_bytes(slots, limits.max_model_len, self._adapters(base)) // limits.max_num_seqs
+            for base, slots in self._slots.items()
+        )
         cache = per_request * limits.max_num_seqs
         weights = sum(base.num_bytes + sum(adapter.num_bytes for adapter in self._adapters(base)) for base in self._slots)
         allowed = None if settings.memory is None else settings.memory - weights

@@ -6,6 +6,8 @@ We step in at these places; but for the last, each leaves vLLM alone where no al
     VllmConfig.use_v2_model_runner          the second model runner has another interface: aligners run in the first
     InputProcessor                          requests' arguments are checked where vLLM answers with 400
     InputBatch._make_sampling_metadata      drawn tokens are on the host when an aligner needs them (asynchronous scheduling)
+    GPUModelRunner.get_kv_cache_spec        aligners are loaded when the proposal's weights are there, and before vLLM measures
+                                            what is left for its cache
     GPUModelRunner._sample                  aligned rows take the place of the proposal's before anything else sees them
     GPUModelRunner._bookkeeping_sync        on a CPU, vLLM 0.32 ends when a seeded request's prompt is read in parts: it turns
                                             back the request's generator in a way that a CPU's does not know
@@ -65,6 +67,7 @@ def install() -> None:
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(InputProcessor, "_build_logits_processors_params_validator", _build_validator)
     _wrap(InputBatch, "_make_sampling_metadata", _make_sampling_metadata)
+    _wrap(GPUModelRunner, "get_kv_cache_spec", _get_kv_cache_spec)
     _wrap(GPUModelRunner, "_sample", _sample)
     _wrap(GPUModelRunner, "_bookkeeping_sync", _bookkeeping_sync)
     original = VllmConfig.use_v2_model_runner
@@ -169,6 +172,13 @@ def _make_sampling_metadata(original: Callable[..., Any], self: Any) -> Any:
         return original(self)
     finally:
         self.logitsprocs_need_output_token_ids = others_need
+
+
+def _get_kv_cache_spec(original: Callable[..., Any], self: Any) -> Any:
+    processor = _ours(self.input_batch.logitsprocs)
+    if processor is not None:
+        processor.load()
+    return original(self)
 
 
 def _sample(original: Callable[..., Any], self: Any, logits: Any, spec_decode_metadata: Any) -> Any:

@@ -26,9 +26,20 @@ class AlignerProcessor(internals.LogitsProcessor):  # type: ignore[misc]  # vLLM
         self._aligned: dict[int, Aligned] = {}
         self._catalog = internals.check(vllm_config)
         self._aligners: Aligners | None = None
-        if self._catalog is not None and internals.samples_here():
-            limits, device = internals.limits(vllm_config), args[0]
-            self._aligners = Aligners(self._catalog.settings, internals.tokenizer(vllm_config), limits, device)
+        self._config, self._args = vllm_config, args
+
+    def load(self) -> None:
+        """Load the aligners where tokens are drawn, if that has not been done.
+
+        vLLM makes this processor before it loads the proposal: what is free then is not what aligners may take.
+
+        Raises:
+            ModelError: an aligner cannot be loaded.
+            InvalidOption: an aligner's context is too short, or memory does not suffice.
+        """
+        if self._aligners is None and self._catalog is not None and internals.samples_here():
+            limits, device = internals.limits(self._config), self._args[0]
+            self._aligners = Aligners(self._catalog.settings, internals.tokenizer(self._config), limits, device)
             internals.logger.info("trimtab: %s", self._aligners.summary)
 
     @property
