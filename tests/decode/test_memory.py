@@ -130,6 +130,14 @@ def test_what_no_budget_would_ever_hold_is_refused_at_once(models):
     assert not engine
 
 
+def test_usage_is_what_running_requests_may_come_to_hold(models):
+    model = models["one"]
+    engine = Engine(model.proposal, model.pace, max_cache_bytes=2**20)
+    engine.submit(model.prepare([1, 2, 3], SamplingParams(max_tokens=7, ignore_eos=True), 0))
+    engine.step()
+    assert engine.cache_usage == 2 * 11 * model.proposal.cache_bytes_per_token / 2**20
+
+
 def test_with_room_as_many_as_may_run_at_once(models):
     engine, _ = run(models, ["one"], max_cache_bytes=2**30)
     assert engine._batch.size.slots >= 4

@@ -46,7 +46,7 @@ class Engine:
         max_num_seqs: the most sequences admitted at once; others wait in the order they came.
         max_num_batched_tokens: the most prompt tokens read in one step.
         max_cache_tokens: the most tokens that the slots may hold together; None for what `max_num_seqs` sequences of any
-            length need. A long request then means fewer at a time.
+            length need. A long request then means fewer at a time. Prompts that are being read are on top.
         max_cache_bytes: the most memory that all caches may take together: those of the proposal, of aligners and of drafters,
             prompts that are being read, and what is there twice while a cache grows. None for no limit.
         log_z_every: also observe each sequence's log Z, once in so many steps; 0 for never.
@@ -94,9 +94,11 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """The share of the cache that the sequences may come to use; of the cache there is, if tokens have no limit."""
-        slots, capacity = self._batch.size
-        return sum(map(_need, self._batch.sequences)) / max(self._cache_tokens or slots * capacity, 1)
+        """The share of the cache that the sequences may come to use; of the cache there is, if it has no limit."""
+        sequences, size = list(self._batch.sequences), self._batch.size
+        if self._cache_bytes is not None:
+            return sum(model.state_bytes(1, _need(s)) for s in sequences for model in s.models.all) / self._cache_bytes
+        return sum(map(_need, sequences)) / max(self._cache_tokens or size.slots * size.capacity, 1)
 
     def submit(self, sequences: Iterable[Growing]) -> None:
         """Queue sequences.
@@ -212,9 +214,8 @@ class Engine:
         """
         needed = Size(len(live) + len(new), max(map(_need, [*live, *new])))
         have = self._batch.size
-        if (
-            not self._batch.sequences and SPARE * needed.capacity < have.capacity
-        ):  # what a long request needed is not kept for good
+        idle = not self._batch.sequences
+        if idle and SPARE * needed.capacity < have.capacity:  # what a long request needed is not kept for good
             have = Size()
         roomy = Size(
             have.slots if needed.slots <= have.slots else min(max(needed.slots, 2 * have.slots), self.max_num_seqs),
