@@ -443,6 +443,30 @@ def test_a_step_that_fails_is_told_to_those_at_work_and_the_next_request_works()
         assert server.metric("trimtab:request_failure_total", model_name="base", reason="engine_failed") == 2
 
 
+def test_a_newcomer_for_whom_there_is_no_memory_is_told_and_the_others_go_on():
+    class Full(TableLM):
+        def extend(self, state, tokens, counts):
+            time.sleep(0.02)
+            return super().extend(state, tokens, counts)
+
+        def prefill(self, state, tokens, counts):
+            if tokens.shape[1] > 5:
+                raise RuntimeError("out of memory")
+            super().prefill(state, tokens, counts)
+
+    with running(table_service([Full(TABLES[0].table)])) as server, ThreadPoolExecutor(1) as pool:
+        asked = {"model": "base", "prompt": "ab", "max_tokens": 60, "ignore_eos": True, "seed": 1}
+        alone = server.complete(**asked)
+        working = pool.submit(server.complete, **asked)
+        time.sleep(0.3)
+        answer = server.post("/v1/completions", model="base", prompt="abcabcabca", max_tokens=3)
+        assert not working.done()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
+        assert "out of memory" not in answer.text
+        assert working.result()["choices"] == alone["choices"]
+        assert server.complete(model="base", prompt="ab", max_tokens=3)["usage"]["completion_tokens"] >= 1
+
+
 def test_an_engine_that_fails_for_good_is_seen_in_health():
     class Dead(TableLM):
         def extend(self, state, tokens, counts):

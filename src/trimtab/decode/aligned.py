@@ -370,6 +370,8 @@ class AlignedModel:
         engine.submit(sequences)
         while engine:
             yield from engine.step()
+            if engine.failed and engine.failed[0].error is not None:
+                raise engine.failed[0].error
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""

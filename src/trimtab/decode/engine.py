@@ -76,7 +76,7 @@ class Engine:
         self._moving: list[Growing] = []
         """Sequences on their way from one of these to the next."""
         self.failed: list[Growing] = []
-        """Sequences that were at work when the last step failed."""
+        """Sequences that the last step lost to a failure of the machine, each with its `error`."""
 
     def __len__(self) -> int:
         """Sequences that are not finished."""
@@ -136,8 +136,8 @@ class Engine:
         """Read some of the prompts, and decode at least one token for each sequence that has read its own.
 
         A sequence without a next token ends with the `finish_reason` `"error"`, and nobody else notices. If the machine fails
-        (memory, say) while newcomers are admitted or read, they are in `failed`, with their `error`, and those that decode go on.
-        Otherwise all that were at work end so, and the error is raised; those that wait can go on.
+        (memory, say) while newcomers are admitted or read, they are in `failed`, and those that decode go on. Otherwise all
+        that were at work are, and the error is raised; those that wait can go on.
         """
         self.failed = []
         decoding: list[Growing] = []

@@ -195,6 +195,8 @@ class Worker:
                 if not self.engine:
                     continue
                 self._report(self.engine.step())
+                if lost := self.engine.failed:  # newcomers for whom there was no room after all
+                    self._fail(lost, lost[0].error or EngineFailed(ENGINE_FAILED))
                 failures = 0
             except Exception as error:  # memory, mostly: who was at work is told, and the rest goes on
                 failures += 1
