@@ -7,7 +7,6 @@ All further flags are those of `trimtab eval`; decoding is the paper's unless th
 two systems, and `table.json` and `table.md` with the published figures beside ours.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 from trimtab.cli.eval import Options
 from trimtab.cli.eval_setup import evaluate
-from trimtab.cli.options import UsageError, add_options, read_options
+from trimtab.cli.options import add_options, read_options
+from trimtab.cli.parser import Parser, UsageError
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.contests import slug
 from trimtab.evaluate.paper import FAMILIES, TASKS, aligned_decoding, paper_table, proposal_decoding
@@ -23,13 +23,13 @@ from trimtab.files import atomic_write, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser("paper_tables.py", description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="whose decoding temperatures to take")
     add_options(parser, Options)
-    given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        given = parser.read(sys.argv[1:] if arguments is None else arguments)
         table = run(given.pop("task"), given.pop("family"), given)
     except (UsageError, TrimtabError, OSError) as error:
         print(f"paper_tables: error: {error}", file=sys.stderr)
@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-FOR_ALIGNERS = ("aligner", "weight", "rule", "aligner_temperature")
+FOR_ALIGNERS = (
+    "aligner", "weight", "rule", "aligner_temperature", "draft", "draft_temperature", "num_speculative_tokens"
+)  # fmt: skip
 """Flags that say nothing of the proposal alone."""
 
 

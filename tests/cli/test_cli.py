@@ -129,8 +129,18 @@ def test_records_that_do_not_fit_are_an_error_or_left_out(task, capsys, tmp_path
         (("--proposal", "{}/proposal", "--prompt", "a", "--num_speculative_tokens", "17"), 2, "must be from 0 to 16"),
         (("--proposal", "{}/proposal"), 2, "give either --prompt or --input"),
         (("--prompt", "a"), 2, "--proposal is required"),
-        (("--proposal", "{}/proposal", "--prompt", "a", "--tempreature", "1"), 2, "unrecognized arguments"),
-        (("--proposal", "{}/proposal", "--prompt", "a", "--config", "{}/unknown.yaml"), 2, "there is no option 'max_token'"),
+        (
+            ("--proposal", "{}/proposal", "--prompt", "a", "--tempreature", "1"),
+            2,
+            "unrecognized arguments: --tempreature 1: did you mean --temperature? (see trimtab generate --help)",
+        ),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--temp", "1"), 2, "unrecognized arguments: --temp 1"),
+        (("--proposal", "{}/proposal", "--prompt", "a", "--seed", "one"), 2, "argument --seed: invalid int value: 'one'"),
+        (
+            ("--proposal", "{}/proposal", "--prompt", "a", "--config", "{}/unknown.yaml"),
+            2,
+            "'max_token': did you mean max_tokens?",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(task, capsys, tmp_path, monkeypatch, words, status, message):

@@ -5,7 +5,6 @@ report, and `render(report)` for people. What is imported to show `--help` is no
 above 0 did its work but for so many parts of it (completions that could not go on, say), and the exit status is 1.
 """
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -15,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from trimtab import __version__
-from trimtab.cli.options import UsageError, add_options, read_options
+from trimtab.cli.options import add_options, read_options
+from trimtab.cli.parser import Parser, UsageError, meant
 from trimtab.errors import InvalidOption, TrimtabError
 from trimtab.hardware import keep_freed_memory
 
@@ -33,36 +33,45 @@ COMMANDS = {
     "env": "versions and hardware, for a bug report",
 }
 
+SPELLINGS = (
+    "A flag may be spelt with dashes or underscores: --some-flag is --some_flag, and --no_some_flag is --some_flag false."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 done, 1 failed, 2 wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments[0] if arguments else None)
     if not arguments:
-        parser.print_help(sys.stderr)
+        _overview().print_help(sys.stderr)
         return 2
+    command = f"trimtab {arguments[0]}" if arguments[0] in COMMANDS else "trimtab"
     try:
-        return _run(parser, arguments)
+        return _run(arguments)
     except (UsageError, InvalidOption) as error:
-        return _complain(arguments[0], error, 2)
+        return _complain(command, f"{error} (see {command} --help)", 2)
     except (TrimtabError, OSError) as error:
-        return _complain(arguments[0], error, 1)
+        return _complain(command, error, 1)
     except KeyboardInterrupt:
-        return _complain(arguments[0], "interrupted", 130)
+        return _complain(command, "interrupted", 130)
     except Exception as error:  # the last line of defence: a user gets a sentence, a developer asks for the traceback
         if os.environ.get("TRIMTAB_DEBUG"):
             raise
         hint = "TRIMTAB_DEBUG=1 shows the traceback"
-        return _complain(arguments[0], f"{type(error).__name__}: {error} ({hint})", 1)
+        return _complain(command, f"{type(error).__name__}: {error} ({hint})", 1)
 
 
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    namespace = vars(parser.parse_args(arguments))
-    keep_freed_memory()
-    name = namespace.pop("command")
+def _run(arguments: Sequence[str]) -> int:
+    name = arguments[0]
+    if name not in COMMANDS:
+        if not name.startswith("-"):
+            raise UsageError(f"there is no command '{name}'{meant(name, COMMANDS)}")
+        _overview().read(arguments)  # --help and --version end here
+        raise UsageError("name a command first")
     command = importlib.import_module(f"trimtab.cli.{name}")
-    as_json = namespace.pop("json", False)
-    options = read_options(command.Options, namespace)
+    given = _parser(name, command.Options).read(arguments[1:])
+    keep_freed_memory()
+    as_json = given.pop("json", False)
+    options = read_options(command.Options, given)
     _log_to_stderr()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is for the result alone
         report = command.run(options)
@@ -75,31 +84,28 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     return _complain(name, f"{failed} could not be finished; the output says which, and why", 1) if failed else 0
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trimtab", description="Steer a frozen large language model with a small, detachable aligner.", allow_abbrev=False
-    )
+def _overview() -> Parser:
+    """What `trimtab --help` shows; no command's module is imported for it."""
+    parser = Parser("trimtab", description="Steer a frozen large language model with a small, detachable aligner.")
     parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name == chosen:  # only this command's module is imported
-            sub.add_argument("--config", metavar="FILE", help="a YAML file of options; flags override it")
-            sub.add_argument("--json", action="store_true", help="print one JSON object to standard output")
-            add_options(sub, importlib.import_module(f"trimtab.cli.{name}").Options)
+        subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def _parser(name: str, options: type) -> Parser:
+    summary = COMMANDS[name]
+    parser = Parser(f"trimtab {name}", description=f"{summary[0].upper()}{summary[1:]}.\n\n{SPELLINGS}")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options; flags override it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to standard output")
+    add_options(parser, options)
     return parser
 
 
 def _complain(command: str, error: object, status: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
-    print(f"trimtab {command}: error: {message}", file=sys.stderr)  # noqa: T201 - the command's one line
+    print(f"{command}: error: {message}", file=sys.stderr)  # noqa: T201 - the command's one line
     return status
 
 

@@ -13,10 +13,10 @@ __all__ = [
     "DataOptions",
     "LengthOptions",
     "ModelOptions",
+    "RowOptions",
     "SamplingOptions",
     "TemplateOptions",
     "check_prompts",
-    "check_weights",
     "load_aligned_model",
     "load_reward_model",
     "make_sampling_params",
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class RowOptions:
     """Which models, and how their rows are combined."""
 
     proposal: str = option("", "the frozen model: a folder or a hub id", required=True, metavar="P")
@@ -42,6 +42,43 @@ class ModelOptions:
     proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")
     proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
     aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
+    cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
+    max_num_seqs: int = option(32, "most sequences in a batch")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be, and weights that are not one for each aligner."""
+        from trimtab.core.rules import parse_rule
+        from trimtab.decode.request import check_shaping
+        from trimtab.models.loading import loading_arguments
+
+        if self.aligner and len(self.weight) not in (0, len(self.aligner)):
+            raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
+        parse_rule(self.rule or "product")
+        loading_arguments(self.dtype, "cpu", None)
+        if self.max_num_seqs < 1:
+            raise InvalidOption(f"--max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        warps = self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
+        try:
+            check_shaping(self.weight, *warps)
+        except InvalidRequest as error:
+            raise InvalidOption(str(error)) from error
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is, or may come, an aligner."""
+        return bool(self.aligner)
+
+    def idle(self) -> dict[str, str]:
+        """What says nothing of a bare proposal."""
+        return {} if self.aligns else dict.fromkeys(("rule", "weight", "aligner_temperature"), "needs an --aligner")
+
+
+@dataclass(frozen=True)
+class ModelOptions(RowOptions):
+    """The same, to decode with them."""
+
     draft: str | None = option(
         None,
         "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual, its own drafter or none]",
@@ -53,10 +90,35 @@ class ModelOptions:
     num_speculative_tokens: int | None = option(
         None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]"
     )
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
-    device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
-    cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
-    max_num_seqs: int = option(32, "most completions decoded at once")
+
+    def __post_init__(self) -> None:
+        """Refuse a draft length and temperature that cannot be, too."""
+        from trimtab.decode.pace import Pace
+        from trimtab.decode.request import check_number
+
+        super().__post_init__()
+        Pace(self.num_speculative_tokens)
+        try:
+            check_number("draft_temperature", 1.0 if self.draft_temperature is None else self.draft_temperature, above=0)
+        except InvalidRequest as error:
+            raise InvalidOption(str(error)) from error
+
+    @property
+    def no_drafts(self) -> str | None:
+        """Why nobody will draft, whatever an aligner's manifest says; None if somebody may."""
+        if self.draft == "none":
+            return "has no effect with --draft none"
+        return None if self.draft not in (None, "aligner") or self.aligns else "needs an --aligner, or --draft"
+
+    def idle(self) -> dict[str, str]:
+        """What says how to draft where nobody does. A draft length of 0 is no reason: who drafts decides what a seed means."""
+        idle = {} if self.draft != "aligner" or self.aligns else {"draft": "'aligner' needs an aligner"}
+        if self.draft == "ngram":
+            idle["draft_temperature"] = "is for a model that drafts, and --draft ngram has no row"
+        if why := self.no_drafts:
+            idle["draft_temperature"] = why
+            idle |= {"num_speculative_tokens": why} if self.num_speculative_tokens else {}
+        return idle
 
 
 @dataclass(frozen=True)
@@ -76,14 +138,28 @@ class TemplateOptions:
 class DataOptions:
     """How a data set is read: `trimtab.train.records.DataOptions`."""
 
-    dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it")
-    dataset_config: str | None = option(None, "configuration of a hub data set that has several")
-    dataset_data_dir: str | None = option(None, "folder of a hub data set that is sorted into folders")
+    dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it", kept=True)
+    dataset_config: str | None = option(None, "configuration of a hub data set that has several", kept=True)
+    dataset_data_dir: str | None = option(None, "folder of a hub data set that is sorted into folders", kept=True)
     columns: tuple[str, ...] = option(
         (),
         "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
         metavar="FIELD=COLUMN",
     )
+
+    def idle(self) -> dict[str, str]:
+        """What says nothing of files."""
+        return idle_for_files(*(getattr(self, name, None) for name in ("dataset", "dev_dataset")))
+
+
+def idle_for_files(*datasets: str | None) -> dict[str, str]:
+    """The options of a hub's data set that have no effect, and why, where all data sets are files, or none is given."""
+    from trimtab.train.records import is_local
+
+    if any(name and not is_local(name) and not Path(name).expanduser().exists() for name in datasets):
+        return {}
+    names = ("dataset_split", "dataset_config", "dataset_data_dir")
+    return dict.fromkeys(names, "is for a data set of the hub, and none is read")
 
 
 @dataclass(frozen=True)
@@ -109,15 +185,15 @@ class SamplingOptions:
     stop: tuple[str, ...] = option((), "text that ends a completion; may repeat")
     seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
 
+    def idle(self) -> dict[str, str]:
+        """What says which tokens to draw from where none is drawn."""
+        greedy = "has no effect with --temperature 0, which takes the most probable token"
+        cut = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
+        return {name: greedy for name, cuts in cut.items() if cuts and self.temperature == 0}
 
-def check_weights(options: ModelOptions) -> None:
-    """Refuse weights that are not one for each aligner."""
-    if options.weight and len(options.weight) != len(options.aligner):
-        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
 
-
-def load_aligned_model(options: ModelOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
-    """The models that the flags name, ready to decode.
+def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
+    """The models that the flags name, ready to decode, or to score without the flags that say who drafts.
 
     Args:
         options: the models' flags.
@@ -128,9 +204,11 @@ def load_aligned_model(options: ModelOptions, chats: TemplateOptions | None = No
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.template import pick_date, read_chat_template
 
-    check_weights(options)
     template = read_chat_template(chats.chat_template_path) if chats is not None else None
     quiet_loading()
+    drafting: dict[str, Any] = {"draft": "none"}
+    if isinstance(options, ModelOptions):
+        drafting = {name: getattr(options, name) for name in ("draft", "draft_temperature", "num_speculative_tokens")}
     try:
         model = AlignedModel.from_pretrained(
             options.proposal,
@@ -143,12 +221,10 @@ def load_aligned_model(options: ModelOptions, chats: TemplateOptions | None = No
             proposal_top_k=options.proposal_top_k,
             proposal_top_p=options.proposal_top_p,
             aligner_temperature=options.aligner_temperature,
-            draft=options.draft,
-            draft_temperature=options.draft_temperature,
-            num_speculative_tokens=options.num_speculative_tokens,
             cuda_graphs=options.cuda_graphs,
             max_num_seqs=options.max_num_seqs,
             date=None if chats is None else pick_date(chats.date, kept_date),
+            **drafting,
         )
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error

@@ -25,9 +25,16 @@ class DryRunOptions:
 
     dry_run: bool = option(False, "check everything and say what the run will take; reads no weights and writes nothing")
     expected_proposal: str | None = option(
-        None, "for --dry_run, where an earlier command will make --proposal: a model of its shape", metavar="P"
+        None, "for --dry_run, where an earlier command will make --proposal: a model of its shape", metavar="P", kept=True
     )
-    expected_examples: int | None = option(None, "for --dry_run, where --dataset is not at hand: how many records it has")
+    expected_examples: int | None = option(
+        None, "for --dry_run, where --dataset is not at hand: how many records it has", kept=True
+    )
+
+    def idle(self) -> dict[str, str]:
+        """What is for a dry run alone, the further flags of commands included."""
+        names = ("expected_proposal", "expected_aligner", "expected_examples", "assume_tflops")
+        return {} if self.dry_run else dict.fromkeys(names, "is for --dry_run")
 
 
 def check_expected(options: DryRunOptions) -> None:

@@ -1,6 +1,5 @@
 """`trimtab eval`: is the aligned model better, by how much, for which prompts, how far has it moved, and what does it cost?"""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, SamplingOptions, TemplateOptions
 from trimtab.cli.dry_run import DryRunOptions
 from trimtab.cli.options import UsageError, option
+from trimtab.endpoints.settings import Limits
 
 __all__ = ["Options", "render", "run"]
 
@@ -60,7 +60,18 @@ class Options(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Templa
     seed: int = option(0, "prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]")
     out: str | None = option(None, "the folder to write; a run that is started again goes on", metavar="DIR")
     max_tokens: int = option(512, "most tokens of an answer")
-    expected_aligner: str | None = option(None, "for --dry_run: the same for every --aligner", metavar="A")
+    expected_aligner: str | None = option(None, "for --dry_run: the same for every --aligner", metavar="A", kept=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        Limits(self.concurrency, self.request_timeout, self.max_retries)
+
+    def idle(self) -> dict[str, str]:
+        """What is for other systems, other judges, a sweep, or no annotations."""
+        from trimtab.cli.eval_checks import idle_options
+
+        return idle_options(self)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -115,10 +126,6 @@ def _summarise(options: Options) -> dict[str, Any]:
     from trimtab.evaluate.alpaca import read_annotations
     from trimtab.evaluate.winrate import summarise_annotations
 
-    for field in dataclasses.fields(options):
-        known = field.name in ("annotations", "length_control", "seed")
-        if not known and getattr(options, field.name) != field.default:
-            raise UsageError(f"--{field.name} has no meaning with --annotations")
     assert options.annotations is not None
     annotations = read_annotations(options.annotations)
     return summarise_annotations(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelOptions
+from trimtab.cli.common import ModelOptions, SamplingOptions
 from trimtab.cli.options import UsageError
 from trimtab.core.rules import parse_rule
 from trimtab.endpoints.completions import check_sendable
@@ -22,15 +22,58 @@ from trimtab.evaluate.systems import Prompts, System, answer_from_file, show_pro
 if TYPE_CHECKING:
     from trimtab.cli.eval import Options
 
-__all__ = ["check_data", "check_flags", "is_url"]
+__all__ = ["check_data", "check_flags", "idle_options", "is_url"]
 
-FOR_ENDPOINTS = ("criterion", "orders", "judge_max_tokens", "prompt_price", "completion_price", "max_cost")
+FOR_ANNOTATIONS = ("annotations", "length_control", "seed")
+FOR_JUDGING = ("criterion", "orders", "judge_max_tokens", "prompt_price", "completion_price", "max_cost")
+FOR_ENDPOINTS = ("concurrency", "request_timeout", "max_retries")
 FOR_SWEEPS = ("sweep_rule", "max_kl", "dev_dataset", "dev_fraction")
 FOR_REWARDS = ("dtype", "device")
+FOR_DRAFTING = ("draft", "draft_temperature", "num_speculative_tokens")
+FOR_WRITING = tuple(field.name for field in dataclasses.fields(SamplingOptions) if field.name != "seed")
+"""All but the seed, which intervals and orders are drawn with, too."""
+FOR_LAYOUTS = ("columns", "dataset_split", "dataset_config", "dataset_data_dir")
+
+
+def idle_options(options: "Options") -> dict[str, str]:
+    """The options that have no effect beside the others, and why."""
+    if options.annotations is not None:
+        others = [field.name for field in dataclasses.fields(options) if field.name not in FOR_ANNOTATIONS]
+        return dict.fromkeys(others, "has no meaning with --annotations")
+    systems = (options.baseline, options.system)
+    given = [not is_url(name) and name not in ("proposal", "aligned") for name in systems]
+    idle: dict[str, str] = {}
+
+    def add(names: Sequence[str], why: str, *, where: bool) -> None:
+        idle.update(dict.fromkeys(names, why) if where else {})
+
+    add(FOR_LAYOUTS, "needs a --dataset in a TRL layout", where=not _has_layout(options))
+    add(FOR_DRAFTING, "is for the system aligned, and neither --system nor --baseline is", where="aligned" not in systems)
+    add(FOR_WRITING, "is for answers that are written now, and those of --system and --baseline are given", where=all(given))
+    if not {"proposal", "aligned"} & {*systems}:
+        scored = any(not is_url(judge) and judge not in METRICS for judge in options.judge)
+        names = [field.name for field in dataclasses.fields(ModelOptions) if not (scored and field.name in FOR_REWARDS)]
+        add(names, "is given, but neither --system nor --baseline is proposal or aligned", where=True)
+        add(["leave_out_long"], "goes by the context of a model that runs here, and none does", where=True)
+        add(["chat_template_path"], "is for chats with a model that runs here, and none does", where=True)
+        add(["date"], "is for chats with a model that runs here, and none does", where=not scored)
+    add(["null"], "needs a --judge, and a --baseline that can answer again", where=given[0] or not options.judge)
+    add(["references"], "needs systems that are not the references themselves", where="references" in systems)
+    add(FOR_JUDGING, "needs a --judge that is an endpoint", where=not any(map(is_url, options.judge)))
+    add(FOR_ENDPOINTS, "needs an endpoint, as a system or a judge", where=not any(map(is_url, (*systems, *options.judge))))
+    rouge = any(spec.startswith("rouge") for spec in options.judge if spec in METRICS)
+    add(["rouge_tokenizer"], "needs a --judge that is rouge1, rouge2, rougeL or rougeLsum", where=not rouge)
+    add(FOR_SWEEPS, "needs --sweep_weight", where=not options.sweep_weight)
+    return idle
+
+
+def _has_layout(options: "Options") -> bool:
+    named = [name for name in (options.dataset, options.dev_dataset) if name]
+    return any(not name.endswith((".json", ".json.gz")) for name in named)
 
 
 def check_flags(options: "Options", baseline: System, system: System) -> None:
-    """Refuse wrong flags, and flags that would have no effect.
+    """Refuse wrong flags, and flags that contradict each other.
 
     Raises:
         UsageError, InvalidOption: naming the flag.
@@ -40,22 +83,12 @@ def check_flags(options: "Options", baseline: System, system: System) -> None:
     given = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
     if options.n != 1:
         raise UsageError("--n must be 1: one answer to a prompt is judged")
-    if options.leave_out_long and not (baseline.here or system.here):
-        raise UsageError("--leave_out_long goes by the context of a model that runs here, and none does")
-    for name in ("chat_template_path", "date"):
-        if name in given and not (baseline.here or system.here):
-            raise UsageError(f"--{name} is for chats with a model that runs here, and none does")
     if options.max_prompts is not None and options.max_prompts < 1:
         raise UsageError(f"--max_prompts must be at least 1, not {options.max_prompts}")
     if options.length_control not in LENGTH_CONTROLS:
         raise UsageError(f"--length_control must be one of {', '.join(LENGTH_CONTROLS)}, not '{options.length_control}'")
     for spec in options.judge:
         _check_judge(spec)
-    for name in FOR_ENDPOINTS:
-        if name in given and not any(map(is_url, options.judge)):
-            raise UsageError(f"--{name} needs a --judge that is an endpoint")
-    if "rouge_tokenizer" in given and not any(spec.startswith("rouge") for spec in options.judge if spec in METRICS):
-        raise UsageError("--rouge_tokenizer needs a --judge that is rouge1, rouge2, rougeL or rougeLsum")
     _check_sweep(options, system, given)
 
 
@@ -105,10 +138,6 @@ def _check_systems(options: "Options", baseline: System, system: System) -> None
         raise UsageError("--proposal is required for the systems proposal and aligned")
     if "aligned" in (baseline.kind, system.kind) and not options.aligner:
         raise UsageError("--aligner is required for the system aligned")
-    for field in dataclasses.fields(ModelOptions):
-        name = field.name
-        if not here and name not in FOR_REWARDS and getattr(options, name) != field.default:
-            raise UsageError(f"--{name} is given, but neither --system nor --baseline is proposal or aligned")
     if baseline == system:
         raise UsageError(f"--system and --baseline are both {options.system}: --null compares a system with itself")
 
@@ -136,9 +165,6 @@ def _check_judge(spec: str) -> None:
 
 def _check_sweep(options: "Options", system: System, given: set[str]) -> None:
     if not options.sweep_weight:
-        for name in FOR_SWEEPS:
-            if name in given:
-                raise UsageError(f"--{name} needs --sweep_weight")
         return
     for name, instead in (("weight", "sweep_weight"), ("rule", "sweep_rule"), ("dev_fraction", "dev_dataset")):
         if name in given and instead in given:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import check_weights, make_sampling_params
+from trimtab.cli.common import make_sampling_params
 from trimtab.cli.dry_run import aligner_weights, check_expected, describe_model, describe_size, model_weights
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.eval_setup import make_judges, make_settings, name_system, read_prompts
-from trimtab.core.rules import parse_rule
 from trimtab.endpoints.settings import Limits
 from trimtab.evaluate.systems import System
 from trimtab.train.dry_run import why_not_at_hand
@@ -23,13 +22,10 @@ def rehearse(options: "Options") -> dict[str, Any]:
     """Check everything that can be without a network, and count."""
     baseline, system = systems = _system(options.baseline, "baseline"), _system(options.system, "system")
     check_flags(options, baseline, system)
-    check_weights(options)
     check_expected(options)
     parse_columns(options.columns)
     params = make_sampling_params(options, seed=options.seed)
     settings = make_settings(options, params)
-    if options.rule is not None:
-        parse_rule(options.rule)
     limits = Limits(options.concurrency, options.request_timeout, options.max_retries)
     judges = make_judges(options, limits, reach=False)
     missing = [why for name in _sources(options, systems) if (why := why_not_at_hand(name))]

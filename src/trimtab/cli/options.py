@@ -1,33 +1,34 @@
 """Flags and configuration files from dataclasses: a field is a flag, its metadata its help.
 
 Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats). Metadata:
-`help`, `choices`, `required`. A field named `training` stands for the fields of `transformers.TrainingArguments`.
+`help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a configuration file may hold it
+for another run). A field named `training` stands for the fields of `transformers.TrainingArguments`. A method `idle` says which
+options have no effect beside the others, and why; a class says it of what it declares, or knows more of.
 """
 
 import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from trimtab.cli.parser import Parser, UsageError, choice, meant, underscored
 
 __all__ = ["UsageError", "add_options", "option", "read_options"]
 
 T = TypeVar("T")
 
 
-class UsageError(Exception):
-    """The command line or its configuration file is wrong."""
-
-
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with help; `required`, `choices` and `metavar` may follow."""
+    """A dataclass field with help; further metadata may follow."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
-def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+def add_options(parser: Parser, options: type) -> None:
     """Add a flag for each field; nothing is set for flags that are not given."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
@@ -40,14 +41,17 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             text += " (required)"
         elif field.default not in (None, (), False, "") and "[default" not in text:
             text += f" [default: {field.default}]"
-        more = {"choices": field.metadata["choices"]} if "choices" in field.metadata else {}
+        metavar, read = _metavar(field, kind), kind
+        if "choices" in field.metadata:
+            metavar, read = "{" + ",".join(field.metadata["choices"]) + "}", choice(field.metadata["choices"])
+        if field.metadata.get("verbatim"):
+            parser.verbatim.add(f"--{field.name}")
         if kind is bool:
             parser.add_argument(f"--{field.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
-        elif repeats:
-            parser.add_argument(f"--{field.name}", action="append", type=kind, metavar=_metavar(field, kind), help=text, **more)
         else:
-            name = None if more else _metavar(field, kind)
-            parser.add_argument(f"--{field.name}", type=kind, metavar=name, help=text, **more)
+            parser.add_argument(
+                f"--{field.name}", action="append" if repeats else "store", type=read, metavar=metavar, help=text
+            )
 
 
 def read_options(options: type[T], given: dict[str, Any]) -> T:
@@ -58,7 +62,8 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
         given: the flags that were given, and maybe `config`.
 
     Raises:
-        UsageError: the configuration file cannot be read or has an unknown key, or something required is missing.
+        UsageError: the configuration file cannot be read or has an unknown key, something required is missing, or an option
+            has no effect beside the others.
     """
     given = dict(given)
     values = _read_config(options, given.pop("config")) if "config" in given else {}
@@ -69,40 +74,73 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
             raise UsageError(f"--{name} is required")
     training = {name: values.pop(name) for name in list(values) if name not in fields}
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return options(**known, **({"training": training} if "training" in fields else {}))
+    made = options(**known, **({"training": training} if "training" in fields else {}))
+    kept = {name for name, field in fields.items() if field.metadata.get("kept")}
+    _check_effects(made, values.keys() - (kept - given.keys()))
+    return made
+
+
+def _check_effects(options: Any, given: Collection[str]) -> None:
+    """Refuse what is asked for and would not be done. An option that is off (false, "none", empty) asks for nothing."""
+    idle: dict[str, str] = {}
+    for kind in reversed(type(options).__mro__):
+        if "idle" in vars(kind):
+            idle |= kind.idle(options)  # type: ignore[attr-defined]
+    for field in dataclasses.fields(options):
+        name, value = field.name, getattr(options, field.name)
+        off = value is None or value is False or value in ("", "none", ())
+        if name in idle and name in given and not off:
+            raise UsageError(f"--{name} {idle[name]}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands there twice, in whatever spelling, is an error: otherwise the last one would count."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: dict[str, str] = {}
+    for key, _ in node.value:
+        name = underscored(str(key.value))
+        if name in seen:
+            raise UsageError(f"line {key.start_mark.line + 1}: '{seen[name]}' and '{key.value}' are one option: give it once")
+        seen[name] = key.value
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def _read_config(options: type, path: str) -> dict[str, Any]:
     """The file's values, converted by the same parser as flags."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: {error}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"--config {path}: not YAML: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: must hold a mapping of options")
-    parser = _ConfigParser(prog=path, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    parser = Parser(path, add_help=False)
     add_options(parser, options)
-    known = {action.dest for action in parser._actions}
-    repeated = {action.dest for action in parser._actions if isinstance(action, argparse._AppendAction)}
+    known = {action.dest: action for action in parser.flags.values()}
     words = []
     for key, value in content.items():
-        if key not in known:
-            raise UsageError(f"--config {path}: there is no option '{key}'")
-        if isinstance(value, list) and key not in repeated:
-            raise UsageError(f"--config {path}: {key} takes one value, not a list")
+        name = underscored(str(key))
+        if name not in known:
+            raise UsageError(f"--config {path}: there is no option '{key}'{meant(name, known)}")
+        if isinstance(value, list) and not isinstance(known[name], argparse._AppendAction):
+            raise UsageError(f"--config {path}: {name} takes one value, not a list")
         if any(isinstance(item, (dict, list)) for item in (value if isinstance(value, list) else [value])):
-            raise UsageError(f"--config {path}: {key} takes plain values, not {value!r}")
+            raise UsageError(f"--config {path}: {name} takes plain values, not {value!r}")
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
-                words += [f"--{key}={item}"]
-    return vars(parser.parse_args(words))
-
-
-class _ConfigParser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"--config {self.prog}: {message}")
+                words += [f"--{name}={item}"]
+    try:
+        return parser.read(words)
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
@@ -126,15 +164,15 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
+def _add_training(parser: Parser) -> None:
     from transformers import TrainingArguments
 
-    from trimtab.train.arguments import DEFAULTS, OWNED
+    from trimtab.train.arguments import DEFAULTS, IDLE, OWNED
 
     group = parser.add_argument_group("transformers.TrainingArguments", "as in TRL; see transformers' documentation")
     taken = {action.dest for action in parser._actions}
     for field in dataclasses.fields(TrainingArguments):
-        if field.name in OWNED or field.name in taken:
+        if field.name in OWNED | IDLE or field.name in taken:
             continue
         default = DEFAULTS.get(field.name, None if field.default is dataclasses.MISSING else field.default)
         kind = _training_kind(field.type)

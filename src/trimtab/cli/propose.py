@@ -63,6 +63,14 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
     request_timeout: float | None = option(None, "seconds that one request may take [default: 600]")
     max_retries: int | None = option(None, "tries after the first, of a request or for an endpoint in a row [default: 6]")
 
+    def idle(self) -> dict[str, str]:
+        """What takes other models than are named."""
+        idle = {} if self.reward_model else {"pairs": "needs --reward_model"}
+        local = ("aligner", "max_num_seqs", "leave_out_long", "chat_template_path", "date", *(() if self.reward_model else ("dtype", "device")))
+        remote = ("concurrency", "request_timeout", "max_retries")
+        here = dict.fromkeys(local, "is for a model that runs here, not for --endpoint")
+        return idle | (here if self.endpoint else dict.fromkeys(remote, "needs --endpoint"))
+
 
 def run(options: Options) -> dict[str, Any]:
     """Sample and write."""
@@ -74,14 +82,7 @@ def run(options: Options) -> dict[str, Any]:
     limits = make_limits(
         "endpoint",
         options.endpoint,
-        {
-            "aligner": options.aligner or None,
-            "max_num_seqs": options.max_num_seqs,
-            "leave_out_long": options.leave_out_long or None,
-            "chat_template_path": options.chat_template_path,
-            "date": options.date,
-        }
-        | ({} if options.reward_model else {"dtype": options.dtype, "device": options.device}),  # it runs here all the same
+        {},
         {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")},
     )
     params = make_sampling_params(options, seed=options.seed)
@@ -102,8 +103,6 @@ def run(options: Options) -> dict[str, Any]:
 def _pairs(options: Options) -> int:
     """Pairs of each prompt; 0 where samples are written as they are."""
     if options.reward_model is None:
-        if options.pairs is not None:
-            raise InvalidOption("--pairs needs --reward_model")
         return 0
     pairs = 1 if options.pairs is None else options.pairs
     if options.temperature == 0:

@@ -1,11 +1,10 @@
 """`trimtab score`: held-out negative log-likelihood of proposal, aligner and aligned model."""
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import DataOptions, LengthOptions, ModelOptions, TemplateOptions, load_aligned_model, places_that_fit
+from trimtab.cli.common import DataOptions, LengthOptions, RowOptions, TemplateOptions, load_aligned_model, places_that_fit
 from trimtab.cli.options import option
 
 __all__ = ["Options", "render", "run"]
@@ -14,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options(DataOptions, LengthOptions, TemplateOptions, ModelOptions):
+class Options(DataOptions, LengthOptions, TemplateOptions, RowOptions):
     """Flags of `trimtab score`."""
 
     dataset: str = option("", "data in a TRL layout; 'completion' or 'chosen' is scored", required=True, metavar="D")
@@ -26,7 +25,7 @@ def run(options: Options) -> dict[str, Any]:
     from trimtab.train.records import read_records
 
     records = read_records(options.dataset, how=options)
-    model = load_aligned_model(dataclasses.replace(options, draft=options.draft or "none"), options)  # nothing is drafted here
+    model = load_aligned_model(options, options)
     columns = [[r.prompt for r in records], [r.chosen for r in records], [r.source for r in records]]
     kept = places_that_fit(options, model, *columns)
     prompts, answers, sources = ([column[i] for i in kept] for column in columns)

@@ -35,7 +35,9 @@ class Options(TemplateOptions, ModelOptions):
     engine: str = option(
         "trimtab", "what decodes: our own engine, or vLLM with our plugin (needs the extra 'vllm')", choices=("trimtab", "vllm")
     )
-    vllm_args: str = option("", "further flags of `vllm serve`, such as '--tensor-parallel-size 2'", metavar="FLAGS")
+    vllm_args: str = option(
+        "", "further flags of `vllm serve`, such as '--tensor-parallel-size 2'", metavar="FLAGS", verbatim=True
+    )
     host: str = option("127.0.0.1", "address to listen on; the default lets in this machine alone")
     port: int = option(8000, "port to listen on; 0 for any that is free")
     api_key: tuple[str, ...] = option((), f"a key that clients must send; may repeat [default: ${KEY_VARIABLE}]", metavar="KEY")
@@ -80,13 +82,26 @@ class Options(TemplateOptions, ModelOptions):
     ssl_keyfile: str | None = option(None, "private key for https", metavar="FILE")
     ssl_certfile: str | None = option(None, "certificate for https", metavar="FILE")
 
+    @property
+    def aligns(self) -> bool:
+        """Whether there is, or may come, an aligner."""
+        return bool(self.aligner or self.aligner_root)
+
+    def idle(self) -> dict[str, str]:
+        """What is for the other engine, for aligners, or for the playground."""
+        if self.engine == "vllm":
+            from trimtab.vllm.launch import idle_options
+
+            return idle_options(self)
+        idle = {"vllm_args": "belongs to --engine vllm"}
+        idle |= {} if self.playground else {"votes": "belongs to --playground"}
+        return idle | ({} if self.aligns else {"max_aligner_memory": "needs an --aligner, or --aligner_root"})
+
 
 def run(options: Options) -> dict[str, Any]:
     """Serve until the process is told to stop."""
     if options.engine == "vllm":
         return _run_vllm(options)
-    if options.vllm_args:
-        raise UsageError("--vllm_args belongs to --engine vllm")
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -155,8 +170,6 @@ def _settings(options: Options) -> "Settings":
         raise UsageError(f"--port must be from 0 to 65535, not {options.port}")
     if bool(options.ssl_keyfile) != bool(options.ssl_certfile):
         raise UsageError("--ssl_keyfile and --ssl_certfile go together")
-    if options.votes and not options.playground:
-        raise UsageError("--votes belongs to --playground")
     for name in ("ssl_keyfile", "ssl_certfile"):
         if (file := getattr(options, name)) and not Path(file).is_file():
             raise UsageError(f"--{name}: there is no file '{file}'")
@@ -195,8 +208,6 @@ def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
     """Name, path and weight of each aligner."""
     from trimtab.serve.registry import parse_named
 
-    if options.weight and len(options.weight) != len(options.aligner):
-        raise InvalidOption(f"{len(options.weight)} --weight for {len(options.aligner)} --aligner: give one for each, in order")
     weights = options.weight or (None,) * len(options.aligner)
     named = [(*parse_named(text), weight) for text, weight in zip(options.aligner, weights, strict=True)]
     bases = options.served_model_name or _names_of(options.proposal)

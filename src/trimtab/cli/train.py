@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.cli.common import idle_for_files
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, in_time
 from trimtab.cli.options import UsageError, option
 from trimtab.train.options import TrainOptions
@@ -14,10 +15,25 @@ __all__ = ["Options", "render", "run"]
 class Options(DryRunOptions, TrainOptions):
     """Flags of `trimtab train`."""
 
-    expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A")
+    expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A", kept=True)
     assume_tflops: float | None = option(
-        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]"
+        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True
     )
+
+    def idle(self) -> dict[str, str]:
+        """What the objective, or fresh adapters, or files leave unread."""
+        idle = idle_for_files(self.dataset, self.eval_dataset)
+        if self.objective != "ram":
+            idle["alpha"] = "is for --objective ram"
+        contrast = self.default_contrast if self.contrast is None else self.contrast
+        if self.objective != "preference" and not contrast:
+            idle["beta"] = "is for --objective preference, and for the --contrast of likelihood"
+        if not self.use_peft:
+            names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+            idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
+        if self.eval_dataset is not None:
+            idle["dev_fraction"] = "has no effect with --eval_dataset"
+        return idle
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trimtab.errors import InvalidOption
 from trimtab.train.options import TrainOptions
 
-__all__ = ["DEFAULTS", "OWNED", "training_arguments"]
+__all__ = ["DEFAULTS", "IDLE", "OWNED", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,12 @@ OWNED = {
     "push_to_hub", "include_for_metrics", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only",
 }  # fmt: skip
 """`TrainingArguments` that a run sets itself."""
+
+IDLE = {
+    "label_smoothing_factor", "average_tokens_across_devices", "eval_use_gather_object", "eval_accumulation_steps",
+    "length_column_name", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+}  # fmt: skip
+"""`TrainingArguments` of what a run does not do: losses, evaluation and batches are its own, and it pushes nothing."""
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -43,10 +49,12 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     """The options that are transformers' own, over our defaults.
 
     Raises:
-        InvalidOption: one that a run sets itself, or a value that transformers refuses.
+        InvalidOption: one that a run sets itself, one without effect, or a value that transformers refuses.
     """
     if owned := OWNED & set(options.training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
+    if idle := IDLE & set(options.training):
+        raise InvalidOption(f"{min(idle)} has no effect on the training of aligners: leave it out")
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
     settings = DEFAULTS | here | options.training
     if isinstance(settings.get("report_to"), str):

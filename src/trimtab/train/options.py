@@ -105,9 +105,9 @@ class TrainOptions:
     )
     eval_dataset: str | None = _option(None, "development data; without it, some prompts of --dataset are kept aside")
     dev_fraction: float = _option(0.1, "share of the prompts kept aside for development")
-    dataset_split: str = _option("train", "split of a hub data set; 'train[:1000]' is a part of it")
-    dataset_config: str | None = _option(None, "configuration of a hub data set that has several")
-    dataset_data_dir: str | None = _option(None, "folder of a hub data set that is sorted into folders")
+    dataset_split: str = _option("train", "split of a hub data set; 'train[:1000]' is a part of it", kept=True)
+    dataset_config: str | None = _option(None, "configuration of a hub data set that has several", kept=True)
+    dataset_data_dir: str | None = _option(None, "folder of a hub data set that is sorted into folders", kept=True)
     columns: tuple[str, ...] = _option(
         (),
         "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
@@ -293,6 +293,8 @@ class TrainOptions:
         """The same with the contrast settled, for so many examples of which some may lack a rejected answer."""
         if self.contrast is not None or not self.default_contrast:
             return dataclasses.replace(self, contrast=self.contrast or 0.0)
+        if lacking and self.beta is not None:
+            raise InvalidOption("beta: records without a rejected answer have no contrast: leave it out")
         if not lacking:
             logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", self.default_contrast)
         elif lacking < examples:

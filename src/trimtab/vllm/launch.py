@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from trimtab.errors import InvalidOption
@@ -20,7 +19,7 @@ from trimtab.models.loading import load_tokenizer
 from trimtab.vllm.middleware import HOSTS_VARIABLE
 from trimtab.vllm.settings import KEY, SHAPING, Catalog, read_settings
 
-__all__ = ["command_line", "launch"]
+__all__ = ["command_line", "idle_options", "launch"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +59,13 @@ OURS = {
     "--allowed-origins": "say --allowed_origins",
 }
 """Flags of vLLM that users give by our own names."""
+
+
+def idle_options(options: Any) -> dict[str, str]:
+    """The options that have no effect, and why; what vLLM does without aligners is its own."""
+    off = {"num_speculative_tokens"} if options.num_speculative_tokens == 0 else set()
+    idle = {name: f"does not go with --engine vllm: {why}" for name, why in REFUSED.items() if name not in off}
+    return idle | ({} if options.aligner else dict.fromkeys((*SHAPING, "max_aligner_memory"), "needs an --aligner"))
 
 
 def launch(options: Any, named: Sequence[tuple[str, str, float | None]], names: Sequence[str]) -> int:
@@ -104,12 +110,6 @@ def command_line(options: Any, named: Sequence[tuple[str, str, float | None]], n
     Raises:
         InvalidOption: vLLM cannot do what is asked.
     """
-    for option in fields(options):
-        value = getattr(options, option.name)
-        wanted = value != option.default and not (option.name == "num_speculative_tokens" and value == 0)
-        wanted = wanted and not (option.name == "draft" and value == "none")
-        if option.name in REFUSED and wanted:
-            raise InvalidOption(f"--{option.name} does not go with --engine vllm: {REFUSED[option.name]}")
     timeout = int(min(options.shutdown_timeout, LONGEST))
     words = ["serve", options.proposal, "--served-model-name", *names, "--shutdown-timeout", str(timeout)]
     for name in SAME:
