@@ -1,6 +1,7 @@
 """Flags that several commands share, and what they become."""
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "SamplingOptions",
     "TemplateOptions",
     "check_prompts",
+    "check_writable",
     "load_aligned_model",
     "load_reward_model",
     "make_sampling_params",
@@ -202,6 +204,7 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
     """
     from trimtab.cli import quiet_loading
     from trimtab.decode.aligned import AlignedModel
+    from trimtab.decode.draft import who_drafts
     from trimtab.decode.template import pick_date, read_chat_template
 
     template = read_chat_template(chats.chat_template_path) if chats is not None else None
@@ -230,6 +233,8 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
         raise InvalidOption(str(error)) from error
     if chats is not None:
         set_template(model.tokenizer, template, chats.date)
+    if isinstance(options, ModelOptions) and (options.aligner or options.draft):
+        logger.info("who drafts: %s", who_drafts(model))
     return model
 
 
@@ -292,8 +297,27 @@ def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:
             raise DataError(f"{record.source}: {error}") from error
 
 
+def check_writable(out: str, *, folder: bool) -> None:
+    """Refuse an --out that cannot be written, before anything is read for it: a folder, or a file."""
+    path = Path(out)
+    if not folder and path.is_dir():
+        raise InvalidOption(f"--out {out} is a folder: name a file")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        return  # a device, or a pipe
+    parent = path if folder else path.absolute().parent
+    there = next(place for place in (parent, *parent.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InvalidOption(f"--out {out}: {there} is a file: name a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InvalidOption(f"--out {out}: nothing can be written in {there}: {error.strerror}") from error
+
+
 def refuse_overwriting(out: str, source: str | None) -> None:
-    """Refuse to replace what is read."""
+    """Refuse to replace what is read, and to write where nothing can be written."""
+    check_writable(out, folder=False)
     if source is not None and Path(out).exists() and Path(source).exists() and Path(out).samefile(source):
         raise InvalidOption(f"--out {out} would replace the data that it is made from: name another file")
 

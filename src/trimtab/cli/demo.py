@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.cli.common import check_writable
 from trimtab.cli.options import option
 
 __all__ = ["Options", "render", "run"]
@@ -20,6 +21,7 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Run the demo."""
+    check_writable(options.out, folder=True)
     # Threads that spin at barriers burn each other's time slices when anything else runs: 50 times slower was seen.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.cli import quiet_loading

@@ -1,12 +1,11 @@
 """What `trimtab eval` refuses: first what the flags alone tell, then what the data tell, all before a model is loaded."""
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelOptions, SamplingOptions
+from trimtab.cli.common import ModelOptions, SamplingOptions, check_writable
 from trimtab.cli.options import UsageError
 from trimtab.core.rules import parse_rule
 from trimtab.endpoints.completions import check_sendable
@@ -79,7 +78,7 @@ def check_flags(options: "Options", baseline: System, system: System) -> None:
         UsageError, InvalidOption: naming the flag.
     """
     _check_systems(options, baseline, system)
-    _check_out(options)
+    check_writable(options.out or "", folder=True)
     given = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
     if options.n != 1:
         raise UsageError("--n must be 1: one answer to a prompt is judged")
@@ -140,18 +139,6 @@ def _check_systems(options: "Options", baseline: System, system: System) -> None
         raise UsageError("--aligner is required for the system aligned")
     if baseline == system:
         raise UsageError(f"--system and --baseline are both {options.system}: --null compares a system with itself")
-
-
-def _check_out(options: "Options") -> None:
-    out = Path(options.out or "")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UsageError(f"--out {options.out}: {there} is a file: name a folder")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out {options.out}: nothing can be written in {there}: {error.strerror}") from error
 
 
 def _check_judge(spec: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.cli.common import DataOptions, LengthOptions, RowOptions, TemplateOptions, load_aligned_model, places_that_fit
-from trimtab.cli.options import option
+from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
 
@@ -21,9 +21,12 @@ class Options(DataOptions, LengthOptions, TemplateOptions, RowOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Score every record of the data set."""
+    from trimtab.core.rules import parse_rule
     from trimtab.evaluate.likelihood import held_out
     from trimtab.train.records import read_records
 
+    if not parse_rule(options.rule or "product").has_row:
+        raise UsageError(f"--rule {options.rule} has no row in closed form, so nothing can be scored under it")
     records = read_records(options.dataset, how=options)
     model = load_aligned_model(options, options)
     columns = [[r.prompt for r in records], [r.chosen for r in records], [r.source for r in records]]

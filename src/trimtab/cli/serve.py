@@ -223,12 +223,19 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     from trimtab.decode.assemble import Loader, make_capture
     from trimtab.decode.engine import Engine
     from trimtab.decode.template import read_chat_template
+    from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened
 
-    template = read_chat_template(options.chat_template_path)
+    tokenizer = load_tokenizer(options.proposal)
+    set_template(tokenizer, read_chat_template(options.chat_template_path), options.date)
+    capture = make_capture(options.cuda_graphs, options.device)
+    loader = Loader(tokenizer, dtype=options.dtype, device=options.device, capture=capture)
+    for _, path, _ in named:
+        loader.find(path)  # what is not there is said before the proposal is loaded
     base = AlignedModel.from_pretrained(
         options.proposal,
+        tokenizer=tokenizer,
         dtype=options.dtype,
         device=options.device,
         rule=options.rule,
@@ -236,29 +243,22 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         proposal_top_k=options.proposal_top_k,
         proposal_top_p=options.proposal_top_p,
         aligner_temperature=options.aligner_temperature,
-        draft=None if options.draft == "aligner" else options.draft,
+        draft=options.draft,
         draft_temperature=options.draft_temperature,
         num_speculative_tokens=options.num_speculative_tokens,
         cuda_graphs=options.cuda_graphs,
         max_num_seqs=options.max_num_seqs,
         date=options.date,
     )
-    set_template(base.tokenizer, template, options.date)
     memory, root = options.max_aligner_memory, options.aligner_root
     registry = Registry(
         base,
-        Loader(
-            base.tokenizer,
-            dtype=options.dtype,
-            device=options.device,
-            capture=make_capture(options.cuda_graphs, options.device),
-        ),
+        loader,
         max_bytes=None if memory is None else int(memory * 2**30),
         root=None if root is None else Path(root),
     )
     for name, path, weight in named:
         registry.load(name, path, weight=weight, pinned=True)
-        registry.resident([name])  # what contradicts itself shows now
     engine = Engine(
         base.proposal,
         base.pace,

@@ -11,7 +11,7 @@ import torch
 from trimtab.decode.draft import DRAFTS
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.adapters import Adapted, AdapterPool
-from trimtab.models.aligner import Aligner, Manifest, describe, load_weights
+from trimtab.models.aligner import Aligner, Description, Manifest, describe, load_weights
 from trimtab.models.base import LanguageModel
 from trimtab.models.graphs import CudaCapture
 from trimtab.models.huggingface import HuggingFaceLM
@@ -62,18 +62,22 @@ def load_parts(
     capture = make_capture(cuda_graphs, device)
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
     owned = isinstance(proposal, (str, Path))
-    if owned:
-        tokenizer = load_tokenizer(proposal, revision=revision) if tokenizer is None else tokenizer
-        proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
+    if owned and tokenizer is None:
+        tokenizer = load_tokenizer(proposal, revision=revision)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
     loader = Loader(tokenizer, dtype=dtype, device=device, capture=capture)
+    given = [loader.find(source) for source in given]
+    named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
+    draft = loader.find(draft) if named else draft
+    if owned:  # only now, for it takes longest
+        proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
     loaded = [loader.load(source) for source in given]
-    if draft is None and loaded:
-        draft = loaded[0].draft
-    if draft is not None and not (isinstance(draft, str) and draft in DRAFTS):
+    if draft is None and loaded and loaded[0].draft is not None:
+        draft, named = loaded[0].draft, True
+    if named:
         draft = loader.load(draft).model
     return Parts(
         _backend(proposal, loader.vocab_size, owned, capture),
@@ -112,6 +116,13 @@ class Loaded(NamedTuple):
     """Where the drafter is that a residual was saved with; it is not loaded."""
 
 
+class Found(NamedTuple):
+    """An aligner's folder, checked as far as it can be without its weights."""
+
+    name: str
+    folder: Description
+
+
 class Loader:
     """Turns what users call an aligner into a language model; plain LoRA adapters over one base share it.
 
@@ -134,23 +145,36 @@ class Loader:
         self._pools: weakref.WeakValueDictionary[str, AdapterPool] = weakref.WeakValueDictionary()
         self._unfit: set[str] = set()
 
+    def find(self, source: AlignerLike) -> AlignerLike:
+        """What `load` will take of a folder or a hub id, checked without reading weights; anything else as it is.
+
+        Raises:
+            ModelError: it is not there, or cannot be an aligner, see `trimtab.errors`.
+            VocabularyMismatch: its tokenizer is not the proposal's.
+        """
+        if not isinstance(source, (str, Path)):
+            return source
+        found = describe(source)
+        self._check(found.tokenizer, str(source))
+        return Found(str(source), found)
+
     def load(self, source: AlignerLike) -> Loaded:
-        """Load an aligner, or wrap one that is loaded.
+        """Load an aligner, or what `find` found of it, or wrap one that is loaded.
 
         Raises:
             ModelError: it cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: its tokenizer is not the proposal's.
         """
         manifest, draft = None, None
-        named = isinstance(source, (str, Path))
+        source = self.find(source)
+        named = isinstance(source, Found)
         if isinstance(source, Aligner):
             self._check(source.tokenizer, source.name)
             source, manifest, draft = source.model, source.manifest, source.draft
-        elif named:
-            found = describe(source)
-            self._check(found.tokenizer, str(source))
+        elif isinstance(source, Found):
+            name, found = source
             manifest, draft = found.manifest, found.draft
-            if found.is_adapter and (adapted := self._adapt(found.folder, str(source))) is not None:
+            if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source = load_weights(found, dtype=self._dtype, device=self._device)
         model = _backend(source, self.vocab_size, named, self._capture)

@@ -9,7 +9,7 @@ from trimtab.errors import InvalidOption
 from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
 
-__all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter"]
+__all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter", "who_drafts"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Models:
         drafts: False where nobody drafts.
         adapters: the adapter that the request's slots use in each of `all`, None for the model as it is. Equal models may
             differ in them: a batch mixes adapters.
+        who: who drafts, in words; where nobody does, why, and what would help.
     """
 
     proposal: LanguageModel
@@ -32,6 +33,7 @@ class Models:
     lookup: bool = False
     drafts: bool = True
     adapters: tuple[Any, ...] = field(default=(), compare=False)
+    who: str = field(default="", compare=False)
 
     @property
     def all(self) -> list[LanguageModel]:
@@ -58,24 +60,50 @@ def choose_drafter(
     Args:
         proposal: P_M.
         aligners: Q_1 … Q_n.
-        draft: what the user wants; None for the default.
-        default: who drafts then, if there are aligners.
+        draft: what the user wants; None for the default. `"aligner"` is the first one, of whatever aligners there are.
+        default: who drafts then, if there are aligners; `"none"` for a residual.
 
     Raises:
         InvalidOption: there is no such drafter.
     """
+    who = _in_words(len(aligners), draft, default)
     if draft is None:
         draft = default if aligners else "none"
     given = [proposal, *aligners, *([] if isinstance(draft, str) else [draft])]
     adapters = tuple(model.adapter if isinstance(model, Adapted) else None for model in given)
     proposal, *rest = (model.pool if isinstance(model, Adapted) else model for model in given)
     if not isinstance(draft, str):
-        return Models(proposal, tuple(rest[:-1]), rest[-1], adapters=adapters)
+        return Models(proposal, tuple(rest[:-1]), rest[-1], adapters=adapters, who=who)
     if draft not in DRAFTS:
         raise InvalidOption(f"draft must be one of {', '.join(DRAFTS)}, or a model, not '{draft}'")
-    if draft == "aligner" and not aligners:
-        raise InvalidOption("draft 'aligner' needs an aligner; say ngram, none, or name a model")
-    return Models(proposal, tuple(rest), lookup=draft == "ngram", drafts=draft != "none", adapters=adapters)
+    return Models(proposal, tuple(rest), lookup=draft == "ngram", drafts=draft != "none", adapters=adapters, who=who)
+
+
+def _in_words(aligners: int, draft: str | LanguageModel | None, default: str) -> str:
+    """Who drafts, of so many aligners; the further arguments are those of `choose_drafter`."""
+    if draft is not None and not isinstance(draft, str):
+        name = getattr(getattr(draft, "model", None), "name_or_path", "")
+        return f"the drafter {name}" if name else "a drafter"
+    if draft == "ngram":
+        return "the text itself, by its n-grams"
+    if draft == "none":
+        return "nobody: --draft none"
+    if not aligners:
+        return "nobody: there is no aligner; --draft ngram or a model would"
+    if draft is None and default == "none":
+        return (
+            "nobody: the aligner is a residual, whose own drafts are rarely accepted; give its drafter, --draft FOLDER/draft"
+            " (`trimtab train --train_draft true` makes one), or --draft ngram"
+        )
+    return "the aligner itself" if aligners == 1 else "the first aligner"
+
+
+def who_drafts(model: Any) -> str:
+    """Who drafts for an `AlignedModel`, in words, where a request does not name another rule."""
+    if model.pace.fixed == 0:
+        return "nobody: --num_speculative_tokens 0"
+    rule = model.shaping(model.defaults).rule
+    return str(model.models.who) if rule.has_row else f"nobody: the rule '{rule}' has no row that drafts could be verified with"
 
 
 class Lookup:

@@ -44,21 +44,18 @@ def held_out(
         are left out of everything else, and named in the log.
 
     Raises:
-        DataError: a pair cannot be scored; the message names its source.
+        DataError: a pair cannot be scored; the message names its source, and nothing has been computed then.
         DeadRow: none has a likelihood.
     """
+    _check(model, prompts, completions, sources)
     sums: list[list[float]] = []
     sizes: list[int] = []
     num_bytes = impossible = 0
     dead: list[DeadRow] = []
     for start in range(0, len(prompts), model.max_num_seqs):
         part = slice(start, start + model.max_num_seqs)
-        try:
-            scores, died = _score(model, prompts[part], completions[part], sources[part], params)
-            dead += died
-        except InvalidRequest:
-            _blame(model, prompts[part], completions[part], sources[part])
-            raise
+        scores, died = _score(model, prompts[part], completions[part], sources[part], params)
+        dead += died
         for score in scores:
             aligners = [score.aligner] if len(model.aligners) == 1 else score.aligner
             columns: list[Any] = [score.proposal, *aligners, score.aligned]
@@ -125,8 +122,8 @@ def _interval(totals: Sequence[float], sizes: Sequence[int]) -> list[float] | No
     return list(ratio_interval(-torch.tensor(totals, dtype=torch.float64), torch.tensor(sizes)))
 
 
-def _blame(model: AlignedModel, prompts: Sequence[Any], completions: Sequence[Any], sources: Sequence[str]) -> None:
-    """Find the pair that cannot be scored and name where it came from."""
+def _check(model: AlignedModel, prompts: Sequence[Any], completions: Sequence[Any], sources: Sequence[str]) -> None:
+    """Refuse a pair that cannot be scored, naming where it came from, before any is."""
     for prompt, completion, source in zip(prompts, completions, sources, strict=True):
         try:
             model.check_pair(prompt, completion)

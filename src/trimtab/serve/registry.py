@@ -18,6 +18,7 @@ from typing import Any
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loaded, Loader
+from trimtab.decode.draft import who_drafts
 from trimtab.decode.settings import with_weight
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.models.aligner import base_of
@@ -144,8 +145,16 @@ class Registry:
             with self._lock:
                 self._drop(self._entries.pop(name, None))
                 self._entries[name] = entry
-        logger.info("loaded aligner %s", name)
+                who = self._who_drafts(entry)
+        logger.info("loaded aligner %s; who drafts: %s", name, who, extra={"facts": {"aligner": name, "who_drafts": who}})
         return entry
+
+    def _who_drafts(self, entry: Entry) -> str:
+        """In words, for the operator; a residual's own drafter is not loaded, but named."""
+        model = self.resident([entry.name])
+        who = "" if model is None else who_drafts(model)
+        own = None if entry.loaded is None else entry.loaded.draft
+        return who if own is None else who.replace("FOLDER/draft", str(own))
 
     def unload(self, name: str) -> None:
         """Forget an aligner; requests that run with it go on.

@@ -47,7 +47,7 @@ class Tab:
             label="Prompt",
             lines=3,
             max_lines=12,
-            placeholder="What shall the models continue? Shift+Enter runs it.",
+            placeholder="A message to the models, or a text to continue. Shift+Enter runs it.",
             elem_classes="tt-prompt",
         )
         self.kind = gr.Radio(
@@ -84,9 +84,9 @@ class Tab:
         )
 
     def show_chat(self) -> Update:
-        """The switch, if there is a chat template."""
+        """The switch, if there is a chat template: then a prompt is a message, unless the user says otherwise."""
         template = getattr(self.service.registry.base.tokenizer, "chat_template", None)
-        return {self.kind: gr.update(visible=bool(template))}
+        return {self.kind: gr.update(visible=True, value="chat") if template else gr.update(visible=False, value="text")}
 
     async def play(
         self, prepare: Callable[[], Awaitable[Sequence[Answer]]], draw: Callable[[Sequence[Answer]], Update], session: str
