@@ -117,7 +117,7 @@ def wait_for(condition, seconds=30):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = tiny_tokenizer(LETTERS, chat_template=CHAT_TEMPLATE)
+    tokenizer = tiny_tokenizer(LETTERS)
     size = len(LETTERS) + 1
     for seed, name in enumerate(("proposal", "polite", "rude")):
         save_tiny(folder / name, tiny_model("llama", size, seed=seed, spread=0.3, max_position_embeddings=1024), tokenizer)
@@ -136,6 +136,12 @@ def full_speed(server):
     yield
     server.step_seconds = 0.0
     server.votes.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def chatting(server, monkeypatch):
+    """The same models with a chat template."""
+    monkeypatch.setattr(server.service.registry.base.tokenizer, "chat_template", CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +310,23 @@ def test_rule_and_aligner_are_those_chosen(page, server):
     assert text_of(page, "#tt-aligned") == server.complete(prompt="abc", seed=5, aligner="rude", rule="geometric")
 
 
-def test_a_message_goes_through_the_chat_template(page, server):
-    page.get_by_label("Message to answer").first.check()
+def test_models_without_a_chat_template_continue_texts(page):
+    assert page.get_by_label("Message to answer").count() == 0
+
+
+def test_models_with_a_chat_template_start_as_a_chat(chatting, page, server):
+    for tab, place in (("Compare", "first"), ("Arena", "last")):
+        page.get_by_role("tab", name=tab).click()
+        expect(getattr(page.get_by_label("Message to answer"), place)).to_be_checked()
+        expect(getattr(page.get_by_label("Text to continue"), place)).not_to_be_checked()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Text to continue").first.check()
+    ask(page, "abc", seed=5)
+    finished(page)
+    assert text_of(page, "#tt-aligned") == server.complete(prompt="abc", seed=5, model="polite")
+
+
+def test_a_message_goes_through_the_chat_template(chatting, page, server):
     ask(page, "hi", seed=5)
     finished(page)
     body = {

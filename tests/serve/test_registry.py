@@ -13,12 +13,14 @@ import pytest
 
 from serving import folder_service, running
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
-from trimtab import AlignedModel, SamplingParams
+from trimtab import AlignedModel, Aligner, SamplingParams
 from trimtab.cli.serve import _cache_bytes
 from trimtab.decode.assemble import Loader
 from trimtab.errors import InvalidRequest, VocabularyMismatch
 from trimtab.models.adapters import Adapted
+from trimtab.models.aligner import Manifest
 from trimtab.models.table import TableLM
+from trimtab.models.vocabulary import fingerprint_vocabulary
 from trimtab.serve.registry import NoSuchAligner, NoSuchFolder, OutOfMemory, Registry
 
 V = 28
@@ -40,6 +42,43 @@ def root(tmp_path_factory) -> Path:
     save_tiny(folder / "secret", tiny_model("llama", V, seed=1, spread=0.3, num_hidden_layers=9), tokenizer)
     os.symlink(folder / "secret", folder / "aligners" / "way-out")
     return folder
+
+
+def drafting_of(caplog) -> dict[str, str]:
+    """Who drafts, by aligner, as the log says."""
+    facts = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    return {one["aligner"]: one["who_drafts"] for one in facts}
+
+
+def test_who_drafts_is_said_for_each_aligner_that_is_loaded(root, tmp_path, caplog):
+    """Residuals are told from language models, and a residual's own drafter is named; `draft="aligner"` holds for all."""
+    aligner = Aligner.from_pretrained(root / "aligners" / "a0")
+    aligner.manifest = Manifest(vocabulary=fingerprint_vocabulary(aligner.tokenizer), objective="likelihood")
+    aligner.save_pretrained(tmp_path / "alone")
+    aligner.draft = root / "aligners" / "a1"
+    aligner.save_pretrained(tmp_path / "with")
+    paths = {"plain": root / "aligners" / "a0", "alone": tmp_path / "alone", "with": tmp_path / "with"}
+    caplog.set_level("INFO", "trimtab")
+    said = {}
+    for draft in (None, "aligner", "ngram", "none"):
+        caplog.clear()
+        base = AlignedModel.from_pretrained(root / "proposal", draft=draft)
+        registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"))
+        for name, path in paths.items():
+            registry.load(name, str(path))
+        said[draft] = drafting_of(caplog)
+        drafters = {name: registry.resident([name]).models.drafter for name in paths}
+        assert drafters == {
+            None: {"plain": 1, "alone": None, "with": None},
+            "aligner": dict.fromkeys(paths, 1),
+        }.get(draft, dict.fromkeys(paths))
+    assert said[None]["plain"] == "the aligner itself"
+    assert said[None]["alone"].startswith("nobody: the aligner is a residual")
+    assert "--draft FOLDER/draft" in said[None]["alone"]
+    assert f"--draft {tmp_path / 'with' / 'draft'} " in said[None]["with"]
+    assert said["aligner"] == dict.fromkeys(paths, "the aligner itself")
+    assert said["ngram"] == dict.fromkeys(paths, "the text itself, by its n-grams")
+    assert said["none"] == dict.fromkeys(paths, "nobody: --draft none")
 
 
 def registry_of(folder: Path, /, **settings) -> Registry:

@@ -60,6 +60,20 @@ def serving(folder: Path, *flags: str, **environment: str) -> Iterator[tuple[sub
             stream.close()
 
 
+def test_the_log_says_who_drafts_and_that_aligners_may_be_told_to(folder):
+    """`--draft aligner` is for each of them; the bare proposal, which is asked here too, has nobody."""
+    process = subprocess.Popen(
+        command(folder, "--draft", "aligner"), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert process.stderr is not None
+    with process.stderr as lines:
+        said = next(line for line in map(json.loads, lines) if "who_drafts" in line)
+    process.kill()
+    process.wait()
+    assert said["message"] == "loaded aligner q; who drafts: the aligner itself"
+    assert (said["aligner"], said["who_drafts"]) == ("q", "the aligner itself")
+
+
 def stop(
     process: subprocess.Popen[str], sent: signal.Signals = signal.SIGTERM
 ) -> tuple[dict[str, object], list[dict[str, object]]]:

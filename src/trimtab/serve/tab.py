@@ -47,7 +47,7 @@ class Tab:
             label="Prompt",
             lines=3,
             max_lines=12,
-            placeholder="A message to the models, or a text to continue. Shift+Enter runs it.",
+            placeholder="What shall the models read? Shift+Enter runs it.",
             elem_classes="tt-prompt",
         )
         self.kind = gr.Radio(
