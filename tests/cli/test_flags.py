@@ -170,6 +170,7 @@ VLLM = {**ALIGNED, "engine": "vllm", "aligner": ["q=a"]}
         ("eval", {**EVAL, "dataset": "d.json"}, "columns", ["prompt=x"], "needs a --dataset in a TRL layout"),
         ("eval", {"annotations": "a.json"}, "max_tokens", 512, "has no meaning with --annotations"),
         ("serve", BARE, "rule", "product", "needs an --aligner"),
+        ("serve", {**BARE, "aligner_root": "r"}, "weight", [1.0], "needs an --aligner"),
         ("serve", BARE, "max_aligner_memory", 1.0, "needs an --aligner, or --aligner_root"),
         ("serve", BARE, "draft", "aligner", "'aligner' needs an aligner"),
         ("serve", BARE, "votes", "v.jsonl", "belongs to --playground"),

@@ -73,8 +73,9 @@ class RowOptions:
         return bool(self.aligner)
 
     def idle(self) -> dict[str, str]:
-        """What says nothing of a bare proposal."""
-        return {} if self.aligns else dict.fromkeys(("rule", "weight", "aligner_temperature"), "needs an --aligner")
+        """What says nothing of a bare proposal; weights are of aligners that are named here."""
+        without = () if self.aligns else ("rule", "aligner_temperature")
+        return dict.fromkeys(without if self.aligner else (*without, "weight"), "needs an --aligner")
 
 
 @dataclass(frozen=True)
