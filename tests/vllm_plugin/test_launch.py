@@ -139,6 +139,7 @@ OTHERS: dict[str, Any] = {
     "playground": True,
     "votes": "votes.jsonl",
     "cuda_graphs": True,
+    "date": "2026-11-29",
     "device": "cpu",
 }
 
@@ -146,7 +147,14 @@ OTHERS: dict[str, Any] = {
 def test_every_option_is_mapped_or_refused():
     assert set(OTHERS) == set(REFUSED)
     mapped = {*module.SAME, *module.SHAPING, "proposal", "aligner", "engine", "vllm_args", "api_key", "served_model_name"}
-    mapped |= {"max_aligner_memory", "shutdown_timeout", "log_prompts", "allowed_origins", "allowed_hosts"}
+    mapped |= {
+        "max_aligner_memory",
+        "shutdown_timeout",
+        "log_prompts",
+        "allowed_origins",
+        "allowed_hosts",
+        "chat_template_path",
+    }
     assert mapped | set(REFUSED) == {field.name for field in fields(Options)}
     assert not mapped & set(REFUSED)
 

@@ -81,7 +81,7 @@ def _run(arguments: Sequence[str]) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(text, flush=True)  # noqa: T201 - this is the command's output
     failed = report.get("failed", 0)
-    return _complain(name, f"{failed} could not be finished; the output says which, and why", 1) if failed else 0
+    return _complain(f"trimtab {name}", f"{failed} could not be finished; the output says which, and why", 1) if failed else 0
 
 
 def _overview() -> Parser:

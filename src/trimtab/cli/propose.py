@@ -66,7 +66,14 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
     def idle(self) -> dict[str, str]:
         """What takes other models than are named."""
         idle = {} if self.reward_model else {"pairs": "needs --reward_model"}
-        local = ("aligner", "max_num_seqs", "leave_out_long", "chat_template_path", "date", *(() if self.reward_model else ("dtype", "device")))
+        local = (
+            "aligner",
+            "max_num_seqs",
+            "leave_out_long",
+            "chat_template_path",
+            "date",
+            *(() if self.reward_model else ("dtype", "device")),
+        )
         remote = ("concurrency", "request_timeout", "max_retries")
         here = dict.fromkeys(local, "is for a model that runs here, not for --endpoint")
         return idle | (here if self.endpoint else dict.fromkeys(remote, "needs --endpoint"))
