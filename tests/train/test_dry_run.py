@@ -13,11 +13,12 @@ from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.arguments import training_arguments
-from trimtab.train.batches import ExampleDataset, Item, cached_rows, collate
+from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.pieces import Room
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rows import Layout, ModelRows, compress, tail_points
 from trimtab.train.run import train
@@ -121,12 +122,14 @@ def test_a_look_at_development_prompts_takes_the_bytes_of_a_real_one(task, tmp_p
     arguments.output_dir = str(tmp_path)
     rehearsal = Rehearsal(options, arguments, load_model(options.aligner, device="cpu").config, V, 3.0)
     trainer, model = real_trainer(options)
-    batch = real_batch(examples, options, "dev")
-    with torch.no_grad(), Ledger() as ledger:
-        logq = trainer._rows(model.eval(), batch, "chosen")
-        other = trainer._rows(model, batch, "rejected") if pairs else None
-        trainer.look(batch, cached_rows(batch, V), logq, other)
-    assert rehearsal.evaluation(examples) == ledger.peak + nbytes(batch)
+    room, peaks = Room.of(examples if options.needs_rejected else answers(examples, "chosen"), 8), []
+    for places in room.batches(examples, 16):
+        batch = real_batch([examples[i] for i in places], options, "dev")
+        with torch.no_grad(), Ledger() as ledger:
+            model.eval()
+            trainer.look(batch, trainer.passes(batch, room.piece, pairs=pairs))
+        peaks.append(ledger.peak + nbytes(batch))
+    assert rehearsal.evaluation(examples, examples) == max(peaks)
 
 
 @pytest.mark.parametrize("objective", ["likelihood", "sft"])

@@ -78,7 +78,8 @@ def test_micro_batches_of_an_update_are_of_like_length():
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 8), (2, 8), (4, 7), (8, 9), (3, 45)])
 def test_a_pass_has_every_example_once_and_equally_many_batches_everywhere(ranks, batch_size):
-    everyone = [whole_passes(LENGTHS, batch_size, rank, ranks) for rank in range(ranks)]
+    batches = [list(range(45))[at : at + batch_size] for at in range(0, 45, batch_size)]
+    everyone = [whole_passes(batches, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches, _ in everyone}) == 1
     assert sorted(pick.place for batches, count in everyone for batch in batches[:count] for pick in batch) == list(range(45))
     assert all(pick.share == 1 for batches, _ in everyone for batch in batches for pick in batch)

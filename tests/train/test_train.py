@@ -14,13 +14,14 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
+from trimtab.core.objectives import likelihood
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.models.aligner import Manifest
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.train.arguments import training_arguments
-from trimtab.train.batches import ExampleDataset, Item, answer_rows, collate
+from trimtab.train.batches import ExampleDataset, Item, answer_rows, cached_rows, collate
 from trimtab.train.examples import Example, answers, encode_records
 from trimtab.train.records import read_records
 from trimtab.train.rows import ModelRows
@@ -286,10 +287,15 @@ def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated_and_its_regu
     arguments = training_arguments(options)
     trainer = AlignerTrainer(options, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
     found = []
+
+    def plain(which):
+        logp, logq = cached_rows(batch, V, which), trainer._rows(model, batch, which)
+        return likelihood(options.parsed_rule, logp, logq, options.starting_weight, batch[f"{which}_tokens"])
+
     for compute in (
         lambda: trainer.compute_loss(model, batch),
         lambda: (
-            trainer._losses(batch, *(trainer._rows(model, batch, which) for which in kinds)).sum()
+            trainer._losses(batch, {which: plain(which) for which in kinds}).sum()
             - settings.get("sft_weight", 0.3)
             / 3.0
             * gather(answer_rows(model, batch, "chosen", V), batch["chosen_tokens"]).sum()

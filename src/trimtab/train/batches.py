@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trimtab.core.logprobs import row_from_logits
+from trimtab.core.logprobs import Warp, row_from_logits, warp
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows
 
-__all__ = ["ExampleDataset", "Item", "answer_logits", "answer_rows", "cached_batch", "cached_rows", "collate"]
+__all__ = ["ExampleDataset", "Item", "answer_logits", "answer_rows", "cached_batch", "cached_rows", "collate", "rows_at"]
 
 
 class Item(NamedTuple):
@@ -78,10 +78,15 @@ def cached_rows(batch: Mapping[str, Tensor], vocab_size: int, which: str = "chos
     return cached_batch(batch, which).rebuild(vocab_size)
 
 
-def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int) -> Tensor:
-    """The model's log-probabilities `[N, V]` where it predicts the tokens of the `which` answers."""
-    logits, positions = answer_logits(model, batch, which)
-    return row_from_logits(logits.index_select(0, positions), vocab_size)
+def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int, temperature: float = 1.0) -> Tensor:
+    """The model's log-probabilities `[N, V]` at a temperature, where it predicts the tokens of the `which` answers."""
+    return rows_at(*answer_logits(model, batch, which), vocab_size, temperature)
+
+
+def rows_at(logits: Tensor, positions: Tensor, vocab_size: int, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities `[n, V]` at a temperature, from the logits `[M, W]` at n positions."""
+    rows = row_from_logits(logits.index_select(0, positions), vocab_size)
+    return rows if temperature == 1 else warp(rows, Warp(temperature))
 
 
 def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:

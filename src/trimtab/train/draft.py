@@ -16,7 +16,7 @@ from trimtab.core.objectives import acceptance, distillation
 from trimtab.errors import UnsupportedModel
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model
-from trimtab.train.batches import answer_rows, cached_rows
+from trimtab.train.batches import answer_logits, cached_rows, rows_at
 from trimtab.train.options import TrainOptions
 from trimtab.train.trainer import AlignerTrainer
 
@@ -75,13 +75,13 @@ class DraftTrainer(AlignerTrainer):
     def __init__(self, *args: Any, aligner: Any, weight: float, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self._aligner = aligner.to(self.args.device).eval().requires_grad_(False)
-        self._weight = weight
+        self._weight, self._temperature = weight, 1.0  # the aligner's temperature is not the drafter's own
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """KL(aligned‖draft) of a micro-batch, weighed as an aligner's loss is."""
-        target = self._target(inputs, cached_rows(inputs, self._vocab_size))
+        target = self._target(cached_rows(inputs, self._vocab_size), *self._aligner_logits(inputs))
         losses = self._sum(distillation(target, self._rows(model, inputs, "chosen")), inputs, "chosen") / self._mean_length
         loss = (losses * inputs["share"]).sum()
         return (loss, {}) if return_outputs else loss
@@ -89,10 +89,14 @@ class DraftTrainer(AlignerTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """On the development answers: the loss, KL(aligned‖draft) in nats a token, and the share of drafts that would stay."""
         sums = torch.zeros(4, dtype=torch.float64)
-        for batch, logp, logd, _ in self.development_rows(eval_dataset):
-            target = self._target(batch, logp)
-            kept, kl = acceptance(target, logd), distillation(target, logd)
-            sums += torch.tensor([float(kl.sum()), float(kept.sum()), len(kl), len(batch["chosen_ids"])], dtype=torch.float64)
+        for inputs, passes in self.development(eval_dataset):
+            for _, some in passes:
+                logits, _ = self._aligner_logits(inputs)
+                for piece in some:
+                    target = self._target(piece.logp, logits, piece.positions)
+                    kept, kl = acceptance(target, piece.logq), distillation(target, piece.logq)
+                    sums += torch.tensor([float(kl.sum()), float(kept.sum()), len(kl), 0], dtype=torch.float64)
+            sums[3] += len(inputs["chosen_ids"])
         kl_sum, kept_sum, tokens, examples = self._ranks.total(sums).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": kl_sum / examples / self._mean_length,
@@ -104,12 +108,12 @@ class DraftTrainer(AlignerTrainer):
         return metrics
 
     @torch.no_grad()
-    def _target(self, inputs: dict[str, Tensor], logp: Tensor) -> Tensor:
-        """The aligned model's rows `[N, V]` on the wanted answers, from log p̃ `[N, V]`."""
+    def _aligner_logits(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The aligner's logits on the wanted answers, and which of them predict their tokens."""
         with self.compute_loss_context_manager():
-            logq = super()._rows(self._aligner, inputs, "chosen")
-        return self._rule.target(logp, [logq], logq.new_tensor([self._weight]))
+            return answer_logits(self._aligner, inputs, "chosen")
 
-    def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
-        """The drafter's rows `[N, V]` as it drafts from them: the aligner's temperature is not its own."""
-        return answer_rows(model, inputs, which, self._vocab_size)
+    def _target(self, logp: Tensor, logits: Tensor, positions: Tensor) -> Tensor:
+        """The aligned model's rows `[n, V]`, from log p̃ `[n, V]` and the aligner's logits at n positions."""
+        logq = rows_at(logits, positions, self._vocab_size, self._options.temperatures.aligner)
+        return self._rule.target(logp, [logq], logq.new_tensor([self._weight]))

@@ -118,16 +118,16 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
         options = options.with_contrast_for(sum(data.counts or (0,)), lacking=data.lacking or 0)
     options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
     of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
-    examples = data.examples or [of_one]
-    development = data.development or [of_one]
+    batch_size = arguments.train_batch_size
+    examples = data.examples or [of_one] * batch_size
+    development = data.development or [of_one] * arguments.eval_batch_size
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)
 
     rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, read_lora(adapter) if adapter else None)
     parameters = rehearsal.parameters
-    batch_size = arguments.train_batch_size
-    step = rehearsal.step(_longest(examples, batch_size, pad=data.examples is None))
+    step = rehearsal.step(sorted(examples, key=_length, reverse=True)[:batch_size])
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    evaluating = rehearsal.evaluation(_longest(development, arguments.eval_batch_size, pad=data.development is None))
+    evaluating = rehearsal.evaluation(examples, development)
     training = weights + step.batch + step.peak
     report: dict[str, Any] = {
         "dry_run": True,
@@ -235,13 +235,6 @@ def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | Non
     records = min(records, options.max_examples or records)
     kept = max(1, round(options.dev_fraction * records)) if options.eval_dataset is None else 0
     return records - kept, kept
-
-
-def _longest(examples: Sequence[Example], count: int, *, pad: bool) -> list[Example]:
-    """A batch of the longest examples; with `pad`, of one that stands for all."""
-    if pad:
-        return [examples[0]] * count
-    return sorted(examples, key=_length, reverse=True)[:count]
 
 
 def _length(example: Example) -> int:

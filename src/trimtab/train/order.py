@@ -103,13 +103,12 @@ class EpochLoader(DataLoader[Any]):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def whole_passes(lengths: Sequence[int], batch_size: int, rank: int, ranks: int) -> tuple[list[list[Pick]], int]:
-    """Batches for one pass over all examples, those of like length together, dealt in turn to the processes.
+def whole_passes(batches: Sequence[Sequence[int]], rank: int, ranks: int) -> tuple[list[list[Pick]], int]:
+    """One pass over all examples: the batches that they are in, dealt in turn to the processes.
 
     Returns:
         This process's batches, as many as every other one has, and how many of them count; at most one does not.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    batches = [[Pick(i) for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    mine = batches[rank::ranks]
-    return mine + batches[-1:] * (-(-len(batches) // ranks) - len(mine)), len(mine)
+    picks = [[Pick(i) for i in batch] for batch in batches]
+    mine = picks[rank::ranks]
+    return mine + picks[-1:] * (-(-len(picks) // ranks) - len(mine)), len(mine)

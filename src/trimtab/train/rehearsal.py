@@ -6,6 +6,7 @@ autocast, the checkpointing and the optimizer are those of the run.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
-from trimtab.train.batches import Item, cached_rows, collate
+from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.options import TrainOptions
+from trimtab.train.pieces import shape
 from trimtab.train.ranks import Ranks
 from trimtab.train.rows import CachedRows
 from trimtab.train.start import prepare_model
@@ -154,15 +156,26 @@ class Rehearsal:
             self.model.zero_grad()
             return int(flops())
 
-    def evaluation(self, examples: Sequence[Example]) -> int:
-        """The most bytes there are beyond weights, gradients and optimizer while a development batch is looked at."""
+    def evaluation(self, examples: Sequence[Example], development: Sequence[Example]) -> int:
+        """The most bytes there are beyond weights, gradients and optimizer while development examples are looked at.
+
+        Args:
+            examples: what is trained on, which says how much may be looked at together.
+            development: from which the batches with the most tokens and with the most logits are taken.
+        """
+        self.trainer.train_dataset = ExampleDataset(examples)
+        room, pairs = self.trainer.room, all(example.rejected for example in development)
+        batches = room.batches(development, self._arguments.eval_batch_size)
+        shapes = [shape([development[i] for i in batch]) for batch in batches]
+        largest = {shapes.index(max(shapes, key=size)) for size in (attrgetter("tokens"), attrgetter("rows"))}
+        return max(self._look([development[i] for i in batches[number]], room.piece, pairs) for number in largest)
+
+    def _look(self, examples: Sequence[Example], most: int, pairs: bool) -> int:
         lengths = collate([Item(example) for example in examples])
-        pairs = all(example.rejected for example in examples)
         with self._making(), torch.no_grad(), Ledger() as ledger:
+            self.model.eval()
             batch = self._batch(lengths, rows=True)
-            logq = self.trainer._rows(self.model.eval(), batch, "chosen")
-            other = self.trainer._rows(self.model, batch, "rejected") if pairs else None
-            self.trainer.look(batch, cached_rows(batch, self._vocab_size), logq, other)
+            self.trainer.look(batch, self.trainer.passes(batch, most, pairs=pairs))
         return int(ledger.peak)
 
     def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:

@@ -356,8 +356,9 @@ def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
 
 
 def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch, logp, logq, _ in trainer.development_rows():
-        yield logp, logq, batch["chosen_tokens"]
+    for _, passes in trainer.development():
+        for _, some in passes:
+            yield from ((piece.logp, piece.logq, piece.tokens) for piece in some)
 
 
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:

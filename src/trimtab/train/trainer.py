@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from trimtab.core.logprobs import Warp, warp
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
-from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, cached_rows
+from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch
 from trimtab.train.diagnostics import measure, summarise
+from trimtab.train.examples import answers
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
+from trimtab.train.pieces import Passes, Piece, Room, pieces
 from trimtab.train.ranks import ALONE, Ranks
 
 __all__ = ["AlignerTrainer"]
@@ -48,6 +49,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         self.model_accepts_loss_kwargs = False  # our losses are means over examples already
         self._options, self._vocab_size, self._mean_length, self._ranks = options, vocab_size, mean_length, ranks
         self._rule, self._weight = options.parsed_rule, options.starting_weight
+        self._temperature = options.temperatures.aligner
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -56,8 +58,9 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         if self._options.objective == "likelihood":
             losses = self._likelihood(model, inputs)
         else:
-            other = self._rows(model, inputs, "rejected") if self._options.needs_rejected else None
-            losses = self._losses(inputs, self._rows(model, inputs, "chosen"), other)
+            kinds = ("chosen", "rejected") if self._options.needs_rejected else ("chosen",)
+            tokens = {which: sft(self._rows(model, inputs, which), inputs[f"{which}_tokens"]) for which in kinds}
+            losses = self._losses(inputs, tokens)
         loss = (losses * inputs["share"]).sum()
         return (loss, {}) if return_outputs else loss
 
@@ -85,9 +88,10 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         """Loss and diagnostics on the development data, logged under `eval_…`."""
         sums = torch.zeros(9, dtype=torch.float64)
         losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
-        for batch, logp, logq, other in self.development_rows(eval_dataset):
-            found = self.look(batch, logp, logq, other)
-            sums, losses = sums + found[0].cpu(), losses + found[1].cpu()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
+            found = self.look(inputs, passes)
+            sums, losses = sums + found[0], losses + found[1]
         sums, losses = self._ranks.total(sums), self._ranks.total(losses)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
         metrics[f"{metric_key_prefix}_loss"] = float(losses[0] / losses[1])
@@ -97,38 +101,65 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def look(self, batch: dict[str, Tensor], logp: Tensor, logq: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `evaluate` adds up of one development batch, from its `development_rows`: diagnostics `[9]` and losses `[4]`."""
-        rejected = logq.new_zeros(0) if other is None else sft(other, batch["rejected_tokens"])
-        loss = self._losses(batch, logq, other).sum()
-        losses = [loss, loss.new_tensor(len(batch["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
-        return self._measure(batch, logp, logq), torch.stack(losses).double()
+    def look(self, inputs: dict[str, Tensor], passes: Passes) -> tuple[Tensor, Tensor]:
+        """What `evaluate` adds up of one development batch: diagnostics `[9]` and losses `[4]`."""
+        sums, alone, decoded = torch.zeros(9, dtype=torch.float64), {}, {}
+        for which, some in passes:
+            values = []
+            for piece in some:
+                values.append([sft(piece.logq, piece.tokens)] * 2)
+                if piece.cached is not None:
+                    logp = piece.logp
+                    if self._options.objective == "likelihood":
+                        values[-1][1] = likelihood(self._rule, logp, piece.logq, self._weight, piece.tokens)
+                    if which == "chosen":
+                        sums += self._measure(piece, logp)
+            alone[which], decoded[which] = map(torch.cat, zip(*values, strict=True))
+        loss = self._losses(inputs, decoded).sum()
+        rejected = alone.get("rejected", loss.new_zeros(0))
+        losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
+        return sums, torch.stack(losses).double().cpu()
 
-    def _measure(self, batch: dict[str, Tensor], logp: Tensor, logq: Tensor) -> Tensor:
+    def _measure(self, piece: Piece, logp: Tensor) -> Tensor:
+        assert piece.cached is not None
         said = self._options.proposal_top_p
         top_p = said if said is not None and said < 1 else 0.95
-        cached = cached_batch(batch)
-        even = cached.evenly().rebuild(self._vocab_size) if cached.samples.shape[-1] else logp
-        return measure(self._rule, logp, logq, self._weight, batch["chosen_tokens"], top_p, even)
+        even = piece.cached.evenly().rebuild(self._vocab_size) if piece.cached.samples.shape[-1] else logp
+        return measure(self._rule, logp, piece.logq, self._weight, piece.tokens, top_p, even)
 
-    @torch.no_grad()
-    def development_rows(self, dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]]:
-        """This process's development batches, each with log p̃ and log q `[N, V]` on its wanted answers.
+    @property
+    def room(self) -> Room:
+        """How large training's largest micro-batch is."""
+        examples = self.train_dataset.examples
+        return Room.of(examples if self._options.needs_rejected else answers(examples, "chosen"), self._train_batch_size)
 
-        And with log q on the unwanted ones, where every example has one. A batch that is another process's too takes part in
-        the computation, which may need all processes, and is not given.
+    def development(self, dataset: Any = None, *, pairs: bool = False) -> Iterator[tuple[dict[str, Tensor], Passes]]:
+        """This process's development batches, each with its `passes`, which are run as they are asked for.
+
+        A batch that is another process's too takes part in the computation, which may need all processes, and is not given.
         """
         self.model.eval()
-        dataset = self.eval_dataset if dataset is None else dataset
-        ranks, pairs = self._ranks, all(example.rejected for example in dataset.examples)
-        batches, count = whole_passes(dataset.lengths, self.args.eval_batch_size, ranks.index, ranks.count)
+        dataset, ranks = self.eval_dataset if dataset is None else dataset, self._ranks
+        room = self.room
+        batches, count = whole_passes(room.batches(dataset.examples, self.args.eval_batch_size), ranks.index, ranks.count)
         for number, batch in enumerate(self._loader(dataset, batches)):
             inputs = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                logq = self._rows(self.model, inputs, "chosen")
-                other = self._rows(self.model, inputs, "rejected") if pairs else None
+            passes = self.passes(inputs, room.piece, pairs=pairs)
             if number < count:
-                yield inputs, cached_rows(inputs, self._vocab_size), logq, other
+                yield inputs, passes
+            for _, unseen in passes:
+                del unseen  # and the logits with it, before the next pass
+
+    @torch.no_grad()
+    def passes(self, inputs: dict[str, Tensor], most: int, *, pairs: bool) -> Passes:
+        """The wanted answers' rows, and with `pairs` then the unwanted ones', in pieces of `most` rows."""
+        for which in ("chosen", "rejected") if pairs else ("chosen",):
+            with self.compute_loss_context_manager():
+                logits, positions = answer_logits(self.model, inputs, which)
+            cached = cached_batch(inputs, which) if f"{which}_proposal_ids" in inputs else None
+            tokens = inputs[f"{which}_tokens"]
+            yield which, pieces(logits, positions, tokens, cached, self._vocab_size, self._temperature, most)
+            del logits
 
     def _loader(self, dataset: ExampleDataset, batches: Any) -> EpochLoader:
         said = {name: getattr(self.args, f"dataloader_{name}") for name in LOADER if hasattr(self.args, f"dataloader_{name}")}
@@ -146,7 +177,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 logits,
                 positions,
                 self._weight,
-                options.temperatures.aligner,
+                self._temperature,
                 self._vocab_size,
             )
             for which, (logits, positions) in found.items()
@@ -163,38 +194,32 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         if not self._options.contrast:
             return loss
         gains = {}  # log P_θ − log p̃ in nats a token: sums would be won by length
-        for which, values in losses.items():
+        for which in ("chosen", "rejected"):
+            values = losses[which]
             lengths = self._sum(torch.ones_like(values), inputs, which)
             gains[which] = -self._sum(values + cached_batch(inputs, which).token_logp, inputs, which) / lengths
         contrast = preference(gains["chosen"], gains["rejected"], self._options.inverse_temperature)
         return loss + self._options.contrast * contrast
 
-    def _losses(self, inputs: dict[str, Tensor], rows: Tensor, other: Tensor | None) -> Tensor:
-        """One loss for each example `[B]`, from log q on wanted and unwanted answers."""
+    def _losses(self, inputs: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
+        """One loss for each example `[B]`, from −log-probabilities of its answers' tokens `[N]`.
+
+        For `likelihood` those are as decoded, otherwise the aligner's alone; unwanted answers may be there without being used.
+        """
         o = self._options
-        tokens = inputs["chosen_tokens"]
         if o.objective == "likelihood":
-            both = {"chosen": rows} if other is None or not o.contrast else {"chosen": rows, "rejected": other}
-            losses = {
-                which: likelihood(
-                    self._rule, cached_rows(inputs, self._vocab_size, which), logq, self._weight, inputs[f"{which}_tokens"]
-                )
-                for which, logq in both.items()
-            }
-            return self._contrasted(inputs, losses)
-        chosen = self._sum(sft(rows, tokens), inputs, "chosen")
-        if not o.needs_rejected or other is None:
+            return self._contrasted(inputs, tokens)
+        chosen = self._sum(tokens["chosen"], inputs, "chosen")
+        if not o.needs_rejected:
             return chosen / self._mean_length
-        rejected = self._sum(sft(other, inputs["rejected_tokens"]), inputs, "rejected")
+        rejected = self._sum(tokens["rejected"], inputs, "rejected")
         if o.objective == "ram":
             return ram(-chosen, -rejected, o.alpha) / self._mean_length
         return preference(-chosen, -rejected, o.inverse_temperature)
 
     def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
         """Log q at the decoding temperature `[N, V]`."""
-        rows = answer_rows(model, inputs, which, self._vocab_size)
-        temperature = self._options.temperatures.aligner
-        return rows if temperature == 1 else warp(rows, Warp(temperature))
+        return answer_rows(model, inputs, which, self._vocab_size, self._temperature)
 
     def _sum(self, values: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
         return per_example(values, inputs[f"{which}_owner"], len(inputs[f"{which}_ids"]))
