@@ -65,7 +65,7 @@ class SFTData(torch.utils.data.Dataset[Example]):
 
 def sft_batch(examples: list[Example]) -> dict[str, Tensor]:
     ids = [torch.tensor(e.prompt + e.chosen) for e in examples]
-    labels = [torch.tensor([-100] * len(e.prompt) + e.chosen) for e in examples]
+    labels = [torch.tensor([-100] * len(e.prompt) + e.chosen.tolist()) for e in examples]
     ones = [torch.ones(len(row), dtype=torch.long) for row in ids]
     return {
         "input_ids": pad_sequence(ids, batch_first=True),

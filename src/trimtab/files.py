@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +15,16 @@ import filelock
 
 from trimtab.errors import DataError, InvalidOption
 
-__all__ = ["atomic_folder", "atomic_write", "named_errors", "only_writer", "read_json", "remove_leftovers", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "json_digest",
+    "named_errors",
+    "only_writer",
+    "read_json",
+    "remove_leftovers",
+    "write_json",
+]
 
 LEFTOVERS = ".*.partial"
 """How everything is called that a kill may leave behind."""
@@ -149,3 +159,13 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def json_digest(values: Iterable[Any]) -> str:
+    """SHA-256 of values as one JSON list, which is never in memory as a whole."""
+    digest, between = hashlib.sha256(b"["), ""
+    for value in values:
+        digest.update(f"{between}{json.dumps(value)}".encode())
+        between = ", "
+    digest.update(b"]")
+    return digest.hexdigest()

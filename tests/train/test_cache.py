@@ -88,7 +88,7 @@ def test_rows_are_exact_where_every_entry_is_kept(top_k, tmp_path, small_shards)
     cache = build(tmp_path / "cache", proposal, examples, top_k=top_k)
     assert len(cache) == 8
     for i, example in enumerate(examples):
-        assert cache[i].token.tolist() == example.chosen
+        assert cache[i].token.tolist() == example.chosen.tolist()
         torch.testing.assert_close(cache[i].rebuild(V), exact_rows(proposal.model, example), rtol=0, atol=1e-5)
     assert cache.facts["kl_per_token"] == pytest.approx(0, abs=1e-6)
     assert cache.facts["kl_worst_token"] == pytest.approx(0, abs=1e-6)
@@ -162,7 +162,7 @@ def test_rows_do_not_depend_on_shards_and_batches(samples, tmp_path, monkeypatch
     assert len(list((tmp_path / "cut").glob("shard-*"))) == 5
     for ours, theirs in zip(tensors(cut), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
-    assert [cut[i].token.tolist() for i in (8, 0, 5)] == [examples[i].chosen for i in (8, 0, 5)]
+    assert [cut[i].token.tolist() for i in (8, 0, 5)] == [examples[i].chosen.tolist() for i in (8, 0, 5)]
 
 
 def test_fields_are_what_the_files_hold():

@@ -1,8 +1,12 @@
 """Data sets in every layout and file format, what is said of a bad one, and the way from records to token ids."""
 
 import gzip
+import hashlib
 import json
 import logging
+import pickle
+import tracemalloc
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ import pytest
 from tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError
-from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_by_prompt
+from trimtab.files import json_digest
+from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.records import Record, read_records, read_rows
 
 USER = {"role": "user", "content": "hi"}
@@ -209,9 +214,9 @@ def test_chats_are_encoded_by_the_template():
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     [example] = encode_records([record([{"role": "user", "content": "b"}], [HELLO], [RUDE])], Encoder(tokenizer, 28, [EOS]), 40)
     space = 27
-    assert example.prompt == [21, space, 2, EOS, 1, space]
-    assert example.chosen == [*(ord(letter) - 96 for letter in "hello"), EOS]
-    assert example.rejected == [*(ord(letter) - 96 for letter in "what"), EOS]
+    assert example.prompt.tolist() == [21, space, 2, EOS, 1, space]
+    assert example.chosen.tolist() == [*(ord(letter) - 96 for letter in "hello"), EOS]
+    assert example.rejected.tolist() == [*(ord(letter) - 96 for letter in "what"), EOS]
 
 
 def test_answers_are_cut_and_long_prompts_left_out_and_both_are_counted(caplog):
@@ -258,6 +263,43 @@ def test_fingerprints_see_what_they_should():
     rejected = [base[0]._replace(rejected=[4]), base[1]]
     assert fingerprint_examples(rejected) == fingerprint_examples(base)
     assert fingerprint_examples(rejected, rejected=True) != fingerprint_examples(base, rejected=True)
+
+
+def test_ids_take_four_bytes_a_token_and_fingerprints_no_string_of_everything():
+    """Ids above 256 are objects of 28 bytes in a list, with 8 for the place: 36. A digest needs one example at a time."""
+    tokenizer = tiny_tokenizer("".join(chr(i) for i in range(0x4E00, 0x5200)))
+    text = "".join(chr(0x4F01 + i) for i in range(250))
+    records = [record(text, text, text) for _ in range(300)]
+    tracemalloc.start()
+    try:
+        examples = encode_records(records, tokenizer, [EOS], 1000)
+        tokens, size = sum(len(ids) for example in examples for ids in example), tracemalloc.get_traced_memory()[0]
+        assert tokens == 300 * 752
+        assert size < 8 * tokens
+        unwanted, before = answers(examples, "rejected"), tracemalloc.get_traced_memory()[0]
+        assert before - size < tokens
+        tracemalloc.reset_peak()
+        fingerprint_examples(unwanted, rejected=True)
+        assert tracemalloc.get_traced_memory()[1] - before < 0.5 * tokens
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_example_is_of_arrays_however_it_is_made():
+    """And equal where its ids are."""
+    made = [Example([1], (2, 0), [3]), Example(array("i", [1]), [2, 0], iter([3]))]
+    assert made[0] == made[1] != Example([1], [2], [3])
+    assert {type(ids) for example in [*made, pickle.loads(pickle.dumps(made[0]))] for ids in example} == {array}
+
+
+def test_a_digest_is_that_of_one_string_of_everything():
+    """So runs and caches that are there already go on."""
+    for values in ([], ["a"], ["a", [{"role": "user", "content": "ü\ud83d"}], {"b": None}, 1.5]):
+        assert json_digest(iter(values)) == hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    examples = [Example([1], [2, 0], [3]), Example([4], [5], [])]
+    for width in (2, 3):
+        whole = json.dumps([[list(ids) for ids in example[:width]] for example in examples])
+        assert fingerprint_examples(examples, rejected=width == 3) == hashlib.sha256(whole.encode()).hexdigest()
 
 
 # ---- the split

@@ -22,14 +22,13 @@ from trimtab.evaluate.alpaca import read_outputs
 from trimtab.evaluate.budget import Budget
 from trimtab.evaluate.contests import slug
 from trimtab.evaluate.endpoint_judge import EndpointJudge
-from trimtab.evaluate.journal import key_of
 from trimtab.evaluate.judging import Judge
 from trimtab.evaluate.references import METRICS, ReferenceMetric
 from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_evaluation
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
-from trimtab.files import read_json, write_json
+from trimtab.files import json_digest, read_json, write_json
 from trimtab.train.records import read_records
 
 if TYPE_CHECKING:
@@ -254,7 +253,8 @@ def _record(
         if getattr(options, field.name) != field.default
     }
     path = options.dataset or options.baseline
-    data: dict[str, Any] = {"path": path, "sha256": _sha256(path) or key_of([prompts.prompts, prompts.references])}
+    shown = zip(prompts.prompts, prompts.references, strict=True)
+    data: dict[str, Any] = {"path": path, "sha256": _sha256(path) or json_digest(shown)}
     if any(map(is_url, options.judge)):
         data["criterion"] = options.criterion
     record: dict[str, Any] = {
@@ -290,7 +290,10 @@ def _to_record(value: Any) -> Any:
 def _sha256(path: str) -> str | None:
     """Of a file; None if it is none, but a data set of the hub."""
     file = Path(path).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if not file.is_file():
+        return None
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _file_hash(system: System) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """`trimtab generate`: aligned text for prompts on the command line or in a file."""
 
 import dataclasses
-import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from trimtab.cli.common import (
     refuse_overwriting,
 )
 from trimtab.cli.options import UsageError, option
+from trimtab.files import json_digest
 from trimtab.jsonlines import ResumableLines, kept_header
 
 __all__ = ["Options", "render", "run"]
@@ -67,8 +66,7 @@ def render(report: dict[str, Any]) -> str:
 def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dict[str, Any]:
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    settings |= {**model.encoder.chat_settings, "prompts": digest, "weights": [m.fingerprint for m in model.models.all]}
+    settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": [m.fingerprint for m in model.models.all]}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):

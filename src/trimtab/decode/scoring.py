@@ -101,7 +101,7 @@ def score_in_steps(
 
 
 def completion_rows(
-    models: Sequence[LanguageModel], pairs: Sequence[tuple[list[int], list[int]]], step: int | None = None
+    models: Sequence[LanguageModel], pairs: Sequence[tuple[Sequence[int], Sequence[int]]], step: int | None = None
 ) -> Iterator[tuple[list[Tensor], Tensor, list[int]]]:
     """Each model's rows on completions after their prompts, in pieces of bounded size.
 

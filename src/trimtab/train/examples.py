@@ -3,30 +3,45 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError, InvalidRequest
+from trimtab.files import json_digest
 from trimtab.train.records import Record
 
 __all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "split_by_prompt"]
 
 logger = logging.getLogger(__name__)
 
+_NONE = array("i")
 
-class Example(NamedTuple):
-    """A record as token ids; answers end with the end of sequence unless they were cut."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+class _Ids(NamedTuple):
+    prompt: "array[int]"
+    chosen: "array[int]"
+    rejected: "array[int]"
     """Empty where the record has none."""
+
+
+class Example(_Ids):
+    """A record as token ids; answers end with the end of sequence unless they were cut.
+
+    Ids are kept in arrays, of four bytes each: lists of Python's integers take ten times that, in every process of a run.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, prompt: Iterable[int], chosen: Iterable[int], rejected: Iterable[int]) -> Self:
+        """From arrays as they are, and from other ids."""
+        return super().__new__(cls, *(i if isinstance(i, array) else array("i", i) for i in (prompt, chosen, rejected)))
 
 
 def answers(examples: Sequence[Example], which: str) -> list[Example]:
     """The examples with their `chosen` or `rejected` answers as the only ones."""
-    return [Example(example.prompt, getattr(example, which), []) for example in examples]
+    return [Example(example.prompt, getattr(example, which), _NONE) for example in examples]
 
 
 def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int) -> list[Example]:
@@ -95,7 +110,7 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
 
 def fingerprint_examples(examples: Sequence[Example], *, rejected: bool = False) -> str:
     """A hash of prompts and wanted answers, in order; with `rejected`, of unwanted ones too."""
-    return _hash(json.dumps([example if rejected else example[:2] for example in examples]))
+    return json_digest([list(ids) for ids in example[: 3 if rejected else 2]] for example in examples)
 
 
 def _hash(text: str) -> str:

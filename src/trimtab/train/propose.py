@@ -11,8 +11,6 @@ answers, and whoever reads the file leaves it out.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.prompts import chat_columns
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.completions import Sample
+from trimtab.files import json_digest
 from trimtab.jsonlines import ResumableLines
 from trimtab.train.ranking import Ranking
 from trimtab.train.records import UNFINISHED, Record
@@ -97,7 +96,7 @@ def write_samples(
     Raises:
         InvalidOption: `out` holds part of a run with other settings.
     """
-    prompts = hashlib.sha256(json.dumps([record.prompt for record in records]).encode()).hexdigest()
+    prompts = json_digest(record.prompt for record in records)
     header = {"proposal": proposal, "prompts": prompts, "sampling": repr(params)}
     each = params.n
     if ranking is not None:
