@@ -44,7 +44,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.input:
         from trimtab.train.records import read_records
 
-        records = read_records(options.input, need="prompt")
+        records = read_records(options.input, need="prompt", answers=False)
         prompts = [record.prompt for record in records]
     model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
     check_prompts(model, records, params)
@@ -66,7 +66,8 @@ def render(report: dict[str, Any]) -> str:
 def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dict[str, Any]:
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
-    settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": [m.fingerprint for m in model.models.all]}
+    weights = [m.fingerprint for m in model.models.all]
+    settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": weights}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):

@@ -98,7 +98,7 @@ def run(options: Options) -> dict[str, Any]:
     pairs = _pairs(options)
     if options.dry_run:
         return _rehearse(options, pairs)
-    records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples)
+    records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples, answers=not pairs)
     ranking = _ranking(options, pairs, records)
     if options.endpoint:
         written = _remotely(options, limits, records, params, ranking)
@@ -159,7 +159,7 @@ def _rehearse(options: Options, pairs: int) -> dict[str, Any]:
     from trimtab.models.shapes import is_here
     from trimtab.train.dry_run import count_records
 
-    data = count_records(options.dataset, options, options.max_examples, options.expected_examples)
+    data = count_records(options.dataset, options, options.max_examples, options.expected_examples, answers=not pairs)
     records = data["examples"]
     report: dict[str, Any] = {"dry_run": True, "out": options.out, "data": data, "endpoints": list(options.endpoint)}
     report |= {"rows": None if records is None else records * (pairs or options.n)}

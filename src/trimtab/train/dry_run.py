@@ -202,12 +202,13 @@ def why_not_at_hand(dataset: str) -> str | None:
     return None if is_cached(dataset) else f"{dataset} is not in this machine's cache of data sets"
 
 
-def count_records(dataset: str, how: DataOptions, limit: int | None, expected: int | None) -> dict[str, Any]:
-    """Whether a data set of prompts is at hand, and how many records it has or is expected to have."""
+def count_records(dataset: str, how: DataOptions, limit: int | None, expected: int | None, *, answers: bool) -> dict[str, Any]:
+    """Whether a data set of prompts, maybe with `answers`, is at hand; how many records it has or is expected to have."""
     parse_columns(how.columns)
     why = why_not_at_hand(dataset)
     if why is None:
-        return {"at_hand": True, "why_not": None, "examples": len(read_records(dataset, need="prompt", how=how, limit=limit))}
+        records = read_records(dataset, need="prompt", how=how, limit=limit, answers=answers)
+        return {"at_hand": True, "why_not": None, "examples": len(records)}
     counted = expected if expected is None or limit is None else min(expected, limit)
     return {"at_hand": False, "why_not": why, "examples": counted}
 

@@ -9,8 +9,9 @@
 A list `unfinished` names answers that were cut, such as samples by `max_tokens`: they have no end of sequence to learn.
 A row with the `finish_reason` `error` is of a completion that could not go on, and is left out.
 A prompt is a text or a list of messages, and an answer is of the same kind. Beside messages, `tools` (JSON schemas, or a text
-of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored. Data that call their
-columns otherwise are mapped: `prompt=post`.
+of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored, but for those that change what a record
+means: a `label` that says that an answer is not wanted (`trimtab.train.unwanted`), and images. Data that call their columns
+otherwise are mapped, and then no others are looked at: `prompt=post`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 from trimtab.decode.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.train.implicit import implicit_prompt
+from trimtab.train.unwanted import LABEL, refuse_unwanted
 
 __all__ = ["UNFINISHED", "DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
 
@@ -96,7 +98,7 @@ def parse_columns(columns: Sequence[str]) -> dict[str, str]:
 
 
 def read_records(
-    dataset: str, *, need: str = "chosen", how: DataOptions | None = None, limit: int | None = None
+    dataset: str, *, need: str = "chosen", how: DataOptions | None = None, limit: int | None = None, answers: bool = True
 ) -> list[Record]:
     """Read a data set.
 
@@ -105,21 +107,27 @@ def read_records(
         need: what every record must have: `"prompt"`, `"chosen"` or `"rejected"` (which includes the ones before).
         how: which part of a hub data set, and how its columns are called. Default: the split `train`, as it is.
         limit: take the first so many.
+        answers: whether answers are of interest; otherwise records have none, and what `label` says of them does not matter.
 
     Raises:
-        DataError: names the file and the line, or the row.
+        DataError: names the file and the line, or the row; an answer that is not wanted stands where a wanted one should.
     """
     columns = parse_columns(how.columns) if how else {}
-    records, dead = [], 0
-    for source, row in itertools.islice(read_rows(dataset, how), limit):
-        if row.get("finish_reason") == "error":
+    records, labels, dead = [], [], 0
+    for source, given in itertools.islice(read_rows(dataset, how), limit):
+        if given.get("finish_reason") == "error":
             dead += 1
-        else:
-            records.append(_record(_renamed(row, columns, source), source, need))
+            continue
+        row = _renamed(given, columns, source)
+        record = _record(row, source, need)
+        records.append(record if answers else Record(record.prompt, None, None, source))
+        if answers and record.chosen is not None and record.rejected is None:
+            labels.append((source, row.get(LABEL)))
     if dead:
         logger.warning("%s: %d rows are left out: their completions ended in an error", dataset, dead)
     if not records:
         raise DataError(f"{dataset}: holds no records")
+    refuse_unwanted(labels)
     return records
 
 
@@ -226,7 +234,12 @@ def _read_field(value: Any, field: str, source: str) -> Any:
 
 
 def _answers(row: Mapping[str, Any], source: str, need: str) -> Record:
-    if row.get("messages") is not None and row.get("prompt") is None:
+    if row.get("images") or (row.get("image") and not isinstance(row["image"], str)):
+        raise DataError(
+            f"{source}: has images, which no model here sees; leave them out, or name the other columns by --columns"
+        )
+    pair = all(row.get(name) is not None for name in ("chosen", "rejected"))
+    if row.get("messages") is not None and row.get("prompt") is None and not pair:
         messages = row["messages"]
         last = messages[-1] if is_chat(messages) else None
         answered = isinstance(last, Mapping) and last.get("role") == "assistant"
@@ -235,8 +248,12 @@ def _answers(row: Mapping[str, Any], source: str, need: str) -> Record:
         if not answered or len(messages) < 2:
             raise DataError(f"{source}: 'messages' must be a conversation that ends with the assistant's answer")
         _check_messages(messages, "messages", source)
+        if need == "rejected":
+            raise DataError(
+                f"{source}: 'rejected' is missing, which this objective needs; 'messages' hold a wanted answer alone"
+            )
         return Record(messages[:-1], messages[-1:], None, source)
-    if all(row.get(name) is not None for name in ("chosen", "rejected")) and row.get("prompt") is None:
+    if pair and row.get("prompt") is None:
         row = {**row, **_implicit(row, source)}
     prompt = _text_or_chat(row, "prompt", source)
     if not prompt:
@@ -275,8 +292,13 @@ def _answer(row: Mapping[str, Any], name: str, prompt: Any, source: str) -> Any:
     if row.get(name) is None:
         return None
     value = _text_or_chat(row, name, source)
-    if isinstance(value, str) == isinstance(prompt, str):
-        return value[len(prompt) :] if not isinstance(value, str) and value[: len(prompt)] == prompt else value
+    if isinstance(value, str) and isinstance(prompt, str):
+        return value
+    if not isinstance(value, str) and not isinstance(prompt, str):
+        value = value[len(prompt) :] if value[: len(prompt)] == prompt else value
+        if value and value[-1]["role"] != "assistant":
+            raise DataError(f"{source}: '{name}' must end with the assistant's message, not with that of '{value[-1]['role']}'")
+        return value
     raise DataError(f"{source}: '{name}' must be {'a text' if isinstance(prompt, str) else 'messages'} like 'prompt'")
 
 
