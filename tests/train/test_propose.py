@@ -164,7 +164,7 @@ def test_pairs_of_equal_samples_are_counted_and_another_drafter_is_another_run(t
     cold = SamplingParams(max_tokens=4, n=4, seed=5, temperature=0.0)
     caplog.set_level(logging.WARNING, "trimtab")  # commands that were run before leave it at INFO
     propose(aligned, TEXTS, tmp_path / "out", cold, batch_size=5, ranking=Ranking(Wordiness(), "vowels", 2))
-    assert [record.getMessage()[:36] for record in caplog.records] == ["10 pairs are of two equal samples, f"]
+    assert [record.getMessage()[:36] for record in caplog.records] == ["10 pairs are of two equal answers, f"]
     header = {"weights": aligned.fingerprints, "draft": "aligner", "shaping": repr(aligned.shaping(PARAMS))}
     undrafted = AlignedModel.from_pretrained(*lms, tokenizer=tiny_tokenizer(), eos_token_ids=[0], draft="none")
     assert (aligned.drafter, undrafted.drafter) == (header["draft"], "none")

@@ -86,6 +86,10 @@ def _render_estimate(report: dict[str, Any]) -> str:
     if report["contrast"]:
         given = "" if report["rejected"] == "known" else ", if every record has a rejected answer"
         lines.append(f"contrast   {report['contrast']:g}{given}: a second pass, and the rejected answers' rows in the cache")
+    if data["equal_pairs"]:
+        lines.append(
+            f"pairs      {data['equal_pairs']:,} have two equal answers, from which no objective learns what to prefer"
+        )
     shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
     lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")

@@ -51,7 +51,7 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `rejected_*`.
+    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `rejected_*` and `differs` `[B]`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
     and `*_column`s and the proposal's rows, `*_proposal_*`, have no padding: the answers stand end to end.
@@ -62,6 +62,7 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
     batch |= _answers("chosen", prompts, [example.chosen for example in examples])
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
+        batch["differs"] = torch.tensor([example.differs for example in examples])
     for which in items[0].rows:
         for name in CachedRows._fields:
             batch[f"{which}_proposal_{name}"] = torch.cat([getattr(item.rows[which], name) for item in items])

@@ -31,6 +31,7 @@ from trimtab.train.cache import bytes_per_token, shard_bytes
 from trimtab.train.examples import Example, answers, encode_records
 from trimtab.train.folder import refuse_foreign
 from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
@@ -69,6 +70,8 @@ class _Data(NamedTuple):
     """Why the examples are not known."""
     lacking: int | None = None
     """How many records have no rejected answer, if that is known."""
+    equal: int | None = None
+    """How many pairs have two equal answers, if that is known."""
 
 
 def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
@@ -111,7 +114,10 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     data = _data(options, expected, tokenizer, proposal, longest)
     options = options.continuing(here.manifest) if here else options
     options = options.of_adapter(here) if here and adapter else options
-    if data.lacking is None and options.contrast is None:  # whatever takes more, unless the columns say otherwise
+    if data.examples is not None and data.development is not None:
+        options, examples, development, equal = settle_pairs(options, data.examples, data.development)
+        data = data._replace(examples=examples, development=development, counts=(len(examples), len(development)), equal=equal)
+    elif data.lacking is None and options.contrast is None:  # whatever takes more, unless the columns say otherwise
         columns = parse_columns(options.columns)
         options = dataclasses.replace(options, contrast=options.default_contrast * (not columns or "rejected" in columns))
     else:
@@ -145,6 +151,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
             "development": data.counts and data.counts[1],
             "tokens": sum(len(e.chosen) for e in data.examples) if data.examples else None,
             "longest": max(map(_length, examples)),
+            "equal_pairs": data.equal,
         },
         "contrast": options.contrast,
         "rejected": options.needs_rejected and ("known" if data.lacking is not None else "assumed"),

@@ -38,6 +38,11 @@ class Example(_Ids):
         """From arrays as they are, and from other ids."""
         return super().__new__(cls, *(i if isinstance(i, array) else array("i", i) for i in (prompt, chosen, rejected)))
 
+    @property
+    def differs(self) -> bool:
+        """Whether it is no pair of two equal answers."""
+        return self.chosen != self.rejected
+
 
 def answers(examples: Sequence[Example], which: str) -> list[Example]:
     """The examples with their `chosen` or `rejected` answers as the only ones."""
@@ -67,6 +72,8 @@ def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int)
         except InvalidRequest as error:
             raise DataError(f"{record.source}: {error}") from error
         shared += shares_token
+        if record.rejected is not None and record.rejected == record.chosen:
+            encoded[1] = encoded[0]  # one answer, whichever of the two was cut
         room = max_length - len(prompt)
         if room < 1:
             dropped += 1

@@ -108,13 +108,13 @@ def write_samples(
         with contextlib.closing(draw(done)) as drawn:
             for groups in drawn:
                 rows = list(_rows(records[done : done + len(groups)], groups, ranking))
-                alike += sum(row["chosen"] == row["rejected"] for row in rows if "error" not in row) if ranking else 0
+                alike += sum(row["chosen"] == row["rejected"] for row in rows if "rejected" in row)
                 lines.write(rows)
                 done += len(groups)
                 logger.info("proposed for %d of %d prompts", done, len(records))
     if alike:
         logger.warning(
-            "%d pairs are of two equal samples, from which there is nothing to learn: draw hotter, or fewer pairs", alike
+            "%d pairs are of two equal answers, from which there is nothing to learn: draw hotter, or fewer samples", alike
         )
     return Written(len(records) * each, lines.failed)
 

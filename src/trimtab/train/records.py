@@ -9,9 +9,9 @@
 A list `unfinished` names answers that were cut, such as samples by `max_tokens`: they have no end of sequence to learn.
 A row with the `finish_reason` `error` is of a completion that could not go on, and is left out.
 A prompt is a text or a list of messages, and an answer is of the same kind. Beside messages, `tools` (JSON schemas, or a text
-of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored, but for those that change what a record
-means: a `label` that says that an answer is not wanted (`trimtab.train.unwanted`), and images. Data that call their columns
-otherwise are mapped, and then no others are looked at: `prompt=post`.
+of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored, but for those that change what a
+record means: a `label` that says that an answer is not wanted (`trimtab.train.unwanted`), and images. Data that call their
+columns otherwise are mapped, and then no others are looked at: `prompt=post`.
 """
 
 import dataclasses

@@ -34,6 +34,7 @@ from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, dr
 from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
+from trimtab.train.pairs import settle_pairs
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
@@ -66,6 +67,8 @@ class _Run(NamedTuple):
     tokenizer: Any
     data: dict[str, ExampleDataset]
     """What trainers call them: `train_dataset` and `eval_dataset`."""
+    equal_pairs: int
+    """How many pairs have two equal answers."""
     draft_start: str | Path
     """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base."""
 
@@ -84,8 +87,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     """Train an aligner and save it in `options.output_dir`.
 
     Returns:
-        What `training.json` holds: `tokens`, `cache`, `contrast`, `sft_weight`, `learning_rate`, `weight`, `weights_tried`,
-        `metrics` at the end, `history`, `seconds`;
+        What `training.json` holds: `tokens`, `cache`, `contrast`, `equal_pairs`, `sft_weight`, `learning_rate`, `weight`,
+        `weights_tried`, `metrics` at the end, `history`, `seconds`;
         of a drafter, `draft` with its own `metrics`, `history` and `seconds`.
 
     Raises:
@@ -127,6 +130,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
     examples, development = read_examples(options, encoder, context)
+    pairs = settle_pairs(options, examples, development)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
@@ -139,7 +143,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         needs = vocabulary_size(tokenizer), min(options.max_length, context)
         drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
-    options = options.with_contrast_for(len(everything), lacking=sum(not example.rejected for example in everything))
+    options, examples, development, equal = pairs
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
     fitted = ranks.first_does(fit)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
@@ -151,7 +155,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
-    this = _Run(options, arguments, output, ranks, tokenizer, data, draft_start)
+    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, draft_start)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
@@ -185,6 +189,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts,
         "contrast": options.contrast,
+        "equal_pairs": this.equal_pairs,
         "sft_weight": options.regulariser if options.objective == "likelihood" else 0.0,
         "learning_rate": arguments.learning_rate,
         "metrics": trainer.evaluate(),

@@ -189,7 +189,10 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         return loss
 
     def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
-        """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded."""
+        """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded.
+
+        A pair of two equal answers has no contrast.
+        """
         loss = self._sum(losses["chosen"], inputs, "chosen") / self._mean_length
         if not self._options.contrast:
             return loss
@@ -199,7 +202,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             lengths = self._sum(torch.ones_like(values), inputs, which)
             gains[which] = -self._sum(values + cached_batch(inputs, which).token_logp, inputs, which) / lengths
         contrast = preference(gains["chosen"], gains["rejected"], self._options.inverse_temperature)
-        return loss + self._options.contrast * contrast
+        return loss + self._options.contrast * torch.where(inputs["differs"], contrast, 0.0)
 
     def _losses(self, inputs: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
         """One loss for each example `[B]`, from −log-probabilities of its answers' tokens `[N]`.
