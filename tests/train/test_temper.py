@@ -6,12 +6,19 @@ import math
 import pytest
 import torch
 
+from tiny import tiny_model
 from tiny_task import make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Product
 from trimtab.errors import InvalidOption
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.train import temper
+from trimtab.train.batches import Item, answer_rows, collate
+from trimtab.train.examples import Example, answers
+from trimtab.train.footprint import Ledger
 from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.rows import Layout, ModelRows
 from trimtab.train.run import read_parts, train
 from trimtab.train.temper import LEAST, MOST, fit_exponents
 
@@ -60,6 +67,23 @@ def test_impossible_tokens_stay_impossible():
     logp, logq, tokens = sample(0.7, 0.4)
     logp, logq = torch.cat([logp, torch.full((len(logp), 1), -math.inf)], 1), torch.cat([logq, torch.zeros(len(logq), 1)], 1)
     assert fit_exponents(logp, logq, tokens) == pytest.approx(fit_exponents(logp[:, :7], logq[:, :7], tokens), abs=1e-4)
+
+
+def test_rows_are_read_and_computed_with_in_pieces(monkeypatch):
+    """The same temperatures; and beside the rows that are kept no more than one example's logits and some pieces."""
+    v, layout = 600, Layout(40)
+    model, proposal = tiny_model("llama", v, seed=1), HuggingFaceLM(tiny_model("llama", v, seed=2))
+    examples = [Example([3, i], [(7 * i + j) % v for j in range(4 + i % 9)], [5]) for i in range(1, 40)]
+    rows, answered = ModelRows(proposal, "sha256:p"), answers(examples, "chosen")
+    whole = [torch.cat([cached.rebuild(v) for cached in rows.compress(answered, layout, 1.0).rows])]
+    whole += [torch.cat([answer_rows(model, collate([Item(e)]), "chosen", v).detach() for e in answered])]
+    expected = fit_exponents(*whole, torch.cat([torch.tensor(e.chosen) for e in answered]))
+    monkeypatch.setattr(temper, "PIECE", 8 * v)
+    with Ledger() as ledger:
+        found = temper.fit_temperatures(model, rows, examples, 16, None, layout)
+    assert found == pytest.approx([1 / exponent for exponent in expected], abs=2e-3)
+    kept = sum(row.nbytes for row in whole)
+    assert ledger.peak < 1.6 * kept
 
 
 def test_a_run_starts_tempered_by_default_and_says_so_in_its_manifest(tmp_path):

@@ -7,15 +7,16 @@ best `geometric` mixture of the two, with the sum of the exponents set free; tra
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.train.batches import Item, answer_rows, cached_rows, collate
-from trimtab.train.examples import Example
+from trimtab.train.batches import Item, answer_logits, cached_batch, collate
+from trimtab.train.examples import Example, answers
 from trimtab.train.options import Temperatures
+from trimtab.train.pieces import Room, pieces
 from trimtab.train.rows import Layout, RowSource
 
 __all__ = ["TOP_K", "fit_exponents", "fit_temperatures"]
@@ -31,6 +32,9 @@ ENTRIES = 1 << 27
 
 TOKENS = 16384
 """No more tokens than that, however small the vocabulary."""
+
+PIECE = 1 << 24
+"""Entries of the rows that are computed with at a time."""
 
 TOP_K = 1024
 """Entries kept of a proposal row."""
@@ -52,7 +56,7 @@ def fit_temperatures(
         layout: what is kept of the source's rows; the tail must be spread evenly, for the proposal's exponent bends it.
     """
     sample = _sample(examples, max(1024, min(TOKENS, ENTRIES // source.vocab_size)))
-    logp, logq, tokens = (torch.cat(part) for part in zip(*_rows(model, source, sample, batch_size, layout), strict=True))
+    logp, logq, tokens = _rows(model, source, sample, batch_size, layout)
     fixed = None if proposal is None else 1 / proposal
     a, s = fit_exponents(logp, logq, tokens, fixed)
     return Temperatures(round(1 / a, 3) if proposal is None else proposal, round(1 / s, 3))
@@ -102,8 +106,9 @@ def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor, free: Ten
 def _derivatives(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor) -> tuple[float, Tensor, Tensor]:
     """The mean negative log-likelihood, its gradient `[2]` and its Hessian `[2, 2]`, with a trace of a ridge."""
     loss, gradient, hessian = 0.0, torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
-    for start in range(0, len(tokens), 1024):
-        some = slice(start, start + 1024)
+    step = max(1, PIECE // logp.shape[-1])
+    for start in range(0, len(tokens), step):
+        some = slice(start, start + step)
         possible = logp[some] > -math.inf
         features = torch.stack([torch.where(possible, logp[some], 0.0), logq[some].clamp(min=-1e4)])
         scores = torch.where(possible, torch.einsum("f,fnv->nv", point.to(features.dtype), features), -math.inf)
@@ -120,22 +125,28 @@ def _derivatives(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor) -> t
 
 
 def _sample(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """Examples from all over the data, with about so many tokens of answers, and never none."""
+    """Examples from all over the data, with about so many tokens of wanted answers, and never none."""
     mean = sum(len(example.chosen) for example in examples) / len(examples)
     count = min(len(examples), max(1, math.ceil(tokens / mean)))
-    return [examples[i * len(examples) // count] for i in range(count)]
+    return answers([examples[i * len(examples) // count] for i in range(count)], "chosen")
 
 
 @torch.no_grad()
 def _rows(
     model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, layout: Layout
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each batch: log p and log q `[N, V]` and the tokens, on the CPU."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log p and log q `[N, V]` on all answers, and their tokens, on the CPU; no pass is larger than the longest example's."""
     model.eval()
-    for start in range(0, len(examples), batch_size):
-        some = examples[start : start + batch_size]
-        rows = source.compress(some, layout, 1.0).rows
-        batch = collate([Item(example, {"chosen": row}) for example, row in zip(some, rows, strict=True)])
+    rows = source.compress(examples, layout, 1.0).rows
+    tokens = torch.empty(sum(len(example.chosen) for example in examples), dtype=torch.long)
+    logp, logq = (torch.empty(len(tokens), source.vocab_size) for _ in range(2))
+    start = 0
+    for places in Room.of(examples, 1).batches(examples, batch_size):
+        batch = collate([Item(examples[i], {"chosen": rows[i]}) for i in places])
         there = {name: value.to(model.device) for name, value in batch.items() if name.startswith("chosen")}
-        logq = answer_rows(model, there, "chosen", source.vocab_size).float().cpu()
-        yield cached_rows(batch, source.vocab_size), logq, batch["chosen_tokens"]
+        logits, positions = answer_logits(model, there, "chosen")
+        most = max(1, PIECE // source.vocab_size)
+        for piece in pieces(logits, positions, batch["chosen_tokens"], cached_batch(batch), source.vocab_size, 1.0, most):
+            some = slice(start, start := start + len(piece.tokens))
+            logp[some], logq[some], tokens[some] = piece.logp, piece.logq, piece.tokens
+    return logp, logq, tokens
