@@ -1,13 +1,17 @@
 """Text as it grows: on a real byte-level BPE vocabulary, whose tokens begin and end inside characters and inside stop texts.
 
-`settled` and `certain` below are the specification: what may be shown after t tokens, computed each time from all of them.
+test_spelling.py has the other kinds of tokenizers. `settled` and `certain` below are the specification: what may be shown after
+t tokens, computed each time from all of them.
 """
+
+import codecs
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tiny import EOS, ScriptedLM, bpe_tokenizer, tiny_model
 from trimtab import AlignedModel, Completion, SamplingParams, TokenEvent
@@ -20,6 +24,7 @@ TEXT = (
 TOKENIZER = bpe_tokenizer([TEXT] * 3)
 V = len(TOKENIZER)
 BROKEN = "\N{REPLACEMENT CHARACTER}"
+BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def encode(text: str) -> list[int]:
@@ -31,8 +36,9 @@ def decode(tokens: list[int]) -> str:
 
 
 def settled(tokens: list[int]) -> str:
-    """The text up to where the bytes so far make whole characters."""
-    return decode(tokens).rstrip(BROKEN)
+    """The text without a character at its end of which some bytes are still to come."""
+    pieces = TOKENIZER.convert_ids_to_tokens([token for token in tokens if token != EOS])
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(BYTE_OF[char] for char in "".join(pieces)))
 
 
 def first_stop(text: str, stops: list[str]) -> int | None:
@@ -156,34 +162,6 @@ def test_without_a_tokenizer_there_is_no_text():
     events = list(model.stream([[1]]))
     assert [event.text for event in events] == ["", "", ""]
     assert events[-1].completion.text == ""
-
-
-def sentencepiece_like(letters: str) -> PreTrainedTokenizerFast:
-    """As Llama 2 and Gemma decode: ▁ for spaces, the first of which is dropped, and bytes for what has no token."""
-    tokens = ["<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, "▁a", "▁ab"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, [("▁", "a"), ("▁a", "b")], byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
-    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(strip)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.text(st.sampled_from("aab  cé北🙂"), min_size=1, max_size=15))
-def test_a_vocabulary_with_byte_fallback_and_dropped_spaces(text):
-    """There the text of a token depends on whether it is the first."""
-    tokenizer = sentencepiece_like("abc")
-    tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    stream, shown = TextStream(tokenizer), []
-    for t, token in enumerate(tokens):
-        shown.append(stream.push(token))
-        whole = tokenizer.decode(tokens[: t + 1], skip_special_tokens=True)
-        assert stream.text == whole or whole.endswith(BROKEN)
-    shown.append(stream.close())
-    assert "".join(shown) == stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
-    assert not any(BROKEN in piece for piece in shown)
-    assert stream.text.lstrip(" ") == text.lstrip(" ")
 
 
 # ---- stop texts
@@ -347,15 +325,10 @@ def test_a_stop_is_seen_in_a_token_that_also_begins_a_character():
     assert [plain.push(1), plain.push(2), plain.close()] == ["A", "é", ""]
 
 
-def test_bytes_that_never_become_characters_are_left_behind(monkeypatch):
-    """However many come, a push decodes only the last of them, and nothing is lost."""
-    bad = encode("é")[0]
-    decoded = []
-    whole = TextStream._decode
-    monkeypatch.setattr(
-        TextStream, "_decode", lambda self, start: (decoded.append(len(self._tokens) - start), whole(self, start))[1]
-    )
+def test_bytes_that_never_become_characters_hold_nothing_up():
+    """Each is shown as soon as it is known to be none, and what follows is as it was."""
+    bad = TOKENIZER.convert_tokens_to_ids(bytes_to_unicode()[0xC3])
     stream = TextStream(TOKENIZER)
-    shown = "".join(stream.push(token) for token in [*encode("a"), *[bad] * 500, *encode("b")]) + stream.close()
-    assert shown == stream.text == TOKENIZER.decode([*encode("a"), *[bad] * 500, *encode("b")])
-    assert max(decoded) < 60
+    tokens = [*encode("a"), *[bad] * 500, *encode("b")]
+    assert [stream.push(token) for token in tokens] == ["a", "", *[BROKEN] * 499, f"{BROKEN}b"]
+    assert stream.text == TOKENIZER.decode(tokens)

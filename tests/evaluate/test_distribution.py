@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from law_of import EOS, expected_law, probabilities, tempered
+from spellings import KINDS
 from tiny import CHAT_TEMPLATE, bpe_tokenizer, tiny_model
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.rules import RULES, Candidates, Product
@@ -352,6 +353,14 @@ def test_a_character_cut_short_is_shown_by_its_last_token_and_not_by_the_end():
     assert len(texts[3]) >= 1
     assert texts[4] == ""
     assert "".join(texts) == decode(ids)
+
+
+def test_pieces_go_on_with_a_prompts_text():
+    """Llama's decoder drops the space that a text begins with, and this one does not begin."""
+    tokenizer = KINDS["llama"]()
+    ids = tokenizer.convert_tokens_to_ids(["▁cat", "▁sat"])
+    assert pieces(tokenizer, ids, [0.5, 0.25], [tokenizer.bos_token_id, *ids]) == [(" cat", 0.5), (" sat", 0.25)]
+    assert pieces(tokenizer, ids, [0.5, 0.25]) == [("cat", 0.5), (" sat", 0.25)]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

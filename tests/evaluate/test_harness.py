@@ -24,7 +24,8 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 
 from serving import folder_service, running
-from tiny import CHAT_TEMPLATE, EOS, save_tiny, tiny_model, tiny_tokenizer
+from spellings import KINDS, SPECIAL
+from tiny import CHAT_TEMPLATE, EOS, ScriptedLM, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import InvalidOption, InvalidRequest
@@ -376,6 +377,18 @@ def test_an_empty_context_is_the_prefix_token(aligned):
 def test_generation_settings_that_cannot_be_had_are_errors(aligned, settings, message):
     with pytest.raises(InvalidRequest, match=message):
         TrimtabLM(aligned).generate_until(instances("generate_until", ("a", settings)), disable_tqdm=True)
+
+
+def test_until_may_be_a_special_token_and_an_ignored_end_is_none():
+    """The harness adds the end of sequence to `until`; whoever ignores it gets all that was asked for."""
+    tokenizer = KINDS["llama"]()
+    words = [tokenizer.convert_tokens_to_ids(piece) for piece in ("▁cat", "</s>", "▁sat", SPECIAL, "▁on")]
+    script = ScriptedLM([0, *words], len(tokenizer))  # its first token stands for the prompt's second, after a BOS
+    model = TrimtabLM(AlignedModel(script, tokenizer=tokenizer, eos_token_ids=[tokenizer.eos_token_id]), add_bos_token=False)
+    assert model.tok_encode("the,") == tokenizer.convert_tokens_to_ids(["▁the", ","])
+    for until, ignored, text in (([], False, " cat"), ([], True, " cat sat on"), ([SPECIAL], True, " cat sat")):
+        settings = {"until": until, "ignore_eos": ignored, "max_gen_toks": len(words)}
+        assert model.generate_until(instances("generate_until", ("the,", settings)), disable_tqdm=True) == [text]
 
 
 def test_a_rule_without_a_row_writes_and_does_not_score(folder, aligned):

@@ -10,6 +10,7 @@ import pytest
 
 from eval_task import QUICK, fair, make_eval_task, prefers, read, shown, timeless, verdict
 from scripted import Reply, scripted
+from spellings import KINDS
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import BudgetExceeded
 from trimtab.evaluate.alpaca import read_annotations, read_outputs
@@ -19,10 +20,11 @@ from trimtab.evaluate.endpoint_judge import EndpointJudge
 from trimtab.evaluate.likelihood import held_out
 from trimtab.evaluate.references import ReferenceMetric
 from trimtab.evaluate.reward import RewardModel
-from trimtab.evaluate.run import NULL_SEED, Plan, bare_proposal, run_evaluation
+from trimtab.evaluate.run import NULL_SEED, Plan, _tokens, bare_proposal, run_evaluation
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.systems import Prompts, System, parse_system
 from trimtab.evaluate.winrate import summarise_annotations
+from trimtab.models.table import TableLM
 from trimtab.train.records import read_records
 
 PARAMS = SamplingParams(max_tokens=6, seed=3)
@@ -109,6 +111,21 @@ def test_win_rates_are_the_means_of_what_the_judge_says(model, prompts, done):
     assert (row["n"], row["missing"]) == (10, 2)
     assert [row["scores"][f"output_{k}"] for k in (1, 2)] == pytest.approx([sum(s) / 10 for s in scores])
     assert row_of(results, "reward")["scores"].keys() >= {"output_1", "output_2"}
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "wordpiece"])
+def test_the_tokens_of_an_answer_are_its_text(kind):
+    """After a text they go on with it, after a chat they begin anew: else the page would not colour them."""
+    tokenizer = KINDS[kind]()
+    tables = [TableLM.random(len(tokenizer), order=1, seed=seed) for seed in range(2)]
+    model = AlignedModel(tables[0], [tables[1]], tokenizer, [tokenizer.eos_token_id])
+    for prompt in ("the cat", [{"role": "user", "content": "the cat"}]):
+        for completion in model.generate([prompt], SamplingParams(max_tokens=9, seed=1, n=4, ignore_eos=True)):
+            (seen,) = trace(model, [prompt], [completion.tokens])
+            shown = _tokens(model, prompt, completion.text, seen)
+            assert "".join(text for text, _ in shown) == completion.text
+            assert [influence for _, influence in shown] == seen.influence
+            assert _tokens(model, prompt, f"{completion.text}.", seen) is None
 
 
 def test_distance_and_likelihood_are_those_of_the_parts(model, prompts, done):

@@ -10,7 +10,6 @@ from trimtab.serve.tokens_html import (
     FULL_COLOUR,
     Candidate,
     Shown,
-    TextParts,
     command_html,
     legend_html,
     notice_html,
@@ -102,10 +101,7 @@ def test_special_tokens_are_named():
     assert len(page.with_class("tt-special")) == 1
 
 
-def test_a_character_of_several_tokens_shows_with_its_last():
-    parts, raw = TextParts(), list("é☃".encode())
-    assert [parts.add([byte]) for byte in raw] == ["", "é", "", "", "☃"]
-    assert parts.add(None) == ""
+def test_a_part_of_a_character_is_marked():
     html = tokens_html([shown(""), shown("é")], "g", cards=False)
     assert "▫" in html
     assert Reader(html).text == "é"

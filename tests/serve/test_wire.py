@@ -101,7 +101,7 @@ def test_the_events_of_a_completion(include_usage):
     stream = CompletionStream("cmpl-1", 5, "m", include_usage=include_usage)
     head = {"id": "cmpl-1", "object": "text_completion", "created": 5, "model": "m"}
     null = {"usage": None} if include_usage else {}
-    logprobs = wire.completion_logprobs(LETTERS, [A], [-1.0], [[(A, -1.0)]])
+    logprobs = wire.completion_logprobs(LETTERS, [A], [-1.0], [[(A, -1.0)]], [0])
     for event, lp, reason in (
         (stream.text(0, "a"), None, None),
         (stream.text(0, "a", None, "stop"), None, "stop"),
@@ -197,20 +197,12 @@ def test_an_id_without_a_token_is_called_by_its_number():
     assert (LETTERS.text(99), LETTERS.utf8(99)) == ("token_id:99", None)
 
 
-def test_offsets_count_characters_of_the_text():
-    """A character is counted where it becomes whole, and a special token takes no room."""
-    tokenizer = bpe_tokenizer(["a"], merges=0)
-    texts = TokenTexts(tokenizer)
-    a, *mark = tokenizer("a▁")["input_ids"]
-    assert texts.offsets([a, *mark, 0, a, a], start=10) == [10, 11, 11, 11, 12, 12, 13]
-
-
 # ---- log-probabilities
 
 
 def test_log_probabilities_of_a_completion():
     tops = [None, [(A, -0.1), (B, -2.0)], [(A, -0.1), (B, -2.0)]]
-    assert wire.completion_logprobs(LETTERS, [C, A, C], [None, -0.1, -math.inf], tops, offset=4) == {
+    assert wire.completion_logprobs(LETTERS, [C, A, C], [None, -0.1, -math.inf], tops, [4, 5, 6]) == {
         "text_offset": [4, 5, 6],
         "token_logprobs": [None, -0.1, -9999.0],
         "tokens": ["c", "a", "c"],
@@ -219,8 +211,8 @@ def test_log_probabilities_of_a_completion():
 
 
 def test_without_alternatives_there_is_the_token_itself():
-    assert wire.completion_logprobs(LETTERS, [A], [-1.0], [None])["top_logprobs"] == [{"a": -1.0}]
-    assert wire.completion_logprobs(LETTERS, [A], [-1.0], [[]])["top_logprobs"] == [{"a": -1.0}]
+    assert wire.completion_logprobs(LETTERS, [A], [-1.0], [None], [0])["top_logprobs"] == [{"a": -1.0}]
+    assert wire.completion_logprobs(LETTERS, [A], [-1.0], [[]], [0])["top_logprobs"] == [{"a": -1.0}]
 
 
 def test_tokens_of_the_same_text_do_not_hide_each_other():
@@ -229,7 +221,7 @@ def test_tokens_of_the_same_text_do_not_hide_each_other():
     tokenizer = SimpleNamespace(
         convert_ids_to_tokens=names.get, decode=lambda ids, **settings: "".join(names[index] for index in ids)
     )
-    found = wire.completion_logprobs(TokenTexts(tokenizer), [3], [-2.0], [[(2, -0.5), (1, -1.0)]])
+    found = wire.completion_logprobs(TokenTexts(tokenizer), [3], [-2.0], [[(2, -0.5), (1, -1.0)]], [0])
     assert found["top_logprobs"] == [{"x": -0.5, "b": -1.0, "token_id:3": -2.0}]
     assert max(found["top_logprobs"][0], key=found["top_logprobs"][0].get) == "x"
 
@@ -255,4 +247,4 @@ def test_log_probabilities_of_a_chat():
 
 def test_lists_of_different_lengths_are_a_mistake():
     with pytest.raises(ValueError, match="zip"):
-        wire.completion_logprobs(LETTERS, [A], [-1.0], [])
+        wire.completion_logprobs(LETTERS, [A], [-1.0], [], [0])

@@ -14,7 +14,7 @@ from trimtab.decode.draft import choose_drafter
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
-from trimtab.decode.prompts import as_list
+from trimtab.decode.prompts import as_list, is_chat
 from trimtab.decode.request import (
     Completion,
     Prompt,
@@ -360,10 +360,8 @@ class AlignedModel:
         if not shaping.rule.has_row:
             refuse_row_settings(params, shaping.rule)
         seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
-        return [
-            Growing(i, index, ids, self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
-            for index in range(params.n)
-        ]
+        how = (self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
+        return [Growing(i, index, ids, *how, answers=is_chat(prompt)) for index in range(params.n)]
 
     def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
         engine = Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs)

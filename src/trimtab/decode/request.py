@@ -45,7 +45,8 @@ class SamplingParams:
             makes them rarer. (Models apart from ours apply it to logits, whose sign depends on the model; an aligned row
             has no logits, and its log-probabilities are never above 0.)
         logit_bias: added to the log-probability of token ids.
-        stop: texts that end the completion; they are cut from `text`. They may start and end anywhere inside a token.
+        stop: texts that end the completion; they are cut from `text`. They may start and end anywhere inside a token, and they
+            may be or contain special tokens, which `text` leaves out.
         stop_token_ids: further ids that end it, as an end of sequence does.
         ignore_eos: go on after an end of sequence.
         seed: any integer; the same seed gives the same tokens whatever else is in the batch. None draws a fresh one. Prompts
@@ -146,7 +147,8 @@ class Completion:
     """One completion of one prompt.
 
     Attributes:
-        text: without special tokens, cut before the stop text that ended it.
+        text: without special tokens, cut before the stop text that ended it. After a text or ids it goes on with the prompt's
+            text, with the space that may stand between the two; the answer of a chat is a text of its own.
         tokens: generated ids, with the end-of-sequence id if it was drawn.
         finish_reason: `"stop"` (end of sequence, stop text or stop id), `"length"`, or `"error"` where it could not go on: what
             it has so far is here, and `error` says why.

@@ -42,6 +42,7 @@ class Sequence:
         limit: the most tokens it may get, by `max_tokens` and by the context.
         eos_token_ids: ids that end it.
         tokenizer: for its text, or None.
+        answers: whether its text is a text of its own, a chat's answer, and does not go on with the prompt's.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Sequence:
         limit: int,
         eos_token_ids: Seq[int],
         tokenizer: Any,
+        *,
+        answers: bool = False,
     ) -> None:
         assert params.seed is not None
         self.prompt_index, self.index, self.prompt = prompt_index, index, prompt
@@ -69,7 +72,7 @@ class Sequence:
         self.error: Exception | None = None
         """Why it cannot go on: itself, or because the engine failed."""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
-        self._text = TextStream(tokenizer, params.stop)
+        self._text = TextStream(tokenizer, params.stop, () if answers else prompt)
         self._drawn: list[Drawn] = []
         self._fallbacks = 0
 
@@ -100,7 +103,7 @@ class Sequence:
         if self.params.logprobs:
             self._drawn.append(drawn)
         ended = drawn.token in self._ends
-        text = "" if ended else self._text.push(drawn.token)
+        text = self._text.push(drawn.token, ends=ended)
         if ended or self._text.stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:

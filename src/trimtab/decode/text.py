@@ -1,15 +1,19 @@
 """From tokens to text, as it grows: whole characters only, and nothing that might turn out to be a stop text."""
 
+import codecs
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
+
+from trimtab.decode.spelling import spelling_of
 
 __all__ = ["TextStream"]
 
 WINDOW = 8
-"""Tokens that are decoded together before the oldest are left behind."""
+"""Tokens before a token that its text may depend on."""
 
-LONGEST = 48
-"""Tokens after which a stretch is left behind though it does not end with a whole character."""
+LONGEST = 4
+"""Tokens that one character may have."""
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -17,79 +21,106 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """Decode one completion incrementally.
 
-    A token may end inside a character (byte-level vocabularies), and its text may depend on the token before it. So each
-    step decodes the last settled stretch together with what is new, and holds back a character at the end that is incomplete.
+    A token may end inside a character, and its text may depend on the token before it: many decoders drop the space that a
+    text begins with. So bytes wait until they make a character, and a completion that goes on with its prompt's text follows
+    the prompt's last tokens. Special tokens are no part of the text; stop texts are looked for with them and without.
 
     Args:
         tokenizer: a transformers tokenizer, or None where there is no text.
         stops: texts that end the completion.
+        prompt: ids whose text the completion goes on with; empty where it is a text of its own. Bytes at the prompt's end that
+            are no whole character are the completion's to finish.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        self._spelling = None if tokenizer is None else spelling_of(tokenizer)
         self._stops = tuple(stops)
-        self._tokens: list[int] = []
-        self._settled = self._read = self._shown = 0
+        self._before: list[int] = []
+        """The last tokens with text."""
+        self._open: list[int] = []
+        """Tokens that may be a part of a character, in a vocabulary whose bytes cannot be known."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        """Text that may become a stop text."""
+        self._seen: list[bool] = []
+        """Which characters of it are no special token's."""
         self.text = ""
         """All text that is certain."""
         self.stopped = False
         """Whether a stop text was met."""
+        if self._spelling is not None:
+            plain = (token for token in reversed(prompt) if not self._spelling.is_special(token))
+            for token in reversed(list(islice(plain, WINDOW))):
+                self._characters(token)
 
-    def push(self, token: int) -> str:
-        """Add a token and return the text that has become certain."""
-        if self._tokenizer is None:
+    def push(self, token: int, *, ends: bool = False) -> str:
+        """Add a token and return the text that has become certain; a token that `ends` the completion has no text."""
+        if self._spelling is None:
             return ""
-        self._tokens.append(token)
-        after = self._decode(self._settled)
-        stuck = len(self._tokens) - self._settled > LONGEST  # bytes that never become characters, or tokens without any text
-        new = (_whole(after) if stuck else after.rstrip(_BROKEN))[self._shown :]
-        self._shown += len(new)
-        if stuck:
-            held = len(after) - self._shown
-            self._settled = self._read = len(self._tokens) - WINDOW
-            self._shown = max(0, len(self._decode(self._settled)) - held)
-        elif not after.endswith(_BROKEN) and new:
-            if len(self._tokens) - self._settled > WINDOW:
-                self._settled = self._read
-                self._shown = len(self._decode(self._settled))
-            self._read = len(self._tokens)
-        return self._emit(new, last=False) if new else ""
+        if not ends and not self._spelling.is_special(token):
+            return self._emit(self._characters(token))
+        if not self._stops:
+            return ""
+        unseen, rest = self._spelling.written(self._before, token), ""
+        if any(stop in unseen for stop in self._stops):  # nothing follows, so what is before it will not become whole
+            rest = self._emit(self._rest())
+        return rest if self.stopped else rest + self._emit(unseen, seen=False)
 
     def close(self) -> str:
         """Return what was held back, because nothing follows."""
-        if self._tokenizer is None or self.stopped:
+        if self._spelling is None or self.stopped:
             return ""
-        return self._emit(self._decode(self._settled)[self._shown :], last=True)
+        return self._emit(self._rest(), last=True)
 
-    def _decode(self, start: int) -> str:
-        """The text of the tokens from `start` on."""
-        return str(self._tokenizer.decode(self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _characters(self, token: int) -> str:
+        """The characters that a token with text completes."""
+        assert self._spelling is not None
+        self._open.append(token)
+        raw = self._spelling.bytes_of(token)
+        if raw is None or (raw.isascii() and not self._before):  # a decoder may drop a space at the beginning
+            text = self._spelling.after(self._before, self._open)
+            if self._spelling.opaque and text.endswith(_BROKEN) and len(self._open) < LONGEST:
+                return ""
+            raw = text.encode(errors="replace")
+        self._before = [*self._before, *self._open][-WINDOW:]
+        self._open = []
+        return self._decoder.decode(raw)
 
-    def _emit(self, new: str, last: bool) -> str:
+    def _rest(self) -> str:
+        """The characters that are not whole, as broken ones."""
+        assert self._spelling is not None
+        text = self._spelling.after(self._before, self._open) if self._open else ""
+        return self._decoder.decode(text.encode(errors="replace"), final=True)
+
+    def _emit(self, new: str, *, seen: bool = True, last: bool = False) -> str:
+        """Take new text, of a special token if it is not `seen`; return what has become certain."""
         if not self._stops:
             self.text += new
             return new
-        pending = self._held + new
-        found = min((at for stop in self._stops if (at := pending.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            self.stopped, self._held, certain = True, "", pending[:found]
-        else:
-            keep = 0 if last else self._possible_stop(pending)
-            certain, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self._held += new
+        self._seen += [seen] * len(new)
+        views = self._views()
+        found = [places[at] for text, places in views for stop in self._stops if (at := text.find(stop)) >= 0]
+        kept = [] if last else [places[-length] for text, places in views if (length := self._possible_stop(text))]
+        self.stopped = bool(found)
+        cut = min(found or kept or [len(self._held)])
+        certain = "".join(char for char, shown in zip(self._held[:cut], self._seen, strict=False) if shown)
+        self._held, self._seen = self._held[cut:], self._seen[cut:]
         self.text += certain
         return certain
 
-    def _possible_stop(self, pending: str) -> int:
-        """Length of the longest end of `pending` with which some stop text begins."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(pending)), 0, -1):
-            if any(stop.startswith(pending[-length:]) for stop in self._stops):
+    def _views(self) -> list[tuple[str, Sequence[int]]]:
+        """What is held as stop texts may see it, with special tokens and without them, and where each character is."""
+        views: list[tuple[str, Sequence[int]]] = [(self._held, range(len(self._held)))]
+        if not all(self._seen):
+            places = [i for i, seen in enumerate(self._seen) if seen]
+            views.append(("".join(self._held[i] for i in places), places))
+        return views
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of a text with which some stop text begins."""
+        longest = max(len(stop) - 1 for stop in self._stops)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0
-
-
-def _whole(text: str) -> str:
-    """A text without what may become another character: at most three broken ones at its end, for four bytes make a whole."""
-    whole = text.rstrip(_BROKEN)
-    return whole if len(text) - len(whole) <= 3 else text[:-3]

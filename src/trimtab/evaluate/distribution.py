@@ -112,10 +112,12 @@ def summarise(traces: Sequence[Trace]) -> dict[str, Any]:
     }
 
 
-def pieces(tokenizer: Any, ids: Sequence[int], influences: Sequence[float]) -> list[tuple[str, float]]:
+def pieces(
+    tokenizer: Any, ids: Sequence[int], influences: Sequence[float], prompt: Sequence[int] = ()
+) -> list[tuple[str, float]]:
     """A completion's tokens as pieces of text for a coloured report, each with its influence.
 
-    The texts join to exactly what the tokenizer decodes the ids to without special tokens. A character spread over several
+    The texts join to the completion's text, see `trimtab.decode.text.TextStream`. A character spread over several
     tokens is the text of its last one, and the earlier ones have "", as have the end of sequence and other special tokens.
     Bytes that never become a character are shown by the last token that is not special.
 
@@ -123,9 +125,10 @@ def pieces(tokenizer: Any, ids: Sequence[int], influences: Sequence[float]) -> l
         tokenizer: a transformers tokenizer.
         ids: the completion.
         influences: one for each, see `Trace.influence`.
+        prompt: ids whose text the completion goes on with; empty after a chat.
     """
     special = set(tokenizer.all_special_ids)
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, prompt=prompt)
     texts = [""] * len(ids)
     last = 0
     for i, token in enumerate(ids):

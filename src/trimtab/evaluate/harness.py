@@ -317,7 +317,8 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
     def _prompts(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[list[int]], list[SamplingParams]]:
         """Ids of each context, cut to leave room for what is generated, and how to decode it."""
         asked = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
-        limit, until = asked.pop("max_gen_toks"), handle_stop_sequences(asked.pop("until"), eos=self.tokenizer.eos_token)
+        end = None if asked.get("ignore_eos") else self.tokenizer.eos_token
+        limit, until = asked.pop("max_gen_toks"), handle_stop_sequences(asked.pop("until"), eos=end)
         room = self.max_length - limit
         if room < 1:
             raise InvalidRequest(f"max_gen_toks={limit} leaves no room for a prompt: the context holds {self.max_length}")

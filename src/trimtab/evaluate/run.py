@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.request import SamplingParams
+from trimtab.decode.prompts import is_chat
+from trimtab.decode.request import Prompt, SamplingParams
 from trimtab.endpoints.settings import Limits
 from trimtab.errors import DeadRow
 from trimtab.evaluate.alpaca import write_outputs
@@ -319,15 +320,11 @@ def _items(
     opinions: Mapping[str, list[Judgement]],
 ) -> list[dict[str, Any]]:
     """Every prompt, for the report."""
-    tokenizer = plan.model.tokenizer if plan.model is not None else None
     items = []
     for i, prompt in enumerate(prompts.prompts):
         sides = {}
         for name, one in answers.items():
-            seen = traces[name][i]
-            coloured = None if seen is None or tokenizer is None else pieces(tokenizer, seen.tokens, seen.influence)
-            whole = coloured is not None and "".join(text for text, _ in coloured) == one.texts[i]
-            sides[name] = {"text": one.texts[i], "tokens": [list(piece) for piece in coloured] if coloured and whole else None}
+            sides[name] = {"text": one.texts[i], "tokens": _tokens(plan.model, prompt, one.texts[i], traces[name][i])}
         said = {
             judge: {"preference": j[i].preference, "orders": None if (o := j[i].orders) is None else list(o)}
             for judge, j in opinions.items()
@@ -335,3 +332,12 @@ def _items(
         shown = {"index": i, "instruction": show_prompt(prompt), "reference": prompts.references[i]}
         items.append(shown | {"answers": sides, "judgements": said})
     return items
+
+
+def _tokens(model: AlignedModel | None, prompt: Prompt, text: str, seen: Trace | None) -> list[list[Any]] | None:
+    """An answer token by token, each with its influence; None where that is not known, or the tokens are not the text."""
+    if model is None or model.tokenizer is None or seen is None:
+        return None
+    before = [] if is_chat(prompt) else model.encode_pairs([prompt], [seen.tokens])[0][0]
+    coloured = pieces(model.tokenizer, seen.tokens, seen.influence, before)
+    return [list(piece) for piece in coloured] if "".join(piece for piece, _ in coloured) == text else None

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.scoring import score_in_steps
 from trimtab.serve import wire
+from trimtab.serve.offsets import Offsets, echo_ids, echo_text
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import Refusal, Service, Target
 from trimtab.serve.worker import Job
@@ -67,6 +68,15 @@ class _Exchange:
         """Which choice of the answer an event belongs to."""
         return (event.prompt_index - self.job.first) * self.params.n + event.index
 
+    def echo(self, choice: int) -> "_Echo | None":
+        """What a choice's text begins with; once `events` has begun."""
+        return self.echoes[choice // self.params.n] if self.echoes else None
+
+    def offsets(self, choice: int) -> Offsets:
+        """Where the tokens of a choice begin in its text; once `events` has begun."""
+        echo = self.echo(choice)
+        return Offsets(self.target.model.tokenizer, self.job.sequences[choice].prompt, len(echo.text) if echo else 0)
+
     @property
     def usage(self) -> wire.Usage:
         """Tokens so far."""
@@ -118,6 +128,7 @@ class _Echo:
     """A prompt that its completions begin with."""
 
     text: str
+    offsets: list[int]
     ids: list[int]
     scores: TokenLogprobs | None
 
@@ -186,8 +197,11 @@ async def _echo(exchange: _Exchange) -> list[_Echo]:
             steps = score_in_steps(model.proposal, model.aligners, shaping, [pair], top=params.top_logprobs, step=ECHO_STEP)
             async with asyncio.timeout(exchange.service.remaining(exchange.job)):
                 (scores,) = await exchange.service.worker.score(steps)
-        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(mine, skip_special_tokens=True)
-        echoes.append(_Echo(str(text), mine, scores))
+        if isinstance(prompt, str):
+            text, offsets = prompt, echo_text(model.tokenizer, mine, prompt) if params.logprobs else []
+        else:
+            text, offsets = echo_ids(model.tokenizer, mine, last=not exchange.generates)
+        echoes.append(_Echo(text, offsets, mine, scores))
     return echoes
 
 
@@ -235,14 +249,15 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
             logprobs = wire.chat_logprobs(texts, *_columns(completion))
         choice = wire.chat_choice(index, completion.text, completion.finish_reason, logprobs)
         return choice | wire.dead_row(completion.error)
-    echo = exchange.echoes[index // exchange.params.n] if exchange.echoes else None
+    echo = exchange.echo(index)
     text = (echo.text if echo else "") + completion.text
     if exchange.params.logprobs:
         tokens, values, tops = _columns(completion)
+        offsets = exchange.offsets(index).add(tokens)
         if echo is not None:
             before, best = echo.logprobs()
-            tokens, values, tops = echo.ids + tokens, before + values, best + tops
-        logprobs = wire.completion_logprobs(texts, tokens, values, tops)
+            tokens, values, tops, offsets = echo.ids + tokens, before + values, best + tops, echo.offsets + offsets
+        logprobs = wire.completion_logprobs(texts, tokens, values, tops, offsets)
     return wire.completion_choice(index, text, completion.finish_reason, logprobs) | wire.dead_row(completion.error)
 
 
@@ -311,21 +326,20 @@ async def _chat_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
 async def _completion_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
     stream = wire.CompletionStream(exchange.id, exchange.created, exchange.target.label, include_usage=exchange.include_usage)
     texts, count = exchange.service.texts, len(exchange.job.sequences)
-    offsets = [0] * count
+    offsets: list[Offsets] = []
     async for events in exchange.events():
         chunks = []
+        offsets = offsets or [exchange.offsets(index) for index in range(count)]
         for index in range(count) if exchange.echoes and not events else ():
             echo, logprobs = exchange.echoes[index // exchange.params.n], None
             if exchange.params.logprobs:
-                logprobs = wire.completion_logprobs(texts, echo.ids, *echo.logprobs())
-            offsets[index] = len(echo.text)
+                logprobs = wire.completion_logprobs(texts, echo.ids, *echo.logprobs(), echo.offsets)
             chunks.append(stream.text(index, echo.text, logprobs, None if exchange.generates else "length"))
         for index, mine in _by_choice(exchange, events).items():
             text, logprobs, reason = "".join(event.text for event in mine), None, mine[-1].finish_reason
             columns = _event_columns(mine)
             if exchange.params.logprobs and columns[0]:
-                logprobs = wire.completion_logprobs(texts, *columns, offset=offsets[index])
-            offsets[index] += len(text)
+                logprobs = wire.completion_logprobs(texts, *columns, offsets[index].add(columns[0]))
             if text or logprobs or reason:
                 chunks.append(stream.text(index, text, logprobs, reason, _error(mine)))
         if chunks:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent
 from trimtab.serve.service import Refusal, Service, Target
-from trimtab.serve.tokens_html import Candidate, Shown, TextParts
+from trimtab.serve.tokens_html import Candidate, Shown
 from trimtab.serve.worker import Job
 
 __all__ = ["Answer", "Question", "watch"]
@@ -62,7 +62,7 @@ class Answer:
         self.completion: Completion | None = None
         self.problem = ""
         self._service, self._job, self._tally = service, job, job.sequences[0].tally
-        self._parts, self._over = TextParts(), False
+        self._over = False
         self._special = set(getattr(target.model.tokenizer, "all_special_ids", ()))
         self._began = self._last = time.perf_counter()
 
@@ -163,7 +163,7 @@ class Answer:
     def _show(self, event: TokenEvent, token: int) -> Shown:
         texts, special = self._service.texts, token in self._special
         return Shown(
-            "" if special else self._parts.add(texts.utf8(token)),
+            "" if special else event.text,
             texts.text(token),
             special,
             event.proposal,

@@ -6,10 +6,9 @@ the card of the token that is pointed at or has the focus. Texts come from model
 characters that would hide or rearrange what stands around them are spelled out.
 """
 
-import codecs
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ __all__ = [
     "FULL_COLOUR",
     "Candidate",
     "Shown",
-    "TextParts",
     "command_html",
     "legend_html",
     "notice_html",
@@ -68,17 +66,6 @@ class Shown(NamedTuple):
             return None
         ratio = self.aligned - self.proposal
         return None if math.isnan(ratio) else ratio
-
-
-class TextParts:
-    """What each token adds to a text, where a character may be spread over several tokens: the last of them shows it."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, raw: Iterable[int] | None) -> str:
-        """The text that a token with these bytes completes."""
-        return self._decoder.decode(bytes(raw or ()))
 
 
 def tokens_html(tokens: Sequence[Shown], group: str, *, cards: bool) -> str:

@@ -5,12 +5,12 @@ text prepared beforehand, so that a token costs little more than quoting it. `To
 log-probabilities. Log-probabilities are natural; −inf, which JSON does not have, is written as −9999.
 """
 
-import codecs
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
+
+from trimtab.decode.spelling import Spelling
 
 __all__ = [
     "DONE",
@@ -217,11 +217,7 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-        kinds = str(decoder.__getstate__()) if decoder is not None else ""
-        self._byte_level, self._byte_fallback = '"ByteLevel"' in kinds, '"ByteFallback"' in kinds
-        self._added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        self._spelling = None if tokenizer is None else Spelling(tokenizer)
         self._known: dict[int, tuple[str, bytes | None]] = {}
 
     def text(self, token: int) -> str:
@@ -233,51 +229,22 @@ class TokenTexts:
         raw = self._look_up(token)[1]
         return None if raw is None else list(raw)
 
-    def offsets(self, tokens: Iterable[int], start: int = 0) -> list[int]:
-        """Where in a text that continues at character `start` each token begins; special tokens take no room in it."""
-        decoder, found = codecs.getincrementaldecoder("utf-8")("replace"), []
-        for token in tokens:
-            found.append(start)
-            if not getattr(self._added.get(token), "special", False):
-                start += len(decoder.decode(self._look_up(token)[1] or b""))
-        return found
-
     def _look_up(self, token: int) -> tuple[str, bytes | None]:
         if token not in self._known:
             self._known[token] = self._describe(token)
         return self._known[token]
 
     def _describe(self, token: int) -> tuple[str, bytes | None]:
-        piece = None if self._tokenizer is None else self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
+        piece = None if self._spelling is None else self._spelling.piece(token)
+        if self._spelling is None or piece is None:
             return f"token_id:{token}", None
-        raw = self._raw(token, piece)
+        raw = piece.encode() if self._spelling.is_special(token) else self._spelling.bytes_of(token)
+        if raw is None:  # the first of a text loses its space in some vocabularies, the second does not
+            raw = self._spelling.after([token], [token]).encode(errors="replace")
         try:
             return raw.decode(), raw
         except UnicodeDecodeError:
             return f"bytes:{repr(raw)[2:-1]}", raw
-
-    def _raw(self, token: int, piece: str) -> bytes:
-        if token in self._added:
-            return piece.encode()
-        if self._byte_level and all(char in _BYTE_OF for char in piece):
-            return bytes(_BYTE_OF[char] for char in piece)
-        if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        once, twice = (
-            self._tokenizer.decode([token] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False) for n in (1, 2)
-        )
-        return str(twice)[len(once) :].encode()  # the first of a text loses its space in some vocabularies, the second does not
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's alphabet for bytes: printable ones are themselves in Latin-1, and the rest are from U+0100 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-_BYTE_OF = _bytes_of_characters()
 
 
 def completion_logprobs(
@@ -285,7 +252,7 @@ def completion_logprobs(
     tokens: Sequence[int],
     logprobs: Sequence[float | None],
     tops: Sequence[TopLogprobs | None],
-    offset: int = 0,
+    offsets: Sequence[int],
 ) -> dict[str, Any]:
     """`logprobs` of a completion's choice.
 
@@ -295,10 +262,10 @@ def completion_logprobs(
         logprobs: of each; None for the first token of an echoed prompt, which nothing predicts.
         tops: the best tokens of each position; None where `logprobs` is. The token itself is added if it is not among them,
             and a token with the text of a better one is called by its id, such as `token_id:7`.
-        offset: where the first token begins in the choice's text, in characters.
+        offsets: where each token begins in the choice's text, in characters.
     """
     return {
-        "text_offset": texts.offsets(tokens, offset),
+        "text_offset": list(offsets),
         "token_logprobs": [None if logprob is None else _finite(logprob) for logprob in logprobs],
         "tokens": [texts.text(token) for token in tokens],
         "top_logprobs": [
