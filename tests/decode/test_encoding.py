@@ -73,7 +73,7 @@ def test_training_scoring_and_the_harness_read_the_same_ids(kind):
     for prompt, answer in [*PAIRS, ("is ", "Paris"), ([QUESTION], "Paris")]:
         (example,) = encode_records([Record(prompt, answer, None, "here")], encoder, 100)
         ((scored, scored_answer, _),) = model.encode_pairs([prompt], [answer])
-        assert (example.prompt, example.chosen) == (scored, scored_answer)
+        assert (example.prompt.tolist(), example.chosen.tolist()) == (scored, scored_answer)
         text = prompt if isinstance(prompt, str) else harness.apply_chat_template(prompt)
         if text == text.rstrip():  # the harness counts spaces between them as the answer's, and we follow it there
             assert harness._encode_pair(text, answer) == (scored, scored_answer[:-1])
