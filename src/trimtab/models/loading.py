@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError
 from trimtab.models.huggingface import check_supported
+from trimtab.reasons import reason_of
 
 __all__ = [
     "check_filled",
@@ -37,7 +38,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
         return chosen
     except (RuntimeError, AssertionError) as error:
-        raise InvalidOption(f"device: {str(error).splitlines()[0]}") from None
+        raise InvalidOption(f"device: {reason_of(error)}") from None
 
 
 def load_model(
@@ -97,12 +98,16 @@ def check_filled(report: Mapping[str, Any], source: str | Path) -> None:
     """Refuse a checkpoint that leaves weights of its model as they were made, or has them in another shape.
 
     Raises:
-        CheckpointError: names one of them.
+        CheckpointError: names one of them, and both shapes.
     """
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report.get(problem):
-            example = sorted(str(key) for key in report[problem])[0]
-            raise CheckpointError(f"'{source}' does not fill the model: {len(report[problem])} {problem}, such as {example}")
+    if missing := sorted(report.get("missing_keys") or ()):
+        raise CheckpointError(f"'{source}' does not fill the model: {len(missing)} missing_keys, such as {missing[0]}")
+    if mismatched := sorted(report.get("mismatched_keys") or ()):
+        name, held, wanted = mismatched[0]
+        raise CheckpointError(
+            f"'{source}' does not fill the model: {len(mismatched)} mismatched_keys, such as {name}, which has shape"
+            f" {list(held)} in its files and {list(wanted)} in the model"
+        )
 
 
 def load_configs(source: str | Path, *, local_only: bool = False) -> tuple[Any, Any]:
@@ -179,11 +184,11 @@ def readable(source: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = reason_of(error)
         if not folder.is_dir():
-            raise ModelError(f"'{source}' is no folder here, and the hub gave no {what} of that name: {first}") from error
+            raise ModelError(f"'{source}' is no folder here, and the hub gave no {what} of that name: {reason}") from error
         kind = CheckpointError if isinstance(error, SafetensorError) else ModelError
-        raise kind(f"cannot read the {what} in '{source}': {first}") from error
+        raise kind(f"cannot read the {what} in '{source}': {reason}") from error
 
 
 def _check_folder(folder: Path, source: str | Path, what: str) -> None:

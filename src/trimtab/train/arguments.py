@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import InvalidOption
+from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
 __all__ = ["DEFAULTS", "IDLE", "OWNED", "training_arguments"]
@@ -65,7 +66,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     try:
         arguments = TrainingArguments(**settings, **fixed)
     except (TypeError, ValueError) as error:
-        raise InvalidOption(f"training arguments: {str(error).splitlines()[0]}") from error
+        raise InvalidOption(f"training arguments: {reason_of(error)}") from error
     _check_trackers(arguments.report_to)
     _one_device_each(arguments)
     kind = getattr(arguments.distributed_state, "distributed_type", DistributedType.NO)

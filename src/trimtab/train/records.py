@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from trimtab.decode.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
+from trimtab.reasons import reason_of
 from trimtab.train.implicit import implicit_prompt
 from trimtab.train.unwanted import LABEL, refuse_unwanted
 
@@ -200,8 +201,7 @@ def _hub_rows(name: str, how: DataOptions | None) -> Iterator[tuple[str, dict[st
     try:
         data = load_dataset(name, config, data_dir=folder, split=split)
     except Exception as error:  # whatever the hub, the network or the data set's own files give rise to
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"'{name}' is no file here, and the hub gave no data set of that name: {first}") from error
+        raise DataError(f"'{name}' is no file here, and the hub gave no data set of that name: {reason_of(error)}") from error
     yield from ((f"{name} row {i}", dict(row)) for i, row in enumerate(data, 1))
 
 

@@ -10,6 +10,7 @@ import torch
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import Description, base_of, load_weights
 from trimtab.models.loading import load_model, readable
+from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
 __all__ = ["describe_lora", "load_start", "prepare_model", "read_lora"]
@@ -44,7 +45,7 @@ def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None
         return _add_lora(model, lora or _make_lora(options), seed)
     except ValueError as error:
         name = "aligner" if lora else "lora_target_modules"
-        raise InvalidOption(f"{name}: {str(error).splitlines()[0]}") from error
+        raise InvalidOption(f"{name}: {reason_of(error)}") from error
 
 
 def _zero_output_layer(model: Any) -> None:

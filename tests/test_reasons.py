@@ -1,0 +1,69 @@
+"""Libraries' errors in one line: each as the library raises it, and the words that a reader needs."""
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from trimtab.reasons import LONGEST, reason_of
+
+
+def raised(action) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the library raises
+        action()
+    return caught.value
+
+
+def test_of_weights_that_do_not_fit_the_tensor_and_both_sizes_are_named():
+    error = raised(lambda: torch.nn.Linear(2, 3).load_state_dict({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}))
+    assert str(error).splitlines()[0] == "Error(s) in loading state_dict for Linear:"
+    assert reason_of(error) == (
+        "Error(s) in loading state_dict for Linear: size mismatch for weight: copying a param with shape "
+        "torch.Size([3, 5]) from checkpoint, the shape in current model is torch.Size([3, 2])."
+    )
+
+
+def test_a_check_of_pydantic_names_its_field():
+    class Shape(BaseModel):
+        width: int
+
+    assert reason_of(raised(lambda: Shape(width="wide"))).startswith("1 validation error for Shape width")
+
+
+def test_a_configuration_that_transformers_refuses_names_the_value():
+    from transformers import LlamaConfig
+
+    text = reason_of(raised(lambda: LlamaConfig(hidden_size="wide")))
+    assert "hidden_size" in text
+    assert "wide" in text
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("one line", "one line"),
+        ("\n\n  the reason \nadvice", "the reason"),
+        ("A heading:\n\nAnother:\n\tthe reason.\nadvice", "A heading: Another: the reason."),
+        (
+            "404 Client Error. (Request ID: Root=1-6)\n\nRepository Not Found for url: https://hub/x.\nPlease make sure",
+            "404 Client Error. (Request ID: Root=1-6) Repository Not Found for url: https://hub/x.",
+        ),
+        ("A heading that nothing follows:", "A heading that nothing follows"),
+        ("", "ValueError"),
+        ("x" * 9999, "x" * LONGEST + "…"),
+    ],
+)
+def test_headings_are_not_reasons(message, reason):
+    assert reason_of(ValueError(message)) == reason
+
+
+def test_a_heading_without_a_reason_is_followed_by_the_cause():
+    error = RuntimeError("An error occurred while generating the dataset")
+    error.__cause__ = ValueError("JSON parse error: Missing a name\nadvice")
+    assert reason_of(error) == "An error occurred while generating the dataset JSON parse error: Missing a name"
+    error = RuntimeError()
+    error.__cause__ = ValueError("the reason")
+    assert reason_of(error) == "the reason"
+
+
+def test_a_missing_key_is_called_one():
+    assert reason_of(raised(lambda: {}["hidden_size"])) == "KeyError: 'hidden_size'"
