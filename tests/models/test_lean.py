@@ -2,7 +2,6 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
-from trimtab.errors import UnsupportedModel
 from trimtab.models import prepack
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
@@ -183,13 +181,6 @@ def test_many_wrappers_around_a_module_share_its_weights():
     first, second = HuggingFaceLM(model), HuggingFaceLM(model)
     for one, other in zip(first._lean.linears, second._lean.linears, strict=True):
         assert one.weight.data_ptr() == other.weight.data_ptr()
-
-
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_adapters_with_virtual_tokens_are_refused(kind):
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(UnsupportedModel, match="virtual tokens"):
-        HuggingFaceLM(peft.get_peft_model(tiny_model("llama", V), config))
 
 
 def test_a_lent_model_can_be_trained_after_it_was_decoded_with():

@@ -63,7 +63,7 @@ def in_time(seconds: float | None) -> str:
     return f"{seconds:.3g} seconds"
 
 
-def model_weights(name: str, expected: str | None, dtype: str) -> dict[str, Any]:
+def model_weights(name: str, expected: str | None, dtype: str, *, revision: str | None = None) -> dict[str, Any]:
     """What a model is and what its weights take, from its configuration."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -73,7 +73,7 @@ def model_weights(name: str, expected: str | None, dtype: str) -> dict[str, Any]
     from trimtab.models.shapes import find_config
 
     loading_arguments(dtype, "cpu", None)
-    found = find_config(name, expected)
+    found = find_config(name, expected, revision=revision)
     check_supported(found.config)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(found.config).parameters())
@@ -94,14 +94,16 @@ def aligner_weights(name: str, expected: str | None, dtype: str) -> dict[str, An
     """The same of an aligner; an adapter comes with the base that it adapts."""
     from safetensors import safe_open
 
-    from trimtab.models.aligner import base_of
+    from trimtab.models.adapter_folder import WEIGHTS_NAME, base_of, check_weights, is_adapter
     from trimtab.models.loading import readable
 
     folder = Path(name).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not is_adapter(folder):
         return model_weights(name, expected, dtype)
-    found = model_weights(base_of(folder), expected, dtype)
-    with readable(folder, "aligner"), safe_open(folder / "adapter_model.safetensors", "pt") as file:
+    base = base_of(folder)
+    found = model_weights(base.source, expected, dtype, revision=base.revision)
+    check_weights(folder)
+    with readable(folder, "aligner"), safe_open(folder / WEIGHTS_NAME, "pt") as file:
         adapter = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - it is no mapping
     each = found["weights"] // found["parameters"]
     return found | {

@@ -301,5 +301,5 @@ def _file_hash(system: System) -> dict[str, Any]:
 
 
 def _revision(model: Any) -> str | None:
-    """The hub's commit that the weights were loaded from."""
-    return getattr(model.model.config, "_commit_hash", None)
+    """The hub's commit that the weights were loaded from; of an adapter in a pool, its base's."""
+    return getattr(getattr(model, "pool", model).model.config, "_commit_hash", None)

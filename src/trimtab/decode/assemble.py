@@ -10,6 +10,7 @@ import torch
 
 from trimtab.decode.draft import DRAFTS
 from trimtab.errors import InvalidOption, UnsupportedModel
+from trimtab.models.adapter_folder import Base
 from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.aligner import Aligner, Description, Manifest, describe, load_weights
 from trimtab.models.base import LanguageModel
@@ -142,8 +143,8 @@ class Loader:
     ) -> None:
         self.vocab_size = vocabulary_size(tokenizer) if tokenizer is not None else None
         self._tokenizer, self._dtype, self._device, self._capture = tokenizer, dtype, device, capture
-        self._pools: weakref.WeakValueDictionary[str, AdapterPool] = weakref.WeakValueDictionary()
-        self._unfit: set[str] = set()
+        self._pools: weakref.WeakValueDictionary[Base, AdapterPool] = weakref.WeakValueDictionary()
+        self._unfit: set[Base] = set()
 
     def find(self, source: AlignerLike) -> AlignerLike:
         """What `load` will take of a folder or a hub id, checked without reading weights; anything else as it is.
@@ -197,7 +198,8 @@ class Loader:
         pool = self._pools.get(base)
         if pool is None:
             try:
-                pool = AdapterPool(load_model(base, dtype=self._dtype, device=self._device), self.vocab_size, owned=True)
+                model = load_model(base.source, dtype=self._dtype, device=self._device, revision=base.revision)
+                pool = AdapterPool(model, self.vocab_size, owned=True)
             except UnsupportedModel as error:
                 logger.info("adapters of '%s' get a model each: %s", base, error)
                 self._unfit.add(base)

@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
+from trimtab.models.adapter_folder import WEIGHTS_NAME
 from trimtab.models.base import State
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import LEAN, Deltas
 from trimtab.models.loading import readable
-from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, WEIGHTS_NAME, read_plain
+from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, read_plain
 from trimtab.models.slots import SlotState
 
 __all__ = ["Adapted", "Adapter", "AdapterPool"]
@@ -259,7 +260,9 @@ class AdapterPool(HuggingFaceLM):
         keys = {f"base_model.model.{path}.lora_{half}.weight" for path in plan for half in "AB"}
         for problem, wrong in (("lacks", keys - set(tensors)), ("has no place for", set(tensors) - keys)):
             if wrong:
-                raise CheckpointError(f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, as {min(wrong)}")
+                raise CheckpointError(
+                    f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, such as {min(wrong)}"
+                )
         places = self._layout.places
         shape = Shape(max(rank for rank, _ in plan.values()), tuple(sorted({places[path].product for path in plan})))
         flat = torch.zeros(1, self._layout.size(shape), dtype=self.dtype, device=self.device)
@@ -271,7 +274,10 @@ class AdapterPool(HuggingFaceLM):
                 key, target = f"base_model.model.{path}.lora_{half}.weight", block[:, columns]
                 given, target = tensors[key], target if half == "A" else target.mT
                 if given.shape != target.shape:
-                    raise CheckpointError(f"'{folder}' does not fill the adapter: {key} has shape {list(given.shape)}")
+                    raise CheckpointError(
+                        f"'{folder}' does not fill the adapter: {key} has shape {list(given.shape)} in its file and"
+                        f" {list(target.shape if half == 'A' else target.mT.shape)} in the model"
+                    )
                 target.copy_(given.to(torch.promote_types(self.dtype, torch.float32)) * factor)
                 if not bool(torch.isfinite(target).all()):
                     raise CheckpointError(f"'{folder}' contains NaN or infinite weights in {key}")

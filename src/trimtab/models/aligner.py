@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from trimtab.core.rules import parse_rule
-from trimtab.errors import CheckpointError, InvalidOption, ManifestError, VocabularyMismatch
+from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
 from trimtab.files import atomic_folder, write_json
-from trimtab.models.loading import check_finite, load_model, load_tokenizer, readable
+from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
+from trimtab.models.loading import load_model, load_tokenizer, readable
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "Aligner",
     "Description",
     "Manifest",
-    "base_of",
     "describe",
     "load_weights",
     "save_model",
@@ -218,8 +217,9 @@ class Description(NamedTuple):
 def describe(path: str | Path, *, revision: str | None = None) -> Description:
     """Read an aligner's tokenizer and manifest; the arguments and errors are those of `Aligner.from_pretrained`."""
     folder = _fetch(path, revision)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() or not is_adapter else base_of(folder))
+    adapts = is_adapter(folder)
+    where = Base(str(folder)) if (folder / "tokenizer_config.json").is_file() or not adapts else base_of(folder)
+    tokenizer = load_tokenizer(where.source, revision=where.revision)
     manifest = None
     if (folder / MANIFEST_NAME).is_file():
         source = str(Path(path) / MANIFEST_NAME)
@@ -231,7 +231,7 @@ def describe(path: str | Path, *, revision: str | None = None) -> Description:
         if manifest.vocabulary != fingerprint_vocabulary(tokenizer):
             raise VocabularyMismatch(f"{source}: the tokenizer beside it has another vocabulary than the manifest says")
     draft = folder / DRAFT_NAME
-    return Description(folder, is_adapter, tokenizer, manifest, draft if (draft / "config.json").is_file() else None)
+    return Description(folder, adapts, tokenizer, manifest, draft if (draft / "config.json").is_file() else None)
 
 
 def load_weights(
@@ -239,7 +239,7 @@ def load_weights(
 ) -> Any:
     """The model in an aligner's folder; an adapter comes as a PEFT model around its base, frozen unless it is to be trained."""
     if found.is_adapter:
-        return _load_adapter(found.folder, dtype, device, trainable)
+        return load_adapter(found.folder, dtype=dtype, device=device, trainable=trainable)
     return load_model(found.folder, dtype=dtype, device=device)
 
 
@@ -297,29 +297,3 @@ def _fetch(path: str | Path, revision: str | None) -> Path:
 
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
-
-
-def base_of(folder: Path) -> str:
-    """The model under a PEFT adapter: a folder or a hub id."""
-    with readable(folder, "aligner"):
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"'{folder}': adapter_config.json names no base model")
-    return str(base)
-
-
-def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None, trainable: bool) -> Any:
-    from peft import PeftModel
-
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = " (adapter_model.bin is pickled and not loaded)" if (folder / "adapter_model.bin").is_file() else ""
-        raise CheckpointError(f"'{folder}' holds no adapter_model.safetensors{pickled}")
-    base = load_model(base_of(folder), dtype=dtype, device=device)
-    with readable(folder, "aligner"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, use_safetensors=True).eval()
-        except UserWarning as warning:
-            raise CheckpointError(f"'{folder}' does not fill the adapter: {str(warning)[:120]}") from None
-    check_finite(model, folder)
-    return model

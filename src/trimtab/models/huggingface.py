@@ -17,6 +17,7 @@ from trimtab.models.base import State
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.lean import LEAN, Deltas, LeanDecoder
+from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
 
@@ -63,7 +64,8 @@ class HuggingFaceLM:
             pass.
 
     Raises:
-        UnsupportedModel: an architecture that ragged slots would decode wrongly; or one without a lean pass, with `capture`.
+        UnsupportedModel: an architecture that ragged slots would decode wrongly; adapters of which a part would be left out; or
+            a model without a lean pass, with `capture`.
     """
 
     def __init__(
@@ -77,8 +79,7 @@ class HuggingFaceLM:
     ) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
-        if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-            raise UnsupportedModel("PEFT adapters that add virtual tokens to the prompt are not supported; use LoRA or IA3")
+        check_adapters(getattr(model, "peft_config", {}), f"this '{inner.config.model_type}' model")
         self._attention = inner.config._attn_implementation
         if self._attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")

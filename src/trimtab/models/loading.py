@@ -110,18 +110,19 @@ def check_filled(report: Mapping[str, Any], source: str | Path) -> None:
         )
 
 
-def load_configs(source: str | Path, *, local_only: bool = False) -> tuple[Any, Any]:
+def load_configs(source: str | Path, *, revision: str | None = None, local_only: bool = False) -> tuple[Any, Any]:
     """The configuration of a model and of its generation (None if there is none), without its weights.
 
     With `local_only` the hub is not asked, only its cache.
     """
     from transformers import AutoConfig, GenerationConfig
 
+    where = {"revision": revision, "local_files_only": local_only}
     with readable(source, "configuration"):
         source = expand(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_only)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     try:
-        return config, GenerationConfig.from_pretrained(source, local_files_only=local_only)
+        return config, GenerationConfig.from_pretrained(source, **where)
     except OSError:
         return config, None
 

@@ -1,16 +1,16 @@
 """The folder of a LoRA adapter that can share a base with others: what it may hold, and how to tell."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
+from trimtab.errors import ModelError, UnsupportedModel
+from trimtab.models.adapter_folder import WEIGHTS_NAME, Base, base_of, check_weights, read_config
 from trimtab.models.loading import readable
 
-__all__ = ["PRODUCTS", "PROJECTIONS", "WEIGHTS_NAME", "poolable", "read_plain"]
+__all__ = ["PRODUCTS", "PROJECTIONS", "poolable", "read_plain"]
 
 PRODUCTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -20,7 +20,6 @@ PRODUCTS = (
 )
 """The linear layers of each product of the lean pass, in its order."""
 PROJECTIONS = [path.split(".")[1] for linears in PRODUCTS for path in linears]
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 _HARMLESS = {
     *("peft_type", "bias", "init_lora_weights"),  # looked at by themselves
@@ -35,30 +34,26 @@ _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
 """`init_lora_weights` that leave the base's weights alone; PiSSA, OLoRA and others change them."""
 
 
-def poolable(folder: str | Path) -> str | None:
-    """The name of the base model of a LoRA adapter that a pool over that base can run.
+def poolable(folder: str | Path) -> Base | None:
+    """The base model of a LoRA adapter that a pool over that base can run.
 
     None where the folder holds anything else, or what cannot be read: load it as a model of its own, which says what is wrong.
     Whether the base is of a kind that can be shared, `AdapterPool` says.
     """
+    folder = Path(folder).expanduser()
     try:
-        base = read_plain(Path(folder).expanduser()).get("base_model_name_or_path")
+        read_plain(folder)
+        return base_of(folder)
     except ModelError:
         return None
-    return base if isinstance(base, str) and base else None
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
     """What adapter_config.json holds, if it describes plain LoRA of the projections and the weights are there and no others."""
-    with readable(folder, "aligner"):
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ModelError(f"'{folder}': adapter_config.json must hold one JSON object")
-        if not (folder / WEIGHTS_NAME).is_file():
-            pickled = " (adapter_model.bin is pickled and not loaded)" if (folder / "adapter_model.bin").is_file() else ""
-            raise CheckpointError(f"'{folder}' holds no {WEIGHTS_NAME}{pickled}")
-        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-            keys = list(file.keys())
+    values = read_config(folder)
+    check_weights(folder)
+    with readable(folder, "aligner"), safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        keys = list(file.keys())
     further = [key for key, value in values.items() if value and key not in _HARMLESS]
     if values.get("peft_type") != "LORA":
         further.append("peft_type")

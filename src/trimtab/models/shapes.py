@@ -81,6 +81,8 @@ class FoundConfig(NamedTuple):
     """Whose configuration it is: a folder or a hub id."""
     origin: str
     """Where it was found: `folder`, `hub cache`, `shapes.py` or `hub`."""
+    revision: str | None = None
+    """Of the hub."""
 
 
 def make_config(name: str, **changes: Any) -> Any:
@@ -91,7 +93,7 @@ def make_config(name: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[shape.model_type](**shape.fields | changes)
 
 
-def is_here(source: str, file: str = "config.json") -> bool:
+def is_here(source: str, file: str = "config.json", revision: str | None = None) -> bool:
     """Whether a file of a model's repository can be read without the network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -99,30 +101,31 @@ def is_here(source: str, file: str = "config.json") -> bool:
     if Path(source).expanduser().is_dir():
         return True
     try:
-        return isinstance(try_to_load_from_cache(source, file), str)
+        return isinstance(try_to_load_from_cache(source, file, revision=revision), str)
     except HFValidationError:  # no hub id, so a path that leads nowhere
         return False
 
 
-def find_config(source: str, expected: str | None = None) -> FoundConfig:
+def find_config(source: str, expected: str | None = None, *, revision: str | None = None) -> FoundConfig:
     """The configuration of a model whose weights are not wanted, from what is at hand if that is possible.
 
     Args:
         source: a folder or a hub id: looked for in the hub's cache, then in `SHAPES`, then asked of the hub.
         expected: a model of the same shape, to be taken where `source` is a folder that is not there yet.
+        revision: a hub revision.
 
     Raises:
         ModelError: nothing says what shape it has.
     """
-    if is_here(source):
+    if is_here(source, revision=revision):
         origin = "folder" if Path(source).expanduser().is_dir() else "hub cache"
-        return FoundConfig(*load_configs(source, local_only=True), source, origin)
+        return FoundConfig(*load_configs(source, revision=revision, local_only=True), source, origin, revision)
     if source in SHAPES:
-        return FoundConfig(make_config(source), None, source, "shapes.py")
+        return FoundConfig(make_config(source), None, source, "shapes.py", revision)
     if expected is not None and expected != source:
         return find_config(expected)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ModelError(
             f"'{source}' does not exist; if an earlier command is to make it, say what it will be like: expected_…"
         )
-    return FoundConfig(*load_configs(source), source, "hub")
+    return FoundConfig(*load_configs(source, revision=revision), source, "hub", revision)

@@ -21,7 +21,7 @@ from trimtab.decode.assemble import Loaded, Loader
 from trimtab.decode.draft import who_drafts
 from trimtab.decode.settings import with_weight
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
-from trimtab.models.aligner import base_of
+from trimtab.models.adapter_folder import Base, base_of, is_adapter
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What an aligner may be called."""
-ADAPTER_NAME = "adapter_config.json"
 MAX_COMBINATIONS = 1000
 """Combinations of aligners whose models are remembered; making one anew costs microseconds."""
 
@@ -92,8 +91,8 @@ class Registry:
         self.base = base
         self._loader, self._max_bytes = loader, max_bytes
         self._root = None if root is None else root.resolve(strict=True)
-        self._trusted: set[Path] = set()
-        """Folders that the operator has named."""
+        self._trusted: set[Base] = set()
+        """What the operator has named, and the bases of that."""
         self._vocabulary = fingerprint_vocabulary(base.tokenizer)
         self._entries: dict[str, Entry] = {}
         self._models: dict[tuple[str, ...], tuple[list[Loaded], AlignedModel]] = {}
@@ -228,9 +227,10 @@ class Registry:
             found = None
         if found is None or not found.is_relative_to(self._root) or not found.is_dir():
             raise NoSuchFolder("path: there is no such folder under the server's --aligner_root")
-        if (found / ADAPTER_NAME).is_file():
-            base = Path(base_of(found)).resolve()
-            if not base.is_relative_to(self._root) and base not in self._trusted:
+        if is_adapter(found):
+            base = base_of(found)
+            under_root = Path(base.source).is_dir() and Path(base.source).is_relative_to(self._root)
+            if not under_root and base not in self._trusted:
                 raise InvalidRequest("path: the adapter's base model must lie under the server's --aligner_root, too")
         return str(found)
 
@@ -238,9 +238,9 @@ class Registry:
         """Adapters of clients may use what the operator uses."""
         folder = Path(path).expanduser()
         if folder.is_dir():
-            self._trusted.add(folder.resolve())
-            if (folder / ADAPTER_NAME).is_file():
-                self._trusted.add(Path(base_of(folder)).resolve())
+            self._trusted.add(Base(str(folder.resolve())))
+            if is_adapter(folder):
+                self._trusted.add(base_of(folder))
 
     def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> None:
         """Load an entry's weights and make room for them. What does not fit is dropped again: it is never kept."""

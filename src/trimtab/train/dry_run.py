@@ -21,7 +21,8 @@ from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import read_chat_template
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
-from trimtab.models.aligner import base_of, describe
+from trimtab.models.adapter_folder import Base, base_of
+from trimtab.models.aligner import describe
 from trimtab.models.huggingface import check_supported
 from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
@@ -105,7 +106,8 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     proposal = find_config(options.proposal, expected.proposal)
     here = describe(options.aligner) if Path(options.aligner).expanduser().is_dir() else None
     adapter = here.folder if here and here.is_adapter else None
-    aligner = find_config(base_of(adapter) if adapter else options.aligner, expected.aligner)
+    start = base_of(adapter) if adapter else Base(options.aligner)
+    aligner = find_config(start.source, expected.aligner, revision=start.revision)
     for found in (proposal, aligner):
         check_supported(found.config)
     tokenizer, vocab_size = _vocabulary(options, proposal, aligner, here.tokenizer if here else None)
@@ -184,9 +186,9 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
 def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
     """The proposal's tokenizer, if it and the aligner's `own` are at hand and agree, and V."""
     read_chat_template(options.chat_template_path)
-    here = [is_here(found.source, "tokenizer_config.json") for found in (proposal, aligner)]
+    here = [is_here(found.source, "tokenizer_config.json", found.revision) for found in (proposal, aligner)]
     tokenizer = open_tokenizer(options, proposal.source) if here[0] else None
-    own = open_tokenizer(options, aligner.source) if own is None and here[1] else own
+    own = open_tokenizer(options, aligner.source, aligner.revision) if own is None and here[1] else own
     if tokenizer is not None and own is not None:
         check_same_vocabulary(tokenizer, own, options.aligner)
     known = {found.source: SHAPES[found.source].tokens for found in (proposal, aligner) if found.source in SHAPES}

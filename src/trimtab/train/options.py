@@ -11,7 +11,8 @@ from trimtab.core.rules import Geometric, Product, Rule, parse_rule
 from trimtab.decode.template import check_date
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
-from trimtab.models.aligner import OBJECTIVES, Description, Manifest, base_of
+from trimtab.models.adapter_folder import base_of
+from trimtab.models.aligner import OBJECTIVES, Description, Manifest
 from trimtab.train.records import parse_columns
 from trimtab.train.rows import Layout
 
@@ -329,7 +330,7 @@ class TrainOptions:
         Raises:
             InvalidOption: the start or a setting of fresh adapters is asked for, or the base would be overwritten.
         """
-        if self._would_overwrite(base_of(found.folder)):
+        if self._would_overwrite(base_of(found.folder).source):
             raise InvalidOption(
                 f"output_dir '{self.output_dir}' holds the base of the adapter '{self.aligner}': choose another"
             )

@@ -23,6 +23,7 @@ from transformers import TrainerState, TrainingArguments
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import pick_date, read_chat_template, refuse_idle_date
 from trimtab.files import named_errors, only_writer, read_json, write_json
+from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.loading import load_model, load_tokenizer
@@ -69,7 +70,7 @@ class _Run(NamedTuple):
     """What trainers call them: `train_dataset` and `eval_dataset`."""
     equal_pairs: int
     """How many pairs have two equal answers."""
-    draft_start: str | Path
+    draft_start: Base
     """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base."""
 
     @property
@@ -238,7 +239,7 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
         aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
         weight=weight,
         ranks=ranks,
-        model=load_model(this.draft_start, dtype=torch.float32, device="cpu"),
+        model=load_model(this.draft_start.source, dtype=torch.float32, device="cpu", revision=this.draft_start.revision),
         args=own,
         data_collator=collate,
         **this.data,
@@ -270,10 +271,10 @@ def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], out
     ranks.first_does(write)
 
 
-def open_tokenizer(options: TrainOptions, source: str) -> Any:
+def open_tokenizer(options: TrainOptions, source: str, revision: str | None = None) -> Any:
     """The proposal's tokenizer, with the chat template that was asked for."""
     template = read_chat_template(options.chat_template_path)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, revision=revision)
     if template is not None:
         tokenizer.chat_template = template
     refuse_idle_date(options.date, tokenizer)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from trimtab.errors import InvalidOption
-from trimtab.models.aligner import Description, base_of, load_weights
+from trimtab.models.adapter_folder import Base, base_of
+from trimtab.models.aligner import Description, load_weights
 from trimtab.models.loading import load_model, readable
 from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
@@ -18,16 +19,14 @@ __all__ = ["describe_lora", "load_start", "prepare_model", "read_lora"]
 logger = logging.getLogger(__name__)
 
 
-def load_start(options: TrainOptions, found: Description) -> tuple[Any, str | Path]:
+def load_start(options: TrainOptions, found: Description) -> tuple[Any, Base]:
     """The aligner that training starts from, and what its drafter would start from."""
+    drafter = Base(str(found.draft)) if found.draft else None
     if not found.is_adapter:
-        return load_model(options.aligner, dtype=torch.float32, device="cpu"), found.draft or options.aligner
+        return load_model(options.aligner, dtype=torch.float32, device="cpu"), drafter or Base(options.aligner)
     read_lora(found.folder)
     model = load_weights(found, dtype=torch.float32, device="cpu", trainable=True)
-    base = base_of(found.folder)
-    if (folder := Path(base).expanduser()).is_dir():  # what is saved must find it from anywhere
-        base = model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
-    return model, found.draft or base
+    return model, drafter or base_of(found.folder)
 
 
 def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
