@@ -88,6 +88,11 @@ class ScriptedLM(TableLM):
         super().__init__(torch.zeros(vocab_size, dtype=torch.float64))
         self.script = list(script)
 
+    @property
+    def fingerprint(self) -> str:
+        """It goes by the script."""
+        return f"{super().fingerprint} {self.script}"
+
     def row(self, prefix: Sequence[int]) -> torch.Tensor:
         """All mass on the script's next token."""
         row = torch.full((self.vocab_size,), -math.inf, dtype=torch.float64)

@@ -278,7 +278,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (lambda t: t.pop(Q), "lacks 1 keys, such as .*q_proj.lora_A"),
         (lambda t: t.update({Q.replace("layers.0", "layers.9"): t[Q].clone()}), r"no place for 1 keys, such as .*layers\.9"),
-        (lambda t: t.update({Q: t[Q].T.contiguous()}), r"q_proj.lora_A.weight has shape \[32, 2\] in its file and \[2, 32\] in the model"),
+        (
+            lambda t: t.update({Q: t[Q].T.contiguous()}),
+            r"q_proj.lora_A.weight has shape \[32, 2\] in its file and \[2, 32\] in the model",
+        ),
         (lambda t: t.update({Q: t[Q].flatten()}), r"q_proj.lora_A.weight has shape \[64\]"),
         (lambda t: t.update({Q: t[Q][:1].clone()}), r"q_proj.lora_A.weight has shape \[1, 32\]"),
         (lambda t: t[Q].fill_(torch.nan), "NaN or infinite weights in .*q_proj.lora_A"),

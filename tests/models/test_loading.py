@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tiny import Trap, save_tiny, tiny_model, tiny_tokenizer
+from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner, SamplingParams
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, UnsupportedModel
 from trimtab.models.huggingface import HuggingFaceLM
@@ -338,6 +338,13 @@ def test_an_attention_that_takes_no_mask_is_refused():
 def test_a_model_with_fewer_columns_than_tokens_is_refused():
     with pytest.raises(UnsupportedModel, match="has 20 output columns, but its tokenizer 28 tokens"):
         AlignedModel.from_pretrained(tiny_model("llama", 20), tokenizer=tiny_tokenizer())
+
+
+def test_an_adapter_beside_a_model_is_not_loaded_with_it(folder, sound):
+    """Transformers would put it into the model, and as a base under an adapter it would act twice."""
+    save_lora(folder, sound, r=2, target_modules=["q_proj"])
+    with pytest.raises(CheckpointError, match=r"holds an adapter beside its model .* move it into a folder of its own"):
+        load_model(folder)
 
 
 # ---- the hub

@@ -324,7 +324,7 @@ def test_a_description_that_is_none_is_refused(content, tmp_path):
 def test_another_version_is_refused(tmp_path):
     build(tmp_path, Counting(), make_examples(4))
     path = tmp_path / "cache.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 2'))
     with pytest.raises(CacheMismatch, match="another version of Trimtab"):
         build(tmp_path, Counting(), make_examples(4))
 

@@ -29,6 +29,7 @@ from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
 from trimtab.files import json_digest, read_json, write_json
+from trimtab.models.fingerprint import fingerprint_of
 from trimtab.train.records import read_records
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ def _record(
         sources = {"proposal": (options.proposal, model.proposal)}
         sources |= {f"aligner {name}": (name, part) for name, part in zip(options.aligner, model.aligners, strict=True)}
         record["models"] = {
-            name: {"source": source, "weights": getattr(part, "fingerprint", None), "revision": _revision(part)}
+            name: {"source": source, "weights": fingerprint_of(part), "revision": _revision(part)}
             for name, (source, part) in sources.items()
         }
         record["decoding"] = {"rule": str(shaping.rule), "weight": list(shaping.weights)}
@@ -302,4 +303,5 @@ def _file_hash(system: System) -> dict[str, Any]:
 
 def _revision(model: Any) -> str | None:
     """The hub's commit that the weights were loaded from; of an adapter in a pool, its base's."""
-    return getattr(getattr(model, "pool", model).model.config, "_commit_hash", None)
+    files = getattr(getattr(model, "pool", model), "files", None)
+    return None if files is None else files.commit

@@ -64,9 +64,11 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dict[str, Any]:
+    from trimtab.models.fingerprint import fingerprint_of
+
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
-    weights = [m.fingerprint for m in model.models.all]
+    weights = [fingerprint_of(m) for m in model.models.all]
     settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": weights}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:

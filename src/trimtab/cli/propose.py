@@ -121,7 +121,6 @@ def _pairs(options: Options) -> int:
 
 def _ranking(options: Options, pairs: int, records: Any) -> Any:
     """How samples become pairs, if they do."""
-    from trimtab.models.fingerprint import fingerprint_model
     from trimtab.train.ranking import Ranking
 
     if options.reward_model is None:
@@ -129,7 +128,7 @@ def _ranking(options: Options, pairs: int, records: Any) -> Any:
     prompts, sources = [record.prompt for record in records], [record.source for record in records]
     local = options.dtype or "auto", options.device
     model = load_reward_model("--reward_model", options.reward_model, prompts, sources, *local)
-    return Ranking(model, fingerprint_model(model.model), pairs)
+    return Ranking(model, model.fingerprint, pairs)
 
 
 def _here(options: Options, records: Any, params: Any, ranking: Any) -> "Written":

@@ -31,6 +31,7 @@ from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
 from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
+from trimtab.models.fingerprint import fingerprint_of
 
 __all__ = ["AlignedModel"]
 
@@ -301,14 +302,14 @@ class AlignedModel:
     @property
     def fingerprints(self) -> list[str]:
         """What tells the proposal and the aligners from others."""
-        return [getattr(part, "fingerprint", repr(part)) for part in (self.proposal, *self.aligners)]
+        return [fingerprint_of(part) for part in (self.proposal, *self.aligners)]
 
     @property
     def drafter(self) -> str:
         """Who drafts, as far as it decides which tokens a seed gives."""
         models = self.models
         if models.draft is not None:
-            return str(getattr(models.draft, "fingerprint", repr(models.draft)))
+            return fingerprint_of(models.draft)
         return "ngram" if models.lookup else "none" if models.drafter is None else "aligner"
 
     def shaping(self, params: SamplingParams) -> Shaping:

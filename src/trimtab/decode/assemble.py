@@ -12,11 +12,12 @@ from trimtab.decode.draft import DRAFTS
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.adapter_folder import Base
 from trimtab.models.adapters import Adapted, AdapterPool
-from trimtab.models.aligner import Aligner, Description, Manifest, describe, load_weights
+from trimtab.models.aligner import Aligner, Description, Manifest, describe, files_of, load_weights
 from trimtab.models.base import LanguageModel
+from trimtab.models.fingerprint import Files
 from trimtab.models.graphs import CudaCapture
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import load_model, load_tokenizer, pick_device
+from trimtab.models.loading import folder_of, load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
@@ -62,9 +63,9 @@ def load_parts(
         raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
     capture = make_capture(cuda_graphs, device)
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
-    owned = isinstance(proposal, (str, Path))
-    if owned and tokenizer is None:
-        tokenizer = load_tokenizer(proposal, revision=revision)
+    source, files = proposal, None
+    if isinstance(source, (str, Path)) and tokenizer is None:
+        tokenizer = load_tokenizer(source, revision=revision)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
@@ -73,15 +74,16 @@ def load_parts(
     given = [loader.find(source) for source in given]
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft
-    if owned:  # only now, for it takes longest
-        proposal = load_model(proposal, dtype=dtype, device=device, revision=revision)
+    if isinstance(source, (str, Path)):  # only now, for it takes longest
+        proposal = load_model(source, dtype=dtype, device=device, revision=revision)
+        files = Files(proposal, [folder_of(source, revision)])
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
     if named:
         draft = loader.load(draft).model
     return Parts(
-        _backend(proposal, loader.vocab_size, owned, capture),
+        _backend(proposal, loader.vocab_size, files, capture),
         [item.model for item in loaded],
         [item.manifest for item in loaded],
         draft,
@@ -166,9 +168,8 @@ class Loader:
             ModelError: it cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: its tokenizer is not the proposal's.
         """
-        manifest, draft = None, None
+        manifest, draft, files = None, None, None
         source = self.find(source)
-        named = isinstance(source, Found)
         if isinstance(source, Aligner):
             self._check(source.tokenizer, source.name)
             source, manifest, draft = source.model, source.manifest, source.draft
@@ -178,7 +179,8 @@ class Loader:
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source = load_weights(found, dtype=self._dtype, device=self._device)
-        model = _backend(source, self.vocab_size, named, self._capture)
+            files = files_of(source, found)
+        model = _backend(source, self.vocab_size, files, self._capture)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
     @property
@@ -199,7 +201,8 @@ class Loader:
         if pool is None:
             try:
                 model = load_model(base.source, dtype=self._dtype, device=self._device, revision=base.revision)
-                pool = AdapterPool(model, self.vocab_size, owned=True)
+                files = Files(model, [folder_of(base.source, base.revision)])
+                pool = AdapterPool(model, self.vocab_size, owned=True, files=files)
             except UnsupportedModel as error:
                 logger.info("adapters of '%s' get a model each: %s", base, error)
                 self._unfit.add(base)
@@ -213,9 +216,11 @@ def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None
     return draft if manifest is not None and manifest.is_residual else None
 
 
-def _backend(module: Any, vocab_size: int | None, owned: bool, capture: CudaCapture | None) -> LanguageModel:
+def _backend(module: Any, vocab_size: int | None, files: Files | None, capture: CudaCapture | None) -> LanguageModel:
+    """A model as it is given, or one that was loaded here from files."""
     if isinstance(module, torch.nn.Module):
-        return HuggingFaceLM(module, vocab_size, owned=owned, capture=capture if owned else None)
+        owned = files is not None
+        return HuggingFaceLM(module, vocab_size, owned=owned, files=files, capture=capture if owned else None)
     if not hasattr(module, "vocab_size") or not hasattr(module, "extend"):
         raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {module!r}")
     return module  # type: ignore[no-any-return]

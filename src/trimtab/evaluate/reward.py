@@ -31,7 +31,8 @@ from trimtab.decode.encoding import Encoder
 from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
-from trimtab.models.loading import check_filled, check_finite, expand, load_tokenizer, loading_arguments, readable
+from trimtab.models.fingerprint import Files, fingerprint_model
+from trimtab.models.loading import check_filled, check_finite, expand, folder_of, load_tokenizer, loading_arguments, readable
 
 __all__ = ["RewardModel", "preference"]
 
@@ -90,6 +91,7 @@ class RewardModel:
         self.batch_size = batch_size
         self.max_length: int | None = max_length if max_length is not None else min(stated, default=None)
         self.truncated = 0
+        self._files: Files | None = None
         self._decoder = _is_decoder(config)
         self._embeddings: Tensor = model.get_input_embeddings().weight
         self._encoder = Encoder(tokenizer, len(self._embeddings), date=date)
@@ -126,7 +128,14 @@ class RewardModel:
         """
         model = _load_classifier(source, dtype, device, revision)
         tokenizer = load_tokenizer(source, revision=revision) if tokenizer is None else tokenizer
-        return cls(model, tokenizer, batch_size=batch_size, max_length=max_length, date=date)
+        made = cls(model, tokenizer, batch_size=batch_size, max_length=max_length, date=date)
+        made._files = Files(model, [folder_of(source, revision)])
+        return made
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256:…` of all that decides the classifier's numbers, see `trimtab.models.fingerprint`."""
+        return fingerprint_model(self.model) if self._files is None else self._files.fingerprint
 
     def score(self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str]) -> list[float]:
         """One score for each prompt with its answer, in their order; higher is better.

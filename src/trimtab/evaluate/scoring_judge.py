@@ -8,7 +8,6 @@ from typing import Any
 from trimtab.evaluate import references, reward
 from trimtab.evaluate.journal import Journal, key_of
 from trimtab.evaluate.judging import Judgement, Pair
-from trimtab.models.fingerprint import fingerprint_model
 
 __all__ = ["ReferenceJudge", "RewardJudge"]
 
@@ -32,7 +31,7 @@ class RewardJudge:
 
     def __init__(self, model: reward.RewardModel, name: str) -> None:
         self.model, self.name = model, name
-        self._fingerprint = fingerprint_model(model.model)
+        self._fingerprint = model.fingerprint
 
     def describe(self) -> dict[str, Any]:
         """What it is, for the record."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.models.adapter_folder import WEIGHTS_NAME
 from trimtab.models.base import State
+from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import LEAN, Deltas
 from trimtab.models.loading import readable
@@ -190,14 +191,14 @@ class AdapterPool(HuggingFaceLM):
     """The base that adapters share, as a `LanguageModel`: a slot whose adapter is None uses the base alone.
 
     Args:
-        model, vocab_size, owned: as for `HuggingFaceLM`.
+        model, vocab_size, owned, files: as for `HuggingFaceLM`.
 
     Raises:
         UnsupportedModel: a base that the lean pass does not run.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False) -> None:
-        super().__init__(model, vocab_size, owned=owned)
+    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, files: Files | None = None) -> None:
+        super().__init__(model, vocab_size, owned=owned, files=files)
         if self._lean is None:
             raise UnsupportedModel(
                 f"adapters can share a plain model of type {', '.join(LEAN)}, not this '{self.model.config.model_type}' model"
@@ -316,7 +317,7 @@ class Adapted:
         self.pool, self.adapter = pool, adapter
         self.vocab_size, self.max_length, self.device = pool.vocab_size, pool.max_length, pool.device
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """`sha256:…` of base and adapter together."""
         return f"sha256:{hashlib.sha256(f'{self.pool.fingerprint} {self.adapter.fingerprint}'.encode()).hexdigest()}"

@@ -19,7 +19,8 @@ from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
 from trimtab.files import atomic_folder, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
-from trimtab.models.loading import load_model, load_tokenizer, readable
+from trimtab.models.fingerprint import Files
+from trimtab.models.loading import folder_of, load_model, load_tokenizer, readable
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Description",
     "Manifest",
     "describe",
+    "files_of",
     "load_weights",
     "save_model",
 ]
@@ -241,6 +243,15 @@ def load_weights(
     if found.is_adapter:
         return load_adapter(found.folder, dtype=dtype, device=device, trainable=trainable)
     return load_model(found.folder, dtype=dtype, device=device)
+
+
+def files_of(model: Any, found: Description) -> Files:
+    """The files that `load_weights` has read, those of an adapter's base included."""
+    folders = [found.folder]
+    if found.is_adapter:
+        base = base_of(found.folder)
+        folders.append(folder_of(base.source, base.revision))
+    return Files(model, folders)
 
 
 def _write_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:

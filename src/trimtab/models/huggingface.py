@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import State
-from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.fingerprint import Files, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.lean import LEAN, Deltas, LeanDecoder
 from trimtab.models.peft_kinds import check_adapters
@@ -60,6 +60,7 @@ class HuggingFaceLM:
         owned: nobody else uses `model`, so its weights may move to where they are read fastest; it is of no use by itself
             after that.
         lean: take the lean forward pass where there is one; False for the stock module's.
+        files: what it was loaded from, to tell it from others; None to go by the weights in memory.
         capture: a `trimtab.models.graphs.CudaCapture`, to replay short passes of an owned model as CUDA graphs; None runs every
             pass.
 
@@ -75,6 +76,7 @@ class HuggingFaceLM:
         *,
         owned: bool = False,
         lean: bool = True,
+        files: Files | None = None,
         capture: Capture | None = None,
     ) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -93,7 +95,8 @@ class HuggingFaceLM:
         self.max_length: int | None = inner.config.max_position_embeddings
         self.device: torch.device = inner.get_input_embeddings().weight.device
         """Where token ids go in; on a model spread over devices, its first."""
-        self.fingerprint = fingerprint_model(inner)
+        self.files = files
+        self._fingerprint = fingerprint_model(inner) if owned and files is None else None  # packing changes the module
         self.num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         """What the weights take, however they are packed."""
         self._lean = LeanDecoder(inner) if lean and inner is model and LeanDecoder.fits(inner) else None
@@ -108,6 +111,17 @@ class HuggingFaceLM:
             raise UnsupportedModel(
                 f"cuda_graphs: only {plain} can be captured, without adapters of their own; this is a '{kind}'"
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256:…` of all that decides its numbers: of the files it was loaded from, or of a lent model as it is now.
+
+        Raises:
+            ModelError: the files have changed since.
+        """
+        if self.files is not None:
+            return self.files.fingerprint
+        return self._fingerprint or fingerprint_model(self.model)
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "check_filled",
     "check_finite",
     "expand",
+    "folder_of",
     "load_configs",
     "load_model",
     "load_tokenizer",
@@ -165,6 +166,14 @@ def expand(source: str | Path) -> str | Path:
     return folder if folder.is_dir() else source
 
 
+def folder_of(source: str | Path, revision: str | None = None) -> Path:
+    """Where the files of a loaded model are: its own folder, or its snapshot in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else Path(snapshot_download(str(source), revision=revision, local_files_only=True))
+
+
 def check_finite(model: Any, source: str | Path) -> None:
     """Refuse weights with NaN or infinity, naming the first such tensor."""
     for name, parameter in model.named_parameters():
@@ -202,6 +211,11 @@ def _check_folder(folder: Path, source: str | Path, what: str) -> None:
         json.loads((folder / needed).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"'{source}': {needed} is not JSON ({error})") from None
+    if what == "model" and (folder / "adapter_config.json").is_file():  # transformers would put it into the model by itself
+        raise CheckpointError(
+            f"'{source}' holds an adapter beside its {what} (adapter_config.json): move it into a folder of its own, and name"
+            " that as the aligner"
+        )
     if what == "model" and not any(folder.glob("*.safetensors")):
         pickled = sorted(item.name for item in folder.iterdir() if item.suffix in (".bin", ".pt", ".pth", ".pkl"))
         why = f"; {pickled[0]} is pickled, which is never loaded: save the model again as safetensors" if pickled else ""

@@ -91,7 +91,7 @@ class ProposalCache:
             CacheMismatch: the folder holds a cache for something else; the message says what differs.
         """
         key: dict[str, Any] = {
-            "format_version": 2,
+            "format_version": 3,
             "proposal": source.fingerprint,
             "vocabulary": vocabulary,
             "data": fingerprint_examples(examples),

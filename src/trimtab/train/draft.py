@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.objectives import acceptance, distillation
 from trimtab.errors import UnsupportedModel
-from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.fingerprint import Files
 from trimtab.models.loading import load_model
 from trimtab.train.batches import answer_logits, cached_rows, rows_at
 from trimtab.train.options import TrainOptions
@@ -60,7 +60,7 @@ def check_draft_start(folder: Path, vocab_size: int, length: int) -> str:
             f"the drafter in {folder} knows {known} tokens and takes {taken}, but {vocab_size} and {length} are needed:"
             " remove the folder to start another one from the aligner"
         )
-    return fingerprint_model(model)
+    return Files(model, [folder]).fingerprint
 
 
 class DraftTrainer(AlignerTrainer):

@@ -45,9 +45,10 @@ def open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
         raise DataError(f"{output / 'run.json'}: must be a JSON object")
     for key in sorted(set(found) | set(run)):
         if found.get(key) != run.get(key):
+            weights = " (another model's, or an earlier Trimtab's mark of the same)" if key.endswith("_weights") else ""
             raise InvalidOption(
-                f"output_dir: {output} holds a run with {key}={found.get(key)!r}, now it is {run.get(key)!r}; name another "
-                "folder, or discard that run with --overwrite_output_dir"
+                f"output_dir: {output} holds a run with {key}={found.get(key)!r}{weights}, now it is {run.get(key)!r}; name "
+                "another folder, or discard that run with --overwrite_output_dir"
             )
 
 

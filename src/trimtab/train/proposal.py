@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import load_configs, load_model
+from trimtab.models.loading import folder_of, load_configs, load_model
 from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.endpoint_rows import EndpointRows
 from trimtab.train.options import TrainOptions
@@ -28,7 +28,8 @@ def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
     if not options.proposal_endpoint:
         model = load_model(options.proposal, dtype=options.dtype, device=options.device)
         ends = find_eos_token_ids(model, tokenizer)
-        rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), fingerprint_model(model), ends)
+        files = Files(model, [folder_of(options.proposal)])
+        rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), files.fingerprint, ends)
         return Proposal(rows, model.config.max_position_embeddings, ends)
     config, generation = load_configs(options.proposal)
     described = SimpleNamespace(config=config, generation_config=generation)

@@ -24,8 +24,7 @@ from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import pick_date, read_chat_template, refuse_idle_date
 from trimtab.files import named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
-from trimtab.models.fingerprint import fingerprint_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, files_of, save_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.arguments import training_arguments
@@ -134,7 +133,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     pairs = settle_pairs(options, examples, development)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
-    run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": fingerprint_model(model)}
+    run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": files_of(model, found).fingerprint}
     if found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
             "lora": describe_lora(found.folder)
