@@ -1,5 +1,6 @@
 """What lies under an adapter: the revision that it was trained on, wherever that is asked for, and paths from its folder."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,9 @@ from trimtab.decode.assemble import Loader
 from trimtab.errors import CheckpointError
 from trimtab.models.adapter_folder import Base, base_of
 from trimtab.models.adapters import Adapted
+from trimtab.models.loading import load_model
+from trimtab.train.options import TrainOptions
+from trimtab.train.start import prepare_model
 
 V = 28
 LETTERS = "zyxwvutsrqponmlkjihgfedcba "
@@ -74,6 +78,7 @@ def test_two_revisions_are_two_pools_and_one_is_one(bases, tmp_path):
     assert all(isinstance(model, Adapted) for model in loaded.values())
     assert [layers(loaded[name].pool.model) for name in ("v1", "main")] == [2, 3]
     assert loaded["again"].pool is loaded["v1"].pool
+    assert loaded["v1"].pool.files.commit == "b" * 40, "for the record of an evaluation"
     assert len({model.fingerprint for model in loaded.values()}) == 2
 
 
@@ -89,6 +94,15 @@ def test_what_is_no_plain_lora_gets_its_revision_too(bases, tmp_path):
 def test_what_is_saved_again_keeps_the_revision(bases, tmp_path):
     Aligner.from_pretrained(adapters(bases, tmp_path, target_modules=["q_proj"])["v1"]).save_pretrained(tmp_path / "again")
     assert base_of(tmp_path / "again") == Base("org/base", "v1")
+
+
+def test_an_adapter_that_is_trained_here_belongs_to_this_state_of_its_base(bases, tmp_path):
+    options = TrainOptions(proposal="p", aligner="org/base", dataset="d", output_dir=str(tmp_path / "out"), use_peft=True)
+    model = prepare_model(load_model("org/base"), options, seed=0)
+    config = model.peft_config["default"]
+    assert (config.base_model_name_or_path, config.revision) == ("org/base", "a" * 40)
+    options = dataclasses.replace(options, aligner=str(save_tiny(tmp_path / "own", tiny_model("llama", V), tiny_tokenizer())))
+    assert prepare_model(load_model(options.aligner), options, seed=0).peft_config["default"].revision is None
 
 
 def test_a_path_leads_from_the_process_or_else_from_the_adapters_folder(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.errors import ModelError
 from trimtab.models.digests import Seen, digest_file
 
-__all__ = ["Files", "fingerprint_model", "fingerprint_of"]
+__all__ = ["Files", "commit_of", "fingerprint_model", "fingerprint_of"]
 
 PIECE = 2**26
 """Elements of a weight that are brought to the host at once."""
@@ -43,7 +43,7 @@ class Files:
     def __init__(self, model: Any, folders: Iterable[Path]) -> None:
         folders = list(folders)
         self._described = _describe(model)
-        self.commit = folders[-1].name if folders[-1].parent.name == "snapshots" else None
+        self.commit = commit_of(folders[-1])
         """The hub's commit of a model, or of an adapter's base, that came from the hub."""
         self._seen = [[Seen.at(file) for file in sorted(folder.glob("*.safetensors"))] for folder in folders]
 
@@ -60,6 +60,11 @@ class Files:
         # Neither how files are called nor where they lie changes a model.
         digests = [sorted(known[seen] for seen in folder) for folder in self._seen]
         return _named(hashlib.sha256(json.dumps(["files", self._described, digests]).encode()))
+
+
+def commit_of(folder: Path) -> str | None:
+    """The hub's commit, if the folder is a snapshot in the hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def fingerprint_model(model: Any) -> str:

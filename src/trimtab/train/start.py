@@ -10,7 +10,9 @@ import torch
 from trimtab.errors import InvalidOption
 from trimtab.models.adapter_folder import Base, base_of
 from trimtab.models.aligner import Description, load_weights
-from trimtab.models.loading import load_model, readable
+from trimtab.models.fingerprint import commit_of
+from trimtab.models.loading import folder_of, load_model, readable
+from trimtab.models.shapes import is_here
 from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
@@ -87,7 +89,7 @@ def describe_lora(folder: Path) -> dict[str, Any]:
 
 
 def _make_lora(options: TrainOptions) -> Any:
-    """The configuration of fresh LoRA adapters."""
+    """The configuration of fresh LoRA adapters, which belong to this state of a base that is on the hub."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -96,6 +98,7 @@ def _make_lora(options: TrainOptions) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=list(options.lora_target_modules) or "all-linear",
+        revision=commit_of(folder_of(options.aligner)) if is_here(options.aligner) else None,
     )
 
 
