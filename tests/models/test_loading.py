@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner, SamplingParams
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, UnsupportedModel
-from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.huggingface import SUPPORTED, HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 
 V = 28
@@ -283,8 +284,13 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mamba"}, "model type 'mamba' has not passed"),
     ({"model_type": "mistral", "sliding_window": 8}, "'mistral' model uses a sliding attention window"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "'qwen2'.*sliding"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 9}, "'qwen2'.*sliding"),
+    ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, r"sliding_window 8, context 131072"),
+    (
+        {"model_type": "llama", "sliding_window": 8, "use_sliding_window": False},
+        "'llama' model uses a sliding attention window",
+    ),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "'qwen3'.*sliding"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types: linear_attention"),
     ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", **LLAMA_ROPE}}, "rope type 'dynamic'"),
     ({"model_type": "gpt2", "add_cross_attention": True}, "'gpt2' model has cross-attention"),
 ]
@@ -328,6 +334,50 @@ def test_static_rope_scaling_and_an_idle_window_are_supported():
             expected = torch.log_softmax(model(ids).logits, -1)
         ours = HuggingFaceLM(model)
         assert_close(ours.extend(ours.new_state(1, 20), ids, [20]), expected, atol=5e-5, rtol=0)
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "none": {"sliding_window": None},
+    "short": {"sliding_window": 8},
+    "of no tokens": {"sliding_window": 0},
+    "not used": {"sliding_window": 8, "use_sliding_window": False},
+    "used": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+    "used by later layers": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "used by no layer": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2},
+    "full layers": {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
+    "full layers, used": {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 2},
+    "sliding layers": {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
+    "one sliding layer": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "sliding layers without": {"sliding_window": None, "layer_types": ["sliding_attention"] * 2},
+    "nearly as long": {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 0},
+    "as long as the context": {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 0},
+}
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("settings", WINDOWS.values(), ids=WINDOWS)
+def test_a_window_is_what_the_stock_model_makes_of_it(kind, settings):
+    """A text that fills the context, in one pass of the stock model and token by token through its own cache: where both see
+    all of it, the model is supported and its rows are these; where one does not, or cannot run, it is refused."""
+    context = {"n_positions" if kind == "gpt2" else "max_position_embeddings": 20}
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        full = tiny_model(kind, V, **context, sliding_window=None).double()(ids, use_cache=False).logits.log_softmax(-1)
+        model = tiny_model(kind, V, **context, **settings).double()
+        try:
+            whole = model(ids, use_cache=False).logits.log_softmax(-1)
+            cache = DynamicCache(config=model.config)
+            steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(20)]
+            seen = [(rows - full).abs().max() < 1e-4 for rows in (whole, torch.cat(steps, 1).log_softmax(-1))]
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            seen = [False]
+    if not all(seen):
+        with pytest.raises(UnsupportedModel, match=f"'{kind}' model uses a sliding attention window"):
+            HuggingFaceLM(model)
+        return
+    for lean in (True, False):
+        ours = HuggingFaceLM(model, lean=lean)
+        assert_close(ours.extend(ours.new_state(1, 20), ids, [20]), full, atol=1e-4, rtol=0)
 
 
 def test_an_attention_that_takes_no_mask_is_refused():

@@ -39,15 +39,32 @@ def check_supported(config: Any) -> None:
             f"model type '{name}' has not passed Trimtab's contract suite; supported are {', '.join(SUPPORTED)}. "
             "See docs/models.md for how to add one"
         )
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if layers != {"full_attention"} or windowed:
-        raise UnsupportedModel(f"this '{name}' model uses a sliding attention window; only full attention is supported")
+    _check_attention(config)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise UnsupportedModel(f"rope type '{rope}' makes positions depend on the rest of the batch; it is not supported")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(f"this '{name}' model has cross-attention; only decoders are supported")
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse layers that do not see the whole text, by the fields that transformers' own code reads.
+
+    `layer_types` decides, or `sliding_window` where there is none: in the modules of Qwen2 and Qwen3, and for every family in
+    transformers' cache. Mistral's modules read `sliding_window` alone. `use_sliding_window` is a field of Qwen2 and Qwen3,
+    whose configurations drop the window where it is false; other families do not know it.
+    """
+    window, layers = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if window is not None and (not layers or config.model_type == "mistral"):
+        layers.add("sliding_attention")
+    if odd := layers - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only full attention")
+    limit = config.max_position_embeddings
+    if "sliding_attention" in layers and (window is None or window < limit):
+        raise UnsupportedModel(
+            f"this '{config.model_type}' model uses a sliding attention window (sliding_window {window}, context {limit}); "
+            "only full attention is supported, or a window as long as the context"
+        )
 
 
 class HuggingFaceLM:
