@@ -20,6 +20,7 @@ from trimtab.models.lean import LEAN, Deltas, LeanDecoder
 from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
+from trimtab.models.stock import is_stock
 
 __all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported"]
 
@@ -116,7 +117,7 @@ class HuggingFaceLM:
         self._fingerprint = fingerprint_model(inner) if owned and files is None else None  # packing changes the module
         self.num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         """What the weights take, however they are packed."""
-        self._lean = LeanDecoder(inner) if lean and inner is model and LeanDecoder.fits(inner) else None
+        self._lean = LeanDecoder(inner) if lean and inner is model and is_stock(inner) else None
         self._owned = owned
         self._graphs: Graphs | None = None
         if self._lean is not None and owned:
@@ -151,7 +152,7 @@ class HuggingFaceLM:
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
         if self._lean is not None and not self._owned and not self._lean.is_current(self.model):
-            self._lean = LeanDecoder(self.model) if LeanDecoder.fits(self.model) else None
+            self._lean = LeanDecoder(self.model) if is_stock(self.model) else None
         return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
 
     def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:

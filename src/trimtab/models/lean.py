@@ -1,7 +1,8 @@
 """A lean forward pass for Llama-like decoders: the stock module's weights, without its machinery.
 
-Small models spend most of a step in Python and in dozens of small operators; this pass has far fewer. It
-covers Llama, Mistral, Qwen2 and Qwen3; the stock module serves the rest and is the reference that this one is tested against.
+Small models spend most of a step in Python and in dozens of small operators; this pass has far fewer. It covers Llama, Mistral,
+Qwen2 and Qwen3 exactly as transformers has them (`trimtab.models.stock`); the stock module serves the rest, and is the
+reference that this one is tested against.
 
 Query, key and value projections become one matrix, and so do gate and up. The stock module's parameters are then views of
 those, so no weight is held twice and the stock module goes on working.
@@ -14,14 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
+from trimtab.models.stock import FAMILIES, is_stock
 
-__all__ = ["Delta", "Deltas", "LeanDecoder"]
+__all__ = ["LEAN", "Delta", "Deltas", "LeanDecoder"]
 
-LEAN = ("llama", "mistral", "qwen2", "qwen3")
+LEAN = tuple(FAMILIES)
+"""`model_type` of the models that have a lean pass."""
 
 Delta = tuple[Tensor, Tensor]
 """`[G, r, in]` and `[G, r, out]`: what is added to a product of rows `[B·K, in]`, by G groups of as many slots each."""
@@ -44,10 +47,10 @@ class _Layer(NamedTuple):
 
 
 class LeanDecoder:
-    """The forward pass of a stock causal language model of one of the types in `LEAN`.
+    """The forward pass of a stock causal language model.
 
     Args:
-        model: the stock model, all of it on one device.
+        model: one that `is_stock` says yes to.
     """
 
     def __init__(self, model: Any) -> None:
@@ -60,23 +63,15 @@ class LeanDecoder:
         self._norm: Tensor = body.norm.weight
         self._head = Linear.of(model.lm_head)
         self._layers = [self._read_layer(layer) for layer in body.layers]
+        self._unfused = _unfused(model)
         self._rotary = body.rotary_emb
         self._cos = self._sin = self._embedding.new_empty(0, self._head_dim)
 
-    @staticmethod
-    def fits(model: Any) -> bool:
-        """Whether a stock model is plain enough: a known type, unwrapped linear layers, one device."""
-        if model.config.model_type not in LEAN or model.config.hidden_act != "silu":
-            return False
-        placed = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
-        rotated = 2 * model.model.rotary_emb.inv_freq.numel()
-        stock = all(_is_stock(module) for module in model.modules())
-        return stock and len(placed) == 1 and rotated == model.model.layers[0].self_attn.head_dim
-
     def is_current(self, model: Any) -> bool:
         """Whether a model that others use too still has the weights, and nothing but the weights, that are used here."""
-        weights = (self._embedding is model.get_input_embeddings().weight) and all(linear.is_current for linear in self.linears)
-        return weights and self.fits(model)
+        if not is_stock(model) or not all(linear.is_current for linear in self.linears):
+            return False
+        return all(one is other for one, other in zip(self._unfused, _unfused(model), strict=True))
 
     @property
     def linears(self) -> list[Linear]:
@@ -152,6 +147,11 @@ class LeanDecoder:
         return F.embedding(step.position_ids, self._cos).unsqueeze(2), F.embedding(step.position_ids, self._sin).unsqueeze(2)
 
 
+def _unfused(model: Any) -> list[Tensor]:
+    """The parameters that no product reads: those of norms, and the embedding."""
+    return [parameter for name, parameter in model.named_parameters() if "norm" in name or "embed" in name]
+
+
 def _fold(queries: Tensor, group: int) -> Tensor:
     """Queries `[B, K, H, D]` to `[B, H/group, K·group, D]`: heads that share a key become so many queries of one head.
 
@@ -189,11 +189,3 @@ def _product(linear: Linear, x: Tensor, delta: Delta | None) -> Tensor:
         narrow = torch.bmm(rows, down.mT) if x.dtype == torch.float32 else torch.bmm(down, rows.mT).mT
         product.view(len(up), -1, up.shape[-1]).baddbmm_(narrow, up)
     return product
-
-
-def _is_stock(module: nn.Module) -> bool:
-    """Whether a module does what its class does: no hooks, no other forward, no wrapper in its place."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"):
-        return False
-    kind = type(module)
-    return kind in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU) or kind.__module__.startswith("transformers.")
