@@ -93,7 +93,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     lora = save_lora(folder / "lora", base, r=4, target_modules="all-linear")
     model = load_model(base, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimtab.models.prepack._worth_packing", lambda weight: True)
+        patch.setattr("trimtab.models.prepack.PACKED_FROM", 0)
         pool = AdapterPool(model, owned=way == "packed")
     return pool.read(lora, "lora"), 5e-5 if dtype == "float32" else 6e-2
 
@@ -157,7 +157,7 @@ def mixed_state(pool: AdapterPool, adapted: dict[str, Adapted], names: list[str 
 
 @pytest.mark.parametrize("case", ["float32-packed", "float32-lent", "bfloat16-packed", "bfloat16-lent", "float64-lent"])
 def test_a_mixed_batch_is_each_alone(case, base, folders, monkeypatch):
-    monkeypatch.setattr("trimtab.models.prepack._worth_packing", lambda weight: True)
+    monkeypatch.setattr("trimtab.models.prepack.PACKED_FROM", 0)
     dtype, way = case.split("-")
     pool = AdapterPool(load_model(base, dtype=dtype), owned=way == "packed")
     atol = 6e-2 if dtype == "bfloat16" else 1e-5

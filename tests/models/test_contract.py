@@ -28,7 +28,7 @@ def make(case: str) -> tuple[LanguageModel, float]:
         return HuggingFaceLM(tiny_model(kind, V), lean=False), 5e-5
     if mode == "packed":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("trimtab.models.prepack._worth_packing", lambda weight: True)
+            patch.setattr("trimtab.models.prepack.PACKED_FROM", 0)
             return HuggingFaceLM(tiny_model(kind, V), owned=True), 5e-5
     if mode == "eager":
         return HuggingFaceLM(tiny_model(kind, V, attn_implementation="eager")), 5e-5

@@ -30,7 +30,7 @@ COMMANDS = {
     "eval": "win rates and the rest, with intervals: is the aligned model better, by how much, and what does it cost",
     "bench": "speeds as ratios to the unaligned proposal, in one run",
     "serve": "many aligners over one frozen proposal, behind the API of OpenAI",
-    "env": "versions and hardware, for a bug report",
+    "env": "versions, hardware and which weights this CPU packs, for a bug report",
 }
 
 SPELLINGS = (

@@ -30,6 +30,7 @@ from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
 from trimtab.files import json_digest, read_json, write_json
 from trimtab.models.fingerprint import fingerprint_of
+from trimtab.models.huggingface import describe_kernels
 from trimtab.train.records import read_records
 
 if TYPE_CHECKING:
@@ -274,7 +275,12 @@ def _record(
         sources = {"proposal": (options.proposal, model.proposal)}
         sources |= {f"aligner {name}": (name, part) for name, part in zip(options.aligner, model.aligners, strict=True)}
         record["models"] = {
-            name: {"source": source, "weights": fingerprint_of(part), "revision": _revision(part)}
+            name: {
+                "source": source,
+                "weights": fingerprint_of(part),
+                "revision": _revision(part),
+                "kernels": describe_kernels(part),
+            }
             for name, (source, part) in sources.items()
         }
         record["decoding"] = {"rule": str(shaping.rule), "weight": list(shaping.weights)}

@@ -26,6 +26,7 @@ from trimtab.decode.request import SamplingParams
 from trimtab.errors import DeadRow
 from trimtab.hardware import describe_hardware
 from trimtab.models.aligner import Aligner
+from trimtab.models.huggingface import describe_kernels
 
 __all__ = [
     "Stock",
@@ -91,8 +92,9 @@ def measure_speed(
 
     Returns:
         `batch`, `context`, `tokens_per_second`, `ratio_to_proposal_hf` and `ratio_to_proposal_engine` by contestant;
-        `acceptance`, `tokens_per_proposal_call` and `draft_length` of speculation; `floor_ratio`, its time over the time in
-        which memory could be read; `first_token_ms` and `next_token_ms`.
+        `kernels`, what computes the passes of proposal and aligner in our engine; `acceptance`, `tokens_per_proposal_call` and
+        `draft_length` of speculation; `floor_ratio`, its time over the time in which memory could be read; `first_token_ms` and
+        `next_token_ms`.
     """
     params = replace(params, ignore_eos=True)
     ids = torch.tensor([list(prompt) for prompt in prompts], device=stock.proposal.device)
@@ -115,6 +117,7 @@ def measure_speed(
         "tokens_per_second": speeds,
         "ratio_to_proposal_hf": {name: speed / speeds["proposal_hf"] for name, speed in speeds.items()},
         "ratio_to_proposal_engine": {name: speed / speeds["proposal_engine"] for name, speed in speeds.items()},
+        "kernels": {"proposal": describe_kernels(model.proposal), "aligner": describe_kernels(model.aligners[0])},
         "acceptance": tally.acceptance,
         "tokens_per_proposal_call": tally.tokens_per_call,
         "draft_length": tally.drafted / tally.calls if tally.calls else 0.0,

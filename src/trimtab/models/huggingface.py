@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
-from trimtab.models.base import State
+from trimtab.models.base import LanguageModel, State
 from trimtab.models.fingerprint import Files, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.lean import LEAN, Deltas, LeanDecoder
@@ -22,7 +22,7 @@ from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
 from trimtab.models.stock import is_stock
 
-__all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported"]
+__all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported", "describe_kernels"]
 
 SUPPORTED = ("gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 """`model_type` of the architectures that pass the contract suite; tests/models/test_contract.py runs each of them."""
@@ -68,6 +68,12 @@ def _check_attention(config: Any) -> None:
         )
 
 
+def describe_kernels(model: LanguageModel) -> str | None:
+    """`HuggingFaceLM.kernels` of a model, or of the base that an adapter shares; None for models of other kinds."""
+    base = getattr(model, "pool", model)
+    return base.kernels if isinstance(base, HuggingFaceLM) else None
+
+
 class HuggingFaceLM:
     """A transformers causal language model, or a PEFT model around one, over ragged slots.
 
@@ -77,7 +83,8 @@ class HuggingFaceLM:
         vocab_size: V; logits beyond it are padding and dropped. Default: all of the model's columns.
         owned: nobody else uses `model`, so its weights may move to where they are read fastest; it is of no use by itself
             after that.
-        lean: take the lean forward pass where there is one; False for the stock module's.
+        lean: take the lean forward pass where there is one, which is for unchanged models of transformers' classes only; False
+            for the stock module's.
         files: what it was loaded from, to tell it from others; None to go by the weights in memory.
         capture: a `trimtab.models.graphs.CudaCapture`, to replay short passes of an owned model as CUDA graphs; None runs every
             pass.
@@ -129,6 +136,16 @@ class HuggingFaceLM:
             raise UnsupportedModel(
                 f"cuda_graphs: only {plain} can be captured, without adapters of their own; this is a '{kind}'"
             )
+
+    @property
+    def kernels(self) -> str:
+        """What computes a pass, and so decides the last bits of its rows: for results and logs."""
+        if self._lean is None:
+            return "stock modules"
+        linears = self._lean.linears
+        packed = sum(linear.weight is None for linear in linears)
+        graphs = ", CUDA graphs" if self._graphs is not None else ""
+        return f"lean pass, {packed} of {len(linears)} weights packed{graphs}"
 
     @property
     def fingerprint(self) -> str:

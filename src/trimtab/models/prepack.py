@@ -1,28 +1,32 @@
 """Matrix products with weights packed for the CPU, where that is faster.
 
-oneDNN reads a weight that lies in its own order several times faster than `linear` reads a plain one, when only a few rows are
+oneDNN reads a weight that lies in its own order up to twice as fast as `linear` reads a plain one, when only a few rows are
 multiplied with it: which is what decoding does. The operators are those that torch's inductor uses when it freezes a model.
-Their names are private to torch, so this module alone uses them, checks at load that they give the same result, and takes
-them only where they are measured to be faster.
+Their names are private to torch, so this module alone uses them.
+
+A packed product has other last bits than a plain one, so which weights are packed is part of what a seed means. It depends on
+their shape, on their dtype and on what the CPU can do, and never on a clock: every process of a machine decides alike. A weight
+that this machine cannot pack, or whose packed product is not the plain one, stays as it is.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Linear", "prepack"]
+__all__ = ["DTYPES", "PACKED_FROM", "Linear", "packed_dtypes", "prepack"]
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""What oneDNN is asked to pack."""
+PACKED_FROM = 2**20
+"""Numbers in a weight from which it is packed: with fewer, calling oneDNN takes longer than what it saves."""
 ROWS = 8
 """The number of rows that weights are packed for."""
-COLD = 2**20
-"""Bytes from which a weight will not be in the caches when a step needs it."""
-TIMED_ROWS = (1, 5)
-"""Rows that a step multiplies: without drafts, and with a few."""
+TRIED_ROWS = (1, 5, 64)
+"""Rows that a pass multiplies: without drafts, with a few, and of a prompt."""
 
 
 class Linear:
@@ -73,18 +77,25 @@ class Linear:
 
     @property
     def is_current(self) -> bool:
-        """Whether the stock modules' parameters are still views of the weight; a packed one has nobody else to please."""
+        """Whether the stock modules' parameters are still views of these; a packed weight has nobody else to please."""
         if self.weight is None:
             return True
-        start = self.weight.data_ptr()
+        start = 0
         for module in self._modules:
-            if module.weight.data_ptr() != start or module.weight.dtype != self.weight.dtype:
-                return False
-            start += module.weight.numel() * module.weight.element_size()
+            for whole, part in ((self.weight, module.weight), (self.bias, module.bias)):
+                if part is not None and (
+                    whole is None or part.dtype != whole.dtype or part.data_ptr() != whole[start:].data_ptr()
+                ):
+                    return False
+            start += len(module.weight)
         return True
 
     def pack(self, *, keep: bool) -> None:
-        """Pack the weight, and let go of the plain one unless it is needed elsewhere, as a tied embedding is."""
+        """Pack the weight, and then let go of the plain one unless it is needed elsewhere, as a tied embedding is.
+
+        Raises:
+            RuntimeError: this machine cannot; nothing has changed.
+        """
         assert self.weight is not None
         self._packed = pack_weight(self.weight)
         if not keep:
@@ -108,25 +119,38 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def prepack(linears: Sequence[Linear], *, shared: Tensor) -> int:
-    """Pack those weights for which it is possible, right and faster; how many that is.
+    """Pack the weights that are large enough, where this machine can; how many those are.
 
     Args:
-        linears: matrix products of a model; one of each shape is measured.
+        linears: matrix products of a model; one of each shape is tried.
         shared: a weight that something else reads too, the embedding: its plain form stays.
     """
-    verdicts: dict[torch.Size, bool] = {}
+    can: dict[tuple[torch.Size, bool], bool] = {}
     for linear in linears:
         assert linear.weight is not None
-        shape = linear.weight.shape
-        if shape not in verdicts:
-            verdicts[shape] = _worth_packing(linear.weight)
-        if verdicts[shape]:
-            linear.pack(keep=linear.weight.data_ptr() == shared.data_ptr())
+        if linear.weight.numel() < PACKED_FROM:
+            continue
+        kind = (linear.weight.shape, linear.bias is None)
+        if kind not in can:
+            can[kind] = _can_pack(linear.weight, linear.bias)
+        if can[kind]:
+            with contextlib.suppress(RuntimeError):  # there may be no memory for one more
+                linear.pack(keep=linear.weight.data_ptr() == shared.data_ptr())
     return sum(linear.weight is None for linear in linears)
 
 
+def packed_dtypes() -> list[str]:
+    """The dtypes whose large weights this machine packs."""
+    weight = torch.arange(PACKED_FROM).cos().view(-1, 2**10)
+    return [str(dtype).removeprefix("torch.") for dtype in DTYPES if _can_pack(weight.to(dtype), None)]
+
+
 def pack_weight(weight: Tensor) -> Tensor:
-    """A weight `[out, in]` in oneDNN's order."""
+    """A weight `[out, in]` in oneDNN's order.
+
+    Raises:
+        RuntimeError: the CPU lacks the instructions, or torch the operator.
+    """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
     return packed
 
@@ -137,33 +161,21 @@ def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _worth_packing(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+@torch.no_grad()
+def _can_pack(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this machine packs a weight and multiplies rows with it as `linear` does: by trying."""
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return False
-    available: Callable[[], bool] = torch.backends.mkldnn.is_available
-    if not available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    with torch.no_grad():
+    rounding, adding = torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps * weight.shape[1] ** 0.5
+    try:
         packed = pack_weight(weight)
-        rows = [torch.linspace(-1, 1, n * weight.shape[1]).view(n, -1).to(weight.dtype) for n in TIMED_ROWS]
-        for x in rows:
-            plain, other = F.linear(x, weight).float(), multiply_packed(x, packed, None).float()
-            rounding = torch.finfo(weight.dtype).eps * weight.shape[1] ** 0.5
-            if (plain - other).abs().max() > 4 * rounding * plain.abs().max():
+        for rows in TRIED_ROWS:
+            x = torch.arange(rows * weight.shape[1]).sin().view(rows, -1).to(weight.dtype)
+            plain, other = F.linear(x, weight, bias), multiply_packed(x, packed, bias)
+            terms = F.linear(x.abs(), weight.abs()).float().max()
+            difference, most = (plain.float() - other.float()).abs().max(), plain.float().abs().max()
+            if other.dtype != plain.dtype or not difference <= 2 * rounding * most + adding * terms:  # "not": it may be NaN
                 return False
-        cold = weight.nbytes >= COLD
-        packed_time = sum(_time(partial(multiply_packed, x, packed, None), cold) for x in rows)
-        return packed_time < sum(_time(partial(F.linear, x, weight), cold) for x in rows)
-
-
-def _time(call: Callable[[], Any], cold: bool, repeats: int = 5) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up; with the caches cold, as a step finds them, if asked."""
-    call()
-    others = torch.ones(2**24) if cold else torch.ones(1)
-    times = []
-    for _ in range(repeats):
-        others.sum()
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    except (AttributeError, RuntimeError):  # what a CPU, a build or a version of torch without it raises
+        return False
+    return True

@@ -14,6 +14,7 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.engine import Engine
 from trimtab.decode.request import Prompt, SamplingParams, TokenEvent
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
+from trimtab.models.huggingface import describe_kernels
 from trimtab.origins import Origins
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.registry import NoSuchAligner, Registry
@@ -166,6 +167,7 @@ class Service:
             self.failure = error
             raise
         self._opened = opened
+        logger.info("the proposal's kernels: %s", describe_kernels(opened.registry.base.proposal))
         self.texts = TokenTexts(opened.registry.base.tokenizer)
         worker = Worker(opened.engine, asyncio.get_running_loop(), self.settings.stream_interval)
         worker.start()
