@@ -149,7 +149,8 @@ def pack_weight(weight: Tensor) -> Tensor:
     """A weight `[out, in]` in oneDNN's order.
 
     Raises:
-        RuntimeError: the CPU lacks the instructions, or torch the operator.
+        RuntimeError: the CPU lacks the instructions.
+        AttributeError: torch lacks the operator.
     """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
     return packed
