@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from tiny import tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
-from trimtab.errors import UnsupportedModel
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import LEAN
