@@ -1,6 +1,7 @@
 """A chat template that writes the date: a run has one, which a resumed run keeps and `--date` sets."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,8 @@ from tiny_task import write_rows
 from trimtab import AlignedModel
 from trimtab.decode import template
 from trimtab.files import read_json
+from trimtab.jsonlines import ResumableLines
+from trimtab.models.loading import load_tokenizer
 
 TEMPLATE = "{{ strftime_now('%A') | lower }} {% for m in messages %}{{ m.content }} {% endfor %}"
 SUNDAY, MONDAY = "2026-11-29", "2026-11-30"
@@ -97,6 +100,67 @@ def test_an_evaluation_keeps_its_date(task, words, clock, capsys, tmp_path):
     assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(answers)
     assert (tmp_path / "out" / "answers.jsonl").read_bytes().count(b'"output"') == 2 * answers.count(b'"output"')
     assert read_json(tmp_path / "out" / "run.json") == {"date": MONDAY}
+
+
+def test_the_date_of_a_reward_models_template_is_the_runs(task, clock, capsys, tmp_path):
+    """Only its template writes one: pairs of a run that goes on, and judgements, are those of the run's day."""
+    reward = shutil.copytree(task / "reward", tmp_path / "reward")
+    writes = load_tokenizer(reward)
+    writes.chat_template = TEMPLATE
+    writes.save_pretrained(reward)
+    plain = ["--proposal", task / "proposal", "--dataset", task / "chats.jsonl", "--max_tokens", 6, "--seed", 3]
+    pairs = ["propose", *plain, "--reward_model", reward, "--n", 4, "--pairs", 2]
+    assert called(capsys, *pairs, "--out", tmp_path / "sunday")[0] == 0
+    (tmp_path / "left.partial").write_text(killed_at_once(pairs, capsys, tmp_path) + "\n")
+    clock(MONDAY)
+    assert called(capsys, *pairs, "--out", tmp_path / "left")[0] == 0
+    assert called(capsys, *pairs, "--out", tmp_path / "said", "--date", SUNDAY)[0] == 0
+    assert (tmp_path / "sunday").read_bytes() == (tmp_path / "left").read_bytes() == (tmp_path / "said").read_bytes()
+    judged = ["eval", *plain, "--baseline", "references", "--system", "proposal", "--judge", reward, "--out", tmp_path / "out"]
+    judgements = []
+    for more in ([], ["--date", SUNDAY], ["--date", SUNDAY]):
+        assert called(capsys, *judged, *more)[0] == 0
+        judgements.append((tmp_path / "out" / "judgements.jsonl").read_text().count("\n"))
+    assert judgements[0] < judgements[1] == judgements[2], "another day is another question, the same day is not"
+
+
+def killed_at_once(words, capsys, tmp_path):
+    """What a run that is killed before its first row leaves."""
+    headers = []
+
+    def killed(self, rows):
+        headers.append(json.dumps(self._header))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResumableLines, "write", killed)
+        assert called(capsys, *words, "--out", tmp_path / "killed")[0] == 130
+    return headers[0]
+
+
+@pytest.mark.parametrize("left", ['{"proposal": "path"}\n', '{"proposal": null}\n', "[]\n"])
+def test_what_another_command_left_is_refused_by_name(task, capsys, tmp_path, left):
+    (tmp_path / "out.partial").write_text(left)
+    words = ["propose", "--proposal", task / "proposal", "--dataset", task / "chats.jsonl", "--out", tmp_path / "out"]
+    status, _, errors = called(capsys, *words, "--max_tokens", 2)
+    assert status == 2
+    assert "is left from a run with other" in errors[0]
+
+
+def test_an_evaluation_does_not_write_into_another_commands_run(task, words, capsys, tmp_path):
+    (tmp_path / "run.json").write_text('{"date": "2026-11-29", "objective": "likelihood"}')
+    run = ["eval", *words, "--baseline", "references", "--system", "proposal", "--dataset", task / "chats.jsonl"]
+    status, _, errors = called(capsys, *run, "--judge", "rougeL", "--out", tmp_path)
+    assert status == 2
+    assert "holds a run of another command: name another folder" in errors[0]
+
+
+def test_training_on_texts_keeps_no_date(task, capsys, tmp_path):
+    """So runs of earlier versions go on."""
+    train = ["train", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset", task / "train.jsonl"]
+    train += ["--output_dir", tmp_path / "out", "--max_steps", 1, "--report_to", "none", "--use_cpu", "true"]
+    assert called(capsys, *train, "--train_draft", "false")[0] == 0
+    assert read_json(tmp_path / "out" / "run.json")["date"] is None
 
 
 def test_training_keeps_its_date(task, words, clock, capsys, tmp_path):

@@ -4,13 +4,15 @@ The reference is the tokenizer itself on prompt and answer as one text. Where th
 decode to.
 """
 
+import datetime
 import json
 import logging
 
 import pytest
 import torch
+from tokenizers import processors
 
-from kinds import BOS, ENDING, EOS, KINDS, TEMPLATE, byte_level, llama, metaspace
+from kinds import BOS, ENDING, EOS, KINDS, TEMPLATE, UNK, byte_level, llama, metaspace
 from trimtab import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.prompts import Chat
@@ -146,13 +148,25 @@ def test_training_warns_of_prompts_that_end_inside_a_token(caplog):
     assert "of 3 records, 2 have a prompt whose end and whose answer's beginning are one token" in caplog.text
 
 
-def test_without_anything_shared_the_prompt_is_kept_whole():
+@pytest.mark.parametrize("is_legacy", [True, False])
+def test_without_anything_shared_the_prompt_is_kept_whole(is_legacy):
     """`t` and `he` are one token, and no BOS stands before it."""
-    tokenizer = llama(False)
+    tokenizer = llama(is_legacy)
     assert plain(tokenizer, "the") == [tokenizer.convert_tokens_to_ids("▁the")]
     ids, answer_ids = make(tokenizer).pair("t", "he")
     assert ids == plain(tokenizer, "t")
-    assert answer_ids == [*plain(tokenizer, "he"), EOS]
+    assert tokenizer.convert_ids_to_tokens(answer_ids) == ["he", "</s>"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "word piece"])
+@pytest.mark.parametrize(("prompt", "answer"), [("The capital is ", "Paris"), ("北", "京"), ("t", "he"), ("Pa", "ris")])
+def test_an_answer_behind_ids_that_would_merge_with_it_has_no_space_of_its_own(kind, prompt, answer):
+    tokenizer = KINDS[kind]()
+    encoder = make(tokenizer)
+    given = encoder.prompt(prompt)
+    ids, answer_ids = encoder.pair(given, answer)
+    assert ids == given
+    assert tokenizer.decode(ids + answer_ids, skip_special_tokens=True) == prompt + answer
 
 
 # ---- the end of sequence
@@ -168,8 +182,59 @@ def test_an_end_that_is_written_in_the_answer_counts_once(tokenizer, prompt):
 
 @pytest.mark.parametrize("prompt", ["Assistant:", [QUESTION]], ids=["text", "chat"])
 def test_an_answer_that_goes_on_behind_its_end_is_refused(tokenizer, prompt):
-    with pytest.raises(InvalidRequest, match=r"^completion goes on behind the end of sequence '</s>' at character 6: end"):
+    with pytest.raises(
+        InvalidRequest, match=r"^completion goes on behind an end of sequence, '</s>', with 'and Rome': end it there"
+    ):
         make(tokenizer).pair(prompt, " Paris</s> and Rome")
+
+
+def test_an_end_in_parts_of_a_message_or_without_a_name_is_seen_too():
+    """Judged by ids: what follows the first end may only be what the template writes there."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]\n{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}"
+        "{% endif %}{{ eos_token }} and so on\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    )
+    encoder = make(tokenizer)
+    answer_ids = encoder.pair([QUESTION], "Paris")[1]
+    assert tokenizer.decode(answer_ids) == "Paris</s>", "the template's own tail is left out"
+    for content in ("Paris</s>", "Paris</s></s>"):
+        assert encoder.pair([QUESTION], content)[1] == answer_ids
+    for content in ("Paris</s> and Rome", [{"type": "text", "text": "Paris</s> and Rome"}]):
+        with pytest.raises(InvalidRequest, match=r"goes on behind an end of sequence, '</s>', with .*and Rome"):
+            encoder.pair([QUESTION], {"role": "assistant", "content": content})
+    newline = Encoder(tokenizer, len(tokenizer), [EOS, plain(tokenizer, "\n")[0]])
+    with pytest.raises(InvalidRequest, match="with 'is the': end it there"):
+        newline.pair("Q:", " it\nis the")
+
+
+def test_a_template_that_ends_the_prompt_first_loses_no_answer():
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not loop.first %}{{ eos_token }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(InvalidRequest, match="goes on behind an end of sequence, '</s>', with 'Paris'"):
+        make(tokenizer).pair([QUESTION], "Paris")
+
+
+@pytest.mark.parametrize("tail", ["<|im_end|>\n", " END", "</s>\n"])
+def test_an_answer_that_was_cut_does_not_learn_what_the_template_writes_behind(tail):
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for m in messages %}" + f"[{{{{ m.role }}}}]\n{{{{ m.content }}}}{tail}" + "{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    encoder = make(tokenizer)
+    cut, whole = (encoder.pair([QUESTION], "Paris is", ended=ended)[1] for ended in (False, True))
+    assert tokenizer.decode(cut) == "Paris is"
+    assert tokenizer.decode(whole) == "Paris is" + (tail + "</s>" if "</s>" not in tail else "</s>")
+
+
+def test_two_start_tokens_come_once_each():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <unk> $A", special_tokens=[("<s>", BOS), ("<unk>", UNK)]
+    )
+    for text in ("it", "<s>it", "<s><unk>it"):
+        assert make(tokenizer).prompt(text) == [BOS, UNK, *plain(tokenizer, "it")]
 
 
 # ---- the date
@@ -187,6 +252,9 @@ def test_a_template_that_writes_the_date_writes_the_one_that_is_given():
     assert make(tokenizer, date="2024-03-01").prompt([QUESTION]) != given.prompt([QUESTION])
     tokenizer.chat_template = "{% set day = strftime_now('%-d.%m.%y %A %%d') %}\n  {% if day %}{{ day }}{% endif %}"
     assert given.render(Chat([QUESTION], [], {}), "p", answer=True) == "29.02.24 Thursday %d"
+    for directives in ("%e %F %D %T %C %g", "%_d %^a %#d %0y %-e", "%Ey %Od %R %h %k"):
+        tokenizer.chat_template = "{{ strftime_now('" + directives + "') }}"
+        assert given.render(Chat([QUESTION], [], {}), "p", answer=True) == datetime.datetime(2024, 2, 29).strftime(directives)
     assert make(metaspace("first"), date="2024-02-29").chat_settings["date"] is None, "this one writes none"
 
 

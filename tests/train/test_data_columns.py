@@ -3,6 +3,8 @@
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tiny_task import write_rows
@@ -152,3 +154,32 @@ def test_a_data_set_in_the_cache_is_at_hand(tmp_path, monkeypatch):
     assert not is_cached("some/data")
     (tmp_path / "some___data").mkdir()
     assert is_cached("some/data")
+
+
+def test_objects_of_a_parquet_column_have_their_own_fields_alone(tmp_path):
+    """A column has one type: pyarrow fills the fields of the other rows' objects with nulls."""
+    tool = {"city": {"type": "string"}}, {"expr": {"type": "string"}}
+    rows = [
+        {
+            "messages": [USER, {**HELLO, "tool_calls": [{"function": {"name": "f", "arguments": dict.fromkeys(one, 1)}}]}],
+            "tools": [{"name": "f", "properties": one}],
+            "chat_template_kwargs": kwargs,
+        }
+        for one, kwargs in zip(tool, ({"style": "s"}, {"thinking": True}), strict=True)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    write_rows(tmp_path / "data.jsonl", rows)
+    typed, plain = (
+        [(r.prompt, r.chosen) for r in read_records(str(tmp_path / name))] for name in ("data.parquet", "data.jsonl")
+    )
+    assert typed == plain
+
+
+@pytest.mark.parametrize(("field", "empty"), [("tools", "[]"), ("tools", "null"), ("chat_template_kwargs", "{}")])
+def test_empty_fields_as_texts_are_none(tmp_path, field, empty):
+    assert read(tmp_path, {"prompt": "hi", "completion": "hello", field: empty}) == ("hi", "hello", None)
+    assert read(tmp_path, {"messages": [USER, HELLO], field: empty}) == ([USER], [HELLO], None)
+
+
+def test_tools_may_be_texts_each(tmp_path):
+    assert read(tmp_path, {"messages": [USER, HELLO], "tools": [json.dumps(LOOK)]})[0]["tools"] == [LOOK]

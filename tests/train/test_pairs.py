@@ -10,6 +10,7 @@ from eval_task import called
 from processes import run_processes
 from tiny import EOS, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
+from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
@@ -45,8 +46,8 @@ def test_answers_are_compared_as_the_loss_sees_them():
         Record("ab", "xy", "xy", "d:3", frozenset({"rejected"})),
         Record("ab", "xy", None, "d:4"),
     ]
-    assert [e.differs for e in encode_records(records, tiny_tokenizer(), [EOS], 5)] == [False, True, False, True]
-    assert [e.differs for e in encode_records(records, tiny_tokenizer(), [EOS], 6)] == [True, True, False, True]
+    assert [e.differs for e in encode_records(records, Encoder(tiny_tokenizer(), 28, [EOS]), 5)] == [False, True, False, True]
+    assert [e.differs for e in encode_records(records, Encoder(tiny_tokenizer(), 28, [EOS]), 6)] == [True, True, False, True]
 
 
 def make_trainer(task, options, examples):

@@ -24,7 +24,6 @@ __all__ = [
     "make_sampling_params",
     "places_that_fit",
     "refuse_overwriting",
-    "set_template",
 ]
 
 logger = logging.getLogger(__name__)
@@ -232,20 +231,11 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
         )
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
-    if chats is not None:
-        set_template(model.tokenizer, template, chats.date)
+    if template is not None:
+        model.tokenizer.chat_template = template
     if isinstance(options, ModelOptions) and (options.aligner or options.draft):
         logger.info("who drafts: %s", who_drafts(model))
     return model
-
-
-def set_template(tokenizer: Any, template: str | None, date: str | None) -> None:
-    """Give a tokenizer the chat template that was asked for; refuse a date that it does not write."""
-    from trimtab.decode.template import refuse_idle_date
-
-    if template is not None:
-        tokenizer.chat_template = template
-    refuse_idle_date(date, tokenizer)
 
 
 def load_reward_model(

@@ -14,7 +14,7 @@ from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.options import UsageError
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.decode.template import pick_date
+from trimtab.decode.template import pick_date, refuse_idle_date
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.settings import Limits, without_password
 from trimtab.errors import DataError, EndpointError, InvalidOption, InvalidRequest
@@ -56,8 +56,7 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
     limits = Limits(options.concurrency, options.request_timeout, options.max_retries)
     judges = make_judges(options, limits)
     out, frontier = Path(options.out), None
-    kept = read_json(out / RUN) if (out / RUN).is_file() else {}
-    date = pick_date(options.date, kept.get("date"))
+    date = pick_date(options.date, _kept_date(out))
     prompts, development = read_prompts(options, baseline)
     loaded = [judge for judge in judges if not isinstance(judge, str)]
     check_data(options, systems, prompts, loaded)
@@ -72,8 +71,10 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
         development = development and _that_fit(options, model, development)
         _check_prompts(model, systems, params, [prompts, development or prompts])
     judges = [_reward_judge(judge, options, prompts, date) if isinstance(judge, str) else judge for judge in judges]
+    readers = [judge.model.tokenizer for judge in judges if isinstance(judge, RewardJudge)]
+    refuse_idle_date(options.date, *readers, *([] if model is None else [model.tokenizer]))
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / RUN, {**kept, "date": date})
+    write_json(out / RUN, {"date": date})
     if development is not None:
         with Bench(out, model, limits) as bench:
             params, frontier = sweep(bench, judges[0], baseline, development, params, settings, options.max_kl)
@@ -92,6 +93,18 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
         record=_record(options, systems, prompts, model, params),
     )
     return run_evaluation(plan, frontier, amend) | {"out": options.out}
+
+
+def _kept_date(out: Path) -> Any:
+    """The date of the run that is in a folder; None if none is.
+
+    Raises:
+        UsageError: the folder holds something else's `run.json`, such as that of a training run.
+    """
+    kept = read_json(out / RUN) if (out / RUN).is_file() else {}
+    if not isinstance(kept, dict) or set(kept) - {"date"}:
+        raise UsageError(f"--out {out} holds a run of another command: name another folder")
+    return kept.get("date")
 
 
 def name_system(text: str, flag: str) -> System:

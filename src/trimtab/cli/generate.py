@@ -34,6 +34,8 @@ class Options(SamplingOptions, TemplateOptions, ModelOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Complete every prompt."""
+    from trimtab.decode.template import refuse_idle_date
+
     if bool(options.prompt) == bool(options.input):
         raise UsageError("give either --prompt or --input")
     params = make_sampling_params(options)
@@ -47,6 +49,7 @@ def run(options: Options) -> dict[str, Any]:
         records = read_records(options.input, need="prompt", answers=False)
         prompts = [record.prompt for record in records]
     model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
+    refuse_idle_date(options.date, model.tokenizer)
     check_prompts(model, records, params)
     report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
     if options.out is None:

@@ -66,14 +66,8 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
     def idle(self) -> dict[str, str]:
         """What takes other models than are named."""
         idle = {} if self.reward_model else {"pairs": "needs --reward_model"}
-        local = (
-            "aligner",
-            "max_num_seqs",
-            "leave_out_long",
-            "chat_template_path",
-            "date",
-            *(() if self.reward_model else ("dtype", "device")),
-        )
+        everywhere = () if self.reward_model else ("dtype", "device", "date")
+        local = ("aligner", "max_num_seqs", "leave_out_long", "chat_template_path", *everywhere)
         remote = ("concurrency", "request_timeout", "max_retries")
         here = dict.fromkeys(local, "is for a model that runs here, not for --endpoint")
         return idle | (here if self.endpoint else dict.fromkeys(remote, "needs --endpoint"))
@@ -99,11 +93,12 @@ def run(options: Options) -> dict[str, Any]:
     if options.dry_run:
         return _rehearse(options, pairs)
     records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples, answers=not pairs)
-    ranking = _ranking(options, pairs, records)
+    date = _date(options)
+    ranking = _ranking(options, pairs, records, date)
     if options.endpoint:
         written = _remotely(options, limits, records, params, ranking)
     else:
-        written = _here(options, records, params, ranking)
+        written = _here(options, records, params, ranking, date)
     return {"out": options.out, **written._asdict(), "pairs": pairs, "seed": params.seed}
 
 
@@ -119,26 +114,42 @@ def _pairs(options: Options) -> int:
     return pairs
 
 
-def _ranking(options: Options, pairs: int, records: Any) -> Any:
+def _date(options: Options) -> str:
+    """What chat templates take for today: as the run has it that is resumed."""
+    from trimtab.decode.template import pick_date
+
+    kept = kept_header(options.out)
+    who = kept.get("proposal")
+    return pick_date(options.date, kept.get("date") or (who.get("date") if isinstance(who, dict) else None))
+
+
+def _ranking(options: Options, pairs: int, records: Any, date: str) -> Any:
     """How samples become pairs, if they do."""
+    from trimtab.decode.template import refuse_idle_date
     from trimtab.train.ranking import Ranking
 
     if options.reward_model is None:
         return None
     prompts, sources = [record.prompt for record in records], [record.source for record in records]
     local = options.dtype or "auto", options.device
-    model = load_reward_model("--reward_model", options.reward_model, prompts, sources, *local)
-    return Ranking(model, model.fingerprint, pairs)
+    model = load_reward_model("--reward_model", options.reward_model, prompts, sources, *local, date)
+    if options.endpoint:
+        refuse_idle_date(options.date, model.tokenizer)
+    settings = model.chat_settings
+    name = " ".join([model.fingerprint, *(str(value) for value in settings.values() if value is not None)])
+    return Ranking(model, name, pairs, settings.get("date"))
 
 
-def _here(options: Options, records: Any, params: Any, ranking: Any) -> "Written":
+def _here(options: Options, records: Any, params: Any, ranking: Any, date: str) -> "Written":
+    from trimtab.decode.template import refuse_idle_date
     from trimtab.train.propose import propose
 
     most = 32 if options.max_num_seqs is None else options.max_num_seqs
     asked = ModelOptions(
         options.proposal, options.aligner, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most
     )
-    model = load_aligned_model(asked, options, kept_header(options.out).get("proposal", {}).get("date"))
+    model = load_aligned_model(asked, options, date)
+    refuse_idle_date(options.date, model.tokenizer, *([ranking.scorer.tokenizer] if ranking is not None else []))
     prompts, sources = [record.prompt for record in records], [record.source for record in records]
     records = [records[i] for i in places_that_fit(options, model, prompts, [None] * len(records), sources)]
     check_prompts(model, records, params)

@@ -22,6 +22,7 @@ class Options(DataOptions, LengthOptions, TemplateOptions, RowOptions):
 def run(options: Options) -> dict[str, Any]:
     """Score every record of the data set."""
     from trimtab.core.rules import parse_rule
+    from trimtab.decode.template import refuse_idle_date
     from trimtab.evaluate.likelihood import held_out
     from trimtab.train.records import read_records
 
@@ -29,6 +30,7 @@ def run(options: Options) -> dict[str, Any]:
         raise UsageError(f"--rule {options.rule} has no row in closed form, so nothing can be scored under it")
     records = read_records(options.dataset, how=options)
     model = load_aligned_model(options, options)
+    refuse_idle_date(options.date, model.tokenizer)
     columns = [[r.prompt for r in records], [r.chosen for r in records], [r.source for r in records]]
     kept = places_that_fit(options, model, *columns)
     prompts, answers, sources = ([column[i] for i in kept] for column in columns)

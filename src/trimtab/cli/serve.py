@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelOptions, TemplateOptions, set_template
+from trimtab.cli.common import ModelOptions, TemplateOptions
 from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 
@@ -222,13 +222,15 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.assemble import Loader, make_capture
     from trimtab.decode.engine import Engine
-    from trimtab.decode.template import read_chat_template
+    from trimtab.decode.template import read_chat_template, refuse_idle_date
     from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened
 
     tokenizer = load_tokenizer(options.proposal)
-    set_template(tokenizer, read_chat_template(options.chat_template_path), options.date)
+    if (template := read_chat_template(options.chat_template_path)) is not None:
+        tokenizer.chat_template = template
+    refuse_idle_date(options.date, tokenizer)
     capture = make_capture(options.cuda_graphs, options.device)
     loader = Loader(tokenizer, dtype=options.dtype, device=options.device, capture=capture)
     for _, path, _ in named:

@@ -20,6 +20,11 @@ from trimtab.errors import InvalidRequest
 
 __all__ = ["Encoded", "Encoder", "common_length"]
 
+SETTLED = ("\n", ".", "a")
+"""Texts behind which a text is encoded as behind another, where the other's own end would merge with it."""
+MARK = "\ue000answer\ue000"
+"""Stands for an answer where what a template writes around it is wanted: characters that nobody uses."""
+
 
 class Encoded(NamedTuple):
     """A prompt and its answers."""
@@ -112,14 +117,17 @@ class Encoder:
             InvalidRequest: one of them is malformed or has no ids; or an answer goes on behind an end of sequence.
         """
         head = self.prompt(prompt, name, special=special)
-        wholes = [self._whole(prompt, head, answer, a, special) for answer, a in zip(answers, names, strict=True)]
+        kinds = zip(answers, names, ended, strict=True)
+        wholes = [self._whole(prompt, head, answer, a, whole, special) for answer, a, whole in kinds]
         border = min((common_length(head, whole) for whole in wholes), default=len(head))
         shares = border < len(head)
         if not border:  # the prompt's first token goes over its end
             border = len(head)
-            wholes = [[*head, *self.tokenize(_text(answer), a)] for answer, a in zip(answers, names, strict=True)]
+            wholes = [[*head, *self._behind(str(prompt), _text(answer), a)] for answer, a in zip(answers, names, strict=True)]
         parts = zip(wholes, answers, names, ended, strict=True)
-        return Encoded(head[:border], [self._end(ids[border:], answer, a, last) for ids, answer, a, last in parts], shares)
+        return Encoded(
+            head[:border], [self._end(ids[border:], prompt, answer, a, whole) for ids, answer, a, whole in parts], shares
+        )
 
     def text(self, text: str, name: str, *, special: bool = True) -> list[int]:
         """Ids of a text; with `special`, behind the tokens that the tokenizer puts first, unless the text begins with them.
@@ -128,8 +136,8 @@ class Encoder:
             InvalidRequest: it has no ids.
         """
         ids = self.tokenize(text, name)
-        if special and ids[: len(self.around[0])] != self.around[0]:
-            ids = self.around[0] + ids
+        if special:
+            ids = self.around[0] + ids[common_length(self.around[0], ids) :]
         if not ids:
             raise InvalidRequest(f"{name} has no tokens")
         return ids
@@ -171,18 +179,34 @@ class Encoder:
         start = next(starts, 0)
         return ids[:start], ids[start + len(plain) :]
 
-    def _whole(self, prompt: Prompt, head: list[int], answer: Any, name: str, special: bool) -> list[int]:
-        """Ids of a prompt, which alone has the ids `head`, with its answer, and maybe of what the template writes behind."""
+    def _whole(self, prompt: Prompt, head: list[int], answer: Any, name: str, ended: bool, special: bool) -> list[int]:
+        """Ids of a prompt, which alone has the ids `head`, with its answer, and what the template writes behind a whole one."""
         if is_chat(prompt):
-            return self.tokenize(self._answered(prompt, answer, name), name)
+            text = self._answered(prompt, answer, name)
+            return self.tokenize(text if ended else text.removesuffix(self._tail(prompt, answer, name)), name)
         self._check_kind(answer, name)
         if not isinstance(answer, str):
             raise InvalidRequest(f"{name} is a message, but its prompt is no chat")
         if isinstance(prompt, str):
             return self.text(prompt + answer, name, special=special) if answer else head
-        before = "" if not answer or self.tokenizer is None else self.tokenizer.decode(head, clean_up_tokenization_spaces=False)
-        plain, whole = self.tokenize(before, name) if before else [], self.tokenize(before + answer, name) if answer else []
-        return [*head, *(whole[len(plain) :] if whole[: len(plain)] == plain else self.tokenize(answer, name))]
+        if not answer:
+            return head
+        before = "" if self.tokenizer is None else self.tokenizer.decode(head, clean_up_tokenization_spaces=False)
+        return [*head, *self._behind(before, answer, name)]
+
+    def _behind(self, before: str, text: str, name: str) -> list[int]:
+        """Ids of a text behind another one whose tokens are settled: encoded behind as much of it as does not merge with it."""
+        for start in (before, before[-1:], *SETTLED):
+            alone, whole = self.tokenize(start, name), self.tokenize(start + text, name)
+            if alone and whole[: len(alone)] == alone:
+                return whole[len(alone) :]
+        return self.tokenize(text, name)
+
+    def _tail(self, prompt: Any, answer: Any, name: str) -> str:
+        """What the chat template writes behind the content of an answer."""
+        message = {} if isinstance(answer, str) else answer if isinstance(answer, Mapping) else answer[0]
+        marked = self._answered(prompt, {"role": "assistant", **message, "content": MARK}, name)
+        return marked.rpartition(MARK)[2]
 
     def _answered(self, prompt: Any, answer: Any, name: str) -> str:
         """The text of a chat with its answer."""
@@ -207,24 +231,25 @@ class Encoder:
         if not isinstance(answer, Iterable) or isinstance(answer, (bytes, bytearray)):
             raise InvalidRequest(f"{name} must be a text, a message, or token ids, not {answer!r}")
 
-    def _end(self, ids: list[int], answer: Any, name: str, whole: bool) -> list[int]:
+    def _end(self, ids: list[int], prompt: Prompt, answer: Any, name: str, whole: bool) -> list[int]:
         """An answer's ids up to its end of sequence, and with one if it is `whole`."""
         length = next((i for i, token in enumerate(ids) if token in self._ends), None)
-        if length is not None:
-            self._refuse_more(_text(answer), name)
-        end = ([*self._ends[:1]] if length is None else [ids[length]]) if whole else []
-        ids = ids[:length] + end
+        if length is not None and (rest := self._visible(ids[length + 1 :])):
+            # A template may write something behind an end. Nothing else may follow it: what is decoded ends there.
+            tail = self.tokenize(self._tail(prompt, answer, name), name) if is_chat(prompt) else []
+            behind = next((i + 1 for i, token in enumerate(tail) if token in self._ends), 0)
+            if rest not in (self._visible(tail[behind:]), self._visible(tail)):
+                end = self.tokenizer.decode([ids[length]])
+                raise InvalidRequest(f"{name} goes on behind an end of sequence, '{end}', with {rest[:40]!r}: end it there")
+        end_ids = ([*self._ends[:1]] if length is None else [ids[length]]) if whole else []
+        ids = ids[:length] + end_ids
         if not ids:
             raise InvalidRequest(f"{name} is empty, and there is no end-of-sequence token to stand for that")
         return ids
 
-    def _refuse_more(self, text: str, name: str) -> None:
-        """Refuse an answer that is to go on behind its end: nothing that is decoded does."""
-        for end in self.tokenizer.convert_ids_to_tokens(list(self._ends)):
-            before, found, after = text.partition(end or "\0")
-            if found and after.strip():
-                place = len(before)
-                raise InvalidRequest(f"{name} goes on behind the end of sequence '{end}' at character {place}: end it there")
+    def _visible(self, ids: Sequence[int]) -> str:
+        """The text of some ids without ends of sequence, and without spaces around it."""
+        return str(self.tokenizer.decode([token for token in ids if token not in self._ends])).strip() if ids else ""
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -8,6 +8,7 @@ written before the template.
 import contextlib
 import datetime
 import json
+import string
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +23,8 @@ OWN = ("add_generation_prompt", "chat_template", "continue_final_message", "conv
 """What a template is always told, and `chat_template_kwargs` may not."""
 
 
-DIRECTIVES = [*"aAbBcdfGHIjmMpSuUVwWxXyYzZ", *(f"-{letter}" for letter in "dHIjmMSy")]
-"""What `strftime` knows, and the forms without leading zeros that templates use."""
+DIRECTIVES = [f"%{flag}{letter}" for flag in ("", *"-_0^#EO") for letter in string.ascii_letters]
+"""What `strftime` may know, with the flags of C libraries."""
 MACRO = (
     "{%% macro strftime_now(format) %%}{%% set text = namespace(is=format) %%}{%% for directive, value in %s.items() %%}"
     "{%% set text.is = text.is | replace(directive, value) %%}{%% endfor %%}{{ text.is }}{%% endmacro %%}\n"
@@ -93,13 +94,13 @@ def check_date(date: str | None) -> None:
         raise InvalidOption(f"date must be YYYY-MM-DD, such as 2026-11-29, not {date!r}") from None
 
 
-def refuse_idle_date(date: str | None, tokenizer: Any) -> None:
+def refuse_idle_date(date: str | None, *tokenizers: Any) -> None:
     """Refuse a date that is asked for where nothing writes one.
 
     Raises:
-        InvalidOption: the tokenizer's chat template does not.
+        InvalidOption: no tokenizer's chat template does.
     """
-    if date is not None and not reads_date(tokenizer):
+    if date is not None and not any(map(reads_date, tokenizers)):
         raise InvalidOption(f"date {date} would change nothing: the chat template does not write the date; leave it out")
 
 
@@ -118,8 +119,9 @@ def today() -> str:
 def _on(date: str) -> str:
     """What makes `strftime_now` give a date, at midnight."""
     day = datetime.datetime.fromisoformat(date)
-    values = {f"%{directive}": day.strftime(f"%{directive}") for directive in DIRECTIVES}
-    return MACRO % json.dumps({"%%": "\0", **values, "\0": "%"})
+    values = {directive: day.strftime(directive) for directive in DIRECTIVES}
+    known = {directive: value for directive, value in values.items() if value != directive}
+    return MACRO % json.dumps({"%%": "\0", **known, "\0": "%"})
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

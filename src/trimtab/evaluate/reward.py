@@ -137,6 +137,11 @@ class RewardModel:
         """`sha256:…` of all that decides the classifier's numbers, see `trimtab.models.fingerprint`."""
         return fingerprint_model(self.model) if self._files is None else self._files.fingerprint
 
+    @property
+    def chat_settings(self) -> dict[str, Any]:
+        """What decides how conversations become texts, see `trimtab.decode.encoding`; empty without a chat template."""
+        return self._encoder.chat_settings if getattr(self.tokenizer, "chat_template", None) else {}
+
     def score(self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str]) -> list[float]:
         """One score for each prompt with its answer, in their order; higher is better.
 

@@ -35,14 +35,14 @@ class RewardJudge:
 
     def describe(self) -> dict[str, Any]:
         """What it is, for the record."""
-        return {"weights": self._fingerprint, "max_length": self.model.max_length}
+        return {"weights": self._fingerprint, "max_length": self.model.max_length, **self.model.chat_settings}
 
     def cost(self) -> None:
         """None: it runs here."""
 
     def judge(self, pairs: Sequence[Pair], journal: Journal) -> list[Judgement]:
         """An opinion of each pair."""
-        known = {"reward": self._fingerprint, "max_length": self.model.max_length}
+        known = {"reward": self._fingerprint, "max_length": self.model.max_length, **self.model.chat_settings}
 
         def score(asked: list[tuple[Pair, str]]) -> list[float]:
             return self.model.score([pair.prompt for pair, _ in asked], [answer for _, answer in asked])

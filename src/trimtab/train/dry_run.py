@@ -233,7 +233,7 @@ def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: F
         why = f"the tokenizer of {options.proposal} is not on this machine"
         return _Data(None, None, (len(records), len(kept)), why, lacking)
     ends = find_eos_token_ids(proposal, tokenizer)
-    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(options))
+    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(options, tokenizer))
     examples, development = (encode_records(part, encoder, longest) for part in (records, kept))
     return _Data(examples, development, (len(examples), len(development)), None, lacking)
 

@@ -100,7 +100,7 @@ def write_samples(
     header = {"proposal": proposal, "prompts": prompts, "sampling": repr(params)}
     each = params.n
     if ranking is not None:
-        header["ranking"] = f"{ranking.pairs} pairs by {ranking.name}"
+        header |= {"ranking": f"{ranking.pairs} pairs by {ranking.name}", "date": ranking.date}
         each = ranking.pairs
     lines = ResumableLines(out, header, each)
     with lines:

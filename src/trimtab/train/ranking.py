@@ -28,6 +28,8 @@ class Ranking(NamedTuple):
     """What tells the scorer from others."""
     pairs: int = 1
     """Of a prompt: best and worst, second best and second worst, and so on; at most half of its samples."""
+    date: str | None = None
+    """The run's date, if the scorer's chat template writes it."""
 
     def pick(self, records: Sequence[Record], groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[Record, Sample, Sample]]:
         """Records with a wanted and an unwanted sample of each, from all of its samples that could be finished.

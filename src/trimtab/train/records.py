@@ -191,7 +191,21 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
-    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
+    yield from (
+        (f"{name} row {i}", {key: _without_nulls(value) for key, value in row.items()}) for i, row in enumerate(rows, 1)
+    )
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of typed columns as JSON Lines would have it."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without empty fields: a column of Parquet has one type, so each object in it has the fields of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _hub_rows(name: str, how: DataOptions | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -202,7 +216,9 @@ def _hub_rows(name: str, how: DataOptions | None) -> Iterator[tuple[str, dict[st
         data = load_dataset(name, config, data_dir=folder, split=split)
     except Exception as error:  # whatever the hub, the network or the data set's own files give rise to
         raise DataError(f"'{name}' is no file here, and the hub gave no data set of that name: {reason_of(error)}") from error
-    yield from ((f"{name} row {i}", dict(row)) for i, row in enumerate(data, 1))
+    yield from (
+        (f"{name} row {i}", {key: _without_nulls(value) for key, value in row.items()}) for i, row in enumerate(data, 1)
+    )
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -214,7 +230,8 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> di
 
 def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
     record = _answers(row, source, need)
-    fields = {field: _read_field(row[field], field, source) for field in CHAT_FIELDS if row.get(field)}
+    read = {field: _read_field(row[field], field, source) for field in CHAT_FIELDS if row.get(field)}
+    fields = {field: value for field, value in read.items() if value}
     if fields and isinstance(record.prompt, str):
         raise DataError(f"{source}: '{min(fields)}' goes to a chat template, but 'prompt' is a text: give messages")
     return dataclasses.replace(record, prompt=join_chat(record.prompt, fields))
@@ -224,8 +241,12 @@ def _read_field(value: Any, field: str, source: str) -> Any:
     """A field of a chat; TRL also takes a text of JSON, for the columns of Parquet have one type."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, list):
+            value = [json.loads(item) if isinstance(item, str) else item for item in value]
     except ValueError as error:
         raise DataError(f"{source}: '{field}' is not JSON: {error}") from None
+    if not value:
+        return None
     if field == "tools" and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
         raise DataError(f"{source}: 'tools' must be a list of JSON schemas, not {value!r}")
     if field != "tools" and not isinstance(value, Mapping):

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from trimtab.decode.encoding import Encoder
-from trimtab.decode.template import pick_date, read_chat_template, refuse_idle_date
+from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.files import named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, files_of, save_model
@@ -127,7 +127,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     model, draft_start = load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
-    options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options)))
+    options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
     examples, development = read_examples(options, encoder, context)
     pairs = settle_pairs(options, examples, development)
@@ -291,8 +291,10 @@ def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
     return records, kept
 
 
-def run_date(options: TrainOptions) -> str:
-    """The date of the run in the output folder, or of a new one."""
+def run_date(options: TrainOptions, tokenizer: Any) -> str | None:
+    """The date of the run in the output folder, or of a new one; None where no chat template writes it."""
+    if not reads_date(tokenizer):
+        return None
     path = Path(options.output_dir) / "run.json"
     kept = read_json(path) if path.exists() and not options.overwrite_output_dir else None
     return pick_date(options.date, kept.get("date") if isinstance(kept, dict) else None)
