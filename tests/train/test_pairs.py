@@ -131,7 +131,7 @@ def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
         assert told["data"]["equal_pairs"] == report["equal_pairs"] == 12
         saved = json.loads((task / name / "training.json").read_text(encoding="utf-8"))
         assert saved["equal_pairs"] == 12
-        whole = sum(len(example.chosen) for example in read_examples(options, tiny_tokenizer(), (EOS,), 64)[0])
+        whole = sum(len(example.chosen) for example in read_examples(options, Encoder(tiny_tokenizer(), 28, (EOS,)), 64)[0])
         assert (told["data"]["tokens"] == report["tokens"] == whole) == (name == "contrast")
         assert train(options) == saved  # nothing is left to do
     words = [

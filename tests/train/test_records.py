@@ -283,7 +283,7 @@ def test_ids_take_four_bytes_a_token_and_fingerprints_no_string_of_everything():
     records = [record(text, text, text) for _ in range(300)]
     tracemalloc.start()
     try:
-        examples = encode_records(records, Encoder(tokenizer, 28, [EOS]), 1000)
+        examples = encode_records(records, Encoder(tokenizer, len(tokenizer), [EOS]), 1000)
         tokens, size = sum(len(ids) for example in examples for ids in example), tracemalloc.get_traced_memory()[0]
         assert tokens == 300 * 752
         assert size < 8 * tokens
