@@ -89,6 +89,34 @@ def test_conversations_parts_and_defaults(server, client):
     assert unsaid.json()["choices"][0]["finish_reason"] == "stop"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def test_tools_and_calls_reach_the_template():
+    """`tool_choice: "none"` leaves tools out; calls have their arguments as objects, and a tool's answer is a message."""
+    template = (
+        "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% if loud %}loud {% endif %}{% for m in messages %}"
+        "{{ m.role[0] }} {{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.x }}"
+        "{% endfor %}<eos>{% endfor %}"
+    )
+    service = table_service(TABLES[:1], tokenizer=tiny_tokenizer(LETTERS, chat_template=template))
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    talk = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "so"}]
+    with running(service) as server:
+
+        def answers(**asked):
+            asked = {"model": "base", "max_tokens": 6, "seed": 1, **asked}
+            answer = server.post("/v1/chat/completions" if "messages" in asked else "/v1/completions", **asked).json()
+            choice = answer["choices"][0]
+            return choice["message"]["content"] if "messages" in asked else choice["text"], answer["usage"]["prompt_tokens"]
+
+        text = "u hello<eos>"
+        assert answers(messages=MESSAGES, tools=tools) == answers(prompt="look " + text)
+        assert answers(messages=MESSAGES, tools=tools, tool_choice="none") == answers(messages=MESSAGES) == answers(prompt=text)
+        assert answers(messages=MESSAGES, chat_template_kwargs={"loud": True}) == answers(prompt="loud " + text)
+        assert answers(messages=talk) == answers(prompt=text + "a f1<eos>t so<eos>")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -98,7 +126,13 @@ def test_conversations_parts_and_defaults(server, client):
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),  # this template does not know them
+        ({"chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "function"}]}]}, "messages"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],

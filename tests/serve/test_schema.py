@@ -185,7 +185,6 @@ NEUTRAL = {
     "frequency_penalty": 0.0,
 }
 LACKED = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
     "tool_choice": "required",
     "function_call": {"name": "f"},
@@ -211,6 +210,20 @@ def test_what_asks_for_nothing_is_taken_and_what_asks_for_more_is_refused_by_nam
         assert message.startswith(f"{name} must be ")
         assert "null" in message
         assert param == name
+
+
+def test_tools_belong_to_chats():
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+    assert parse(ChatRequest, tools=tools).chat == {"messages": CHAT["messages"], "tools": tools}
+    message, param = refused(CompletionRequest, tools=tools)
+    assert (message.partition(",")[0], param) == ("tools must be a list of functions", "tools")
+    for wrong, said in (
+        ({"name": "f"}, "unknown field 'tools[0].name'"),
+        ({"type": "function", "function": {}}, "tools[0].function.name is missing: it must be a text"),
+        ({"type": "function", "function": {"name": "f", "strict": True}}, "tools[0].function.strict must be false or null"),
+        ({"type": "web_search", "function": {"name": "f"}}, "tools[0].type must be 'function': there are no other kinds"),
+    ):
+        assert refused(ChatRequest, tools=[wrong])[0].startswith(said)
 
 
 def test_no_top_logprobs_need_no_logprobs():
@@ -330,8 +343,8 @@ def test_a_refusal_of_a_completion_is_one_sentence(fields, message, param):
     ("fields", "message", "param"),
     [
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "messages[0].role must be 'system', 'developer', 'user' or 'assistant', not 'tool'",
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "messages[0].role must be 'system', 'developer', 'user', 'assistant' or 'tool', not 'robot'",
             "messages",
         ),
         (
@@ -353,7 +366,7 @@ def test_a_refusal_of_a_completion_is_one_sentence(fields, message, param):
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "messages[0].tool_calls must be empty or null: tools are not supported, not a list of 1",
+            "messages[0].tool_calls[0].type is missing: it must be 'function': there are no other kinds",
             "messages",
         ),
         (

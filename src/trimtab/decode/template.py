@@ -52,6 +52,11 @@ def render_chat(
         raise InvalidRequest(f"{name} is a chat, but the tokenizer has no chat template: give a text instead")
     if taken := sorted(set(chat.settings) & {*OWN}):
         raise InvalidRequest(f"{name}: chat_template_kwargs cannot set '{taken[0]}'")
+    template = json.dumps(tokenizer.chat_template)
+    for field in [*(["tools"] if chat.tools else []), *chat.settings]:
+        if field not in template:
+            kind = "tools" if field == "tools" else f"chat_template_kwargs: '{field}'"
+            raise InvalidRequest(f"{kind} would change nothing: the chat template of {name} does not know it; leave it out")
     messages, tools = [_plain(message) for message in chat.messages], chat.tools or None
     settings = {**chat.settings, "tools": tools, "add_generation_prompt": answer, "continue_final_message": unfinished}
     try:

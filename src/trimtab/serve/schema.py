@@ -13,16 +13,21 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 from pydantic_core import PydanticCustomError
 
 from trimtab.core.rules import MAX_TEXT
+from trimtab.decode.prompts import join_chat
 from trimtab.serve.registry import NAME
 
 __all__ = [
+    "Call",
     "ChatMessage",
     "ChatRequest",
     "CompletionRequest",
+    "Function",
     "LoadAligner",
     "ResponseFormat",
     "StreamOptions",
     "TextPart",
+    "Tool",
+    "ToolCall",
     "UnloadAligner",
 ]
 
@@ -31,6 +36,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_ALIGNERS = 8
 MAX_BIASES = 4096
+MAX_TOOLS = 128
 MAX_INT = 2**31 - 1
 """The largest count or token id: they end up in tensors, where a JSON integer of any size would not fit."""
 
@@ -114,9 +120,7 @@ class _Request(_Strict):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="Ignored.")
 
     # OpenAI's fields for what there is not here, as far as they ask for nothing.
-    tools: Empty | None = None
     functions: Empty | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
@@ -194,6 +198,8 @@ class CompletionRequest(_Request):
     echo: bool | None = False
     best_of: OnlyOne | None = Field(None, description="Not supported: 1 or null. Choosing among `n` is up to the client.")
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="Not supported: empty or null.")
+    tools: Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -219,6 +225,38 @@ def _needs_content(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"required": ["role"], "properties": {"role": {"const": "assistant"}}}, given]
 
 
+class Function(_Strict):
+    """A function that the model may call: its name, and its parameters as a JSON schema."""
+
+    name: Text
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: OnlyFalse | None = Field(None, description="Not supported: nothing constrains what is written.")
+
+
+class Tool(_Strict):
+    """One of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Call(_Strict):
+    """What a function was called with: `arguments` is JSON as a text."""
+
+    name: Text
+    arguments: str
+
+
+class ToolCall(_Strict):
+    """One of the calls in an assistant's message."""
+
+    id: str | None = None
+    type: Literal["function"]
+    function: Call
+    index: None = None
+
+
 class TextPart(_Strict):
     """A part of a message's content; there are only texts."""
 
@@ -231,27 +269,42 @@ class ChatMessage(_Strict):
 
     model_config = ConfigDict(json_schema_extra=_needs_content)
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
         None, description="Null for an assistant only."
     )
     name: str | None = None
     annotations: Empty | None = None
-    tool_calls: Empty | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, description="An assistant's.")
+    tool_call_id: str | None = Field(None, description="Which call a `tool` answers.")
     audio: None = None
     function_call: None = None
     reasoning: None = None
     reasoning_content: None = None
     refusal: None = None
-    tool_call_id: None = None
 
     @model_validator(mode="after")
     def _only_an_assistant_says_nothing(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise _conflict("messages", f"tool_calls are an assistant's, not a message's of role '{self.role}'")
         if self.content is None and self.role != "assistant":
             given = "content" in self.model_fields_set
             said = f"content must be {CONTENT}, not null" if given else f"content is missing: it must be {CONTENT}"
             raise _conflict("messages", said)
         return self
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates want it."""
+        calls = [call.model_dump(exclude_none=True) for call in self.tool_calls or []]
+        fields = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": None if calls and self.content is None else self.text,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": calls or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def text(self) -> str:
@@ -288,6 +341,11 @@ class ChatRequest(_Request):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = Field(None, description="Needs `logprobs`.")
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="The chat template writes them into the prompt. A call comes back as text."
+    )
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="`none` leaves the tools out of the prompt.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template, as in vLLM.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -305,20 +363,18 @@ class ChatRequest(_Request):
         return old if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def chat(self) -> list[dict[str, str]]:
-        """The messages as chat templates want them.
+    def chat(self) -> Any:
+        """The messages as chat templates want them, with the tools and variables that are given.
 
         A developer is OpenAI's newer word for the system, and most templates know only that one: many drop the messages of
         roles that they do not know.
         """
-        return [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.text,
-            }
-            | ({} if message.name is None else {"name": message.name})
-            for message in self.messages
-        ]
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        given = {
+            "tools": [tool.model_dump(exclude_none=True) for tool in tools],
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return join_chat([message.for_template for message in self.messages], given)
 
 
 class LoadAligner(_Strict):

@@ -370,5 +370,5 @@ class Service:
             raise Refusal(429, message, code="queue_full", retry_after=1)
 
 
-FIELDS = set(SamplingParams.__dataclass_fields__) | {"prompt", "messages", "path"}
+FIELDS = set(SamplingParams.__dataclass_fields__) | {"prompt", "messages", "path", "tools", "chat_template_kwargs"}
 """Request fields that errors of the library begin with."""
