@@ -218,7 +218,8 @@ def test_tools_belong_to_chats():
     message, param = refused(CompletionRequest, tools=tools)
     assert (message.partition(",")[0], param) == ("tools must be a list of functions", "tools")
     for wrong, said in (
-        ({"name": "f"}, "unknown field 'tools[0].name'"),
+        ({"type": "function", "name": "f", "function": {"name": "f"}}, "unknown field 'tools[0].name'"),
+        ({"name": "f"}, "tools[0].type is missing: it must be 'function'"),
         ({"type": "function", "function": {}}, "tools[0].function.name is missing: it must be a text"),
         ({"type": "function", "function": {"name": "f", "strict": True}}, "tools[0].function.strict must be false or null"),
         ({"type": "web_search", "function": {"name": "f"}}, "tools[0].type must be 'function': there are no other kinds"),

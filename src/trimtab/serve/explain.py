@@ -72,6 +72,8 @@ _WORDS = {
     "messages.tool_calls": 'a list of calls, {"type": "function", "function": {"name": …, "arguments": …}}',
     "tools": 'a list of functions, {"type": "function", "function": {"name": …}}, in a chat; elsewhere empty or null',
     **dict.fromkeys(("tools.type", "messages.tool_calls.type"), "'function': there are no other kinds"),
+    **dict.fromkeys(("tools.function.name", "messages.tool_calls.function.name"), "a text that is not empty"),
+    **dict.fromkeys(("tools.function", "messages.tool_calls.function"), "an object with 'name'"),
     "tools.function.strict": "false or null: nothing constrains what is written",
     "tools.function.parameters": "a JSON schema or null",
     "messages.tool_calls.function.arguments": "a text, of JSON",

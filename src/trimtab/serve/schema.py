@@ -220,8 +220,8 @@ CONTENT = 'a text or a list of parts {"type": "text", "text": …}'
 
 
 def _needs_content(schema: dict[str, Any]) -> None:
-    """JSON schema of `ChatMessage`: whoever is no assistant says something."""
-    given = {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}}
+    """JSON schema of `ChatMessage`: whoever is no assistant says something, and calls nothing."""
+    given = {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}, "tool_calls": {"maxItems": 0}}}
     schema["anyOf"] = [{"required": ["role"], "properties": {"role": {"const": "assistant"}}}, given]
 
 
