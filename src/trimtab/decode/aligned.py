@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from trimtab.decode.draft import choose_drafter
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
-from trimtab.decode.prompts import as_list, is_chat
+from trimtab.decode.prompts import are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.request import (
     Completion,
     Prompt,
@@ -242,15 +242,7 @@ class AlignedModel:
         Raises:
             InvalidRequest: a pair cannot be scored.
         """
-        items = as_list(prompts)
-        if not isinstance(completions, Iterable):
-            raise InvalidRequest(f"completions must be texts, messages or token ids, not {completions!r}")
-        answers = [completions] if isinstance(completions, (str, Mapping)) else list(completions)
-        if len(items) == 1 and answers and isinstance(answers[0], int):
-            answers = [answers]
-        if len(items) != len(answers):
-            raise InvalidRequest(f"there are {len(items)} prompts, but {len(answers)} completions")
-        return [self._pair(i, prompt, answer) for i, (prompt, answer) in enumerate(zip(items, answers, strict=True))]
+        return [self._pair(i, prompt, answer) for i, (prompt, answer) in enumerate(as_pairs(prompts, completions))]
 
     def with_draft_length(self, num_speculative_tokens: int | None) -> Self:
         """The same models and settings with another draft length, and with nothing learned about speed yet."""
@@ -293,7 +285,7 @@ class AlignedModel:
             return True
         if completion is None:
             return len(self.encoder.prompt(prompt)) < self.max_length
-        return sum(map(len, self._ids(0, prompt, completion))) <= self.max_length
+        return sum(map(len, self.encoder.pair(prompt, completion))) <= self.max_length
 
     def check_pair(self, prompt: Prompt, completion: Any) -> None:
         """Raise the `InvalidRequest` that `score` would raise for this pair, if any."""
@@ -374,8 +366,9 @@ class AlignedModel:
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""
-        (prompt, completion), num_bytes = self._ids(i, item, answer), None
-        if not _are_ids(answer):
+        prompt, completion = self.encoder.pair(item, answer, (f"prompts[{i}]", f"completions[{i}]"))
+        num_bytes = None
+        if not are_ids(answer):
             text = self.tokenizer.decode(completion, skip_special_tokens=True) if not isinstance(answer, str) else answer
             num_bytes = len(text.encode(errors="replace"))
         if self.max_length is not None and len(prompt) + len(completion) > self.max_length:
@@ -383,18 +376,8 @@ class AlignedModel:
             raise InvalidRequest(f"prompts[{i}] and completions[{i}] have {total}, but the context holds {self.max_length}")
         return prompt, completion, num_bytes
 
-    def _ids(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int]]:
-        names = f"prompts[{i}]", f"completions[{i}]"
-        if _are_ids(answer):
-            return self.encoder.prompt(item, names[0]), self.encoder.prompt(list(answer), names[1])
-        return self.encoder.pair(item, answer, names)
-
 
 SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
-
-
-def _are_ids(answer: Any) -> bool:
-    return isinstance(answer, (list, tuple)) and all(isinstance(token, int) for token in answer)
 
 
 def _check_params(params: Any) -> None:

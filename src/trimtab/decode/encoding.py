@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from trimtab.decode.prompts import Chat, is_chat, read_chat
+from trimtab.decode.prompts import Chat, are_ids, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.decode.template import check_date, reads_date, render_chat
 from trimtab.errors import InvalidRequest
@@ -88,7 +88,9 @@ class Encoder:
         ended: bool = True,
         special: bool = True,
     ) -> tuple[list[int], list[int]]:
-        """Ids of a prompt and of one answer to it, see `answers`; `special` as in `text`."""
+        """Ids of a prompt and of one answer to it, see `answers`; an answer of ids is as it is. `special` as in `text`."""
+        if are_ids(answer):
+            return self.prompt(prompt, names[0], special=special), self.prompt(list(answer), names[1])
         encoded = self.answers(prompt, [answer], names[0], [names[1]], [ended], special=special)
         return encoded.prompt, encoded.answers[0]
 

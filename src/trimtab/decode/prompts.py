@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 from trimtab.decode.request import Prompt
 from trimtab.errors import InvalidRequest
 
-__all__ = ["CHAT_FIELDS", "Chat", "as_list", "chat_columns", "check_messages", "is_chat", "join_chat", "read_chat"]
+__all__ = [
+    "CHAT_FIELDS",
+    "Chat",
+    "are_ids",
+    "as_list",
+    "as_pairs",
+    "chat_columns",
+    "check_messages",
+    "is_chat",
+    "join_chat",
+    "read_chat",
+]
 
 CHAT_FIELDS = ("tools", "chat_template_kwargs")
 """What a chat may have beside its messages."""
@@ -41,6 +52,28 @@ def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     if items and (isinstance(items[0], int) or (isinstance(items[0], Mapping) and "messages" not in items[0])):
         return [items]
     return items
+
+
+def as_pairs(prompts: Prompt | Iterable[Prompt], completions: Any) -> list[tuple[Prompt, Any]]:
+    """Each prompt with its completion: a text, a message, or ids.
+
+    Raises:
+        InvalidRequest: there are not as many of one as of the other.
+    """
+    items = as_list(prompts)
+    if not isinstance(completions, Iterable):
+        raise InvalidRequest(f"completions must be texts, messages or token ids, not {completions!r}")
+    answers = [completions] if isinstance(completions, (str, Mapping)) else list(completions)
+    if len(items) == 1 and answers and isinstance(answers[0], int):
+        answers = [answers]
+    if len(items) != len(answers):
+        raise InvalidRequest(f"there are {len(items)} prompts, but {len(answers)} completions")
+    return list(zip(items, answers, strict=True))
+
+
+def are_ids(answer: object) -> bool:
+    """Whether a completion is token ids; none at all are, too."""
+    return isinstance(answer, (list, tuple)) and all(isinstance(token, int) for token in answer)
 
 
 def is_chat(prompt: object) -> bool:
