@@ -42,7 +42,13 @@ def _bpe(merges: int = 80, **parts: Any) -> Tokenizer:
         vocab_size=len(special) + 60 + merges, special_tokens=special, limit_alphabet=60, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
+    trained = json.loads(tokenizer.to_str())["model"]  # the bytes were special for the trainer alone
+    merges = [tuple(merge) for merge in trained["merges"]]
+    plain = Tokenizer(models.BPE(trained["vocab"], merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    for name, part in parts.items():
+        setattr(plain, name, part)
+    plain.add_special_tokens(SPECIAL)
+    return plain
 
 
 def byte_level(**how: Any) -> PreTrainedTokenizerFast:

@@ -65,6 +65,15 @@ def test_aligners_and_weights_repeat_together(task, capsys):
     assert "1 --weight for 2 --aligner" in errors[0]
 
 
+def test_a_flag_of_one_value_is_not_given_twice(task, capsys):
+    for twice in (["--seed", 1, "--seed", 2], ["--max-tokens", 3, "--max_tokens=4"], ["--json", "--json"]):
+        status, _, errors = called(capsys, "generate", *pair(task), "--prompt", "a", *twice)
+        assert status == 2
+        assert f"{str(twice[0]).replace('-', '_').replace('__', '--', 1)} is given twice: give it once" in errors[0]
+    assert called(capsys, "generate", *pair(task), "--prompt", "a", "--prompt", "b", "--max_tokens", 1)[0] == 0
+    assert called(capsys, "env")[0] == 0, "no words at all"
+
+
 def test_generate_and_propose_write_their_files(task, capsys, tmp_path):
     status, _, _ = called(
         capsys, "generate", *pair(task), "--input", task / "held_out.jsonl", "--out", tmp_path / "o.jsonl", "--max_tokens", 3

@@ -138,6 +138,18 @@ def killed_at_once(words, capsys, tmp_path):
     return headers[0]
 
 
+@pytest.mark.parametrize("command", ["generate", "score", "propose", "eval"])
+def test_a_template_for_no_chat_is_refused(task, capsys, tmp_path, command):
+    template = ["--proposal", task / "proposal", "--chat_template_path", task / "day.jinja"]
+    data = ["--input" if command == "generate" else "--dataset", task / "train.jsonl"]
+    evaluated = ["--out", tmp_path / "e", "--system", "proposal", "--baseline", "references", "--judge", "chrf"]
+    more = {"propose": ["--out", tmp_path / "o"], "eval": evaluated}
+    status, _, errors = called(capsys, command, *template, *data, *more.get(command, []))
+    assert (status, "--chat_template_path is for chats, and no prompt is one" in errors[0]) == (2, True)
+    status, _, errors = called(capsys, "generate", *template, "--prompt", "hi")
+    assert (status, "--chat_template_path is for chats, and --prompt is a text" in errors[0]) == (2, True)
+
+
 @pytest.mark.parametrize("left", ['{"proposal": "path"}\n', '{"proposal": null}\n', "[]\n"])
 def test_what_another_command_left_is_refused_by_name(task, capsys, tmp_path, left):
     (tmp_path / "out.partial").write_text(left)

@@ -16,6 +16,7 @@ from kinds import BOS, ENDING, EOS, KINDS, TEMPLATE, UNK, byte_level, llama, met
 from trimtab import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.prompts import Chat
+from trimtab.decode.template import read_chat_template
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.evaluate.harness import TrimtabLM
 from trimtab.models.table import TableLM
@@ -258,7 +259,7 @@ def test_a_template_that_writes_the_date_writes_the_one_that_is_given():
     assert make(metaspace("first"), date="2024-02-29").chat_settings["date"] is None, "this one writes none"
 
 
-@pytest.mark.parametrize("date", ["today", "2024-02-30", "", 20240229])
+@pytest.mark.parametrize("date", ["today", "2024-02-30", "", 20240229, "20240229", "2024-W09-4"])
 def test_what_is_no_date_is_refused(date):
     with pytest.raises(InvalidOption, match="date must be YYYY-MM-DD"):
         make(byte_level(), date=date)
@@ -322,3 +323,53 @@ def test_a_template_that_rewrites_history_is_refused_with_the_way_out():
         make(tokenizer).pair([QUESTION], "Paris")
     with pytest.raises(DataError, match=r"^here: .*--chat_template_path"):
         encode_records([Record([QUESTION], "Paris", None, "here")], make(tokenizer), 100)
+
+
+LLAMA3 = (
+    "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}{%- if messages[0].role == 'system' %}"
+    "{%- set messages = messages[1:] %}{%- endif %}{%- if tools is not none %}{{ tools | tojson }}{%- endif %}"
+    "{% for m in messages %}{{ m.content }}{% if 'tool_calls' in m %}called{% endif %}{% endfor %}"
+)
+
+
+def test_what_a_template_does_not_know_is_refused_and_not_what_it_only_mentions():
+    """By its variables: comments, loop variables and fields of messages are none."""
+    call = {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{# tools are not supported #}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    encoder = make(tokenizer)
+    for field in ("role", "content", "m", "e", "loop"):
+        with pytest.raises(InvalidRequest, match=f"chat_template_kwargs: '{field}' would change nothing"):
+            encoder.prompt({"messages": [QUESTION], "chat_template_kwargs": {field: "x"}})
+    with pytest.raises(InvalidRequest, match=r"^tools would change nothing: the chat template of prompt does not know it"):
+        encoder.prompt({"messages": [QUESTION], "tools": TOOLS})
+    with pytest.raises(InvalidRequest, match=r"^messages: 'tool_calls' would change nothing"):
+        encoder.prompt([QUESTION, call])
+    tokenizer.chat_template = LLAMA3
+    assert encoder.prompt({"messages": [QUESTION], "tools": TOOLS}) == plain(tokenizer, json.dumps(TOOLS) + "what is it?")
+    assert encoder.prompt([QUESTION, call]) == plain(tokenizer, "what is it?xcalled")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools | tojson }}"}
+    assert encoder.prompt({"messages": [QUESTION], "tools": TOOLS}) == plain(tokenizer, json.dumps(TOOLS))
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", LLAMA3]
+)
+def test_a_file_with_a_template_is_read(tmp_path, template):
+    (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
+    assert read_chat_template(str(tmp_path / "t.jinja")) == template
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% if x", "t.jinja:1: "),
+        ('{"prompt": "a"}', "is no chat template: it does not read 'messages'"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_without_one_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "t.jinja").write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidOption, match=f"^chat_template_path: .*{message}"):
+        read_chat_template(str(tmp_path / "t.jinja"))

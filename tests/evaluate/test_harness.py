@@ -239,7 +239,7 @@ def test_the_command_line_knows_the_model(folder, tmp_path):
         assert {name: saved["results"][task][name] for name in metrics if "stderr" not in name} == pytest.approx(
             {name: value for name, value in metrics.items() if "stderr" not in name}
         )
-    info = {"rule": "product", "weight": [0.5, 0.25], "max_length": CONTEXT, "max_num_seqs": 32}
+    info = {"rule": "product", "weight": [0.5, 0.25], "max_length": CONTEXT, "max_num_seqs": 32, "date": None}
     assert saved["config"]["trimtab"] == info
 
 
@@ -506,3 +506,17 @@ def test_the_commands_of_the_page_parse(monkeypatch):
 
 REMOTE = {*inspect.signature(TemplateAPI.__init__).parameters}
 """The arguments of `local-completions`."""
+
+
+def test_an_end_of_sequence_in_a_continuation_is_a_token_like_others(folder):
+    """It is scored where it stands, as the harness's own model does it: also alone, and with more behind it."""
+    theirs, mine = HFLM(pretrained=str(folder / "proposal"), device="cpu"), TrimtabLM(str(folder / "proposal"))
+    pairs = [("a b", " c<eos>"), ("a b", "<eos>"), ("a b", " c<eos> d")]
+    for context, continuation in pairs:
+        assert mine._encode_pair(context, continuation) == tuple(theirs._encode_pair(context, continuation))
+
+
+def test_a_run_has_one_date(folder):
+    assert TrimtabLM(str(folder / "proposal"), date="2026-11-29").model.encoder.date == "2026-11-29"
+    assert TrimtabLM(str(folder / "proposal")).model.encoder.date is not None
+    assert TrimtabLM(str(folder / "proposal")).get_model_info()["trimtab"]["date"] is None, "this template writes none"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -613,3 +614,28 @@ def test_limits_of_body_prompt_and_output():
         answer = server.post("/v1/completions", model="q0", prompt="abc", max_tokens=11)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
         assert server.complete(model="q0", prompt="abcde", max_tokens=10)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_that_cannot_be_scored_ends_its_own_choice(stream):
+    """The proposal says b after a, and d after c; the aligner never does the latter: that row has no token."""
+    letters = "abcd"
+    proposal, aligner = (torch.zeros(5, 5, dtype=torch.float64) for _ in range(2))
+    proposal[3] = aligner[3] = -math.inf
+    proposal[3, 4], aligner[3, 1] = 0.0, 0.0
+    service = table_service([TableLM(proposal), TableLM(aligner)], tokenizer=tiny_tokenizer(letters))
+    asked = {"model": "q0", "prompt": ["ab", "acd"], "echo": True, "logprobs": 1, "max_tokens": 2, "seed": 0}
+    with running(service) as server:
+        if not stream:
+            choices = server.post("/v1/completions", **asked).json()["choices"]
+        else:
+            lines = server.post("/v1/completions", stream=True, **asked).text.splitlines()
+            chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+            choices = [next(c for c in chunks if c["index"] == i and c["finish_reason"]) for i in range(2)]
+            choices[0]["text"] = "".join(c["text"] for c in chunks if c["index"] == 0)
+        assert choices[0]["finish_reason"] in ("stop", "length")
+        assert choices[0]["text"].startswith("ab")
+        assert choices[1]["finish_reason"] == "error"
+        assert "leaves no possible token after 1 tokens: " in choices[1]["error"]["message"]
+        alone = server.post("/v1/completions", **asked | {"prompt": "acd"})
+        assert (alone.status_code, alone.json()["error"]["code"]) == (400, "dead_row")

@@ -288,7 +288,7 @@ def test_what_is_not_at_hand_is_said_and_bounded(task):
     told = estimate(task_options(task, "none", training, dataset=missing, max_length=32), QUICK)
     assert told["data"] == {
         "at_hand": False, "why_not": f"there is no file {missing} yet", "examples": None, "development": None,
-        "tokens": None, "longest": 32,
+        "tokens": None, "longest": 32, "equal_pairs": None,
     }  # fmt: skip
     assert (told["steps"], told["cache"]["bytes"], told["seconds"]["training"]) == (None, None, None)
     known = estimate(task_options(task, "none", training, dataset=missing, max_length=32), Expected(examples=80, tflops=2.0))
@@ -396,7 +396,7 @@ def test_an_adapter_counts_with_its_base(task, capsys, tmp_path):
     (lora / "adapter_model.safetensors").unlink()
     status, _, errors = called(capsys, *asked[0])
     assert status == 1
-    assert "cannot read the aligner in" in errors[0]
+    assert f"{lora}' holds no adapter_model.safetensors" in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"lora_r": 0}, "lora_r must be from 1"),
         ({"max_examples": 1}, "max_examples must be from 2"),
         ({"columns": ("prompt",)}, "columns must be FIELD=COLUMN"),
-        ({"columns": ("post=prompt",)}, "with a field of prompt, completion, chosen, rejected, messages, not 'post=prompt'"),
+        (
+            {"columns": ("post=prompt",)},
+            "with a field of prompt, completion, chosen, rejected, messages, tools, chat_template",
+        ),
         ({"columns": ("prompt=a", "prompt=b")}, "columns names 'prompt' twice"),
     ],
 )

@@ -140,7 +140,6 @@ ROWS = [
     ({"prompt": ["a"], "completion": "b"}, "chosen", "'prompt' must be a text or a list of messages, not list"),
     ({"prompt": "a", "completion": 3}, "chosen", "'completion' must be a text or a list of messages, not int"),
     ({"prompt": "a", "completion": [HELLO]}, "chosen", "'completion' must be a text like 'prompt'"),
-    ({"prompt": [USER], "chosen": "b"}, "chosen", "'chosen' must be messages like 'prompt'"),
     ({"prompt": "a"}, "chosen", "has neither 'completion' nor 'chosen'; it has: prompt"),
     ({"prompt": "a", "rejected": "b"}, "chosen", "has neither 'completion' nor 'chosen'; it has: prompt, rejected"),
     ({"prompt": "a", "completion": "b"}, "rejected", "'rejected' is missing, which this objective needs"),

@@ -17,6 +17,7 @@ __all__ = [
     "RowOptions",
     "SamplingOptions",
     "TemplateOptions",
+    "check_chats",
     "check_prompts",
     "check_writable",
     "load_aligned_model",
@@ -192,6 +193,14 @@ class SamplingOptions:
         greedy = "has no effect with --temperature 0, which takes the most probable token"
         cut = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
         return {name: greedy for name, cuts in cut.items() if cuts and self.temperature == 0}
+
+
+def check_chats(options: TemplateOptions, prompts: Sequence[Any]) -> None:
+    """Refuse a chat template where no prompt is a chat."""
+    from trimtab.decode.prompts import is_chat
+
+    if options.chat_template_path is not None and not any(map(is_chat, prompts)):
+        raise InvalidOption("--chat_template_path is for chats, and no prompt is one")
 
 
 def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import env
-from trimtab.cli.common import load_aligned_model, load_reward_model, make_sampling_params, places_that_fit
+from trimtab.cli.common import check_chats, load_aligned_model, load_reward_model, make_sampling_params, places_that_fit
 from trimtab.cli.eval_checks import check_data, check_flags, is_url
 from trimtab.cli.options import UsageError
 from trimtab.decode.aligned import AlignedModel
@@ -58,6 +58,7 @@ def evaluate(options: "Options", amend: Callable[[dict[str, Any]], Mapping[str, 
     out, frontier = Path(options.out), None
     date = pick_date(options.date, _kept_date(out))
     prompts, development = read_prompts(options, baseline)
+    check_chats(options, prompts.prompts)
     loaded = [judge for judge in judges if not isinstance(judge, str)]
     check_data(options, systems, prompts, loaded)
     if development is not None:

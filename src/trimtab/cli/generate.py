@@ -9,6 +9,7 @@ from trimtab.cli.common import (
     ModelOptions,
     SamplingOptions,
     TemplateOptions,
+    check_chats,
     check_prompts,
     load_aligned_model,
     make_sampling_params,
@@ -31,6 +32,10 @@ class Options(SamplingOptions, TemplateOptions, ModelOptions):
     input: str | None = option(None, "a data set whose 'prompt' (or 'messages') to complete", metavar="FILE")
     out: str | None = option(None, "write JSON Lines here, resuming an interrupted run", metavar="FILE")
 
+    def idle(self) -> dict[str, str]:
+        """What is for chats where there is none."""
+        return dict.fromkeys(("chat_template_path", "date"), "is for chats, and --prompt is a text") if self.prompt else {}
+
 
 def run(options: Options) -> dict[str, Any]:
     """Complete every prompt."""
@@ -48,6 +53,7 @@ def run(options: Options) -> dict[str, Any]:
 
         records = read_records(options.input, need="prompt", answers=False)
         prompts = [record.prompt for record in records]
+        check_chats(options, prompts)
     model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
     refuse_idle_date(options.date, model.tokenizer)
     check_prompts(model, records, params)

@@ -9,6 +9,7 @@ from trimtab.cli.common import (
     ModelOptions,
     SamplingOptions,
     TemplateOptions,
+    check_chats,
     check_prompts,
     load_aligned_model,
     load_reward_model,
@@ -93,6 +94,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.dry_run:
         return _rehearse(options, pairs)
     records = read_records(options.dataset, need="prompt", how=options, limit=options.max_examples, answers=not pairs)
+    check_chats(options, [record.prompt for record in records])
     date = _date(options)
     ranking = _ranking(options, pairs, records, date)
     if options.endpoint:

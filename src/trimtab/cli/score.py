@@ -4,7 +4,15 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import DataOptions, LengthOptions, RowOptions, TemplateOptions, load_aligned_model, places_that_fit
+from trimtab.cli.common import (
+    DataOptions,
+    LengthOptions,
+    RowOptions,
+    TemplateOptions,
+    check_chats,
+    load_aligned_model,
+    places_that_fit,
+)
 from trimtab.cli.options import UsageError, option
 
 __all__ = ["Options", "render", "run"]
@@ -29,6 +37,7 @@ def run(options: Options) -> dict[str, Any]:
     if not parse_rule(options.rule or "product").has_row:
         raise UsageError(f"--rule {options.rule} has no row in closed form, so nothing can be scored under it")
     records = read_records(options.dataset, how=options)
+    check_chats(options, [record.prompt for record in records])
     model = load_aligned_model(options, options)
     refuse_idle_date(options.date, model.tokenizer)
     columns = [[r.prompt for r in records], [r.chosen for r in records], [r.source for r in records]]

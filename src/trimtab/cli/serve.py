@@ -109,12 +109,15 @@ def run(options: Options) -> dict[str, Any]:
     except ImportError as error:
         raise UsageError(f"serving needs the extra 'serve' ({error.name} is missing): pip install 'trimtab[serve]'") from None
     from trimtab.cli import quiet_loading
+    from trimtab.decode.template import check_date, read_chat_template
     from trimtab.serve.app import make_app
     from trimtab.serve.run import run_server
     from trimtab.serve.service import Opened, Service
 
     settings = _settings(options)
     named = _aligners(options)
+    check_date(options.date)
+    read_chat_template(options.chat_template_path)  # what is wrong with it is said before the server listens
     quiet_loading()
 
     def load() -> Opened:

@@ -31,8 +31,13 @@ __all__ = [
     "warp",
 ]
 
-MASK = 1e30
-"""Nats: what is further from 0 is no log-probability but a mask, which models also write as the least number of a format."""
+FLOOR = -1e4
+"""Nats below which a log-probability is a mask: models also write one as the least number of a format, such as −65,504.
+
+No belief lies there: the probability is 0 in every float from −746 on.
+"""
+LIMIT = 1e30
+"""Nats beyond which a log weight is no number to reckon with."""
 
 _INT_VIEW = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -51,15 +56,15 @@ def row_from_logits(logits: Tensor, vocab_size: int) -> Tensor:
     return log_normalize(logits if logits.dtype == torch.float64 else logits.float())
 
 
-def impossible(logw: Tensor) -> Tensor:
+def impossible(logp: Tensor) -> Tensor:
     """Which entries stand for tokens that cannot be drawn: −inf, and masks that are as good as that."""
-    return logw < -MASK
+    return logp < FLOOR
 
 
 def is_distribution(logw: Tensor) -> Tensor:
     """Whether each row `[..., V]` can be normalised, `[..., 1]`: nothing in it is NaN or +inf, and some token is possible."""
     best = logw.amax(-1, keepdim=True)  # NaN if anything is
-    return (best > -MASK) & (best < MASK)
+    return (best > -LIMIT) & (best < LIMIT)
 
 
 def gather(rows: Tensor, tokens: Tensor) -> Tensor:

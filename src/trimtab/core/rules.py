@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.draw import NO_TOKEN, inverse_cdf
-from trimtab.core.logprobs import MASK, impossible, is_distribution, kl_divergence, log_normalize
+from trimtab.core.logprobs import impossible, is_distribution, kl_divergence, log_normalize
 from trimtab.core.transfer import to_device
 from trimtab.errors import DeadRow, InvalidOption
 
@@ -285,9 +285,10 @@ def log_power(logq: Tensor, weight: Tensor) -> Tensor:
     (docs/rules.md says why). A row that is no distribution becomes NaN throughout, unless λ is 0.
     """
     exponent = torch.where(weight == 0, 1.0, weight)  # 0 · −inf would be NaN, also in gradients
-    power = torch.where(is_distribution(logq), exponent, math.nan) * logq
-    most = torch.where(power > MASK, -math.inf, power).amax(-1, keepdim=True)
-    return torch.where(weight == 0, 0.0, torch.where(power > MASK, most, power))
+    power, masked = exponent * logq, impossible(logq)
+    least = torch.where(masked, -math.inf, power).amax(-1, keepdim=True)
+    power = torch.where(masked, torch.where(weight < 0, least, -math.inf), power)
+    return torch.where(weight == 0, 0.0, torch.where(is_distribution(logq), power, math.nan))
 
 
 def parse_rule(text: str | Rule) -> Rule:

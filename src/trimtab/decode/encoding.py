@@ -121,15 +121,35 @@ class Encoder:
         head = self.prompt(prompt, name, special=special)
         kinds = zip(answers, names, ended, strict=True)
         wholes = [self._whole(prompt, head, answer, a, whole, special) for answer, a, whole in kinds]
-        border = min((common_length(head, whole) for whole in wholes), default=len(head))
-        shares = border < len(head)
-        if not border:  # the prompt's first token goes over its end
-            border = len(head)
-            wholes = [[*head, *self._behind(str(prompt), _text(answer), a)] for answer, a in zip(answers, names, strict=True)]
+        border, wholes = self._border(prompt, head, wholes, answers, names)
         parts = zip(wholes, answers, names, ended, strict=True)
         return Encoded(
-            head[:border], [self._end(ids[border:], prompt, answer, a, whole) for ids, answer, a, whole in parts], shares
+            head[:border],
+            [self._end(ids[border:], prompt, answer, a, whole) for ids, answer, a, whole in parts],
+            border < len(head),
         )
+
+    def split(self, prompt: str | list[int], text: str, *, special: bool = True) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and of the text behind it as it stands: an end of sequence in it is a token like others.
+
+        Raises:
+            InvalidRequest: one of them is malformed or has no ids.
+        """
+        head = self.prompt(prompt, special=special)
+        wholes = [self._whole(prompt, head, text, "a text", True, special)]
+        border, (whole,) = self._border(prompt, head, wholes, [text], ["a text"])
+        return head[:border], whole[border:]
+
+    def _border(
+        self, prompt: Prompt, head: list[int], wholes: list[list[int]], answers: Sequence[Any], names: Sequence[str]
+    ) -> tuple[int, list[list[int]]]:
+        """How many of a prompt's ids begin all of the wholes, and these."""
+        border = min((common_length(head, whole) for whole in wholes), default=len(head))
+        if border:
+            return border, wholes
+        # The prompt's first token goes over its end.
+        alone = [self._behind(str(prompt), _text(answer), name) for answer, name in zip(answers, names, strict=True)]
+        return len(head), [[*head, *ids] for ids in alone]
 
     def text(self, text: str, name: str, *, special: bool = True) -> list[int]:
         """Ids of a text; with `special`, behind the tokens that the tokenizer puts first, unless the text begins with them.

@@ -57,7 +57,7 @@ def score_in_steps(
     *,
     top: int = 0,
     step: int | None = None,
-    first: int = 0,
+    first: int | None = 0,
 ) -> Generator[None, None, list[TokenLogprobs]]:
     """Score completions after their prompts, all in one batch, piece by piece: the scores are the generator's return value.
 
@@ -68,7 +68,7 @@ def score_in_steps(
         pairs: prompt and completion, neither empty.
         top: how many of the best tokens to return for each position.
         step: the most tokens of a completion to score before yielding.
-        first: the number of the first completion, for errors.
+        first: the number of the first completion, for errors; None where the user knows of none.
 
     Raises:
         InvalidOption: the rule has no row.
@@ -85,7 +85,8 @@ def score_in_steps(
         for i, (column, value, count) in enumerate(zip(columns, values, counts, strict=True)):
             dead = [j for j in range(count) if any(math.isnan(numbers[j]) for numbers in value)]
             if dead:
-                where = f"after {len(column[0]) + dead[0]} tokens of completions[{first + i}]"
+                where = f"after {len(column[0]) + dead[0]} tokens"
+                where += "" if first is None else f" of completions[{first + i}]"
                 raise explain_dead_row(shaping, [row[i, dead[0]] for row in rows], where)
             for numbers, new in zip(column, value, strict=True):
                 numbers += new[:count]

@@ -215,8 +215,8 @@ class Group:
     def _explain(self, slot: int, position: int) -> DeadRow:
         """Say who is to blame for a row without a token."""
         sequence = self.sequences[slot]
-        where = f"after {len(sequence.tokens)} tokens of completion {sequence.index} of prompt {sequence.prompt_index}"
-        return explain_dead_row(sequence.shaping, [rows[slot, position] for rows in self._rows], where)
+        rows = [rows[slot, position] for rows in self._rows]
+        return explain_dead_row(sequence.shaping, rows, f"after {len(sequence.tokens)} tokens")
 
 
 def can_draft(sequence: Growing) -> bool:

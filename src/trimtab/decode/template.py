@@ -8,11 +8,14 @@ written before the template.
 import contextlib
 import datetime
 import json
+import re
 import string
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
 from trimtab.decode.prompts import Chat
 from trimtab.errors import InvalidOption, InvalidRequest
@@ -52,11 +55,7 @@ def render_chat(
         raise InvalidRequest(f"{name} is a chat, but the tokenizer has no chat template: give a text instead")
     if taken := sorted(set(chat.settings) & {*OWN}):
         raise InvalidRequest(f"{name}: chat_template_kwargs cannot set '{taken[0]}'")
-    template = json.dumps(tokenizer.chat_template)
-    for field in [*(["tools"] if chat.tools else []), *chat.settings]:
-        if field not in template:
-            kind = "tools" if field == "tools" else f"chat_template_kwargs: '{field}'"
-            raise InvalidRequest(f"{kind} would change nothing: the chat template of {name} does not know it; leave it out")
+    _refuse_idle(tokenizer, chat, name)
     messages, tools = [_plain(message) for message in chat.messages], chat.tools or None
     settings = {**chat.settings, "tools": tools, "add_generation_prompt": answer, "continue_final_message": unfinished}
     try:
@@ -65,6 +64,35 @@ def render_chat(
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
     except Exception as error:  # a template is a program of its own, and may raise whatever it likes
         raise InvalidRequest(f"{name}: the chat template refuses it: {error}") from error
+
+
+def _refuse_idle(tokenizer: Any, chat: Chat, name: str) -> None:
+    """Refuse what belongs to a chat and does not reach its template."""
+    calls = any(message.get("tool_calls") for message in chat.messages)
+    if not (chat.tools or chat.settings or calls):
+        return
+    try:
+        variables, names = _read_by(tokenizer.get_chat_template(tools=chat.tools or None))
+    except TemplateSyntaxError as error:
+        raise InvalidRequest(f"{name}: the chat template is none: {error.message}") from error
+    idle = ["tools"] if chat.tools and "tools" not in variables else []
+    idle += ["messages: 'tool_calls'"] if calls and "tool_calls" not in names else []
+    idle += [f"chat_template_kwargs: '{field}'" for field in chat.settings if field not in variables]
+    if idle:
+        raise InvalidRequest(f"{idle[0]} would change nothing: the chat template of {name} does not know it; leave it out")
+
+
+@lru_cache
+def _read_by(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The variables that a template is to be given, and all names of fields in it.
+
+    Raises:
+        TemplateSyntaxError: it is no template.
+    """
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own block, which only marks what it holds
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    fields = {node.attr for node in tree.find_all(nodes.Getattr)} | {node.value for node in tree.find_all(nodes.Const)}
+    return frozenset(meta.find_undeclared_variables(tree)), frozenset(field for field in fields if isinstance(field, str))
 
 
 def read_chat_template(path: str | None) -> str | None:
@@ -76,9 +104,15 @@ def read_chat_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        template = Path(path).expanduser().read_text(encoding="utf-8")
+        known, _ = _read_by(template)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidOption(f"chat_template_path: {error}") from error
+    except TemplateSyntaxError as error:
+        raise InvalidOption(f"chat_template_path: {path}:{error.lineno}: {error.message}") from error
+    if "messages" not in known:
+        raise InvalidOption(f"chat_template_path: {path} is no chat template: it does not read 'messages'")
+    return template
 
 
 def reads_date(tokenizer: Any) -> bool:
@@ -93,8 +127,8 @@ def check_date(date: str | None) -> None:
         InvalidOption: it is not `YYYY-MM-DD`.
     """
     try:
-        if date is not None:
-            datetime.date.fromisoformat(date)
+        if date is not None and datetime.date.fromisoformat(date).isoformat() != date:
+            raise ValueError
     except (ValueError, TypeError):
         raise InvalidOption(f"date must be YYYY-MM-DD, such as 2026-11-29, not {date!r}") from None
 

@@ -25,6 +25,7 @@ from trimtab.decode.prompts import read_chat
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import completion_rows
 from trimtab.decode.shaping import BatchShaping
+from trimtab.decode.template import pick_date
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 
 try:
@@ -184,7 +185,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         """Ids of a context and of its continuation, which takes the context's last spaces, as the harness has it."""
         special, before = self._begins_anew(context), context.rstrip()
         prompt: Any = before or self.model.encoder.around[0] or [self.prefix_token_id]
-        return self.model.encoder.pair(prompt, context[len(before) :] + continuation, special=special, ended=False)
+        return self.model.encoder.split(prompt, context[len(before) :] + continuation, special=special)
 
     def _begins_anew(self, text: str) -> bool:
         """Whether the tokenizer's first tokens come before a text."""
@@ -201,7 +202,8 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes down beside the results."""
         weights = list(self._shaping.weights)
-        rows = {"rule": str(self._shaping.rule), "weight": weights, "max_length": self.max_length}
+        rows: dict[str, Any] = {"rule": str(self._shaping.rule), "weight": weights, "max_length": self.max_length}
+        rows["date"] = self.model.encoder.chat_settings["date"]
         return {"trimtab": rows | {"max_num_seqs": self.model.max_num_seqs}}
 
     # ---- log-likelihoods
@@ -353,6 +355,7 @@ def _load(proposal: Any, options: dict[str, Any]) -> AlignedModel:
             raise InvalidOption(f"weight must be numbers joined by '+', one for each aligner, not '{weight}'") from None
     if options.get("device") == "cuda:0" and not torch.cuda.is_available():
         del options["device"]  # what the harness's command line says unless told otherwise
+    options["date"] = pick_date(options.get("date"))  # one for the whole run
     return AlignedModel.from_pretrained(proposal, options.pop("aligner", None), **options)
 
 

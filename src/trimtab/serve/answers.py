@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.scoring import score_in_steps
+from trimtab.errors import DeadRow
 from trimtab.serve import wire
 from trimtab.serve.offsets import Offsets, echo_ids, echo_text
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -131,11 +132,13 @@ class _Echo:
     offsets: list[int]
     ids: list[int]
     scores: TokenLogprobs | None
+    error: str | None = None
+    """Why it has no scores."""
 
     def logprobs(self) -> tuple[list[float | None], list[wire.TopLogprobs | None]]:
-        """Log-probability and best tokens of each id; nothing predicts the first."""
+        """Log-probability and best tokens of each id; nothing predicts the first, or any if there are no scores."""
         if self.scores is None:
-            return [None], [None]
+            return [None] * len(self.ids), [None] * len(self.ids)
         tops: Sequence[wire.TopLogprobs] = self.scores.top_aligned or [[]] * len(self.scores.aligned)
         return [None, *self.scores.aligned], [None, *tops]
 
@@ -190,18 +193,24 @@ async def _echo(exchange: _Exchange) -> list[_Echo]:
     ids = {s.prompt_index: s.prompt for s in exchange.job.sequences}
     echoes = []
     for prompt, mine in zip(exchange.echoed, ids.values(), strict=True):
-        scores = None
+        scores, dead = None, None
         if params.logprobs and len(mine) > 1:
             pair = (mine[:1], mine[1:])
             shaping = model.shaping(params)
-            steps = score_in_steps(model.proposal, model.aligners, shaping, [pair], top=params.top_logprobs, step=ECHO_STEP)
-            async with asyncio.timeout(exchange.service.remaining(exchange.job)):
-                (scores,) = await exchange.service.worker.score(steps)
+            models, top = (model.proposal, model.aligners), params.top_logprobs
+            steps = score_in_steps(*models, shaping, [pair], top=top, step=ECHO_STEP, first=None)
+            try:
+                async with asyncio.timeout(exchange.service.remaining(exchange.job)):
+                    (scores,) = await exchange.service.worker.score(steps)
+            except DeadRow as error:
+                dead = error
         if isinstance(prompt, str):
             text, offsets = prompt, echo_text(model.tokenizer, mine, prompt) if params.logprobs else []
         else:
             text, offsets = echo_ids(model.tokenizer, mine, last=not exchange.generates)
-        echoes.append(_Echo(text, offsets, mine, scores))
+        echoes.append(_Echo(text, offsets, mine, scores, None if dead is None else str(dead)))
+    if dead is not None and all(echo.error for echo in echoes):
+        raise dead
     return echoes
 
 
@@ -258,7 +267,13 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
             before, best = echo.logprobs()
             tokens, values, tops, offsets = echo.ids + tokens, before + values, best + tops, echo.offsets + offsets
         logprobs = wire.completion_logprobs(texts, tokens, values, tops, offsets)
-    return wire.completion_choice(index, text, completion.finish_reason, logprobs) | wire.dead_row(completion.error)
+    reason, error = _ending(echo, completion.finish_reason, completion.error)
+    return wire.completion_choice(index, text, reason or "", logprobs) | wire.dead_row(error)
+
+
+def _ending(echo: _Echo | None, reason: str | None, error: str | None) -> tuple[str | None, str | None]:
+    """A choice's finish reason and error: where its prompt could not be scored, it ends with that."""
+    return ("error", echo.error) if reason and echo is not None and echo.error else (reason, error)
 
 
 def _columns(completion: Completion) -> tuple[list[int], list[Any], list[Any]]:
@@ -334,14 +349,16 @@ async def _completion_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
             echo, logprobs = exchange.echoes[index // exchange.params.n], None
             if exchange.params.logprobs:
                 logprobs = wire.completion_logprobs(texts, echo.ids, *echo.logprobs(), echo.offsets)
-            chunks.append(stream.text(index, echo.text, logprobs, None if exchange.generates else "length"))
+            reason, error = _ending(echo, None if exchange.generates else "length", None)
+            chunks.append(stream.text(index, echo.text, logprobs, reason, error))
         for index, mine in _by_choice(exchange, events).items():
-            text, logprobs, reason = "".join(event.text for event in mine), None, mine[-1].finish_reason
+            text, logprobs = "".join(event.text for event in mine), None
+            reason, error = _ending(exchange.echo(index), mine[-1].finish_reason, _error(mine))
             columns = _event_columns(mine)
             if exchange.params.logprobs and columns[0]:
                 logprobs = wire.completion_logprobs(texts, *columns, offsets[index].add(columns[0]))
             if text or logprobs or reason:
-                chunks.append(stream.text(index, text, logprobs, reason, _error(mine)))
+                chunks.append(stream.text(index, text, logprobs, reason, error))
         if chunks:
             yield b"".join(chunks)
     if exchange.include_usage:

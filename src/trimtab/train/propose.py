@@ -135,7 +135,7 @@ def _rows(records: Sequence[Record], groups: Sequence[Sequence[Sample]], ranking
 def _row(record: Record, samples: dict[str, Sample], **known: Any) -> dict[str, Any]:
     """A record with samples for answers: texts for a text, messages for a chat; what was cut is named, what died left out."""
     if errors := [one.error for one in samples.values() if one.error is not None]:
-        return {"prompt": record.prompt, "finish_reason": "error", "error": errors[0]}
+        return {**chat_columns(record.prompt), "finish_reason": "error", "error": errors[0]}
     text = isinstance(record.prompt, str)
     drawn = {name: one.text if text else [{"role": "assistant", "content": one.text}] for name, one in samples.items()}
     cut = [name for name, one in samples.items() if one.text and not one.ended]

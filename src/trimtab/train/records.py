@@ -116,7 +116,7 @@ def read_records(
     columns = parse_columns(how.columns) if how else {}
     records, labels, dead = [], [], 0
     for source, given in itertools.islice(read_rows(dataset, how), limit):
-        if given.get("finish_reason") == "error":
+        if answers and given.get("finish_reason") == "error":
             dead += 1
             continue
         row = _renamed(given, columns, source)
@@ -320,7 +320,9 @@ def _answer(row: Mapping[str, Any], name: str, prompt: Any, source: str) -> Any:
         if value and value[-1]["role"] != "assistant":
             raise DataError(f"{source}: '{name}' must end with the assistant's message, not with that of '{value[-1]['role']}'")
         return value
-    raise DataError(f"{source}: '{name}' must be {'a text' if isinstance(prompt, str) else 'messages'} like 'prompt'")
+    if isinstance(value, str):  # `trimtab generate` writes the assistant's text
+        return [{"role": "assistant", "content": value}]
+    raise DataError(f"{source}: '{name}' must be a text like 'prompt'")
 
 
 def _check_messages(messages: Any, name: str, source: str) -> None:
