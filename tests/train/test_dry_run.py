@@ -411,8 +411,9 @@ def test_an_adapter_counts_with_its_base(task, capsys, tmp_path):
     ],
 )
 def test_a_dry_run_of_eval_refuses_what_eval_would(task, capsys, tmp_path, more, status, message):
-    words = ["eval", "--dry_run", "--proposal", task / "proposal", "--aligner", task / "start", "--dataset"]
-    words += [task / "held_out.jsonl", "--judge", "http://127.0.0.1:9/v1#judge", "--out", tmp_path / "out"]
+    words = ["eval", "--dry_run", "--aligner", task / "start", "--dataset", task / "held_out.jsonl"]
+    words += ["--judge", "http://127.0.0.1:9/v1#judge", "--out", tmp_path / "out"]
+    words += [] if "--proposal" in more else ["--proposal", task / "proposal"]
     got, out, errors = called(capsys, *words, *more)
     assert (got, out, len(errors)) == (status, "", 1)
     assert message in errors[0]
