@@ -36,9 +36,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: a flag is not known, or a value is wrong.
         """
-        respelt = list(self._respelt(words))
-        self._refuse_twice(respelt)
-        found, rest = self.parse_known_args(respelt)
+        found, rest = self.parse_known_args(list(self._respelt(words)))
         if rest:
             guess = meant(underscored(rest[0].partition("=")[0]), self.flags) if rest[0].startswith("-") else ""
             raise UsageError(f"unrecognized arguments: {' '.join(rest)}{guess}")
@@ -47,15 +45,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below its usage."""
         raise UsageError(message)
-
-    def _refuse_twice(self, words: Sequence[str]) -> None:
-        """Refuse a flag of one value that is given again: argparse would forget the first."""
-        flags, seen = self.flags, set()
-        for flag in (word.partition("=")[0] for word in words):
-            if flag in flags and not isinstance(flags[flag], argparse._AppendAction):
-                if flag in seen:
-                    raise UsageError(f"{flag} is given twice: give it once")
-                seen.add(flag)
 
     def _respelt(self, words: Sequence[str]) -> Iterator[str]:
         """The words with flags as they are declared, and a value that begins with a dash tied to its flag."""
