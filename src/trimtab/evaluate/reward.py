@@ -32,7 +32,8 @@ from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.fingerprint import Files, fingerprint_model
-from trimtab.models.loading import check_filled, check_finite, expand, folder_of, load_tokenizer, loading_arguments, readable
+from trimtab.models.loading import check_finite, expand, folder_of, load_tokenizer, loading_arguments, readable
+from trimtab.models.stored import check_filled
 
 __all__ = ["RewardModel", "preference"]
 
@@ -323,7 +324,7 @@ def _load_classifier(
     head = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
     if head:  # transformers would go on with a random one
         raise CheckpointError(f"'{source}' is no sequence classifier: its head is missing ({', '.join(head)})")
-    check_filled(report, source)
+    check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model
 

@@ -1,25 +1,24 @@
 """Load models and tokenizers from folders and hub ids, refusing in one clear sentence what cannot be used.
 
 Weights come from safetensors only: nothing is unpickled, and no code of a repository is run. A checkpoint that would leave some
-weight at its random initial value, or that contains a NaN, is an error.
+weight at its random initial value, whose weights are codes that nothing decodes, or that contains a NaN, is an error.
 """
 
 import contextlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError
 from trimtab.models.huggingface import check_supported
+from trimtab.models.stored import check_filled, stored_tensors
 from trimtab.reasons import reason_of
 
 __all__ = [
-    "check_filled",
     "check_finite",
     "expand",
     "folder_of",
@@ -58,7 +57,7 @@ def load_model(
         revision: a hub revision.
 
     Raises:
-        CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights.
+        CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights, or codes, see `trimtab.models.stored`.
         UnsupportedModel: an architecture that has not passed the contract suite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,7 +69,7 @@ def load_model(
         check_supported(config)
         _check_size(config, source)
         model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **how)
-    check_filled(report, source)
+    check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model.eval()
 
@@ -93,22 +92,6 @@ def loading_arguments(dtype: str | torch.dtype, device: str | torch.device | Non
         "ignore_mismatched_sizes": True,  # they are reported, and refused by name, see `check_filled`
         "output_loading_info": True,
     }
-
-
-def check_filled(report: Mapping[str, Any], source: str | Path) -> None:
-    """Refuse a checkpoint that leaves weights of its model as they were made, or has them in another shape.
-
-    Raises:
-        CheckpointError: names one of them, and both shapes.
-    """
-    if missing := sorted(report.get("missing_keys") or ()):
-        raise CheckpointError(f"'{source}' does not fill the model: {len(missing)} missing_keys, such as {missing[0]}")
-    if mismatched := sorted(report.get("mismatched_keys") or ()):
-        name, held, wanted = mismatched[0]
-        raise CheckpointError(
-            f"'{source}' does not fill the model: {len(mismatched)} mismatched_keys, such as {name}, which has shape"
-            f" {list(held)} in its files and {list(wanted)} in the model"
-        )
 
 
 def load_configs(source: str | Path, *, revision: str | None = None, local_only: bool = False) -> tuple[Any, Any]:
@@ -136,10 +119,7 @@ def _check_size(config: Any, source: str | Path) -> None:
         return
     with torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    held = 0
-    for file in Path(source).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            held += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 - no mapping
+    held = sum(tensor.size for tensor in stored_tensors(Path(source)).values())
     if wanted > 2 * held:  # what lacks only some is loaded, and then refused by the name of what is missing
         raise CheckpointError(
             f"'{source}' does not fill the model: config.json asks for {wanted:,} weights, its files hold {held:,}"

@@ -1,0 +1,114 @@
+"""What the files of a loaded model hold, against what the model took of them: every weight, and as the number that it is.
+
+transformers says in its log alone what it left random, left over or cast. A quantised checkpoint that no quantiser reads
+becomes a model whose weights are the codes, without their scales.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from torch import nn
+
+from trimtab.errors import CheckpointError
+
+__all__ = ["Stored", "check_filled", "stored_tensors"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""What safetensors calls the dtypes of which each number is a weight; others hold codes of one."""
+_CURE = (
+    "a quantised model needs in config.json the quantization_config it was saved with, of a quant_method that transformers"
+    " knows, or must be saved again in bfloat16"
+)
+
+
+class Stored(NamedTuple):
+    """A tensor as its file has it."""
+
+    dtype: str
+    size: int
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the files that transformers loads from a folder, by name; nothing but their headers is read.
+
+    Raises:
+        SafetensorError: a file is none.
+    """
+    found = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                tensor = tensors.get_slice(name)
+                found[name] = Stored(tensor.get_dtype(), math.prod(tensor.get_shape()))
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    return [folder / part for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
+def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, folder: Path) -> None:
+    """Refuse a model that is not what its files hold.
+
+    A model that a quantiser of transformers has read is that quantiser's business, but for weights that are missing.
+
+    Args:
+        model: as loaded.
+        report: transformers' own, of the keys that did not fit.
+        source: what the user calls it.
+        folder: where its files are.
+
+    Raises:
+        CheckpointError: weights stayed as they were made, have another shape, are left over, or are no floating-point numbers
+            in the files; names one of them.
+    """
+    if missing := sorted(report.get("missing_keys") or ()):
+        raise CheckpointError(f"'{source}' does not fill the model: {len(missing)} missing_keys, such as {missing[0]}")
+    if mismatched := sorted(report.get("mismatched_keys") or ()):
+        name, held, wanted = mismatched[0]
+        raise CheckpointError(
+            f"'{source}' does not fill the model: {len(mismatched)} mismatched_keys, such as {name}, which has shape"
+            f" {list(held)} in its files and {list(wanted)} in the model"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    tensors = stored_tensors(folder)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    codes = [name for name in sorted(tensors) if tensors[name].dtype not in FLOATS and parameters & _names(model, name)]
+    if codes:
+        raise CheckpointError(
+            f"'{source}' holds codes, not weights: {len(codes)} tensors such as {codes[0]}, which is stored as"
+            f" {tensors[codes[0]].dtype}: {_CURE}"
+        )
+    if left := sorted(name for name in report.get("unexpected_keys") or () if _is_part(model, name)):
+        stored = f", which is stored as {tensors[left[0]].dtype}" if left[0] in tensors else ""
+        raise CheckpointError(
+            f"'{source}' holds {len(left)} tensors that its model has no place for, such as {left[0]}{stored}: config.json must"
+            f" be that of these weights (model_type, number of layers), and {_CURE}"
+        )
+
+
+def _names(model: Any, name: str) -> set[str]:
+    """What a tensor of a file may be called in the model: files of a body alone leave the body's name out."""
+    return {name, f"{model.base_model_prefix}.{name}"}
+
+
+def _is_part(model: nn.Module, name: str) -> bool:
+    """Whether a left-over tensor is a part of what a model computes: of a layer, or beside the weight of a module.
+
+    Others are heads for other tasks, which do no harm.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for full in _names(model, name):
+        parts = full.split(".")
+        parents = [modules.get(".".join(parts[:length])) for length in range(1, len(parts))]
+        if any(isinstance(parent, nn.ModuleList) or (parent is not None and not any(parent.children())) for parent in parents):
+            return True
+    return False

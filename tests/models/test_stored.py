@@ -1,0 +1,196 @@
+"""A checkpoint of codes, or of more layers than its model has, is no model of which some part is left out: it is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BitNetQuantConfig
+
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from trimtab.errors import CheckpointError
+from trimtab.evaluate.reward import RewardModel
+from trimtab.models.aligner import Aligner
+from trimtab.models.huggingface import SUPPORTED
+from trimtab.models.loading import load_model
+
+V = 28
+WEIGHTS = "model.safetensors"
+CURE = "quantization_config"
+Tensors = dict[str, torch.Tensor]
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(change(tensors), folder / WEIGHTS, {"format": "pt"})
+
+
+def edit(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture(params=["llama", "gpt2", "gpt_neox", "qwen3"])
+def folder(request: Any, tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model", tiny_model(request.param, V), tiny_tokenizer())
+
+
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 2 and "layers." in name + name.replace("h.", "layers.")
+
+
+def coded(dtype: torch.dtype, scale: str | None) -> Callable[[Tensors], Tensors]:
+    """Weights of layers as codes, with their scales beside them."""
+
+    def change(tensors: Tensors) -> Tensors:
+        for name, tensor in list(tensors.items()):
+            if is_matrix(name, tensor):
+                size = tensor.abs().amax() / 100
+                tensors[name] = (tensor / size).to(dtype)
+                if scale:
+                    tensors[name.removesuffix("weight") + scale] = size.reshape(1)
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "SCB", None])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32])
+def test_codes_are_refused_with_a_tensor_and_what_it_is_stored_as(dtype, scale, folder):
+    rewrite(folder, coded(dtype, scale))
+    stored = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+    said = f"holds codes, not weights: .*weight, which is stored as {stored.get(dtype, 'I32')}: .*{CURE}"
+    with pytest.raises(CheckpointError, match=said):
+        load_model(folder, dtype="float32")
+    with pytest.raises(CheckpointError, match="holds codes"):
+        load_model(folder)
+
+
+def test_a_single_tensor_of_codes_is_enough(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
+    name = "model.embed_tokens.weight"
+    rewrite(folder, lambda tensors: tensors | {name: (tensors[name] * 50).to(torch.int8)})
+    with pytest.raises(CheckpointError, match=f"1 tensors such as {name}, which is stored as I8"):
+        load_model(folder)
+
+
+def test_codes_in_one_of_several_files_are_found(tmp_path):
+    tiny_model("llama", V).save_pretrained(tmp_path, max_shard_size="10KB")
+    part = sorted(tmp_path.glob("*.safetensors"))[1]
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(part).items()}, part, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds codes"):
+        load_model(tmp_path)
+
+
+def test_files_that_are_not_loaded_do_not_count(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
+    codes = {name: tensor.to(torch.int8) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(codes, folder / "consolidated.safetensors", {"format": "pt"})
+    load_model(folder)
+
+
+@pytest.mark.parametrize("beside", ["weight_scale", "weight_scale_inv", "scales", "input_scale", "lora_A.weight", "bias"])
+def test_a_scale_beside_a_weight_of_floats_is_left_over(beside, tmp_path):
+    """Codes may be saved as floats, too; and a bias that the configuration does not have changes what comes out."""
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
+    name = f"model.layers.0.mlp.up_proj.{beside}"
+    rewrite(folder, lambda tensors: tensors | {name: torch.ones(1)})
+    said = f"holds 1 tensors that its model has no place for, such as {name}, which is stored as F32: .*{CURE}"
+    with pytest.raises(CheckpointError, match=said):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_layers_that_the_configuration_does_not_count_are_refused(kind, tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_model(kind, V), tiny_tokenizer())
+    load_model(folder)
+    fewer: dict[str, Any] = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1}
+    edit(folder, **fewer, **({"layer_types": ["full_attention"]} if kind.startswith("qwen") else {}))
+    with pytest.raises(CheckpointError, match="that its model has no place for") as error:
+        load_model(folder)
+    assert ".1." in str(error.value)
+    assert "number of layers" in str(error.value)
+
+
+def test_norms_of_another_family_are_refused(tmp_path):
+    """Qwen3's weights, read as a Llama, lose the norms of queries and keys."""
+    folder = save_tiny(tmp_path / "model", tiny_model("qwen3", V), tiny_tokenizer())
+    edit(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(CheckpointError, match=r"such as model\.layers\.0\.self_attn\.k_norm\.weight"):
+        load_model(folder)
+
+
+def test_what_old_checkpoints_carry_along_does_no_harm(tmp_path):
+    masks = {"attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), "attn.masked_bias": torch.tensor(-1e4)}
+    gpt2 = save_tiny(tmp_path / "gpt2", tiny_model("gpt2", V), tiny_tokenizer())
+    rewrite(
+        gpt2,
+        lambda tensors: (
+            {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+            | {f"h.0.{name}": mask for name, mask in masks.items() if name == "attn.bias"}
+        ),
+    )
+    load_model(gpt2)
+    neox = save_tiny(tmp_path / "neox", tiny_model("gpt_neox", V), tiny_tokenizer())
+    old = {"attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "attention.rotary_emb.inv_freq": torch.ones(2)}
+    rewrite(neox, lambda tensors: tensors | {f"gpt_neox.layers.1.{name}": tensor for name, tensor in old.items()})
+    load_model(neox)
+    llama = save_tiny(tmp_path / "llama", tiny_model("llama", V), tiny_tokenizer())
+    further = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(1, 32)}
+    rewrite(llama, lambda tensors: tensors | further | {"score.weight": torch.ones(1, 32)})
+    load_model(llama)
+
+
+def test_a_second_copy_of_a_tied_embedding_does_no_harm(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V, tie_word_embeddings=True), tiny_tokenizer())
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    load_model(folder)
+
+
+def test_an_unknown_quantiser_is_none(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
+    edit(folder, quantization_config={"quant_method": "nobody_knows", "bits": 8})
+    load_model(folder)  # plain weights after all
+    rewrite(folder, coded(torch.int8, "weight_scale"))
+    with pytest.raises(CheckpointError, match="holds codes"):
+        load_model(folder)
+
+
+def test_a_known_quantiser_reads_its_own_codes(tmp_path, monkeypatch):
+    """BitNet's ternary weights, packed four to a byte: transformers' business, as before."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
+
+    def pack(tensors: Tensors) -> Tensors:
+        for name, tensor in list(tensors.items()):
+            if "_proj" in name:
+                tensors[name] = torch.zeros(len(tensor) // 4, tensor.shape[1], dtype=torch.uint8)
+                tensors[f"{name}_scale"] = torch.ones(1)
+        return tensors
+
+    rewrite(folder, pack)
+    with pytest.raises(CheckpointError):
+        load_model(folder)
+    edit(folder, quantization_config=BitNetQuantConfig(modules_to_not_convert=["lm_head"]).to_dict())
+    model = load_model(folder)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "BitLinear"
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def test_aligners_and_reward_models_too(tmp_path):
+    folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
+    rewrite(folder, coded(torch.int8, "weight_scale"))
+    with pytest.raises(CheckpointError, match="holds codes"):
+        Aligner.from_pretrained(folder)
+
+    def classify(tensors: Tensors) -> Tensors:
+        del tensors["lm_head.weight"]
+        return tensors | {"score.weight": torch.ones(1, 32)}
+
+    rewrite(folder, classify)
+    edit(folder, num_labels=1, id2label={"0": "good"}, label2id={"good": 0})
+    with pytest.raises(CheckpointError, match="holds codes"):
+        RewardModel.from_pretrained(folder)
