@@ -123,12 +123,12 @@ def read_records(
         record = _record(row, source, need)
         records.append(record if answers else Record(record.prompt, None, None, source))
         if answers and record.chosen is not None and record.rejected is None:
-            labels.append((source, row.get(LABEL)))
+            labels.append((source, None if LABEL in columns.values() else given.get(LABEL)))
     if dead:
         logger.warning("%s: %d rows are left out: their completions ended in an error", dataset, dead)
     if not records:
         raise DataError(f"{dataset}: holds no records")
-    refuse_unwanted(labels)
+    refuse_unwanted(labels, ignored=bool(columns))
     return records
 
 
