@@ -97,7 +97,7 @@ def test_wanted_answers_are_read_without_a_word(labels, tmp_path, caplog):
         (("sports", "politics"), "politics, sports"),
         (("en", "no", "de"), "de, en, no"),
         (("positive", "Negative", "neutral"), "negative, neutral, positive"),
-        (([0, 1], [1, 0]), r"\[0, 1\], \[1, 0\]"),
+        (([0, 1], [1, 0]), r"\[0,1\], \[1,0\]"),
     ],
 )
 def test_classes_are_read_and_the_warning_says_that_their_label_is_not(labels, shown, tmp_path, caplog):

@@ -18,14 +18,19 @@ LABEL = "label"
 logger = logging.getLogger(__name__)
 
 NUMBERS: dict[float, bool] = {1: True, 0: False, -1: False}
-_YES = frozenset(
-    "true t yes y good desirable desired chosen wanted preferred prefer accepted accept acceptable approved approve liked like"
-    " up thumbsup upvote upvoted safe win won winner correct right valid helpful harmless pass passed positive pos + ok 👍 ✓ ✔ ✅".split()
-)
-_NO = frozenset(
-    "false f no n bad rejected reject down thumbsdown downvote downvoted lose lost loser loss wrong harmful toxic fail failed"
-    " negative neg - 👎 ✗ ✘ ❌".split()
-).union(f"{prefix}{word}" for prefix in ("un", "in", "dis", "non", "not") for word in _YES)
+_YES = {
+    *("true", "t", "yes", "y", "good", "desirable", "desired", "chosen", "wanted"),
+    *("preferred", "prefer", "accepted", "accept", "acceptable", "approved", "approve", "liked", "like"),
+    *("up", "thumbsup", "upvote", "upvoted", "safe", "win", "won", "winner", "correct"),
+    *("right", "valid", "helpful", "harmless", "pass", "passed", "positive", "pos", "+"),
+    *("ok", "👍", "✓", "✔", "✅"),
+}
+_NO = {
+    *("false", "f", "no", "n", "bad", "rejected", "reject", "down", "thumbsdown"),
+    *("downvote", "downvoted", "lose", "lost", "loser", "loss", "wrong", "harmful", "toxic"),
+    *("fail", "failed", "negative", "neg", "-", "👎", "✗", "✘", "❌"),
+    *(f"{prefix}{word}" for prefix in ("un", "in", "dis", "non", "not") for word in _YES),
+}
 WORDS = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}
 _NOTHING = ("", "none", "null", "nan", "na", "n/a")
 _SENTIMENTS = ("positive", "pos", "negative", "neg")
