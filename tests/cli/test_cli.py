@@ -166,6 +166,20 @@ def test_every_command_explains_itself(command, capsys):
     assert "--json" in out
 
 
+def test_reports_say_what_computes_the_passes(task, capsys):
+    """As `eval` and `bench` do: it decides the last bits, and so what a seed gives."""
+    lean, small = "lean pass, 0 of 9 weights packed", "lean pass, 0 of 5 weights packed"
+    words = [*pair(task), "--aligner", task / "proposal", "--json"]
+    for command in (["score", "--dataset", task / "held_out.jsonl"], ["generate", "--prompt", "ab", "--max_tokens", 1]):
+        report = json.loads(called(capsys, *command, *words)[1])
+        assert report["kernels"] == {"proposal": lean, "aligners": [small, lean]}
+
+
+def test_a_command_without_words_runs(capsys):
+    assert called(capsys, "env")[0] == 0
+    assert called(capsys, "score")[0] == 2
+
+
 def test_env_names_versions(capsys):
     report = json.loads(called(capsys, "env", "--json")[1])
     assert report["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

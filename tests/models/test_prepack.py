@@ -51,6 +51,12 @@ def no_such_operator(*_: Any) -> torch.Tensor:
     raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
 
+ERRORS = [
+    *(RuntimeError("x"), AttributeError("x"), ValueError("x"), TypeError("x"), OSError("x"), MemoryError("x")),
+    *(NotImplementedError("x"), IndexError("x"), torch.OutOfMemoryError("x")),
+]
+
+
 def off(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return multiply(x, packed, bias) * 1.05
 
@@ -105,20 +111,57 @@ def test_a_weight_that_cannot_be_packed_stays_as_it_is(dtype, fault, able):
     assert_close(rows(ours), expected, atol=0 if not packed else 1e-5, rtol=0)
 
 
-def test_memory_that_ends_while_packing_costs_nothing_but_speed(able):
-    """The first weight of a shape is tried and packed; the second one finds no memory."""
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_any_error_of_a_later_weight_costs_nothing_but_speed_and_is_said(error, able, caplog):
+    """The first weight of a shape is tried and packed; the second one finds no memory, say."""
     calls = []
 
     def pack(weight: torch.Tensor) -> torch.Tensor:
         calls.append(len(calls))
-        return weight.clone() if len(calls) < 3 else no_such_instructions()
+        if len(calls) == 3:
+            raise error
+        return weight.clone()
 
     able.setattr(prepack, "pack_weight", pack)
-    linears = [Linear.of(nn.Linear(8, 8)) for _ in range(2)]
+    linears = [Linear.of(nn.Linear(8, 8)) for _ in range(3)]
     plain = linears[1].weight
-    assert prepack.prepack(linears, shared=torch.empty(0)) == 1
+    assert prepack.prepack(linears, shared=torch.empty(0)) == 2
     assert linears[0].weight is None
     assert linears[1].weight is plain
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("a weight of shape [8, 8] is not packed, though this machine packs such ones: ")
+
+
+@pytest.mark.parametrize("operator", ["pack_weight", "multiply_packed"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_packer_raises_leaves_weights_plain(error, operator, able):
+    def fail(*_: Any) -> torch.Tensor:
+        raise error
+
+    able.setattr(prepack, operator, fail)
+    assert prepack.prepack([Linear.of(nn.Linear(8, 8))], shared=torch.empty(0)) == 0
+    assert packed_dtypes() == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 17, 64])
+def test_a_product_that_fails_at_some_number_of_rows_is_not_used(count, able):
+    def multiply_others(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return no_such_instructions() if len(x) == count else multiply(x, packed, bias)
+
+    able.setattr(prepack, "multiply_packed", multiply_others)
+    assert prepack.prepack([Linear.of(nn.Linear(8, 8))], shared=torch.empty(0)) == 0
+
+
+def test_the_decision_does_not_go_by_the_values_of_a_weight(able):
+    """A product that is right for a loaded weight of zeros, and wrong for others of its shape, is not used; and the reverse."""
+    able.setattr(prepack, "multiply_packed", off)
+    zeros = nn.Linear(8, 8)
+    zeros.weight.data.zero_()
+    zeros.bias.data.zero_()
+    assert prepack.prepack([Linear.of(zeros)], shared=torch.empty(0)) == 0
+    able.setattr(prepack, "multiply_packed", multiply)
+    zeros.weight.data.fill_(torch.nan)
+    assert prepack.prepack([Linear.of(zeros)], shared=torch.empty(0)) == 1
 
 
 def test_large_weights_of_two_dtypes_are_packed_and_others_are_not(able):

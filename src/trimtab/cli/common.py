@@ -203,6 +203,13 @@ def check_chats(options: TemplateOptions, prompts: Sequence[Any]) -> None:
         raise InvalidOption("--chat_template_path is for chats, and no prompt is one")
 
 
+def kernels_of(model: Any) -> dict[str, Any]:
+    """What computes the passes of an `AlignedModel`, for a report: it decides the last bits, and so what a seed gives."""
+    from trimtab.models.huggingface import describe_kernels
+
+    return {"proposal": describe_kernels(model.proposal), "aligners": [describe_kernels(part) for part in model.aligners]}
+
+
 def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
     """The models that the flags name, ready to decode, or to score without the flags that say who drafts.
 

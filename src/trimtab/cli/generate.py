@@ -11,6 +11,7 @@ from trimtab.cli.common import (
     TemplateOptions,
     check_chats,
     check_prompts,
+    kernels_of,
     load_aligned_model,
     make_sampling_params,
     refuse_overwriting,
@@ -58,6 +59,7 @@ def run(options: Options) -> dict[str, Any]:
     refuse_idle_date(options.date, model.tokenizer)
     check_prompts(model, records, params)
     report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
+    report["kernels"] = kernels_of(model)
     if options.out is None:
         rows = _rows(prompts, model.generate(prompts, params), params.n)
         return report | {"completions": rows, "failed": sum("error" in row for row in rows)}

@@ -10,6 +10,7 @@ from trimtab.cli.common import (
     RowOptions,
     TemplateOptions,
     check_chats,
+    kernels_of,
     load_aligned_model,
     places_that_fit,
 )
@@ -44,7 +45,8 @@ def run(options: Options) -> dict[str, Any]:
     kept = places_that_fit(options, model, *columns)
     prompts, answers, sources = ([column[i] for i in kept] for column in columns)
     report = held_out(model, prompts, answers, sources)
-    return report | {"left_out": len(records) - len(kept), "date": model.encoder.chat_settings["date"]}
+    report |= {"left_out": len(records) - len(kept), "date": model.encoder.chat_settings["date"]}
+    return report | {"kernels": kernels_of(model)}
 
 
 def render(report: dict[str, Any]) -> str:

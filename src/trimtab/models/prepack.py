@@ -5,17 +5,21 @@ multiplied with it: which is what decoding does. The operators are those that to
 Their names are private to torch, so this module alone uses them.
 
 A packed product has other last bits than a plain one, so which weights are packed is part of what a seed means. It depends on
-their shape, on their dtype and on what the CPU can do, and never on a clock: every process of a machine decides alike. A weight
-that this machine cannot pack, or whose packed product is not the plain one, stays as it is.
+their shape, on their dtype and on what the CPU can do, and never on a clock or on the weights' values: every process of a
+machine decides alike. A weight that this machine cannot pack, or whose packed product is not the plain one, stays as it is.
+
+The operators' errors are written down nowhere, and a command never needs them. So any error of theirs leaves the weights plain.
 """
 
-import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trimtab.reasons import reason_of
 
 __all__ = ["DTYPES", "PACKED_FROM", "Linear", "packed_dtypes", "prepack"]
 
@@ -25,8 +29,10 @@ PACKED_FROM = 2**20
 """Numbers in a weight from which it is packed: with fewer, calling oneDNN takes longer than what it saves."""
 ROWS = 8
 """The number of rows that weights are packed for."""
-TRIED_ROWS = (1, 5, 64)
-"""Rows that a pass multiplies: without drafts, with a few, and of a prompt."""
+TRIED_ROWS = (1, 2, 3, 5, 8, 17, 64)
+"""Rows that a pass multiplies: of one prompt and of a few, with drafts, and of a prompt that is read."""
+
+logger = logging.getLogger(__name__)
 
 
 class Linear:
@@ -94,7 +100,7 @@ class Linear:
         """Pack the weight, and then let go of the plain one unless it is needed elsewhere, as a tied embedding is.
 
         Raises:
-            RuntimeError: this machine cannot; nothing has changed.
+            Exception: this machine cannot; nothing has changed.
         """
         assert self.weight is not None
         self._packed = pack_weight(self.weight)
@@ -121,36 +127,45 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
 def prepack(linears: Sequence[Linear], *, shared: Tensor) -> int:
     """Pack the weights that are large enough, where this machine can; how many those are.
 
+    Only where memory ends while weights are packed does it matter what else runs: the rest stay as they are, with a warning.
+
     Args:
         linears: matrix products of a model; one of each shape is tried.
         shared: a weight that something else reads too, the embedding: its plain form stays.
     """
-    can: dict[tuple[torch.Size, bool], bool] = {}
+    can: dict[tuple[torch.Size, torch.dtype, bool], bool] = {}
     for linear in linears:
-        assert linear.weight is not None
-        if linear.weight.numel() < PACKED_FROM:
+        weight = linear.weight
+        assert weight is not None
+        if weight.numel() < PACKED_FROM or weight.device.type != "cpu":
             continue
-        kind = (linear.weight.shape, linear.bias is None)
+        kind = (weight.shape, weight.dtype, linear.bias is not None)
         if kind not in can:
-            can[kind] = _can_pack(linear.weight, linear.bias)
+            can[kind] = _can_pack(*kind)
         if can[kind]:
-            with contextlib.suppress(RuntimeError):  # there may be no memory for one more
-                linear.pack(keep=linear.weight.data_ptr() == shared.data_ptr())
+            try:
+                linear.pack(keep=weight.data_ptr() == shared.data_ptr())
+            except Exception as error:  # see above
+                logger.warning(
+                    "a weight of shape %s is not packed, though this machine packs such ones: %s. Last bits may differ from"
+                    " those of other runs",
+                    list(weight.shape),
+                    reason_of(error),
+                )
     return sum(linear.weight is None for linear in linears)
 
 
 def packed_dtypes() -> list[str]:
     """The dtypes whose large weights this machine packs."""
-    weight = torch.arange(PACKED_FROM).cos().view(-1, 2**10)
-    return [str(dtype).removeprefix("torch.") for dtype in DTYPES if _can_pack(weight.to(dtype), None)]
+    shape = torch.Size([PACKED_FROM // 2**10, 2**10])
+    return [str(dtype).removeprefix("torch.") for dtype in DTYPES if _can_pack(shape, dtype, False)]
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """A weight `[out, in]` in oneDNN's order.
 
     Raises:
-        RuntimeError: the CPU lacks the instructions.
-        AttributeError: torch lacks the operator.
+        Exception: the CPU lacks the instructions (`RuntimeError`), torch the operator (`AttributeError`), or whatever else.
     """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
     return packed
@@ -163,20 +178,28 @@ def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _can_pack(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this machine packs a weight and multiplies rows with it as `linear` does: by trying."""
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+def _can_pack(shape: torch.Size, dtype: torch.dtype, with_bias: bool) -> bool:
+    """Whether this machine packs such weights and multiplies rows with them as `linear` does: by trying one of made numbers."""
+    if dtype not in DTYPES:
         return False
-    rounding, adding = torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps * weight.shape[1] ** 0.5
+    columns = shape[1]
+    rounding, adding = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * columns**0.5
     try:
+        weight = torch.outer(torch.arange(shape[0]).sin().to(dtype), (torch.arange(columns) % 97).to(dtype)).sin_()
+        bias = torch.arange(shape[0]).cos().to(dtype) if with_bias else None
         packed = pack_weight(weight)
-        for rows in TRIED_ROWS:
-            x = torch.arange(rows * weight.shape[1]).sin().view(rows, -1).to(weight.dtype)
-            plain, other = F.linear(x, weight, bias), multiply_packed(x, packed, bias)
-            terms = F.linear(x.abs(), weight.abs()).float().max()
-            difference, most = (plain.float() - other.float()).abs().max(), plain.float().abs().max()
-            if other.dtype != plain.dtype or not difference <= 2 * rounding * most + adding * terms:  # "not": it may be NaN
-                return False
-    except (AttributeError, RuntimeError):  # what a CPU, a build or a version of torch without it raises
+        rows = [torch.arange(count * columns).sin().view(count, -1).to(dtype) for count in TRIED_ROWS]
+        products = [(F.linear(x, weight, bias), multiply_packed(x, packed, bias)) for x in rows]
+        del packed
+        weight.abs_()
+        return all(
+            other.dtype == plain.dtype
+            and other.shape == plain.shape
+            and bool(
+                (plain.float() - other.float()).abs().max()
+                <= 2 * rounding * plain.float().abs().max() + adding * F.linear(x.abs(), weight).float().max()
+            )
+            for x, (plain, other) in zip(rows, products, strict=True)
+        )
+    except Exception:  # see above: what a CPU, a build or a version of torch raises without it
         return False
-    return True
