@@ -255,6 +255,60 @@ def test_other_rotations_are_heeded(kind, monkeypatch):
     assert_close(rows(HuggingFaceLM(model)), stock_rows(model), atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x: x, functools.partial(torch.mul, 2), torch.neg], ids=["python", "partial", "torch"]
+)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_another_function_that_the_rotation_calls_is_heeded(kind, change, monkeypatch):
+    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    model = tiny_model(kind, V)
+    ours, plain = HuggingFaceLM(model), stock_rows(model)
+    monkeypatch.setattr(modeling, "rotate_half", change)
+    expected = stock_rows(model)
+    assert (expected - plain).abs().max() > 1e-2
+    assert_close(rows(ours), expected, atol=5e-5, rtol=0)
+    assert not is_stock(model)
+
+
+@pytest.mark.parametrize("name", ["repeat_kv", "eager_attention_forward", "apply_rotary_pos_emb", "create_causal_mask"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_function_of_a_familys_file_may_be_another(kind, name, monkeypatch):
+    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    monkeypatch.setattr(modeling, name, doubled(getattr(modeling, name)))
+    assert not is_stock(tiny_model(kind, V))
+
+
+@pytest.mark.parametrize("place", ["Attention", "MLP", "DecoderLayer", "RMSNorm", "Linear"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_call_that_was_put_into_a_class_is_heeded(kind, place, monkeypatch):
+    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    model = tiny_model(kind, V)
+    ours, plain = HuggingFaceLM(model), stock_rows(model)
+    changed = nn.Linear if place == "Linear" else getattr(modeling, FAMILIES[kind] + place)
+    call = changed.__call__
+
+    def bent(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = call(self, *args, **kwargs)
+        return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+    monkeypatch.setattr(changed, "__call__", bent)
+    expected = stock_rows(model)
+    assert (expected - plain).abs().max() > 1e-2
+    assert_close(rows(ours), expected, atol=5e-5, rtol=0)
+    assert not is_stock(model)
+
+
+def test_a_call_of_every_module_or_of_one_is_heeded(monkeypatch):
+    model = tiny_model("llama", V)
+    assert is_stock(model)
+    layers(model)[0].mlp._call_impl = doubled(layers(model)[0].mlp._call_impl)
+    assert not is_stock(model)
+    del layers(model)[0].mlp._call_impl
+    assert is_stock(model)
+    monkeypatch.setattr(nn.Module, "_call_impl", doubled(nn.Module._call_impl))
+    assert not is_stock(model)
+
+
 def test_a_hook_on_every_module_is_heeded():
     model = tiny_model("llama", V)
     handle = nn.modules.module.register_module_forward_hook(

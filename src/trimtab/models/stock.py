@@ -7,7 +7,7 @@ do anything, a hook or another `forward` changes what comes out: any of these ru
 
 import importlib
 from functools import cache
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ _LAYER = {
     ".input_layernorm": "RMSNorm",
     ".post_attention_layernorm": "RMSNorm",
 }
+_FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv", "rotate_half")
+"""Those that every family's file has of its own."""
+_CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "forward")
+"""What runs when a module is called."""
 _QWEN3_LAYER = {".self_attn.q_norm": "RMSNorm", ".self_attn.k_norm": "RMSNorm"}
 
 
@@ -78,9 +82,11 @@ def _modeling(family: str) -> ModuleType:
 
 
 def _is_untouched(kind: type) -> bool:
-    """Whether a class is transformers' or torch's, with its own `forward`."""
+    """Whether a class is transformers' or torch's, with its own `forward`, and is called as they call modules."""
     forward: Any = kind.forward  # type: ignore[attr-defined]
-    return _is_own(kind.__module__, forward) and bool(forward.__qualname__ == f"{kind.__qualname__}.forward")
+    if not (_is_own(kind.__module__, forward) and forward.__qualname__ == f"{kind.__qualname__}.forward"):
+        return False
+    return all(_is_own(method.__module__, method) for method in (getattr(kind, name) for name in _CALLED))
 
 
 def _computes_as_written(modeling: ModuleType, config: Any) -> bool:
@@ -88,7 +94,10 @@ def _computes_as_written(modeling: ModuleType, config: Any) -> bool:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, modeling.eager_attention_forward)
-    return _is_own(modeling.__name__, modeling.apply_rotary_pos_emb) and _is_own(attend.__module__, attend)
+    functions = [value for value in vars(modeling).values() if isinstance(value, FunctionType)]
+    return all(_is_own(modeling.__name__, getattr(modeling, name)) for name in _FUNCTIONS) and all(
+        _is_own(function.__module__, function) for function in (attend, *functions)
+    )
 
 
 def _is_own(module: str, function: Any) -> bool:
@@ -107,7 +116,7 @@ def _is_changed(module: nn.Module) -> bool:
     hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
     return (
         any((*hooks, module._forward_hooks, module._forward_pre_hooks))
-        or "forward" in vars(module)
+        or any(name in vars(module) for name in _CALLED)
         or hasattr(module, "_hf_hook")
     )
 
