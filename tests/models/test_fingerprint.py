@@ -16,11 +16,16 @@ from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel
 from trimtab.errors import ModelError
 from trimtab.evaluate.reward import RewardModel
-from trimtab.models import digests
+from trimtab.models import digests, loading
+from trimtab.models.aligner import describe
 from trimtab.models.digests import Seen, digest_file
 from trimtab.models.fingerprint import fingerprint_model, fingerprint_of
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.table import TableLM
+from trimtab.train.draft import check_draft_start
+from trimtab.train.options import TrainOptions
+from trimtab.train.proposal import open_proposal
+from trimtab.train.start import load_start
 
 V = 28
 WEIGHTS = "model.safetensors"
@@ -221,6 +226,103 @@ def test_a_reward_model_is_told_by_every_byte(tmp_path):
     edit(folder)
     assert RewardModel.from_pretrained(folder).fingerprint != before
     assert RewardModel(model, tiny_tokenizer()).fingerprint == fingerprint_model(model)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_only_the_files_that_are_read_count_and_each_in_its_place(parts, folder, tmp_path):
+    """Beside them lie the same weights in another format, or other ones: exchange the names, and other weights load."""
+    if parts:
+        (folder / WEIGHTS).unlink()
+        tiny_model("llama", V).save_pretrained(folder, max_shard_size="10KB")
+    name = min(item.name for item in folder.glob("*.safetensors"))
+    first = of_folder(folder)
+    other = folder / "consolidated.safetensors"
+    tensors = {key: value + 1 for key, value in load_file(folder / name).items()}
+    save_file(tensors, other, metadata={"format": "pt"})
+    assert of_folder(folder) == first, "of another file"
+    (folder / name).rename(tmp_path / "aside")
+    other.rename(folder / name)
+    (tmp_path / "aside").rename(other)
+    assert of_folder(folder) != first
+
+
+def test_the_file_that_a_configuration_names_is_the_one_that_counts(folder):
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
+    set_config(folder, transformers_weights="other.safetensors")
+    shutil.copy(folder / "other.safetensors", folder / WEIGHTS)
+    first = of_folder(folder)
+    edit(folder)
+    assert of_folder(folder) == first
+    edit(folder, name="other.safetensors")
+    assert of_folder(folder) != first
+
+
+def test_other_files_beside_an_adapter_do_not_count(folder, tmp_path):
+    adapter = save_lora(tmp_path / "adapter", folder, target_modules=["q_proj"], use_dora=True)
+    tiny_tokenizer().save_pretrained(adapter)
+    found = []
+    for _ in range(2):
+        found.append(AlignedModel.from_pretrained(folder, adapter).fingerprints[1])
+        shutil.copy(folder / WEIGHTS, adapter / "other.safetensors")
+    assert found[0] == found[1]
+
+
+def exchange_while_loading(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """Once the weights are read, another file takes their place."""
+    real = loading.check_finite
+
+    def check(model: Any, source: Any) -> None:
+        real(model, source)
+        shutil.copy(file, file.parent / "new")
+        edit(file.parent, name="new")
+        (file.parent / "new").replace(file)
+
+    for place in ("models.loading", "models.adapter_folder", "evaluate.reward"):
+        monkeypatch.setattr(f"trimtab.{place}.check_finite", check)
+
+
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "proposal": AlignedModel.from_pretrained,
+    "aligner": lambda folder: AlignedModel.from_pretrained(tiny_model("llama", V), folder, tokenizer=tiny_tokenizer()),
+    "proposal of a training": lambda folder: open_proposal(
+        TrainOptions(proposal=str(folder), aligner="a", dataset="d", output_dir="o"), tiny_tokenizer()
+    ),
+    "start of a training": lambda folder: load_start(
+        TrainOptions(proposal="p", aligner=str(folder), dataset="d", output_dir="o"), describe(folder)
+    ),
+    "drafter of a training": lambda folder: check_draft_start(folder, V, 8),
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_files_that_changed_while_a_model_was_loaded_are_not_taken_for_it(load, folder, monkeypatch):
+    exchange_while_loading(monkeypatch, folder / WEIGHTS)
+    with pytest.raises(ModelError, match=f"the weights in '{folder}' have changed while they were loaded"):
+        load(folder)
+
+
+@pytest.mark.parametrize(  # a pool tells its adapters by their weights in memory
+    ("settings", "of_base"),
+    [({}, True), ({"use_dora": True}, True), ({"use_dora": True}, False)],
+    ids=["base of a pool", "base", "adapter"],
+)
+def test_so_are_an_adapters_and_its_bases(settings, of_base, folder, tmp_path, monkeypatch):
+    adapter = save_lora(tmp_path / "adapter", folder, target_modules=["q_proj"], **settings)
+    tiny_tokenizer().save_pretrained(adapter)
+    exchange_while_loading(monkeypatch, folder / WEIGHTS if of_base else adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="have changed while they were loaded"):
+        LOADERS["aligner"](adapter)
+
+
+def test_so_are_a_reward_models(folder, monkeypatch):
+    from transformers import LlamaForSequenceClassification
+
+    config = tiny_model("llama", V).config
+    config.num_labels, config.pad_token_id = 1, 0
+    save_tiny(folder, LlamaForSequenceClassification(config), tiny_tokenizer())
+    exchange_while_loading(monkeypatch, folder / WEIGHTS)
+    with pytest.raises(ModelError, match="have changed while they were loaded"):
+        RewardModel.from_pretrained(folder)
 
 
 def test_files_that_changed_under_a_loaded_model_are_not_taken_for_it(folder):

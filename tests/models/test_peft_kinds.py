@@ -15,9 +15,9 @@ from torch.testing import assert_close
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner
 from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
-from trimtab.models.adapter_folder import WEIGHTS_NAME
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.peft_kinds import KINDS
+from trimtab.models.weight_files import WEIGHTS_NAME
 
 V = 28
 IDS = torch.tensor([[1, 5, 9, 3, 7, 2, 11, 4]])

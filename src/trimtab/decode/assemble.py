@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,12 @@ from trimtab.decode.draft import DRAFTS
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.adapter_folder import Base
 from trimtab.models.adapters import Adapted, AdapterPool
-from trimtab.models.aligner import Aligner, Description, Manifest, describe, files_of, load_weights
+from trimtab.models.aligner import Aligner, Description, Manifest, describe, load_files
 from trimtab.models.base import LanguageModel
 from trimtab.models.fingerprint import Files
 from trimtab.models.graphs import CudaCapture
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import folder_of, load_model, load_tokenizer, pick_device
+from trimtab.models.loading import load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
@@ -75,8 +76,8 @@ def load_parts(
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft
     if isinstance(source, (str, Path)):  # only now, for it takes longest
-        proposal = load_model(source, dtype=dtype, device=device, revision=revision)
-        files = Files(proposal, [folder_of(source, revision)])
+        load = partial(load_model, source, dtype=dtype, device=device, revision=revision)
+        proposal, files = Files.of(load, (source, revision))
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
@@ -178,8 +179,7 @@ class Loader:
             manifest, draft = found.manifest, found.draft
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
-            source = load_weights(found, dtype=self._dtype, device=self._device)
-            files = files_of(source, found)
+            source, files = load_files(found, dtype=self._dtype, device=self._device)
         model = _backend(source, self.vocab_size, files, self._capture)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
@@ -200,8 +200,8 @@ class Loader:
         pool = self._pools.get(base)
         if pool is None:
             try:
-                model = load_model(base.source, dtype=self._dtype, device=self._device, revision=base.revision)
-                files = Files(model, [folder_of(base.source, base.revision)])
+                load = partial(load_model, base.source, dtype=self._dtype, device=self._device, revision=base.revision)
+                model, files = Files.of(load, base)
                 pool = AdapterPool(model, self.vocab_size, owned=True, files=files)
             except UnsupportedModel as error:
                 logger.info("adapters of '%s' get a model each: %s", base, error)

@@ -21,6 +21,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.fingerprint import Files, fingerprint_model
-from trimtab.models.loading import check_finite, expand, folder_of, load_tokenizer, loading_arguments, readable
+from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, readable
 from trimtab.models.stored import check_filled
 
 __all__ = ["RewardModel", "preference"]
@@ -127,10 +128,10 @@ class RewardModel:
             ModelError: whatever else cannot be loaded, or has more than two labels.
             InvalidOption: an unknown dtype or device, or a wrong number.
         """
-        model = _load_classifier(source, dtype, device, revision)
+        model, files = Files.of(partial(_load_classifier, source, dtype, device, revision), (source, revision))
         tokenizer = load_tokenizer(source, revision=revision) if tokenizer is None else tokenizer
         made = cls(model, tokenizer, batch_size=batch_size, max_length=max_length, date=date)
-        made._files = Files(model, [folder_of(source, revision)])
+        made._files = files
         return made
 
     @property

@@ -12,11 +12,9 @@ from safetensors import safe_open
 from trimtab.errors import CheckpointError, ModelError
 from trimtab.models.loading import check_finite, load_model, readable
 from trimtab.models.peft_kinds import check_adapters
+from trimtab.models.weight_files import CONFIG_NAME, WEIGHTS_NAME
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Base", "base_of", "check_weights", "is_adapter", "load_adapter", "read_config"]
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+__all__ = ["Base", "base_of", "check_weights", "is_adapter", "load_adapter", "read_config"]
 
 
 class Base(NamedTuple):

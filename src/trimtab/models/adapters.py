@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
-from trimtab.models.adapter_folder import WEIGHTS_NAME
 from trimtab.models.base import State
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
@@ -32,6 +31,7 @@ from trimtab.models.lean import LEAN, Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, read_plain
 from trimtab.models.slots import SlotState
+from trimtab.models.weight_files import WEIGHTS_NAME
 
 __all__ = ["Adapted", "Adapter", "AdapterPool"]
 

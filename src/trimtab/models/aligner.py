@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +21,7 @@ from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
 from trimtab.files import atomic_folder, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
-from trimtab.models.loading import folder_of, load_model, load_tokenizer, readable
+from trimtab.models.loading import load_model, load_tokenizer, readable
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
     "Description",
     "Manifest",
     "describe",
-    "files_of",
+    "load_files",
     "load_weights",
     "save_model",
 ]
@@ -245,13 +246,13 @@ def load_weights(
     return load_model(found.folder, dtype=dtype, device=device)
 
 
-def files_of(model: Any, found: Description) -> Files:
-    """The files that `load_weights` has read, those of an adapter's base included."""
-    folders = [found.folder]
-    if found.is_adapter:
-        base = base_of(found.folder)
-        folders.append(folder_of(base.source, base.revision))
-    return Files(model, folders)
+def load_files(
+    found: Description, *, dtype: str | torch.dtype, device: str | torch.device | None, trainable: bool = False
+) -> tuple[Any, Files]:
+    """`load_weights`, and the files that it has read, those of an adapter's base included."""
+    under = [base_of(found.folder)] if found.is_adapter else []
+    load = partial(load_weights, found, dtype=dtype, device=device, trainable=trainable)
+    return Files.of(load, (found.folder, None), *under)
 
 
 def _write_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:

@@ -4,24 +4,26 @@
 that are in memory already. The two never agree: a folder and the model that somebody loaded from it are told apart.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import ModelError
 from trimtab.models.digests import Seen, digest_file
+from trimtab.models.weight_files import commit_of, folder_of, weight_files
 
-__all__ = ["Files", "commit_of", "fingerprint_model", "fingerprint_of"]
+__all__ = ["Files", "fingerprint_model", "fingerprint_of"]
 
 PIECE = 2**26
 """Elements of a weight that are brought to the host at once."""
@@ -38,14 +40,41 @@ class Files:
     Args:
         model: the loaded model, whose configuration, dtype and adapters count, too.
         folders: where its weights are: a model's folder, or an adapter's and its base's.
+
+    Attributes:
+        commit: the hub's commit of a model, or of an adapter's base, that came from the hub.
     """
 
-    def __init__(self, model: Any, folders: Iterable[Path]) -> None:
-        folders = list(folders)
+    def __init__(self, model: Any, folders: Sequence[Path]) -> None:
         self._described = _describe(model)
         self.commit = commit_of(folders[-1])
-        """The hub's commit of a model, or of an adapter's base, that came from the hub."""
-        self._seen = [[Seen.at(file) for file in sorted(folder.glob("*.safetensors"))] for folder in folders]
+        self._seen = [_look(folder) for folder in folders]
+
+    @classmethod
+    def of(cls, load: Callable[[], Any], *sources: tuple[str | Path, str | None]) -> tuple[Any, Self]:
+        """Load a model, and say from which files.
+
+        Args:
+            load: loads it.
+            sources: folders or hub ids with their revisions: the model's, or an adapter's and its base's.
+
+        Raises:
+            ModelError: a file has changed meanwhile, so nobody knows which weights were read.
+        """
+        before: dict[Path, dict[str, Seen]] = {}
+        for source, revision in sources:
+            # What is not there, or is no index, is for loading to say; what is on the hub, for it to fetch.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                folder = folder_of(source, revision)
+                before[folder] = _look(folder)
+        model = load()
+        folders = [folder_of(source, revision) for source, revision in sources]
+        made = cls(model, folders)
+        for folder, seen in zip(folders, made._seen, strict=True):
+            fetched = seen if commit_of(folder) else None
+            if before.get(folder, fetched) != seen:
+                raise ModelError(f"the weights in '{folder}' have changed while they were loaded: load the model again")
+        return model, made
 
     @cached_property
     def fingerprint(self) -> str:
@@ -54,17 +83,17 @@ class Files:
         Raises:
             ModelError: a file has changed since.
         """
-        files = [seen for folder in self._seen for seen in folder]
+        files = [seen for folder in self._seen for seen in folder.values()]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             known = dict(zip(files, pool.map(digest_file, files), strict=True))
-        # Neither how files are called nor where they lie changes a model.
-        digests = [sorted(known[seen] for seen in folder) for folder in self._seen]
+        # Where files lie changes no model; how they are called says what is read.
+        digests = [{name: known[seen] for name, seen in folder.items()} for folder in self._seen]
         return _named(hashlib.sha256(json.dumps(["files", self._described, digests]).encode()))
 
 
-def commit_of(folder: Path) -> str | None:
-    """The hub's commit, if the folder is a snapshot in the hub's cache."""
-    return folder.name if folder.parent.name == "snapshots" else None
+def _look(folder: Path) -> dict[str, Seen]:
+    """How the files of a folder's weights are now."""
+    return {name: Seen.at(folder / name) for name in weight_files(folder)}
 
 
 def fingerprint_model(model: Any) -> str:

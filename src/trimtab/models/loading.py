@@ -21,7 +21,6 @@ from trimtab.reasons import reason_of
 __all__ = [
     "check_finite",
     "expand",
-    "folder_of",
     "load_configs",
     "load_model",
     "load_tokenizer",
@@ -144,14 +143,6 @@ def expand(source: str | Path) -> str | Path:
     """`source` with `~` resolved where it is a folder; a hub id as it is."""
     folder = Path(source).expanduser()
     return folder if folder.is_dir() else source
-
-
-def folder_of(source: str | Path, revision: str | None = None) -> Path:
-    """Where the files of a loaded model are: its own folder, or its snapshot in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(source).expanduser()
-    return folder if folder.is_dir() else Path(snapshot_download(str(source), revision=revision, local_files_only=True))
 
 
 def check_finite(model: Any, source: str | Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from safetensors import safe_open
 
 from trimtab.errors import ModelError, UnsupportedModel
-from trimtab.models.adapter_folder import WEIGHTS_NAME, Base, base_of, check_weights, read_config
+from trimtab.models.adapter_folder import Base, base_of, check_weights, read_config
 from trimtab.models.loading import readable
+from trimtab.models.weight_files import WEIGHTS_NAME
 
 __all__ = ["PRODUCTS", "PROJECTIONS", "poolable", "read_plain"]
 

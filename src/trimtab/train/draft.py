@@ -6,6 +6,7 @@ training answers: from the proposal's cached rows, the frozen aligner and its tu
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def check_draft_start(folder: Path, vocab_size: int, length: int) -> str:
     Raises:
         ModelError: it cannot be loaded, or is no drafter for this vocabulary and length.
     """
-    model = load_model(folder, dtype=torch.float32, device="cpu")
+    model, files = Files.of(partial(load_model, folder, dtype=torch.float32, device="cpu"), (folder, None))
     known, taken = model.config.vocab_size, model.config.max_position_embeddings
     if known < vocab_size or taken < length:
         raise UnsupportedModel(
             f"the drafter in {folder} knows {known} tokens and takes {taken}, but {vocab_size} and {length} are needed:"
             " remove the folder to start another one from the aligner"
         )
-    return Files(model, [folder]).fingerprint
+    return files.fingerprint
 
 
 class DraftTrainer(AlignerTrainer):

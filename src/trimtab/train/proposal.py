@@ -1,11 +1,12 @@
 """What a training run needs of its proposal: rows for the cache, and little else. Its weights are not needed for the rest."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import folder_of, load_configs, load_model
+from trimtab.models.loading import load_configs, load_model
 from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.endpoint_rows import EndpointRows
 from trimtab.train.options import TrainOptions
@@ -26,9 +27,9 @@ class Proposal(NamedTuple):
 def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
     """Load the model; or, where endpoints have it, no more than its configuration."""
     if not options.proposal_endpoint:
-        model = load_model(options.proposal, dtype=options.dtype, device=options.device)
+        load = partial(load_model, options.proposal, dtype=options.dtype, device=options.device)
+        model, files = Files.of(load, (options.proposal, None))
         ends = find_eos_token_ids(model, tokenizer)
-        files = Files(model, [folder_of(options.proposal)])
         rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), files.fingerprint, ends)
         return Proposal(rows, model.config.max_position_embeddings, ends)
     config, generation = load_configs(options.proposal)

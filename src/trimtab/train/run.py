@@ -24,7 +24,7 @@ from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.files import named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, files_of, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.arguments import training_arguments
@@ -124,7 +124,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
     options = options.continuing(found.manifest)
     options = options.of_adapter(found) if found.is_adapter else options
-    model, draft_start = load_start(options, found)
+    model, files, draft_start = load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     context = min(model.config.max_position_embeddings, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
@@ -133,7 +133,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     pairs = settle_pairs(options, examples, development)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
-    run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": files_of(model, found).fingerprint}
+    run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": files.fingerprint}
     if found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
             "lora": describe_lora(found.folder)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 
 from trimtab.errors import InvalidOption
 from trimtab.models.adapter_folder import Base, base_of
-from trimtab.models.aligner import Description, load_weights
-from trimtab.models.fingerprint import commit_of
-from trimtab.models.loading import folder_of, load_model, readable
+from trimtab.models.aligner import Description, load_files
+from trimtab.models.fingerprint import Files
+from trimtab.models.loading import load_model, readable
 from trimtab.models.shapes import is_here
+from trimtab.models.weight_files import commit_of, folder_of
 from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
@@ -21,14 +23,16 @@ __all__ = ["describe_lora", "load_start", "prepare_model", "read_lora"]
 logger = logging.getLogger(__name__)
 
 
-def load_start(options: TrainOptions, found: Description) -> tuple[Any, Base]:
-    """The aligner that training starts from, and what its drafter would start from."""
-    drafter = Base(str(found.draft)) if found.draft else None
-    if not found.is_adapter:
-        return load_model(options.aligner, dtype=torch.float32, device="cpu"), drafter or Base(options.aligner)
-    read_lora(found.folder)
-    model = load_weights(found, dtype=torch.float32, device="cpu", trainable=True)
-    return model, drafter or base_of(found.folder)
+def load_start(options: TrainOptions, found: Description) -> tuple[Any, Files, Base]:
+    """The aligner that training starts from, its files, and what its drafter would start from."""
+    if found.is_adapter:
+        read_lora(found.folder)
+        model, files = load_files(found, dtype=torch.float32, device="cpu", trainable=True)
+        base = base_of(found.folder)
+    else:
+        base = Base(options.aligner)
+        model, files = Files.of(partial(load_model, options.aligner, dtype=torch.float32, device="cpu"), base)
+    return model, files, Base(str(found.draft)) if found.draft else base
 
 
 def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:

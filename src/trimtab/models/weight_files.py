@@ -1,0 +1,42 @@
+"""Where the weights of a model or an adapter lie, and which files of its folder the loaders read for them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "commit_of", "folder_of", "weight_files"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def folder_of(source: str | Path, revision: str | None = None) -> Path:
+    """Where the files of a loaded model are: its own folder, or its snapshot in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else Path(snapshot_download(str(source), revision=revision, local_files_only=True))
+
+
+def commit_of(folder: Path) -> str | None:
+    """The hub's commit, if the folder is a snapshot in the hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files of a folder's weights by their names in it, an index before its parts, as PEFT and transformers choose them.
+
+    Other files may lie beside them, such as the same weights in another format.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return [WEIGHTS_NAME]
+    name = _read(folder / "config.json").get("transformers_weights") or "model.safetensors"
+    if not (folder / name).is_file():
+        name = "model.safetensors.index.json"
+    if not name.endswith(".index.json"):
+        return [name]
+    return [name, *sorted(set(_read(folder / name)["weight_map"].values()))]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
