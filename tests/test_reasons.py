@@ -1,8 +1,11 @@
 """Libraries' errors in one line: each as the library raises it, and the words that a reader needs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import BaseModel
+from torch._utils import ExceptionWrapper
 
 from trimtab.reasons import LONGEST, reason_of
 
@@ -26,7 +29,30 @@ def test_a_check_of_pydantic_names_its_field():
     class Shape(BaseModel):
         width: int
 
-    assert reason_of(raised(lambda: Shape(width="wide"))).startswith("1 validation error for Shape width")
+    assert reason_of(raised(lambda: Shape(width="wide"))) == (
+        "1 validation error for Shape width Input should be a valid integer, unable to parse string as an integer "
+        "[type=int_parsing, input_value='wide', input_type=str]"
+    )
+
+
+def test_pickled_weights_that_torch_does_not_read_are_named_behind_its_advice(tmp_path):
+    torch.save(Path("here"), tmp_path / "x.pt")
+    text = reason_of(raised(lambda: torch.load(tmp_path / "x.pt", weights_only=True)))
+    assert text.startswith("Weights only load failed. WeightsUnpickler error: ")
+    assert "pathlib" in text
+
+
+def test_of_a_group_the_first_error_is_told():
+    error = ExceptionGroup("several tasks failed", [ValueError("the reason\nadvice"), TypeError("another")])
+    assert reason_of(error) == "several tasks failed (2 sub-exceptions) the reason"
+
+
+def test_of_a_worker_its_own_error_is_told():
+    try:
+        raise RuntimeError("the reason")
+    except RuntimeError:
+        caught = ExceptionWrapper(where="in replica 0")
+    assert reason_of(raised(caught.reraise)) == "Caught RuntimeError in replica 0. RuntimeError: the reason"
 
 
 def test_a_configuration_that_transformers_refuses_names_the_value():
@@ -48,6 +74,14 @@ def test_a_configuration_that_transformers_refuses_names_the_value():
             "404 Client Error. (Request ID: Root=1-6) Repository Not Found for url: https://hub/x.",
         ),
         ("A heading that nothing follows:", "A heading that nothing follows"),
+        ("Multiple errors occurred\n- a\n- b", "Multiple errors occurred - a"),
+        ("Several things are wrong\n1. a\n2. b", "Several things are wrong 1. a"),
+        ("This cannot be read\n    the reason\nadvice", "This cannot be read the reason"),
+        ("====\nthe reason\n====", "the reason"),
+        (
+            'Traceback (most recent call last):\n  File "x", line 1\n    f()\n    ^^^\nOSError: the reason',
+            "OSError: the reason",
+        ),
         ("", "ValueError"),
         ("x" * 9999, "x" * LONGEST + "…"),
     ],

@@ -1,6 +1,7 @@
 """Loading models and tokenizers: what cannot be used is refused with a named error, and nothing but tensors is ever read."""
 
 import json
+import logging
 import pickle
 import shutil
 import time
@@ -150,6 +151,30 @@ def test_a_configuration_that_is_none_is_refused(content, folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"hidden_size": "x"}, "hidden_size.*expected int, got str"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"rms_norm_eps": "abc"}, "rms_norm_eps.*expected float, got str"),
+        ({"max_position_embeddings": None}, "max_position_embeddings.*expected int, got NoneType"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"dtype": "nope"}, "no attribute 'nope'"),
+        ({"num_key_value_heads": 0}, "division"),
+        ({"layer_types": ["a", "a"]}, "layer_types"),
+        ({"rope_parameters": {"rope_type": "zz"}}, "KeyError: 'zz'"),
+        ({"hidden_act": "zz"}, "KeyError: 'zz'"),
+    ],
+    ids=str,
+)
+def test_whatever_is_wrong_with_a_configuration_the_folder_and_the_reason_are_named(values, reason, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    for load in (load_model, Aligner.from_pretrained, AlignedModel.from_pretrained):
+        with pytest.raises(ModelError, match=f"(?s){folder}.*{reason}"):
+            load(folder)
+
+
 @pytest.mark.parametrize(("load", "needed"), [(load_model, "config.json"), (load_tokenizer, "tokenizer_config.json")])
 def test_a_configuration_of_other_bytes_is_refused(load, needed, folder):
     (folder / needed).write_bytes(b"\xff\xfe\x00\x01")
@@ -212,6 +237,18 @@ def test_a_tensor_of_another_shape_is_named(folder):
         CheckpointError, match=rf"{TENSOR}, which has shape \[3, 32\] in its files and \[\d+, 32\] in the model"
     ):
         load_model(folder)
+
+
+def test_what_is_refused_is_said_once(folder, caplog, monkeypatch):
+    """Transformers has a table of it, of a line for each tensor, and a logger that passes nothing on."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tensors = load_file(folder / WEIGHTS)
+    for changed in ({TENSOR: torch.zeros(7, 5)}, {}):
+        rest = {key: value for key, value in tensors.items() if key != TENSOR}
+        save_file(rest | changed, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=TENSOR):
+            load_model(folder)
+    assert not caplog.records
 
 
 def test_weights_of_another_model_are_refused(folder):

@@ -94,8 +94,9 @@ def aligner_weights(name: str, expected: str | None, dtype: str) -> dict[str, An
     """The same of an aligner; an adapter comes with the base that it adapts."""
     from safetensors import safe_open
 
-    from trimtab.models.adapter_folder import WEIGHTS_NAME, base_of, check_weights, is_adapter
+    from trimtab.models.adapter_folder import base_of, check_weights, is_adapter
     from trimtab.models.loading import readable
+    from trimtab.models.weight_files import WEIGHTS_NAME
 
     folder = Path(name).expanduser()
     if not is_adapter(folder):

@@ -33,7 +33,7 @@ from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.fingerprint import Files, fingerprint_model
-from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, readable
+from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, quietly_reported, readable
 from trimtab.models.stored import check_filled
 
 __all__ = ["RewardModel", "preference"]
@@ -320,7 +320,8 @@ def _load_classifier(
         source = expand(source)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_labels(config, source)
-        model, report = AutoModelForSequenceClassification.from_pretrained(source, **how)
+        with quietly_reported():
+            model, report = AutoModelForSequenceClassification.from_pretrained(source, **how)
     missing = sorted(str(key) for key in report.get("missing_keys") or ())
     head = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
     if head:  # transformers would go on with a random one

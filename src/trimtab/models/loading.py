@@ -6,6 +6,7 @@ weight at its random initial value, whose weights are codes that nothing decodes
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from trimtab.errors import CheckpointError, InvalidOption, ModelError
+from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabError
 from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
 from trimtab.reasons import reason_of
@@ -26,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "loading_arguments",
     "pick_device",
+    "quietly_reported",
     "readable",
 ]
 
@@ -67,7 +69,8 @@ def load_model(
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         check_supported(config)
         _check_size(config, source)
-        model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **how)
+        with quietly_reported():
+            model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **how)
     check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model.eval()
@@ -93,6 +96,23 @@ def loading_arguments(dtype: str | torch.dtype, device: str | torch.device | Non
     }
 
 
+@contextlib.contextmanager
+def quietly_reported() -> Iterator[None]:
+    """Without transformers' table of the weights that `check_filled` refuses in one sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_says_something_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_says_something_new)
+
+
+def _says_something_new(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    refused = "LOAD REPORT" in said and ("MISMATCH" in said or "MISSING" in said)
+    return not refused or "CONVERSION" in said  # of which the error says no more than that it stands in the table
+
+
 def load_configs(source: str | Path, *, revision: str | None = None, local_only: bool = False) -> tuple[Any, Any]:
     """The configuration of a model and of its generation (None if there is none), without its weights.
 
@@ -104,10 +124,10 @@ def load_configs(source: str | Path, *, revision: str | None = None, local_only:
     with readable(source, "configuration"):
         source = expand(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    try:
-        return config, GenerationConfig.from_pretrained(source, **where)
-    except OSError:
-        return config, None
+        try:
+            return config, GenerationConfig.from_pretrained(source, **where)
+        except OSError:
+            return config, None
 
 
 def _check_size(config: Any, source: str | Path) -> None:
@@ -164,7 +184,9 @@ def readable(source: str | Path, what: str) -> Iterator[None]:
         raise ModelError(f"'{source}' does not exist")
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except TrimtabError:
+        raise
+    except Exception as error:  # any there is: what a configuration may get wrong, libraries find anywhere
         reason = reason_of(error)
         if not folder.is_dir():
             raise ModelError(f"'{source}' is no folder here, and the hub gave no {what} of that name: {reason}") from error
