@@ -52,6 +52,12 @@ LORA: dict[str, dict[str, Any]] = {
 }
 
 
+LOADERS = (
+    Aligner.from_pretrained,
+    lambda folder: AlignedModel.from_pretrained(tiny_model("llama", V), folder, tokenizer=tiny_tokenizer()),
+)
+
+
 def make(kind: str, settings: dict[str, Any], base: Path | None = None) -> Any:
     """A model with an adapter whose trained weights are random, so that it changes every row."""
     from trimtab.models.loading import load_model
@@ -108,7 +114,7 @@ def refused(model: Any, message: str, folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/nowhere"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tiny_tokenizer().save_pretrained(folder)
-    for load in (Aligner.from_pretrained, lambda path: AlignedModel.from_pretrained(tiny_model("llama", V), path)):
+    for load in LOADERS:
         with pytest.raises(UnsupportedModel, match=message):
             load(folder)
 
@@ -157,6 +163,22 @@ def test_a_setting_of_lora_that_was_never_tried_is_refused():
         HuggingFaceLM(model)
 
 
+@pytest.mark.filterwarnings("error:Unexpected keyword arguments")
+@pytest.mark.parametrize("kind", ["LORA", "IA3", "LOHA"])
+def test_a_setting_of_a_later_peft_is_refused(kind, base, tmp_path):
+    make(kind, SETTINGS.get(kind, {}), base).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"brand_new_field": 3}))
+    for load in LOADERS:
+        with pytest.raises(UnsupportedModel, match=r"sets brand_new_field to 3, which PEFT \S+ does not know"):
+            load(tmp_path)
+    path.write_text(json.dumps(values | {"brand_new_field": None}))
+    for load in LOADERS:
+        load(tmp_path)
+
+
 # ---- every tensor of the file, and every place in the model
 
 
@@ -189,6 +211,6 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(saved):
     rewrite(saved, lambda tensors: tensors | {key: torch.zeros(7, 5)})
     name = key.removesuffix(".weight").replace(".", r"\.")
     held = str(list(tensor.shape)).replace("[", r"\[").replace("]", r"\]")
-    for load in (Aligner.from_pretrained, lambda path: AlignedModel.from_pretrained(tiny_model("llama", V), path)):
+    for load in LOADERS:
         with pytest.raises(ModelError, match=rf"{name}.*\[7, 5\].*{held}"):
             load(saved)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from trimtab.errors import CheckpointError, ModelError
 from trimtab.models.loading import check_finite, load_model, readable
-from trimtab.models.peft_kinds import check_adapters
+from trimtab.models.peft_kinds import check_adapters, check_known
 from trimtab.models.weight_files import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ["Base", "base_of", "check_weights", "is_adapter", "load_adapter", "read_config"]
@@ -83,13 +83,17 @@ def load_adapter(folder: Path, *, dtype: str | torch.dtype, device: str | torch.
 
     base = base_of(folder)
     check_weights(folder)
-    with readable(folder, "aligner"):
+    with readable(folder, "aligner"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpected keyword arguments", category=UserWarning)  # see `check_known`
         config = PeftConfig.from_pretrained(str(folder))
+        check_known(read_config(folder), config, f"'{folder}'")
         check_adapters({"default": config}, f"'{folder}'")
     model = load_model(base.source, dtype=dtype, device=device, revision=base.revision)
     with readable(folder, "aligner"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)  # see `_check_filled`
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True).eval()
+        model = PeftModel.from_pretrained(
+            model, str(folder), config=config, is_trainable=trainable, use_safetensors=True
+        ).eval()
         _check_filled(model, folder)
     check_finite(model, folder)
     model.peft_config["default"].base_model_name_or_path = base.source  # what is saved again must find it from anywhere

@@ -50,7 +50,7 @@ def poolable(folder: str | Path) -> Base | None:
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json holds, if it describes plain LoRA of the projections and the weights are there and no others."""
+    """What adapter_config.json sets, if it describes plain LoRA of the projections and the weights are there and no others."""
     values = read_config(folder)
     check_weights(folder)
     with readable(folder, "aligner"), safe_open(folder / WEIGHTS_NAME, "pt") as file:
@@ -68,4 +68,4 @@ def read_plain(folder: Path) -> dict[str, Any]:
     for key in keys:
         if not re.search(rf"\.({'|'.join(PROJECTIONS)})\.lora_[AB]\.weight$", key):
             raise UnsupportedModel(f"'{folder}' holds {key}, but adapters in a pool adapt {', '.join(PROJECTIONS)} only")
-    return values
+    return {key: value for key, value in values.items() if key in _HARMLESS}  # the others are off, or not even known here

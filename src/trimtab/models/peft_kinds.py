@@ -6,11 +6,12 @@ silence, so only what tests/models/test_peft_kinds.py finds equal to PEFT's own 
 """
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from trimtab.errors import UnsupportedModel
 
-__all__ = ["KINDS", "check_adapters"]
+__all__ = ["KINDS", "check_adapters", "check_known"]
 
 KINDS = (
     *("LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA"),
@@ -26,7 +27,7 @@ _LORA = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "kasa_config", "velora_config"),
     *("monteclora_config", "runtime_config", "megatron_core"),
 }
-"""Settings of a `LoraConfig` that may have a value; PEFT's next ones are refused until they are tested."""
+"""Settings of a `LoraConfig` that may have a value; those of a later PEFT are refused until they are tested."""
 _WAY_OUT = "where PEFT can merge it into its base (merge_and_unload), save what comes of it and use that; or use LoRA or IA3"
 
 
@@ -56,3 +57,23 @@ def check_adapters(configs: Mapping[str, Any], model: str) -> None:
         further = sorted(name for name, value in vars(config).items() if value and name not in _LORA)
         if further:
             raise UnsupportedModel(f"{model}: LoRA adapters with {further[0]} are not supported: {_WAY_OUT}")
+
+
+def check_known(values: Mapping[str, Any], config: Any, model: str) -> None:
+    """Refuse settings of an adapter's file that this version of PEFT does not know, and would leave out with a warning.
+
+    Args:
+        values: what adapter_config.json holds.
+        config: the `PeftConfig` that PEFT made of it.
+        model: what to call the model in the message.
+
+    Raises:
+        UnsupportedModel: names the setting, and the way out.
+    """
+    unknown = sorted(name for name, value in values.items() if value and not hasattr(config, name))
+    if unknown:
+        name = unknown[0]
+        raise UnsupportedModel(
+            f"{model}: adapter_config.json sets {name} to {values[name]!r}, which PEFT {version('peft')} does not know: install"
+            f" a PEFT that does; or remove {name}, if the adapter is right without it"
+        )
