@@ -70,6 +70,31 @@ def test_signed_zeros_and_payloads_of_nan_are_told_apart():
     assert len(found) == 4
 
 
+@pytest.mark.parametrize(
+    "strided",
+    [
+        torch.arange(10.0)[::2],
+        torch.zeros(1).expand(5),
+        torch.arange(12.0).view(3, 4)[:, :1],
+        torch.arange(12.0).view(3, 4).T,
+        torch.arange(6.0).view(1, 6)[:, ::3],
+        torch.tensor(3.0),
+        torch.zeros(0, 3),
+        torch.arange(4.0).to(torch.complex64).conj().imag,
+        torch.arange(4.0).to(torch.complex64).conj(),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.stride()}",
+)
+def test_weights_are_told_by_their_values_however_they_lie(strided):
+    found = []
+    for tensor in (strided, strided.clone(memory_format=torch.contiguous_format)):
+        module = torch.nn.Module()
+        module.register_buffer("weight", tensor)
+        module.register_buffer("tied", strided.resolve_neg())
+        found.append(fingerprint_model(module))
+    assert found[0] == found[1]
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a weight": lambda model: nudge(5)(model.model.layers[1].mlp.up_proj),
     "a tied weight": lambda model: nudge(5)(model.lm_head),

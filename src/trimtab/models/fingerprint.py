@@ -112,7 +112,8 @@ def fingerprint_model(model: Any) -> str:
         if value.is_meta:
             raise ModelError(f"{name} is offloaded, so this model cannot be told from others: name its folder instead")
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        key = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+        lies = value.data_ptr(), value.shape, value.stride(), value.is_conj(), value.is_neg()
+        key = *lies, value.dtype, value.device
         if key not in known:
             known[key] = _digest(value.detach())
         digest.update(known[key])
@@ -122,7 +123,8 @@ def fingerprint_model(model: Any) -> str:
 def _digest(tensor: Tensor) -> bytes:
     digest, flat = hashlib.sha256(), tensor.reshape(-1)
     for start in range(0, len(flat), PIECE):
-        digest.update(flat[start : start + PIECE].cpu().view(torch.uint8).numpy().data)
+        piece = flat[start : start + PIECE].cpu().resolve_conj().resolve_neg()
+        digest.update(piece.contiguous().view(torch.uint8).numpy().data)  # every second element of a vector is a view, too
     return digest.digest()
 
 
