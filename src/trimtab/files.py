@@ -18,6 +18,7 @@ from trimtab.errors import DataError, InvalidOption
 __all__ = [
     "atomic_folder",
     "atomic_write",
+    "expand_home",
     "json_digest",
     "named_errors",
     "only_writer",
@@ -153,6 +154,11 @@ def named_errors(path: Path) -> Iterator[None]:
         if shutil.disk_usage(path if path.exists() else path.parent).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def expand_home(path: str | Path) -> Path:
+    """The path with `~` resolved; as it is where nobody has such a home, and so leads nowhere."""
+    return Path(os.path.expanduser(path))
 
 
 def _umask() -> int:

@@ -12,7 +12,7 @@ from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner
 from trimtab.cli.dry_run import aligner_weights
 from trimtab.decode.assemble import Loader
-from trimtab.errors import CheckpointError
+from trimtab.errors import CheckpointError, ModelError
 from trimtab.models.adapter_folder import Base, base_of
 from trimtab.models.adapters import Adapted
 from trimtab.models.loading import load_model
@@ -126,4 +126,12 @@ def test_a_configuration_that_names_no_base_is_refused(values, message, tmp_path
     folder = save_lora(tmp_path / "adapter", base, target_modules=["q_proj"])
     configure(folder, **values)
     with pytest.raises(CheckpointError, match=message):
+        Aligner.from_pretrained(folder)
+
+
+def test_a_base_in_a_home_that_nobody_has_is_named(tmp_path):
+    base = save_tiny(tmp_path / "base", tiny_model("llama", V), tiny_tokenizer())
+    folder = save_lora(tmp_path / "adapter", base, target_modules=["q_proj"])
+    configure(folder, base_model_name_or_path="~nosuchuser/x")
+    with pytest.raises(ModelError, match="'~nosuchuser/x' does not exist"):
         Aligner.from_pretrained(folder)

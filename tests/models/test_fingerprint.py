@@ -441,6 +441,15 @@ def test_without_a_place_to_keep_it_a_file_is_read_each_time(folder, kept, reads
     assert reads == [WEIGHTS] * 2
 
 
+def test_a_user_without_a_home_reads_it_each_time_too(folder, kept, reads, monkeypatch):
+    """As in a container that runs as a number."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654_321)
+    assert of_folder(folder) == of_folder(folder)
+    assert reads == [WEIGHTS] * 2
+
+
 def test_small_files_leave_nothing_behind(folder, kept, monkeypatch):
     monkeypatch.setattr(digests, "WORTH_KEEPING", 2**24)
     of_folder(folder)

@@ -126,6 +126,12 @@ def test_a_missing_folder_is_named(load, name, tmp_path):
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["model", "tokenizer", "aligner", "aligned"])
+def test_so_is_one_in_a_home_that_nobody_has(load):
+    with pytest.raises(ModelError, match="'~nosuchuser/x' does not exist"):
+        load("~nosuchuser/x")
+
+
+@pytest.mark.parametrize("load", LOADERS)
 def test_a_file_is_no_folder(load, sound):
     with pytest.raises(ModelError, match=r"config\.json' is a file; give the folder"):
         load(sound / "config.json")

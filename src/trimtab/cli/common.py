@@ -9,6 +9,7 @@ from typing import Any
 
 from trimtab.cli.options import option
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
+from trimtab.files import expand_home
 
 __all__ = [
     "DataOptions",
@@ -159,7 +160,7 @@ def idle_for_files(*datasets: str | None) -> dict[str, str]:
     """The options of a hub's data set that have no effect, and why, where all data sets are files, or none is given."""
     from trimtab.train.records import is_local
 
-    if any(name and not is_local(name) and not Path(name).expanduser().exists() for name in datasets):
+    if any(name and not is_local(name) and not expand_home(name).exists() for name in datasets):
         return {}
     names = ("dataset_split", "dataset_config", "dataset_data_dir")
     return dict.fromkeys(names, "is for a data set of the hub, and none is read")

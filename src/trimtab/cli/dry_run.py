@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trimtab.cli.options import UsageError, option
+from trimtab.files import expand_home
 
 __all__ = [
     "DryRunOptions",
@@ -98,7 +98,7 @@ def aligner_weights(name: str, expected: str | None, dtype: str) -> dict[str, An
     from trimtab.models.loading import readable
     from trimtab.models.weight_files import WEIGHTS_NAME
 
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if not is_adapter(folder):
         return model_weights(name, expected, dtype)
     base = base_of(folder)

@@ -28,7 +28,7 @@ from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_eval
 from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
-from trimtab.files import json_digest, read_json, write_json
+from trimtab.files import expand_home, json_digest, read_json, write_json
 from trimtab.models.fingerprint import fingerprint_of
 from trimtab.models.huggingface import describe_kernels
 from trimtab.train.records import read_records
@@ -310,7 +310,7 @@ def _to_record(value: Any) -> Any:
 
 def _sha256(path: str) -> str | None:
     """Of a file; None if it is none, but a data set of the hub."""
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if not file.is_file():
         return None
     with open(file, "rb") as stream:

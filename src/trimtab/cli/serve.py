@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli.common import ModelOptions, TemplateOptions
 from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
+from trimtab.files import expand_home
 
 if TYPE_CHECKING:
     from trimtab.serve.registry import Registry
@@ -203,7 +204,7 @@ def _settings(options: Options) -> "Settings":
 
 def _names_of(proposal: str) -> tuple[str, ...]:
     """What a proposal is called: the last part of a folder, and the folder as it was typed; or a hub id."""
-    folder = Path(proposal).expanduser()
+    folder = expand_home(proposal)
     return tuple(dict.fromkeys([folder.resolve().name, proposal])) if folder.is_dir() else (proposal,)
 
 

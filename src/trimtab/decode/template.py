@@ -12,13 +12,13 @@ import re
 import string
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
 from trimtab.decode.prompts import Chat
 from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.files import expand_home
 
 __all__ = ["check_date", "pick_date", "read_chat_template", "reads_date", "refuse_idle_date", "render_chat"]
 
@@ -104,7 +104,7 @@ def read_chat_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        template = Path(path).expanduser().read_text(encoding="utf-8")
+        template = expand_home(path).read_text(encoding="utf-8")
         known, _ = _read_by(template)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidOption(f"chat_template_path: {error}") from error

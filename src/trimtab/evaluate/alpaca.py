@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import DataError
-from trimtab.files import write_json
+from trimtab.files import expand_home, write_json
 
 __all__ = ["Annotation", "read_annotations", "read_outputs", "write_outputs"]
 
@@ -110,7 +110,7 @@ def _preference(value: Any, source: str) -> float | None:
 
 def _rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """Every object of the file, with the name of its place."""
-    path = Path(path).expanduser()
+    path = expand_home(path)
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")

@@ -31,6 +31,7 @@ from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.evaluate.alpaca import read_outputs
 from trimtab.evaluate.journal import Journal, key_of
 from trimtab.evaluate.speed import throughput
+from trimtab.files import expand_home
 
 __all__ = [
     "Answers",
@@ -138,7 +139,7 @@ def parse_system(text: str) -> System:
         url, _, model = text.partition("#")
         base_url(url)
         return System("endpoint", model or without_password(url), url, model or None)
-    if not Path(text).expanduser().is_file():
+    if not expand_home(text).is_file():
         raise InvalidOption(f"'{text}' is no system: give proposal, aligned, references, URL#MODEL, or a file of outputs")
     return System("file", Path(text).stem, text)
 

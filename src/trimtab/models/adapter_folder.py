@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from trimtab.errors import CheckpointError, ModelError
+from trimtab.files import expand_home
 from trimtab.models.loading import check_finite, load_model, readable
 from trimtab.models.peft_kinds import check_adapters, check_known
 from trimtab.models.weight_files import CONFIG_NAME, WEIGHTS_NAME
@@ -58,7 +59,7 @@ def base_of(folder: Path) -> Base:
         raise CheckpointError(f"'{folder}': {CONFIG_NAME} names no base model")
     if not isinstance(revision, str | None):
         raise CheckpointError(f"'{folder}': {CONFIG_NAME}: revision must be a name or null, not {revision!r}")
-    path = Path(source).expanduser()
+    path = expand_home(source)
     for found in (path, folder / path):
         if found.is_dir():
             return Base(str(found.resolve()))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
+from trimtab.files import expand_home
 from trimtab.models.base import State
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
@@ -231,7 +232,7 @@ class AdapterPool(HuggingFaceLM):
             CheckpointError: missing, pickled, incomplete, corrupt, unfitting or non-finite weights.
             ModelError: the folder or its configuration cannot be read.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_home(folder)
         values = read_plain(folder)
         with readable(folder, "aligner"):
             plan = self._plan(values)

@@ -18,7 +18,7 @@ import torch
 
 from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
-from trimtab.files import atomic_folder, write_json
+from trimtab.files import atomic_folder, expand_home, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
 from trimtab.models.loading import load_model, load_tokenizer, readable
@@ -301,7 +301,7 @@ def _is_local(model: str) -> bool:
 
 def _fetch(path: str | Path, revision: str | None) -> Path:
     """The local folder of a path or hub id."""
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     with readable(path, "aligner"):
         if folder.is_dir():
             return folder

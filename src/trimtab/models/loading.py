@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabError
+from trimtab.files import expand_home
 from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
 from trimtab.reasons import reason_of
@@ -161,7 +162,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
 
 def expand(source: str | Path) -> str | Path:
     """`source` with `~` resolved where it is a folder; a hub id as it is."""
-    folder = Path(source).expanduser()
+    folder = expand_home(source)
     return folder if folder.is_dir() else source
 
 
@@ -175,7 +176,7 @@ def check_finite(model: Any, source: str | Path) -> None:
 @contextlib.contextmanager
 def readable(source: str | Path, what: str) -> Iterator[None]:
     """Check that a local folder can hold `what`, and turn the libraries' many errors into one sentence."""
-    folder = Path(source).expanduser()
+    folder = expand_home(source)
     if folder.is_file():
         raise ModelError(f"'{source}' is a file; give the folder that holds the {what}")
     if folder.is_dir():

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import safe_open
 
 from trimtab.errors import ModelError, UnsupportedModel
+from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, check_weights, read_config
 from trimtab.models.loading import readable
 from trimtab.models.weight_files import WEIGHTS_NAME
@@ -41,7 +42,7 @@ def poolable(folder: str | Path) -> Base | None:
     None where the folder holds anything else, or what cannot be read: load it as a model of its own, which says what is wrong.
     Whether the base is of a kind that can be shared, `AdapterPool` says.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_home(folder)
     try:
         read_plain(folder)
         return base_of(folder)

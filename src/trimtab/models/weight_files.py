@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.files import expand_home
+
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "commit_of", "folder_of", "weight_files"]
 
 CONFIG_NAME = "adapter_config.json"
@@ -14,7 +16,7 @@ def folder_of(source: str | Path, revision: str | None = None) -> Path:
     """Where the files of a loaded model are: its own folder, or its snapshot in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(source).expanduser()
+    folder = expand_home(source)
     return folder if folder.is_dir() else Path(snapshot_download(str(source), revision=revision, local_files_only=True))
 
 

@@ -21,6 +21,7 @@ from trimtab.decode.assemble import Loaded, Loader
 from trimtab.decode.draft import who_drafts
 from trimtab.decode.settings import with_weight
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
+from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, is_adapter
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
@@ -236,7 +237,7 @@ class Registry:
 
     def _trust(self, path: str) -> None:
         """Adapters of clients may use what the operator uses."""
-        folder = Path(path).expanduser()
+        folder = expand_home(path)
         if folder.is_dir():
             self._trusted.add(Base(str(folder.resolve())))
             if is_adapter(folder):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from trimtab.decode.request import Message
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.files import named_errors
+from trimtab.files import expand_home, named_errors
 
 __all__ = ["Verdict", "VoteBook"]
 
@@ -42,7 +42,7 @@ class VoteBook:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand_home(path)
         if self.path.suffix != ".jsonl":
             raise InvalidOption(f"votes: {path} must end in .jsonl, which is what training reads")
         if self.path.is_dir():

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import read_chat_template
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
+from trimtab.files import expand_home
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
 from trimtab.models.adapter_folder import Base, base_of
 from trimtab.models.aligner import describe
@@ -104,7 +105,7 @@ def _alone() -> Iterator[None]:
 
 def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
     proposal = find_config(options.proposal, expected.proposal)
-    here = describe(options.aligner) if Path(options.aligner).expanduser().is_dir() else None
+    here = describe(options.aligner) if expand_home(options.aligner).is_dir() else None
     adapter = here.folder if here and here.is_adapter else None
     start = base_of(adapter) if adapter else Base(options.aligner)
     aligner = find_config(start.source, expected.aligner, revision=start.revision)
@@ -204,7 +205,7 @@ def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConf
 
 def why_not_at_hand(dataset: str) -> str | None:
     """Why a data set cannot be read without the network; None if it can."""
-    if Path(dataset).expanduser().exists():
+    if expand_home(dataset).exists():
         return None
     if is_local(dataset):
         return f"there is no file {dataset} yet"

@@ -4,13 +4,13 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
 from trimtab.decode.template import check_date
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
+from trimtab.files import expand_home
 from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
 from trimtab.train.records import parse_columns
@@ -346,8 +346,8 @@ class TrainOptions:
 
     def _would_overwrite(self, model: str) -> bool:
         """Whether a model, if it is a folder, is in the output's."""
-        folder = Path(model).expanduser().resolve()
-        return Path(self.output_dir).expanduser().resolve() in (folder, *folder.parents)
+        folder = expand_home(model).resolve()
+        return expand_home(self.output_dir).resolve() in (folder, *folder.parents)
 
     def warn(self) -> None:
         """Say it where objective and rule do not fit."""

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from trimtab.decode.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
+from trimtab.files import expand_home
 from trimtab.reasons import reason_of
 from trimtab.train.implicit import implicit_prompt
 from trimtab.train.unwanted import LABEL, refuse_unwanted
@@ -134,7 +135,7 @@ def read_records(
 
 def is_local(dataset: str) -> bool:
     """Whether a name can only be that of a file here, there or not."""
-    path = Path(dataset).expanduser()
+    path = expand_home(dataset)
     return path.suffix in (".jsonl", ".gz", ".parquet", ".json") or path.is_absolute() or len(path.parts) > 2
 
 
@@ -147,7 +148,7 @@ def is_cached(dataset: str) -> bool:
 
 def read_rows(dataset: str, how: DataOptions | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row with the name of its place, such as `data.jsonl:12`."""
-    path = Path(dataset).expanduser()
+    path = expand_home(dataset)
     if path.is_dir():
         raise DataError(f"{dataset}: is a folder; give one of its files ({', '.join(_FILES)})")
     if not path.exists():
