@@ -335,6 +335,10 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "'qwen3'.*sliding"),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types: linear_attention"),
     ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", **LLAMA_ROPE}}, "rope type 'dynamic'"),
+    (
+        {"model_type": "llama", "per_layer_config": {"0": {"sliding_window": 8}, "1": {"sliding_window": None}}},
+        "per_layer_config: layers that are not all alike",
+    ),
     ({"model_type": "gpt2", "add_cross_attention": True}, "'gpt2' model has cross-attention"),
 ]
 
@@ -393,6 +397,9 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "one sliding layer": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "sliding layers without": {"sliding_window": None, "layer_types": ["sliding_attention"] * 2},
     "nearly as long": {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 0},
+    "chunks": {"sliding_window": None, "attention_chunk_size": 8},
+    "chunks that full layers do not have": {"attention_chunk_size": 8, "layer_types": ["full_attention"] * 2},
+    "a chunk as long as the context": {"sliding_window": None, "attention_chunk_size": 20},
     "as long as the context": {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 0},
 }
 
@@ -415,7 +422,7 @@ def test_a_window_is_what_the_stock_model_makes_of_it(kind, settings):
         except (AttributeError, RuntimeError, TypeError, ValueError):
             seen = [False]
     if not all(seen):
-        with pytest.raises(UnsupportedModel, match=f"'{kind}' model uses a sliding attention window"):
+        with pytest.raises(UnsupportedModel, match=f"'{kind}' model (uses a sliding attention window|attends in chunks)"):
             HuggingFaceLM(model)
         return
     for lean in (True, False):

@@ -141,6 +141,21 @@ def test_an_inactive_adapter_of_such_a_kind_is_refused_too():
         HuggingFaceLM(model)
 
 
+@pytest.mark.parametrize("by", ["PEFT", "transformers"])
+def test_one_that_is_added_later_is_refused_at_the_next_text(by):
+    model = make("LORA", {}) if by == "PEFT" else tiny_model("llama", V)
+    lm = HuggingFaceLM(model)
+    lm.new_state(1, 8)
+    config = LoraConfig(task_type="CAUSAL_LM", **TARGETS, alora_invocation_tokens=[9, 3])
+    if by == "PEFT":
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+    else:
+        model.add_adapter(config)
+    with pytest.raises(UnsupportedModel, match="alora_invocation_tokens"):
+        lm.new_state(1, 8)
+
+
 def test_a_kind_that_is_not_known_to_act_by_its_layers_alone_is_refused(tmp_path):
     model = make("LILY", {})
     inner = model.get_base_model()

@@ -40,6 +40,8 @@ def check_supported(config: Any) -> None:
             f"model type '{name}' has not passed Trimtab's contract suite; supported are {', '.join(SUPPORTED)}. "
             "See docs/models.md for how to add one"
         )
+    if getattr(config, "is_heterogeneous", False):
+        raise UnsupportedModel("per_layer_config: layers that are not all alike are not supported")
     _check_attention(config)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
@@ -52,10 +54,12 @@ def _check_attention(config: Any) -> None:
     """Refuse layers that do not see the whole text, by the fields that transformers' own code reads.
 
     `layer_types` decides, or `sliding_window` where there is none: in the modules of Qwen2 and Qwen3, and for every family in
-    transformers' cache. Mistral's modules read `sliding_window` alone. `use_sliding_window` is a field of Qwen2 and Qwen3,
-    whose configurations drop the window where it is false; other families do not know it.
+    transformers' cache, which looks at `attention_chunk_size` last. Mistral's modules read `sliding_window` alone.
+    `use_sliding_window` is a field of Qwen2 and Qwen3, whose configurations drop the window where it is false; other families
+    do not know it.
     """
-    window, layers = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    layers = set(getattr(config, "layer_types", None) or ())
     if window is not None and (not layers or config.model_type == "mistral"):
         layers.add("sliding_attention")
     if odd := layers - {"full_attention", "sliding_attention"}:
@@ -65,6 +69,11 @@ def _check_attention(config: Any) -> None:
         raise UnsupportedModel(
             f"this '{config.model_type}' model uses a sliding attention window (sliding_window {window}, context {limit}); "
             "only full attention is supported, or a window as long as the context"
+        )
+    if chunk is not None and not layers and chunk < limit:
+        raise UnsupportedModel(
+            f"this '{config.model_type}' model attends in chunks (attention_chunk_size {chunk}, context {limit}); only full"
+            " attention is supported, or a chunk as long as the context"
         )
 
 
@@ -168,6 +177,7 @@ class HuggingFaceLM:
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
+        check_adapters(getattr(self.model, "peft_config", {}), f"this '{self.model.config.model_type}' model")
         if self._lean is not None and not self._owned and not self._lean.is_current(self.model):
             self._lean = LeanDecoder(self.model) if is_stock(self.model) else None
         return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
