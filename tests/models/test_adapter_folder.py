@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner
@@ -18,6 +21,7 @@ from trimtab.models.adapters import Adapted
 from trimtab.models.loading import load_model
 from trimtab.train.options import TrainOptions
 from trimtab.train.start import prepare_model
+from trimtab.train.trainer import AlignerTrainer
 
 V = 28
 LETTERS = "zyxwvutsrqponmlkjihgfedcba "
@@ -90,10 +94,37 @@ def test_what_is_no_plain_lora_gets_its_revision_too(bases, tmp_path):
         assert layers(model.aligners[0].model) == depth
 
 
-@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT asks the hub for it
+@pytest.fixture
+def unasked(monkeypatch) -> None:
+    """A hub that must not be asked, though nothing in the environment forbids it."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("peft.utils.other.file_exists", lambda *_, **__: pytest.fail("PEFT asked the hub"))
+
+
+@pytest.mark.usefixtures("unasked")
 def test_what_is_saved_again_keeps_the_revision(bases, tmp_path):
     Aligner.from_pretrained(adapters(bases, tmp_path, target_modules=["q_proj"])["v1"]).save_pretrained(tmp_path / "again")
     assert base_of(tmp_path / "again") == Base("org/base", "v1")
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.usefixtures("unasked")
+def test_embeddings_are_saved_where_they_were_resized(bases, tmp_path):
+    aligner = Aligner.from_pretrained(adapters(bases, tmp_path, target_modules=["q_proj"])["v1"])
+    for size, saved in ((V, False), (V + 4, True)):
+        aligner.model.get_base_model().resize_token_embeddings(size)
+        aligner.save_pretrained(tmp_path / str(size))
+        keys = load_file(tmp_path / str(size) / "adapter_model.safetensors")
+        assert ("base_model.model.model.embed_tokens.weight" in keys) == saved
+
+
+@pytest.mark.usefixtures("unasked")
+def test_checkpoints_of_a_training_ask_nobody_either(bases, tmp_path):
+    aligner = Aligner.from_pretrained(adapters(bases, tmp_path, target_modules=["q_proj"])["v1"])
+    trainer = AlignerTrainer.__new__(AlignerTrainer)
+    Trainer.__init__(trainer, aligner.model, TrainingArguments(output_dir=str(tmp_path / "out"), report_to="none"))
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    assert base_of(tmp_path / "checkpoint") == Base("org/base", "v1")
 
 
 def test_an_adapter_that_is_trained_here_belongs_to_this_state_of_its_base(bases, tmp_path):

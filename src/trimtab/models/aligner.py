@@ -22,6 +22,7 @@ from trimtab.files import atomic_folder, expand_home, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
 from trimtab.models.loading import load_model, load_tokenizer, readable
+from trimtab.models.peft_saving import embeddings_of, unasked
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = [
@@ -256,7 +257,9 @@ def load_files(
 
 
 def _write_model(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
-    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    given = {} if weights is None else {"state_dict": weights}
+    with unasked():
+        model.save_pretrained(folder, **given, **embeddings_of(model))
     tokenizer.save_pretrained(folder)
 
 

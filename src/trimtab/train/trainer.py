@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
+from trimtab.models.peft_saving import unasked
 from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch
 from trimtab.train.diagnostics import measure, summarise
 from trimtab.train.examples import answers
@@ -82,7 +83,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Make the folder first: where FSDP saves shards, processes that look for it too early disagree which one is best."""
         Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        super().save_model(output_dir, _internal_call)
+        with unasked():
+            super().save_model(output_dir, _internal_call)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and diagnostics on the development data, logged under `eval_…`."""
