@@ -35,6 +35,7 @@ from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, Model
 from trimtab.models.fingerprint import Files, fingerprint_model
 from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, quietly_reported, readable
 from trimtab.models.stored import check_filled
+from trimtab.models.weight_files import folder_of
 
 __all__ = ["RewardModel", "preference"]
 

@@ -18,6 +18,7 @@ from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabEr
 from trimtab.files import expand_home
 from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
+from trimtab.models.weight_files import folder_of
 from trimtab.reasons import reason_of
 
 __all__ = [

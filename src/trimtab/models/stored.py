@@ -4,7 +4,6 @@ transformers says in its log alone what it left random, left over or cast. A qua
 becomes a model whose weights are the codes, without their scales.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from trimtab.errors import CheckpointError
+from trimtab.models.weight_files import weight_files
 
 __all__ = ["Stored", "check_filled", "stored_tensors"]
 
@@ -39,19 +39,14 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         SafetensorError: a file is none.
     """
     found = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                tensor = tensors.get_slice(name)
-                found[name] = Stored(tensor.get_dtype(), math.prod(tensor.get_shape()))
+    for name in weight_files(folder):
+        if name.endswith(".json"):
+            continue
+        with safe_open(folder / name, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                tensor = tensors.get_slice(key)
+                found[key] = Stored(tensor.get_dtype(), math.prod(tensor.get_shape()))
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    return [folder / part for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
 def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, folder: Path) -> None:
