@@ -89,7 +89,7 @@ class ResumableLines:
     def _resume(self) -> int:
         data = self._partial.read_bytes() if self._partial.exists() else b""
         header = json.dumps(self._header).encode() + b"\n"
-        if b"\n" not in data:  # nothing yet, or a description cut short
+        if header.startswith(data):  # nothing yet, or a description cut short
             self._partial.write_bytes(header)
             return 0
         lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
