@@ -18,6 +18,7 @@ from trimtab.errors import DataError, InvalidOption
 __all__ = [
     "atomic_folder",
     "atomic_write",
+    "cache_folder",
     "expand_home",
     "json_digest",
     "named_errors",
@@ -29,6 +30,13 @@ __all__ = [
 
 LEFTOVERS = ".*.partial"
 """How everything is called that a kill may leave behind."""
+
+
+def cache_folder(name: str) -> Path | None:
+    """Where the user's caches of one kind are, whether it exists or not; None where the user has no home."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    folder = expand_home(root if os.path.isabs(root) else "~/.cache") / "trimtab" / name
+    return folder if folder.is_absolute() else None
 
 
 @contextlib.contextmanager

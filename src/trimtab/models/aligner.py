@@ -18,10 +18,10 @@ import torch
 
 from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
-from trimtab.files import atomic_folder, expand_home, write_json
+from trimtab.files import atomic_folder, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
-from trimtab.models.loading import load_model, load_tokenizer, readable
+from trimtab.models.loading import expand, load_model, load_tokenizer, readable
 from trimtab.models.peft_saving import embeddings_of, unasked
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
@@ -304,7 +304,8 @@ def _is_local(model: str) -> bool:
 
 def _fetch(path: str | Path, revision: str | None) -> Path:
     """The local folder of a path or hub id."""
-    folder = expand_home(path)
+    path = expand(path)
+    folder = Path(path)
     with readable(path, "aligner"):
         if folder.is_dir():
             return folder

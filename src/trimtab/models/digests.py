@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.errors import ModelError
-from trimtab.files import expand_home, write_json
+from trimtab.files import cache_folder, write_json
 
 __all__ = ["Seen", "digest_file"]
 
@@ -72,11 +72,8 @@ def digest_file(seen: Seen) -> str:
 
 def _place(seen: Seen) -> Path | None:
     """Where the digest of a file is kept, if it is."""
-    if seen.size < WORTH_KEEPING:
-        return None
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = expand_home(root if os.path.isabs(root) else "~/.cache") / "trimtab" / "digests"
-    if not folder.is_absolute():  # of a user without a home
+    folder = cache_folder("digests")
+    if seen.size < WORTH_KEEPING or folder is None:
         return None
     return folder / f"{hashlib.sha256(os.fsencode(seen.path)).hexdigest()}.json"
 

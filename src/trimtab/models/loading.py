@@ -18,7 +18,7 @@ from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabEr
 from trimtab.files import expand_home
 from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
-from trimtab.models.weight_files import folder_of
+from trimtab.models.weight_files import expand, folder_of
 from trimtab.reasons import reason_of
 
 __all__ = [
@@ -66,8 +66,8 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     how = loading_arguments(dtype, device, revision)
+    source = expand(source)
     with readable(source, "model"):
-        source = expand(source)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         check_supported(config)
         _check_size(config, source)
@@ -123,8 +123,8 @@ def load_configs(source: str | Path, *, revision: str | None = None, local_only:
     from transformers import AutoConfig, GenerationConfig
 
     where = {"revision": revision, "local_files_only": local_only}
+    source = expand(source)
     with readable(source, "configuration"):
-        source = expand(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
         try:
             return config, GenerationConfig.from_pretrained(source, **where)
@@ -152,19 +152,13 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    source = expand(source)
     with readable(source, "tokenizer"):
-        source = expand(source)
         # AutoTokenizer goes by the model's type: a Qwen2 model that was saved with another tokenizer would get Qwen2's.
         named = get_tokenizer_config(source, revision=revision, trust_remote_code=False).get("tokenizer_class")
         plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
         return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
-
-
-def expand(source: str | Path) -> str | Path:
-    """`source` with `~` resolved where it is a folder; a hub id as it is."""
-    folder = expand_home(source)
-    return folder if folder.is_dir() else source
 
 
 def check_finite(model: Any, source: str | Path) -> None:

@@ -3,11 +3,13 @@
 The numbers are those of each repository's public `config.json`; tests check them by the published counts of parameters.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import ModelError
 from trimtab.files import expand_home
-from trimtab.models.loading import load_configs
+from trimtab.models.gguf import is_gguf
+from trimtab.models.loading import expand, load_configs
 
 __all__ = ["SHAPES", "FoundConfig", "Shape", "find_config", "is_here", "make_config"]
 
@@ -98,7 +100,7 @@ def is_here(source: str, file: str = "config.json", revision: str | None = None)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if expand_home(source).is_dir():
+    if expand_home(source).is_dir() or (is_gguf(source) and expand_home(source).is_file()):
         return True
     try:
         return isinstance(try_to_load_from_cache(source, file, revision=revision), str)
@@ -118,7 +120,7 @@ def find_config(source: str, expected: str | None = None, *, revision: str | Non
         ModelError: nothing says what shape it has.
     """
     if is_here(source, revision=revision):
-        origin = "folder" if expand_home(source).is_dir() else "hub cache"
+        origin = "folder" if Path(expand(source)).is_dir() else "hub cache"
         return FoundConfig(*load_configs(source, revision=revision, local_only=True), source, origin, revision)
     if source in SHAPES:
         return FoundConfig(make_config(source), None, source, "shapes.py", revision)

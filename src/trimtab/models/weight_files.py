@@ -5,18 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.files import expand_home
+from trimtab.models.gguf import is_gguf, unpack_gguf
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "commit_of", "folder_of", "weight_files"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "commit_of", "expand", "folder_of", "weight_files"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def expand(source: str | Path) -> str | Path:
+    """The folder that a source is: with `~` resolved, or what a GGUF file was converted to; a hub id as it is."""
+    if is_gguf(source):
+        return unpack_gguf(source)
+    folder = expand_home(source)
+    return folder if folder.is_dir() else source
 
 
 def folder_of(source: str | Path, revision: str | None = None) -> Path:
     """Where the files of a loaded model are: its own folder, or its snapshot in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    folder = expand_home(source)
+    folder = Path(expand(source))
     return folder if folder.is_dir() else Path(snapshot_download(str(source), revision=revision, local_files_only=True))
 
 

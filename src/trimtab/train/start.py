@@ -44,7 +44,7 @@ def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None
         return model
     if lora is not None:
         model.name_or_path = lora.base_model_name_or_path
-    elif Path(options.aligner).is_dir():
+    elif Path(options.aligner).exists():
         model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
     try:
         return _add_lora(model, lora or _make_lora(options), seed)

@@ -1,0 +1,178 @@
+"""GGUF files: written here as llama.cpp's converter writes them, and read back as the models that they were."""
+
+import json
+
+import gguf
+import pytest
+import torch
+
+from kinds import EOS, TEMPLATE, byte_level
+from tiny import save_tiny, tiny_model
+from trimtab import AlignedModel, Aligner, SamplingParams
+from trimtab.core.logprobs import row_from_logits
+from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
+from trimtab.models.gguf import unpack_gguf
+from trimtab.models.loading import load_model, load_tokenizer
+
+KINDS = ("llama", "qwen2", "qwen3")
+TEXTS = ["The capital of France is Paris.", "  def read(path):\n\n\treturn 1234 ", "naïve café in 北京 🙂", "don't I'LL"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level()
+
+
+def paired(weight, heads):
+    """Rows in llama.cpp's order, as its converter permutes Llama's queries and keys."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path, kind, model, tokenizer, *, quantized=None, without=(), more=(), **fields):
+    """A GGUF file of a tiny model."""
+    config, writer = model.config, gguf.GGUFWriter(str(path), kind)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges = [" ".join(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields.pop("pre", "gpt-2"))
+    writer.add_token_list([token for token, _ in vocab])
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocab))])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(TEMPLATE)
+    for name, value in fields.items():
+        writer.add_uint32(f"{kind}.{name}", value)
+    names = gguf.get_tensor_name_map(
+        next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), config.num_hidden_layers
+    )
+    tied = config.tie_word_embeddings
+    for name, weight in model.state_dict().items():
+        if name in without or (tied and name == "lm_head.weight"):
+            continue
+        values = weight.float().numpy()
+        if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
+            values = paired(values, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if quantized is not None and values.ndim > 1:
+            writer.add_tensor(stored, gguf.quants.quantize(values, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(stored, values)
+    for name, values in more:
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def make(kind, tokenizer, **settings):
+    return tiny_model(kind, len(tokenizer), seed=1, eos_token_id=EOS, bos_token_id=1, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_is_the_model_that_it_was(kind, tied, tokenizer, tmp_path):
+    model = make(kind, tokenizer, tie_word_embeddings=tied)
+    path = write(tmp_path / "model.gguf", kind, model, tokenizer)
+    read = load_model(path)
+    assert read.config.model_type == kind
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.allclose(read(ids).logits, model(ids).logits, atol=1e-6)
+    found = load_tokenizer(path)
+    for text in TEXTS:
+        assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert found.decode(found(text)["input_ids"], skip_special_tokens=True) == text
+    assert found.chat_template == TEMPLATE
+    assert (found.bos_token, found.eos_token) == ("<s>", "</s>")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_quantised_weights_are_what_the_file_says(kind, tokenizer, tmp_path):
+    """Q8_0 has blocks of 32 numbers with a scale each: at most 1/254 of a block's largest number is lost."""
+    model = make("llama", tokenizer, hidden_size=64, intermediate_size=64, head_dim=16)
+    path = write(tmp_path / "model.gguf", "llama", model, tokenizer, quantized=gguf.GGMLQuantizationType[kind])
+    read = load_model(path).state_dict()
+    for name, weight in model.state_dict().items():
+        error = (read[name].float() - weight).abs().max()
+        assert error <= weight.abs().max() / (250 if kind == "Q8_0" else 2000)
+        assert read[name].dtype == (torch.float16 if kind == "F16" else torch.float32)
+
+
+def test_a_file_is_a_proposal_and_an_aligner_everywhere(tokenizer, tmp_path):
+    models = [make("llama", tokenizer), make("qwen2", tokenizer, num_hidden_layers=1)]
+    paths = [write(tmp_path / f"{i}.gguf", kind, m, tokenizer) for i, (kind, m) in enumerate(zip(KINDS, models, strict=False))]
+    folders = [save_tiny(tmp_path / f"folder{i}", model, tokenizer) for i, model in enumerate(models)]
+    params = SamplingParams(max_tokens=12, seed=0)
+    from_files, from_folders = (AlignedModel.from_pretrained(*pair, eos_token_ids=[EOS]) for pair in (paths, folders))
+    prompts = ["The capital", [{"role": "user", "content": "what is it?"}]]
+    assert from_files.generate(prompts, params) == from_folders.generate(prompts, params)
+    aligner = Aligner.from_pretrained(paths[1])
+    aligner.save_pretrained(tmp_path / "saved")
+    rows = [row_from_logits(m(torch.arange(5)[None]).logits, len(tokenizer)) for m in (aligner.model, models[1])]
+    assert torch.allclose(*rows, atol=1e-5)
+
+
+def test_it_is_converted_once_and_anew_when_it_changes(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "model.gguf", "llama", make("llama", tokenizer), tokenizer)
+    folder = unpack_gguf(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.models.gguf._convert", None)
+        assert unpack_gguf(path) == folder
+    write(path, "llama", tiny_model("llama", len(tokenizer), seed=2, eos_token_id=EOS, bos_token_id=1), tokenizer)
+    assert unpack_gguf(path) != folder
+    assert not list(folder.parent.glob(".*")), "nothing half-done is left"
+
+
+def test_llama_31s_frequencies_are_found_again(tokenizer, tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    model = make("llama", tokenizer, rope_parameters=rope, max_position_embeddings=64)
+    plain = make("llama", tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    factors = (plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()
+    read = load_model(write(tmp_path / "a.gguf", "llama", model, tokenizer, more=[("rope_freqs.weight", factors)]))
+    assert read.config.rope_parameters["factor"] == 32.0
+    assert torch.allclose(read.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    with pytest.raises(UnsupportedModel, match="scales positions in a way that is not"):
+        load_model(write(tmp_path / "b.gguf", "llama", model, tokenizer, more=[("rope_freqs.weight", factors * 2)]))
+
+
+def test_what_cannot_be_read_is_refused_by_name(tokenizer, tmp_path):
+    model = make("llama", tokenizer)
+
+    def refused(error, match, name="model.gguf", kind="llama", **how):
+        path = write(tmp_path / name, kind, model, tokenizer, **how)
+        with pytest.raises(error, match=match):
+            load_model(path)
+
+    refused(UnsupportedModel, "'gemma2' model; of GGUF files, llama, qwen2, qwen3 can be read", kind="gemma2")
+    refused(UnsupportedModel, "cuts texts by the rule 'falcon', which is not known here", pre="falcon")
+    refused(UnsupportedModel, "mixture of experts", expert_count=8)
+    refused(CheckpointError, r"lacks the tensor 'blk\.1\.ffn_up\.weight'", without=("model.layers.1.mlp.up_proj.weight",))
+    refused(
+        UnsupportedModel, "has tensors that a 'llama' model does not, such as 'extra'", more=[("extra", torch.ones(3).numpy())]
+    )
+    (tmp_path / "no.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    with pytest.raises(ModelError, match="is no GGUF file that can be read"):
+        load_model(tmp_path / "no.gguf")
+    with pytest.raises(ModelError, match="does not exist"):
+        load_model(tmp_path / "none.gguf")
