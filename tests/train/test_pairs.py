@@ -18,10 +18,11 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import Example, answers, encode_records
+from trimtab.train.inputs import read_examples
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import Record
 from trimtab.train.rows import ModelRows
-from trimtab.train.run import read_examples, train
+from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
 
 DIFFERENT = Example([5, 6], [7, 8, 0], [9, 0])

@@ -17,9 +17,10 @@ from trimtab.train import temper
 from trimtab.train.batches import Item, answer_rows, collate
 from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger
+from trimtab.train.inputs import read_parts
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.rows import Layout, ModelRows
-from trimtab.train.run import read_parts, train
+from trimtab.train.run import train
 from trimtab.train.temper import LEAST, MOST, fit_exponents
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Geometric, KLGate, Product
 from trimtab.models.table import TableLM
 from trimtab.train.diagnostics import measure, summarise
@@ -29,7 +30,7 @@ def test_the_weight_is_the_minimiser_of_the_likelihood(rule):
 
     best = min((low + (high - low) * i / 400 for i in range(401)), key=loss)
     halves = [(logp[:25], logq[:25], tokens[:25]), (logp[25:], logq[25:], tokens[25:])]
-    weight, tried = tune_weight(rule, lambda: halves)
+    weight, tried = tune_weight(rule, lambda: [lambda w, half=half: likelihood(rule, *half[:2], w, half[2]) for half in halves])
     assert abs(weight - best) <= (high - low) / 32
     assert weight == min(tried, key=lambda pair: pair[1])[0]
     for w, value in tried:

@@ -15,6 +15,7 @@ from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
 from trimtab.train.records import parse_columns
 from trimtab.train.rows import Layout
+from trimtab.train.teacher import refuse_beside_teacher
 
 __all__ = ["ENDPOINT_OPTIONS", "Temperatures", "TrainOptions"]
 
@@ -130,6 +131,14 @@ class TrainOptions:
         " the proposal runs here, else 0]",
     )
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
+    teacher_prompt: str | None = _option(
+        None,
+        "a prompt to make an aligner of: messages (.json, .jsonl) or a text (any other file) that goes before every prompt; the"
+        " aligned model learns to say without it what the proposal says with it, on the data's answers, or where the data have"
+        " none on the proposal's own",
+        metavar="FILE",
+    )
+    teacher_max_tokens: int | None = _option(None, "longest answer that is drawn behind --teacher_prompt [default: 256]")
     train_draft: bool | None = _option(
         None,
         "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
@@ -181,6 +190,7 @@ class TrainOptions:
             ("max_examples", 2, math.inf),
             ("cache_top_k", 0, math.inf),
             ("cache_tail_samples", 0, math.inf),
+            ("teacher_max_tokens", 1, math.inf),
             ("lora_r", 1, math.inf),
             ("lora_dropout", 0, 1),
         ):
@@ -204,6 +214,8 @@ class TrainOptions:
             )
         if self.train_draft and not self.trains_residual:
             raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
+        if self.teacher_prompt is not None:
+            refuse_beside_teacher(self)
         _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
         if self.proposal_endpoint and self.proposal_temperature not in (None, 1) and self.cache_top_k:
             raise InvalidOption(
@@ -240,6 +252,10 @@ class TrainOptions:
         drawn = TAIL_SAMPLES if self.cache_tail_samples is None else self.cache_tail_samples
         return Layout.of(self.cache_top_k, 0 if self._no_tail_samples else drawn, vocab_size)
 
+    def taught_layout(self, vocab_size: int) -> Layout:
+        """What the cache keeps of a pair of rows: draws stand for the tail under every rule that can be taught."""
+        return Layout.of(self.cache_top_k, self.cache_tail_samples or TAIL_SAMPLES, vocab_size)
+
     @property
     def starting_weight(self) -> float:
         """The weight to train at."""
@@ -254,10 +270,12 @@ class TrainOptions:
     def cached_answers(self) -> list[tuple[str, str]]:
         """Which answers of which part the proposal's rows are needed on.
 
-        On development's wanted ones for the diagnostics and the weight, on others where the loss needs them.
+        On development's wanted ones for the diagnostics and the weight, on others where the loss needs them, or the drafter's;
+        `teacher` is the wanted ones again, behind the teacher's prompt too.
         """
-        likelihood = self.objective == "likelihood"
-        wanted = [("dev", "chosen")] + [("train", "chosen")] * likelihood
+        taught = self.teacher_prompt is not None
+        needed = self.trains_draft if taught else self.objective == "likelihood"
+        wanted = [("dev", "chosen")] + [("train", "chosen")] * needed + [("dev", "teacher"), ("train", "teacher")] * taught
         return wanted + [("dev", "rejected"), ("train", "rejected")] * bool(self.contrast)
 
     @property
@@ -277,7 +295,8 @@ class TrainOptions:
     @property
     def regulariser(self) -> float:
         """The weight of −log Q(y|x)."""
-        return SFT_WEIGHT * self.starts_tempered if self.sft_weight is None else self.sft_weight
+        default = SFT_WEIGHT * (self.starts_tempered and self.teacher_prompt is None)
+        return default if self.sft_weight is None else self.sft_weight
 
     @property
     def inverse_temperature(self) -> float:
@@ -288,7 +307,7 @@ class TrainOptions:
     @property
     def default_contrast(self) -> float:
         """Of pairs, where none is given."""
-        return CONTRAST if self.trains_residual else 0.0
+        return CONTRAST if self.trains_residual and self.teacher_prompt is None else 0.0
 
     def with_contrast_for(self, examples: int, *, lacking: int) -> "TrainOptions":
         """The same with the contrast settled, for so many examples of which some may lack a rejected answer."""

@@ -14,6 +14,7 @@ SHOWN = {
     "eval_nll_aligned": "aligned",
     "eval_nll_proposal": "proposal",
     "eval_nll_aligner": "aligner",
+    "eval_kl_teacher_aligned": "KL from teacher",
     "eval_kl_aligned_proposal": "KL from proposal",
     "eval_log_z_mean": "log Z",
     "eval_acceptance_on_answers": "drafts accepted",

@@ -11,47 +11,43 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from trimtab.decode.encoding import Encoder
-from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.files import named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
-from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.loading import load_model
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
-from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
+from trimtab.train.examples import Example, answers, fingerprint_examples
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
+from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
-from trimtab.train.records import Record, read_records
-from trimtab.train.rows import Layout, RowSource
+from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.start import describe_lora, load_start, prepare_model
+from trimtab.train.taught_rows import TaughtCache, TeacherRows
+from trimtab.train.taught_trainer import trainer_of
+from trimtab.train.teacher import Teacher, lack_answers
+from trimtab.train.teacher_answers import draw_answers
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
-__all__ = [
-    "open_tokenizer",
-    "read_examples",
-    "read_parts",
-    "run_date",
-    "train",
-]
+__all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +67,7 @@ class _Run(NamedTuple):
     """How many pairs have two equal answers."""
     draft_start: Base
     """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base."""
+    teacher: Teacher | None
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -120,6 +117,7 @@ def _open(output: Path, run: dict[str, Any], drafting: dict[str, Any] | None, ov
 
 def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
+    teacher = Teacher.read(options.teacher_prompt) if options.teacher_prompt is not None else None
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
     options = options.continuing(found.manifest)
@@ -129,10 +127,12 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     context = min(model.config.max_position_embeddings, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
-    examples, development = read_examples(options, encoder, context)
+    parts = read_parts(options)
+    examples, development = encode_parts(parts, options, encoder, context, proposal.context)
     pairs = settle_pairs(options, examples, development)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
+    run["teacher_prompt"] = teacher and teacher.digest
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": files.fingerprint}
     if found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
@@ -144,6 +144,9 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
     options, examples, development, equal = pairs
+    if teacher is not None and lack_answers(parts):
+        parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
+        examples, development = encode_parts(parts, options, encoder, context, proposal.context)
     fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
     fitted = ranks.first_does(fit)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
@@ -155,7 +158,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
-    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, draft_start)
+    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, draft_start, teacher)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
@@ -172,8 +175,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
 def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started: float) -> dict[str, Any]:
     """Train, tune and save an aligner; returns the report."""
     options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
-    caches = this.data["train_dataset"].caches or this.data["eval_dataset"].caches
-    trainer = AlignerTrainer(
+    caches = {**this.data["eval_dataset"].caches, **this.data["train_dataset"].caches}
+    trainer = trainer_of(options)(
         options,
         vocabulary_size(tokenizer),
         this.mean_length,
@@ -197,7 +200,9 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
+        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, trainer.losses_at, ranks)
+    if this.teacher is not None:
+        report["teacher"] = {"prompt": this.teacher.digest, "cache": caches["teacher"].facts}
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(_finite(report))
@@ -215,7 +220,9 @@ def _temperatures(
         return options.temperatures
     path = output / "start.json"
     if not path.exists():
-        given, layout = options.proposal_temperature, Layout.of(TOP_K, 0, rows.vocab_size)
+        taught = options.teacher_prompt is not None  # the proposal is its own teacher: its temperature is nothing to fit
+        given = options.temperatures.proposal if taught else options.proposal_temperature
+        layout = Layout.of(TOP_K, 0, rows.vocab_size)
         if options.proposal_endpoint and options.cache_top_k:  # these rows have temperature 1, and no more entries
             given, layout = 1.0, options.row_layout(rows.vocab_size)
         fitted = fit_temperatures(model, rows, examples, arguments.eval_batch_size, given, layout)
@@ -270,44 +277,6 @@ def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], out
     ranks.first_does(write)
 
 
-def open_tokenizer(options: TrainOptions, source: str, revision: str | None = None) -> Any:
-    """The proposal's tokenizer, with the chat template that was asked for."""
-    template = read_chat_template(options.chat_template_path)
-    tokenizer = load_tokenizer(source, revision=revision)
-    if template is not None:
-        tokenizer.chat_template = template
-    refuse_idle_date(options.date, tokenizer)
-    return tokenizer
-
-
-def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
-    """Training and development records."""
-    need = "rejected" if options.needs_rejected else "chosen"
-    records = read_records(options.dataset, need=need, how=options, limit=options.max_examples)
-    if options.eval_dataset is None:
-        records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
-    else:
-        kept = read_records(options.eval_dataset, need=need, how=options)
-    return records, kept
-
-
-def run_date(options: TrainOptions, tokenizer: Any) -> str | None:
-    """The date of the run in the output folder, or of a new one; None where no chat template writes it."""
-    if not reads_date(tokenizer):
-        return None
-    path = Path(options.output_dir) / "run.json"
-    kept = read_json(path) if path.exists() and not options.overwrite_output_dir else None
-    return pick_date(options.date, kept.get("date") if isinstance(kept, dict) else None)
-
-
-def read_examples(options: TrainOptions, encoder: Encoder, context: int) -> tuple[list[Example], list[Example]]:
-    """Training and development examples."""
-    records, kept = read_parts(options)
-    max_length = min(options.max_length, context)
-    train_examples = encode_records(records, encoder, max_length)
-    return train_examples, encode_records(kept, encoder, max_length)
-
-
 def _caches(
     options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, dict[str, ProposalCache]]:
@@ -317,20 +286,24 @@ def _caches(
     caches: dict[str, dict[str, ProposalCache]] = {part: {} for part in parts}
     for part, which in options.cached_answers:
         name = part if which == "chosen" else f"{part}_{which}"
-        cache = caches[part][which] = ProposalCache.build(
+        source, kind, some, layout = rows, ProposalCache, parts[part], options.row_layout
+        if which == "teacher":
+            assert isinstance(rows, ModelRows)  # as `refuse_beside_teacher` has it
+            source, kind, layout = TeacherRows(rows), TaughtCache, options.taught_layout
+        cache = caches[part][which] = kind.build(
             folder / name,
-            rows,
+            source,
             fingerprint_vocabulary(tokenizer),
-            answers(parts[part], which),
-            layout=options.row_layout(rows.vocab_size),
+            some if which == "teacher" else answers(some, which),
+            layout=layout(rows.vocab_size),
             temperature=options.temperatures.proposal,
             ranks=ranks,
         )
         facts = cache.facts
         error = "an error that is not known"
-        if facts["log_z_error"] is not None:
-            error = f"an error of {facts['log_z_error']:.2g} nats a token (root mean square {facts['log_z_error_rms']:.2g})"
-            error += " in log Z for a copy of the proposal"
+        mean, rms = (facts[name] for name in kind.losses[2:])
+        if mean is not None:
+            error = f"an error of {mean:.2g} nats a token (root mean square {rms:.2g}) in {kind.of}"
         logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
 
@@ -360,12 +333,6 @@ def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
             )
             return
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for _, passes in trainer.development():
-        for _, some in passes:
-            yield from ((piece.logp, piece.logq, piece.tokens) for piece in some)
 
 
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:

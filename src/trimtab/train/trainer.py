@@ -5,7 +5,8 @@ token, and the same gradient however a batch is cut into micro-batches or spread
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     """
 
     control: Any
+    measures = 9
+    """How many sums `_measure` gives."""
 
     def __init__(
         self, options: TrainOptions, vocab_size: int, mean_length: float, *, ranks: Ranks = ALONE, **arguments: Any
@@ -88,14 +91,14 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and diagnostics on the development data, logged under `eval_…`."""
-        sums = torch.zeros(9, dtype=torch.float64)
+        sums = torch.zeros(self.measures, dtype=torch.float64)
         losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
             found = self.look(inputs, passes)
             sums, losses = sums + found[0], losses + found[1]
         sums, losses = self._ranks.total(sums), self._ranks.total(losses)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._summary(sums).items()}
         metrics[f"{metric_key_prefix}_loss"] = float(losses[0] / losses[1])
         if losses[3]:
             metrics[f"{metric_key_prefix}_nll_rejected"] = float(losses[2] / losses[3])
@@ -104,8 +107,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         return metrics
 
     def look(self, inputs: dict[str, Tensor], passes: Passes) -> tuple[Tensor, Tensor]:
-        """What `evaluate` adds up of one development batch: diagnostics `[9]` and losses `[4]`."""
-        sums, alone, decoded = torch.zeros(9, dtype=torch.float64), {}, {}
+        """What `evaluate` adds up of one development batch: diagnostics `[measures]` and losses `[4]`."""
+        sums, alone, decoded = torch.zeros(self.measures, dtype=torch.float64), {}, {}
         for which, some in passes:
             values = []
             for piece in some:
@@ -113,21 +116,37 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 if piece.cached is not None:
                     logp = piece.logp
                     if self._options.objective == "likelihood":
-                        values[-1][1] = likelihood(self._rule, logp, piece.logq, self._weight, piece.tokens)
+                        values[-1][1] = self._decoded(inputs, piece, logp, self._weight)
                     if which == "chosen":
-                        sums += self._measure(piece, logp)
+                        sums += self._measure(inputs, piece, logp)
             alone[which], decoded[which] = map(torch.cat, zip(*values, strict=True))
         loss = self._losses(inputs, decoded).sum()
         rejected = alone.get("rejected", loss.new_zeros(0))
         losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
         return sums, torch.stack(losses).double().cpu()
 
-    def _measure(self, piece: Piece, logp: Tensor) -> Tensor:
+    def losses_at(self) -> Iterator[Callable[[float], Tensor]]:
+        """For each piece of the development data: from a weight to the losses `[n]` of its wanted tokens as decoded."""
+        for inputs, passes in self.development():
+            for _, some in passes:
+                for piece in some:
+                    yield partial(self._decoded, inputs, piece, piece.logp)
+
+    def _decoded(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
+        """`likelihood` of a piece's tokens `[n]` at a weight."""
+        return likelihood(self._rule, logp, piece.logq, weight, piece.tokens)
+
+    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor) -> Tensor:
+        """Sums over a piece's tokens `[measures]`."""
         assert piece.cached is not None
         said = self._options.proposal_top_p
         top_p = said if said is not None and said < 1 else 0.95
         even = piece.cached.evenly().rebuild(self._vocab_size) if piece.cached.samples.shape[-1] else logp
         return measure(self._rule, logp, piece.logq, self._weight, piece.tokens, top_p, even)
+
+    def _summary(self, sums: Tensor) -> dict[str, float]:
+        """Means from the sums of all pieces."""
+        return dataclasses.asdict(summarise([sums]))
 
     @property
     def room(self) -> Room:
@@ -172,23 +191,16 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         options = self._options
         kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
         found = {which: answer_logits(model, inputs, which) for which in kinds}
-        losses = {
-            which: fused_likelihood(
-                self._rule,
-                cached_batch(inputs, which),
-                logits,
-                positions,
-                self._weight,
-                self._temperature,
-                self._vocab_size,
-            )
-            for which, (logits, positions) in found.items()
-        }
-        loss = self._contrasted(inputs, losses)
+        loss = self._contrasted(inputs, {which: self._fused(inputs, which, *logits) for which, logits in found.items()})
         if options.regulariser:
             alone = fused_sft(*found["chosen"], inputs["chosen_tokens"], self._vocab_size)
             loss = loss + options.regulariser * self._sum(alone, inputs, "chosen") / self._mean_length
         return loss
+
+    def _fused(self, inputs: dict[str, Tensor], which: str, logits: Tensor, positions: Tensor) -> Tensor:
+        """The loss of each token of the `which` answers `[N]`."""
+        how = self._weight, self._temperature, self._vocab_size
+        return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
 
     def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
         """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded.
