@@ -163,7 +163,9 @@ def test_answers_are_cut_and_prompts_left_out_where_the_teacher_fills_the_contex
     assert (
         "of 4 records, 1 had an answer cut at max_length=64 (at 10 behind teacher_prompt) and 2 a longer prompt" in caplog.text
     )
-    with pytest.raises(DataError, match="64 tokens or more, or 10 behind teacher_prompt; raise max_length, or shorten it"):
+    with pytest.raises(
+        DataError, match="64 tokens or more, or 10 behind teacher_prompt; raise max_length, or shorten teacher_prompt"
+    ):
         encode_records(records[2:], encoder, 64, 10)
 
 

@@ -100,12 +100,12 @@ def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int,
     if not examples:
         if apart:
             raise DataError("no record is left: behind teacher_prompt every answer is other tokens, or the prompt too long")
-        more = (
+        mend = (
             "; raise max_length"
             if context is None
-            else f", or {context} behind teacher_prompt; raise max_length, or shorten it"
+            else f", or {context} behind teacher_prompt; raise max_length, or shorten teacher_prompt"
         )
-        raise DataError(f"no record is left: every prompt has {max_length} tokens or more{more}")
+        raise DataError(f"no record is left: every prompt has {max_length} tokens or more{mend}")
     return examples
 
 

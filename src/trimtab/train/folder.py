@@ -43,9 +43,7 @@ def open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     found = read_json(output / "run.json")
     if not isinstance(found, dict):
         raise DataError(f"{output / 'run.json'}: must be a JSON object")
-    for key in sorted(
-        set(found) | set(run), key=lambda key: (key == "data" or key.endswith("_weights"), key)
-    ):  # a setting says more
+    for key in sorted(set(found) | set(run), key=lambda key: (key.endswith(("data", "_weights")), key)):  # a setting says more
         if found.get(key) != run.get(key):
             weights = " (another model's, or an earlier Trimtab's mark of the same)" if key.endswith("_weights") else ""
             raise InvalidOption(

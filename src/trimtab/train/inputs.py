@@ -12,7 +12,7 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.records import read_records
 from trimtab.train.teacher import Parts, teach
 
-__all__ = ["encode_parts", "open_tokenizer", "read_examples", "read_parts", "run_date"]
+__all__ = ["encode_parts", "open_tokenizer", "read_parts", "run_date"]
 
 
 def open_tokenizer(options: TrainOptions, source: str, revision: str | None = None) -> Any:
@@ -43,11 +43,6 @@ def run_date(options: TrainOptions, tokenizer: Any) -> str | None:
     path = Path(options.output_dir) / "run.json"
     kept = read_json(path) if path.exists() and not options.overwrite_output_dir else None
     return pick_date(options.date, kept.get("date") if isinstance(kept, dict) else None)
-
-
-def read_examples(options: TrainOptions, encoder: Encoder, context: int) -> tuple[list[Example], list[Example]]:
-    """Training and development examples."""
-    return encode_parts(read_parts(options), options, encoder, context, context)
 
 
 def encode_parts(

@@ -7,6 +7,7 @@ on stands in `run.json`; a run that is interrupted goes on where it stopped.
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from trimtab.decode.aligned import AlignedModel
@@ -61,10 +62,7 @@ def draw_answers(
     for name, records in zip(("train", "dev"), parts, strict=True):
         path, fitting = output / FOLDER / f"{name}.jsonl", _fitting(model, records)
         params = SamplingParams(max_tokens=most, proposal_temperature=at, seed=seed)
-        if ranks.first_does(lambda path=path: not path.exists()):  # type: ignore[misc]
-            ranks.first_does(
-                lambda path=path, fitting=fitting, params=params: _draw(model, fitting, path, params)  # type: ignore[misc]
-            )
+        ranks.first_does(partial(_draw, model, fitting, path, params))
         found.append(_answered(fitting, path))
         seed += len(fitting)
     return found[0], found[1]
@@ -88,6 +86,9 @@ def _fitting(model: AlignedModel, records: Sequence[Record]) -> list[Record]:
 
 
 def _draw(model: AlignedModel, records: Sequence[Record], path: Path, params: SamplingParams) -> None:
+    """Write the answers, unless an earlier run has."""
+    if path.exists():
+        return
     path.parent.mkdir(exist_ok=True)
     logger.info("drawing answers behind teacher_prompt for %d prompts", len(records))
     propose(model, records, path, params, BATCH)
