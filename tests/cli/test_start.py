@@ -7,6 +7,7 @@ import pytest
 from eval_task import called
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, task_rows, write_rows
+from trimtab.cli import main
 from trimtab.models.loading import load_model
 
 SHORT = "--max_steps", 2, "--per_device_train_batch_size", 4, "--disable_tqdm", "--use_cpu"
@@ -46,12 +47,13 @@ def test_a_dry_run_says_what_will_be_made_and_makes_nothing(task, capsys, tmp_pa
     report = json.loads(out)
     assert status == 0
     assert (report["layers"], report["answers"], report["most_tokens"], report["data"]) == ([0, 3], 12, 48, None)
-    parameters = {name: sum(p.numel() for p in load_model(task / "proposal").parameters()) for name in ("proposal",)}
-    assert report["proposal"]["parameters"] == parameters["proposal"]
+    assert report["proposal"]["parameters"] == sum(p.numel() for p in load_model(task / "proposal").parameters())
     assert not (tmp_path / "a").exists()
     called(capsys, *words_of(task, tmp_path / "a", "--layers", "0,3", *SHORT))
-    made = load_model(tmp_path / "a")
-    assert report["start"]["parameters"] == sum(p.numel() for p in made.parameters())
+    assert report["start"]["parameters"] == sum(p.numel() for p in load_model(tmp_path / "a").parameters())
+    assert (
+        called(capsys, *words_of(task, tmp_path / "b", "--dry_run", "--expected_examples", 7))[0] == 2
+    )  # there is no data set
     given = ("--dataset", task / "answered.jsonl", "--answers", "given")
     words = "start", "--proposal", task / "proposal", "--out", tmp_path / "b", *given, "--dry_run"
     assert json.loads(called(capsys, *words, "--json")[1])["answers"] == 12
@@ -66,13 +68,21 @@ def test_a_dry_run_says_what_will_be_made_and_makes_nothing(task, capsys, tmp_pa
         (("--columns", "prompt=post"), "--columns needs --dataset"),
         (("--dataset", "answered.jsonl", "--answers", "given"), "--samples is for --answers samples"),
         (("--dataset_split", "test"), "--dataset_split is for a data set of the hub"),
-        (("--expected_examples", 7), "--expected_examples needs --dataset"),
     ],
 )
-@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("dry", [("--dry_run",), ()])
 def test_what_cannot_be_is_wrong_usage(task, capsys, tmp_path, more, message, dry, monkeypatch):
     monkeypatch.chdir(task)
-    status, _, errors = called(capsys, *words_of(task, tmp_path / "a", *more, *SHORT, *(("--dry_run",) if dry else ())))
+    status, _, errors = called(capsys, *words_of(task, tmp_path / "a", *more, *SHORT, *dry))
     assert status == 2
-    assert message in errors[-1] or (not dry and "--expected_examples is for --dry_run" in errors[-1])
+    assert message in errors[-1]
     assert not (tmp_path / "a" / "run.json").exists()
+
+
+def test_help_says_what_a_distillation_does_by_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["start", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--learning_rate FLOAT [default: 0.001]" in words
+    assert "--lr_scheduler_type STR [default: cosine]" in words
+    assert "--save_total_limit INT [default: 2]" in words

@@ -19,7 +19,7 @@ from trimtab.train.distil import DistilTrainer
 from trimtab.train.own_samples import read_samples
 from trimtab.train.run import train
 from trimtab.train.sibling import make_start
-from trimtab.train.start_options import StartOptions
+from trimtab.train.sibling_options import StartOptions
 
 QUICK = TRAINING | {"max_steps": 24, "eval_steps": 8, "save_steps": 8}
 TITLED = "s " + CHAT_TEMPLATE
@@ -172,14 +172,14 @@ def test_a_killed_run_ends_with_the_same_start(task, made, where, monkeypatch):
 
 
 def test_a_finished_start_is_left_alone_and_another_is_refused(task, made, monkeypatch):
-    folder, report = made
+    report = made[1]
     monkeypatch.setattr(sibling, "DistilTrainer", None)
     assert make_start(start_options(task, "start")) == report
     with pytest.raises(InvalidOption, match=r"out: .*start holds a run with layers=\[0, 2, 4\], now it is \[0, 4\]"):
         make_start(start_options(task, "start", layers="2"))
     (task / "foreign").mkdir()
     (task / "foreign" / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidOption, match="out: .*foreign is not empty and holds no training run"):
+    with pytest.raises(InvalidOption, match=r"out: .*foreign is not empty and holds no training run"):
         make_start(start_options(task, "foreign"))
 
 
@@ -271,9 +271,16 @@ def test_without_weights_the_way_out_is_said(task, tmp_path):
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(
-        CheckpointError, match="holds no safetensors weights.*any small model of its vocabulary as the --aligner"
+        CheckpointError, match=r"holds no safetensors weights.*any small model of its vocabulary as the --aligner"
     ):
         make_start(start_options(task, "weightless", proposal=str(tmp_path)))
+
+
+def test_a_template_that_writes_nothing_before_a_message_needs_prompts(task, tmp_path):
+    bare = tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
+    save_tiny(tmp_path, load_model(task / "proposal"), bare)
+    with pytest.raises(InvalidOption, match="dataset: the proposal cannot be asked for prompts of its own"):
+        make_start(start_options(task, "unasked", proposal=str(tmp_path)))
 
 
 def test_prompts_that_leave_no_room_are_an_error(task):

@@ -1,11 +1,12 @@
 """`trimtab start`: an aligner's start out of some of a proposal's own layers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trimtab.cli.common import check_writable, idle_for_files
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, describe_size, model_weights
-from trimtab.train.start_options import StartOptions
+from trimtab.train.sibling_options import StartOptions
 
 __all__ = ["Options", "render", "run"]
 
@@ -41,8 +42,6 @@ def run(options: Options) -> dict[str, Any]:
 
 def _rehearse(options: Options) -> dict[str, Any]:
     """Which layers would be taken, how large the start would be, and what it would be distilled on."""
-    from pathlib import Path
-
     import torch
     from transformers import AutoModelForCausalLM
 

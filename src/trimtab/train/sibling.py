@@ -38,7 +38,7 @@ from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.run import open_caches, open_tokenizer, run_date, training_of_effect
-from trimtab.train.start_options import StartOptions
+from trimtab.train.sibling_options import StartOptions
 
 __all__ = ["make_start"]
 
