@@ -98,8 +98,6 @@ def _make(
     caches = open_caches(settings, proposal.rows, tokenizer, examples, development, ranks)
     del proposal
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        part.requires_grad_(False)  # a few samples say little about most tokens
     trainer = DistilTrainer(
         settings,
         size,
