@@ -3,8 +3,8 @@
 Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats). Metadata:
 `help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a configuration file may hold it
 for another run). A field named `training` stands for the fields of `transformers.TrainingArguments`, and its `defaults` are
-some of theirs. A method `idle` says which
-options have no effect beside the others, and why; a class says it of what it declares, or knows more of.
+some of theirs. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
+declares, or knows more of.
 """
 
 import argparse

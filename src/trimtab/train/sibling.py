@@ -28,7 +28,7 @@ from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.distil import DistilTrainer
-from trimtab.train.examples import encode_records, fingerprint_examples, split_examples
+from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_examples
 from trimtab.train.fit import finite, fit, trained
 from trimtab.train.folder import LOCK, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.options import TrainOptions
@@ -79,10 +79,10 @@ def _make(
     records = _records(options)
     model, layers, total, weights = _pick(options)
     max_length = min(options.max_length, model.config.max_position_embeddings)
-    size = vocabulary_size(tokenizer)
     given = None
     if options.answers == "given" and records is not None:
-        given = encode_records(records, Encoder(tokenizer, size, find_eos_token_ids(model, tokenizer), date), max_length)
+        encoder = Encoder(tokenizer, vocabulary_size(tokenizer), find_eos_token_ids(model, tokenizer), date)
+        given = encode_records(records, encoder, max_length)
     data = json_digest(record.prompt for record in records or []) if given is None else fingerprint_examples(given)
     run = {**options.describe(), "training": training_of_effect(options.training), "seed": arguments.seed, "data": data}
     run |= {"layers": layers, "proposal_weights": weights}
@@ -94,21 +94,7 @@ def _make(
     if given is None:
         ranks.first_does(lambda: _sample(options, records, output, max_length, arguments.seed))
     examples, development = split_examples(given or read_samples(output / "samples.jsonl"), options.dev_fraction)
-    proposal = open_proposal(settings, tokenizer)
-    caches = open_caches(settings, proposal.rows, tokenizer, examples, development, ranks)
-    del proposal
-    mean_length = sum(len(example.chosen) for example in examples) / len(examples)
-    trainer = DistilTrainer(
-        settings,
-        size,
-        mean_length,
-        ranks=ranks,
-        model=model,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=ExampleDataset(examples, caches["train"]),
-        eval_dataset=ExampleDataset(development, caches["dev"]),
-    )
+    trainer = _make_trainer(settings, arguments, ranks, tokenizer, model, examples, development)
     CompactProgress.install(trainer, "start")
     before = trainer.evaluate()
     fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
@@ -118,7 +104,7 @@ def _make(
         "parameters": model.num_parameters(),
         "examples": len(examples),
         "tokens": sum(len(example.chosen) for example in examples),
-        "cache": caches["train"]["chosen"].facts,
+        "cache": trainer.train_dataset.caches["chosen"].facts,
         "before": before,
         "metrics": trainer.evaluate(),
         "history": trainer.state.log_history,
@@ -133,6 +119,31 @@ def _make(
 
     ranks.first_does(write)
     return report
+
+
+def _make_trainer(
+    settings: TrainOptions,
+    arguments: TrainingArguments,
+    ranks: Ranks,
+    tokenizer: Any,
+    model: Any,
+    examples: list[Example],
+    development: list[Example],
+) -> DistilTrainer:
+    """What distils the small model, with the proposal's rows cached."""
+    rows = open_proposal(settings, tokenizer).rows
+    caches = open_caches(settings, rows, tokenizer, examples, development, ranks)
+    return DistilTrainer(
+        settings,
+        rows.vocab_size,
+        sum(len(example.chosen) for example in examples) / len(examples),
+        ranks=ranks,
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=ExampleDataset(examples, caches["train"]),
+        eval_dataset=ExampleDataset(development, caches["dev"]),
+    )
 
 
 def _records(options: StartOptions) -> list[Record] | None:
