@@ -5,16 +5,18 @@ import json
 import logging
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError, InvalidRequest
 from trimtab.files import json_digest
 from trimtab.train.records import Record
 
-__all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "split_by_prompt"]
+__all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "split_by_prompt", "split_examples"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NONE = array("i")
 
@@ -136,14 +138,34 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     Raises:
         DataError: there is only one prompt.
     """
-    keys = [_hash(f"{seed} {json.dumps(record.prompt, sort_keys=True)}") for record in records]
-    distinct = sorted(set(keys))
-    if len(distinct) < 2:
+    keys = [f"{seed} {json.dumps(record.prompt, sort_keys=True)}" for record in records]
+    if len(set(keys)) < 2:
         raise DataError("all records share one prompt: none can be kept for development; give --eval_dataset")
+    return _split(records, keys, fraction)
+
+
+def split_examples(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    """The same of examples; where all share one prompt, by their wanted answers.
+
+    Raises:
+        DataError: all are alike.
+    """
+    keys = [str(list(example.prompt)) for example in examples]
+    if len(set(keys)) < 2:
+        keys = [str(list(example.chosen)) for example in examples]
+    if len(set(keys)) < 2:
+        raise DataError(f"all {len(examples)} examples are alike: none can be kept for development")
+    return _split(examples, keys, fraction)
+
+
+def _split(items: Sequence[T], keys: Sequence[str], fraction: float) -> tuple[list[T], list[T]]:
+    """Items of the keys with the largest hashes, and of the others; at least one key on each side."""
+    hashes = [_hash(key) for key in keys]
+    distinct = sorted(set(hashes))
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     held_out = set(distinct[:count])
-    train = [record for key, record in zip(keys, records, strict=True) if key not in held_out]
-    return train, [record for key, record in zip(keys, records, strict=True) if key in held_out]
+    train = [item for key, item in zip(hashes, items, strict=True) if key not in held_out]
+    return train, [item for key, item in zip(hashes, items, strict=True) if key in held_out]
 
 
 def fingerprint_examples(examples: Sequence[Example], *, rejected: bool = False) -> str:

@@ -16,6 +16,8 @@ SHOWN = {
     "eval_nll_aligner": "aligner",
     "eval_kl_teacher_aligned": "KL from teacher",
     "eval_kl_aligned_proposal": "KL from proposal",
+    "eval_nll_start": "start",
+    "eval_kl_proposal_start": "KL",
     "eval_log_z_mean": "log Z",
     "eval_acceptance_on_answers": "drafts accepted",
     "grad_norm": "gradient",

@@ -11,13 +11,13 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from trimtab.decode.encoding import Encoder
 from trimtab.files import named_errors, only_writer, read_json, write_json
@@ -30,6 +30,7 @@ from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
 from trimtab.train.examples import Example, answers, fingerprint_examples
+from trimtab.train.fit import finite, fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
@@ -47,7 +48,7 @@ from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
-__all__ = ["train"]
+__all__ = ["open_caches", "train", "training_of_effect"]
 
 logger = logging.getLogger(__name__)
 
@@ -147,13 +148,13 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     if teacher is not None and lack_answers(parts):
         parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
         examples, development = encode_parts(parts, options, encoder, context, proposal.context)
-    fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
-    fitted = ranks.first_does(fit)
+    fitting = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
+    fitted = ranks.first_does(fitting)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
     scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
     options = options.at(fitted)
-    caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
-    del proposal, fit
+    caches = open_caches(options, proposal.rows, tokenizer, examples, development, ranks)
+    del proposal, fitting
     data = {
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
@@ -187,7 +188,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         **this.data,
     )
     CompactProgress.install(trainer, options.objective)
-    _fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
+    fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts,
@@ -205,7 +206,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         report["teacher"] = {"prompt": this.teacher.digest, "cache": caches["teacher"].facts}
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
-    report = dict(_finite(report))
+    report = dict(finite(report))
     _save(
         trainer, Aligner(None, tokenizer, _manifest(options, tokenizer, report["weight"]), str(output)), report, output, ranks
     )
@@ -251,24 +252,16 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
         **this.data,
     )
     CompactProgress.install(trainer, "draft")
-    _fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
+    fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
     report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
-    model, weights = _trained(trainer)
+    model, weights = trained(trainer)
     ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
-    return dict(_finite(report))
-
-
-def _trained(trainer: AlignerTrainer) -> tuple[Any, Any]:
-    """The model, and its weights where they are spread over processes: then all take part in gathering them."""
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
-    return model, weights
+    return dict(finite(report))
 
 
 def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
     """Write what came of it."""
-    aligner.model, weights = _trained(trainer)
+    aligner.model, weights = trained(trainer)
 
     def write() -> None:
         write_json(output / "training.json", report)
@@ -277,7 +270,7 @@ def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], out
     ranks.first_does(write)
 
 
-def _caches(
+def open_caches(
     options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, dict[str, ProposalCache]]:
     """The cached rows of both parts, by the kind of answer that they are on."""
@@ -314,25 +307,14 @@ def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str
     ignored = {*apart, "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
-    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
-    training = {key: value for key, value in options.training.items() if not any(word in key for word in reporting)}
-    described |= {"training": training, "seed": arguments.seed, "data": data}
+    described |= {"training": training_of_effect(options.training), "seed": arguments.seed, "data": data}
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
 
 
-def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint if there is one, and end with the weights that count."""
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:  # transformers would train one step too many
-            trainer.state = state
-            best = Path(state.best_model_checkpoint or checkpoint).name
-            trainer._load_from_checkpoint(
-                str(checkpoint.with_name(best if trainer.args.load_best_model_at_end else checkpoint.name))
-            )
-            return
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+def training_of_effect(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given `TrainingArguments` that a result depends on."""
+    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
+    return {key: value for key, value in given.items() if not any(word in key for word in reporting)}
 
 
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
@@ -346,14 +328,3 @@ def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
         aligner_temperature=options.temperatures.aligner,
         objective=options.objective,
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: say it in words."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return str(value)
-    return value
