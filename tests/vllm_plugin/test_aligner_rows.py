@@ -197,7 +197,7 @@ def weights(aligners: Aligners) -> int:
 def test_adapters_share_a_cache_with_a_slot_for_each_that_a_request_may_combine(models):
     token = models.alone["red"].pool.cache_bytes_per_token  # type: ignore[attr-defined]
     slot, both = (CONTEXT + 1) * token, [models.alone[name].adapter for name in ("red", "blue")]  # type: ignore[attr-defined]
-    mixing = models.alone["red"].pool.gathered_bytes(both)  # type: ignore[attr-defined]
+    mixing = models.alone["red"].pool.store.gathered_bytes(both)  # type: ignore[attr-defined]
     assert token == 2 * 2 * 2 * 8 * 4, "keys and values, layers, heads, dimensions, bytes"
     assert size(make_aligners(models, "red", "blue", requests=3)) == 2 * 3 * (slot + mixing)
     assert size(make_aligners(models, "red", "blue", requests=3, max_aligners=1)) == 3 * (slot + mixing)

@@ -17,6 +17,7 @@ from trimtab.models.aligner import Aligner, Description, Manifest, describe, loa
 from trimtab.models.base import LanguageModel
 from trimtab.models.fingerprint import Files
 from trimtab.models.graphs import CudaCapture
+from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
@@ -78,13 +79,14 @@ def load_parts(
     if isinstance(source, (str, Path)):  # only now, for it takes longest
         load = partial(load_model, source, dtype=dtype, device=device, revision=revision)
         proposal, files = Files.of(load, (source, revision))
+    loader.proposal = backend = _backend(proposal, loader.vocab_size, files, capture)
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
     if named:
         draft = loader.load(draft).model
     return Parts(
-        _backend(proposal, loader.vocab_size, files, capture),
+        backend,
         [item.model for item in loaded],
         [item.manifest for item in loaded],
         draft,
@@ -148,6 +150,9 @@ class Loader:
         self._tokenizer, self._dtype, self._device, self._capture = tokenizer, dtype, device, capture
         self._pools: weakref.WeakValueDictionary[Base, AdapterPool] = weakref.WeakValueDictionary()
         self._unfit: set[Base] = set()
+        self.proposal: LanguageModel | None = None
+        """The proposal, as soon as it is known: heads need it."""
+        self._heads: weakref.WeakValueDictionary[int, HeadPool] = weakref.WeakValueDictionary()
 
     def find(self, source: AlignerLike) -> AlignerLike:
         """What `load` will take of a folder or a hub id, checked without reading weights; anything else as it is.
@@ -177,11 +182,27 @@ class Loader:
         elif isinstance(source, Found):
             name, found = source
             manifest, draft = found.manifest, found.draft
+            if manifest is not None and (head := manifest.parsed_head) is not None:
+                adapted = self._take_head(head, found.folder, name)
+                return Loaded(adapted, manifest, adapted.adapter.num_bytes)
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source, files = load_files(found, dtype=self._dtype, device=self._device)
         model = _backend(source, self.vocab_size, files, self._capture)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
+
+    def _take_head(self, head: Head, folder: Path, name: str) -> Adapted:
+        """A head on the layers of the proposal, which heads of the same tap share."""
+        if self.proposal is None:
+            raise UnsupportedModel(
+                f"'{name}' is a head: it reads the hidden states of its proposal, which are not to be had here. Use it as a LoRA"
+                " adapter of the proposal instead: the folder is one, and that is the aligned model at weight 1"
+            )
+        proposal = head.check(self.proposal, name)
+        pool = self._heads.get(head.tap)
+        if pool is None:
+            pool = self._heads[head.tap] = HeadPool(proposal, head.tap)
+        return Adapted(pool, pool.store.read(folder, name))
 
     @property
     def shared_bytes(self) -> int:

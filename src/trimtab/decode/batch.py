@@ -15,9 +15,10 @@ from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Models
 from trimtab.decode.memory import Size, batch_bytes
 from trimtab.decode.pace import Pace
+from trimtab.decode.reading import extend_proposal, taps_of
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.speculative import Group
+from trimtab.decode.speculative import Drafts, Group
 from trimtab.models.base import LanguageModel, State, vacate
 
 __all__ = ["Batch"]
@@ -113,9 +114,11 @@ class Batch:
             tokens = drafts[0].tokens.new_zeros(len(place), max(limits) + 1)
             for mine, draft in zip(index, drafts, strict=True):
                 tokens[mine, : draft.tokens.shape[1]] = draft.tokens
-        logp = self._proposal.extend(self._state, tokens.to(device), [limit + 1 for limit in limits])
+        counts = [limit + 1 for limit in limits]
+        taps = {tap for group in groups for tap in taps_of(group.models.aligners)}
+        logp, tapped = extend_proposal(self._proposal, self._state, tokens.to(device), counts, taps)
         decided = [
-            group.verify(draft, logp if mine is None else logp[mine, : draft.tokens.shape[1]], want)
+            group.verify(draft, _part(logp, mine, draft), {tap: _part(h, mine, draft) for tap, h in tapped.items()}, want)
             for group, draft, mine, want in zip(groups, drafts, index, wanted, strict=True)
         ]
         numbers = torch.cat([part.flatten() for part in decided]).tolist()  # the step's only wait for the device
@@ -138,3 +141,8 @@ class Batch:
             group = Group(models, self._pace, log_z_every=self._log_z_every)
         group.make_room(len(group.sequences) + more, self._state.capacity, len(self._state))
         return group
+
+
+def _part(values: Tensor, mine: Tensor | None, draft: Drafts) -> Tensor:
+    """Of values `[B, K, …]` of the batch a group's own, `[b, P, …]`: those of its slots, or all where there is one group."""
+    return values if mine is None else values[mine, : draft.tokens.shape[1]]

@@ -8,6 +8,7 @@ from trimtab.core.draw import NO_TOKEN
 from trimtab.errors import InvalidOption
 from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
+from trimtab.models.head import tap_of
 
 __all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter", "who_drafts"]
 
@@ -64,11 +65,15 @@ def choose_drafter(
         default: who drafts then, if there are aligners; `"none"` for a residual.
 
     Raises:
-        InvalidOption: there is no such drafter.
+        InvalidOption: there is no such drafter, or it is a head, which reads what the proposal has read.
     """
+    if default == "aligner" and aligners and tap_of(aligners[0]) is not None:
+        default = "head"
     who = _in_words(len(aligners), draft, default)
+    if draft == "aligner" and default == "head":
+        raise InvalidOption("draft: the first aligner is a head, which reads what the proposal has read, and cannot draft")
     if draft is None:
-        draft = default if aligners else "none"
+        draft = "none" if default == "head" or not aligners else default
     given = [proposal, *aligners, *([] if isinstance(draft, str) else [draft])]
     adapters = tuple(model.adapter if isinstance(model, Adapted) else None for model in given)
     proposal, *rest = (model.pool if isinstance(model, Adapted) else model for model in given)
@@ -90,6 +95,8 @@ def _in_words(aligners: int, draft: str | LanguageModel | None, default: str) ->
         return "nobody: --draft none"
     if not aligners:
         return "nobody: there is no aligner; --draft ngram or a model would"
+    if draft is None and default == "head":
+        return "nobody: the aligner is a head, which reads what the proposal has read; --draft ngram or a model would"
     if draft is None and default == "none":
         return (
             "nobody: the aligner is a residual, whose own drafts are rarely accepted; give its drafter, --draft FOLDER/draft"

@@ -23,6 +23,7 @@ from trimtab.decode.draft import Models
 from trimtab.decode.memory import Size, reading_bytes
 from trimtab.decode.pace import Load, Pace
 from trimtab.decode.prefill import pad
+from trimtab.decode.reading import prefill_all
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.speculative import can_draft
@@ -323,8 +324,8 @@ class _Reading:
         chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
         read = sum(map(len, chunks))
         if read:
-            for model, state in zip(self.models.all, self.states, strict=True):
-                model.prefill(state, pad(chunks, model.device), [len(chunk) for chunk in chunks])
+            tokens = pad(chunks, self.models.proposal.device)
+            prefill_all(self.models.all, self.states, tokens, [len(chunk) for chunk in chunks])
         done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] >= len(prompt) - 1]
         ready = [(sequence, i) for i in done for sequence in self._readers[i]]
         for i in done:

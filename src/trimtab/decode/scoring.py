@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import gather
 from trimtab.decode.prefill import pad, prefill
+from trimtab.decode.reading import extend_all
 from trimtab.decode.request import TokenLogprobs
 from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
 from trimtab.errors import InvalidOption
@@ -110,7 +111,7 @@ def completion_rows(
     """Each model's rows on completions after their prompts, in pieces of bounded size.
 
     Args:
-        models: the first one's device is where all rows come out.
+        models: the first one's device is where all rows come out; it is the proposal, if heads are among them.
         pairs: prompt and completion, neither empty: B of them.
         step: the most tokens K of a completion in one piece.
         shared: how many tokens all prompts begin with, fewer than any has, that are to be read once.
@@ -121,14 +122,11 @@ def completion_rows(
     """
     device, vocab_size = models[0].device, models[0].vocab_size
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    states = [prefill(model, [prompt[:-1] for prompt, _ in pairs], longest, shared) for model in models]
+    states = prefill(models, [prompt[:-1] for prompt, _ in pairs], longest, shared)
     inputs = [[prompt[-1], *completion[:-1]] for prompt, completion in pairs]
     width = min(max(1, ROW_BUDGET // (len(pairs) * vocab_size)), step or ROW_BUDGET)
     for start in range(0, max(map(len, inputs)), width):
         chunks = [ids[start : start + width] for ids in inputs]
         counts = [len(chunk) for chunk in chunks]
-        rows = [
-            model.extend(state, pad(chunks, model.device), counts).to(device)
-            for model, state in zip(models, states, strict=True)
-        ]
+        rows = extend_all(models, states, pad(chunks, device), counts)
         yield rows, pad([completion[start : start + width] for _, completion in pairs], device), counts

@@ -22,6 +22,7 @@ from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.memory import Size
 from trimtab.decode.pace import Pace
+from trimtab.decode.reading import input_of
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sampler import Sampler
 from trimtab.decode.sequence import Drawn
@@ -139,13 +140,22 @@ class Group:
             token = drafts[-1][:, None]
         return Drafts(newest, torch.stack(drafts, 1), torch.cat(drawn_from, 1), {drafter: torch.cat(own, 1)})
 
-    def verify(self, drafts: Drafts, logp: Tensor, limits: Sequence[int]) -> Tensor:
-        """Decide the drafts, given the proposal's rows `[b, P, V]`; what `emit` needs to know, as numbers `[b, …]`."""
+    def verify(self, drafts: Drafts, logp: Tensor, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
+        """Decide the drafts; what `emit` needs to know, as numbers `[b, …]`.
+
+        Args:
+            drafts: what `draft` said.
+            logp: the proposal's rows `[b, P, V]`.
+            tapped: by layer, the proposal's hidden states `[b, P, H]` that heads read.
+            limits: as for `draft`.
+        """
         settings = self._settings
         assert settings is not None
         device, counts = logp.device, [limit + 1 for limit in limits]
         self._rows = [
-            drafts.read[i] if i in drafts.read else model.extend(state, drafts.tokens.to(model.device), counts).to(device)
+            drafts.read[i]
+            if i in drafts.read
+            else model.extend(state, input_of(model, drafts.tokens, tapped), counts).to(device)
             for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1)
         ]
         self._rows.insert(0, logp)

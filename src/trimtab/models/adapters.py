@@ -1,6 +1,6 @@
 """Many LoRA adapters over one shared base, of which every slot of a batch may use another.
 
-An `AdapterPool` is the base model. `AdapterPool.read` loads an adapter's folder as an `Adapted`, a `LanguageModel` that costs
+An `AdapterStore` reads and lays out adapters. An `AdapterPool` is the base model with a store of its own. `AdapterPool.read` loads an adapter's folder as an `Adapted`, a `LanguageModel` that costs
 only its `Adapter`: one flat tensor. A state says which adapter each slot uses (`State.adapters`), so a batch may mix them.
 Nothing but `Adapted` and the states' slots refers to an adapter: drop those, and its memory is free.
 
@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.files import expand_home
-from trimtab.models.base import State
+from trimtab.models.base import LanguageModel, State
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import LEAN, Deltas
@@ -34,7 +34,7 @@ from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, read_plain
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
-__all__ = ["Adapted", "Adapter", "AdapterPool"]
+__all__ = ["Adapted", "Adapter", "AdapterPool", "AdapterStore"]
 
 
 class Shape(NamedTuple):
@@ -71,14 +71,15 @@ class Layout:
 
     Args:
         model: the stock model.
+        first: the first of its layers that adapters may adapt.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, first: int = 0) -> None:
         self.blocks = [len(linears) for linears in PRODUCTS]
         self.columns = [0] * len(PRODUCTS)
         self.places: dict[str, _Place] = {}
         self._spans: list[list[tuple[int, int, int]]] = []  # layer and product: where A starts, where B does, where it ends
-        for i, layer in enumerate(model.model.layers):
+        for i, layer in enumerate(model.model.layers[first:], first):
             self._spans.append([])
             for product, paths in enumerate(PRODUCTS):
                 linears = [layer.get_submodule(path) for path in paths]
@@ -188,62 +189,39 @@ class Gathered:
         return self._deltas[slots]
 
 
-class AdapterPool(HuggingFaceLM):
-    """The base that adapters share, as a `LanguageModel`: a slot whose adapter is None uses the base alone.
+class AdapterStore:
+    """Reads adapters of a model's layers, and lays out those that the slots of a step use.
 
     Args:
-        model, vocab_size, owned, files: as for `HuggingFaceLM`.
-
-    Raises:
-        UnsupportedModel: a base that the lean pass does not run.
+        model: the stock model; its weights are not looked at.
+        dtype, device: of the adapters.
+        first: the first of its layers that adapters may adapt.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, files: Files | None = None) -> None:
-        super().__init__(model, vocab_size, owned=owned, files=files)
-        if self._lean is None:
-            raise UnsupportedModel(
-                f"adapters can share a plain model of type {', '.join(LEAN)}, not this '{self.model.config.model_type}' model"
-            )
-        self.dtype: torch.dtype = self.model.dtype
-        self._layout = Layout(self.model)
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device, first: int = 0) -> None:
+        self.dtype, self.device = dtype, device
+        self._model, self._first, self._layout = model, first, Layout(model, first)
 
-    def new_state(self, slots: int, capacity: int) -> SlotState:
-        """Empty slots without adapters.
-
-        Raises:
-            UnsupportedModel: the base was lent, and its owner has changed its dtype or added something to it.
-        """
-        state = super().new_state(slots, capacity)
-        if self._lean is None or self.model.dtype != self.dtype:
-            raise UnsupportedModel("the base model of these adapters is not what it was: its dtype or its modules have changed")
-        return state
-
-    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
-        """Keys and values, and where slots differ in their adapters, these side by side."""
-        different = set(adapters)
-        mixing = self.gathered_bytes(different - {None}) if len(different) > 1 else 0
-        return super().state_bytes(slots, capacity) + slots * mixing
-
-    def read(self, folder: str | Path, name: str) -> "Adapted":
-        """Load the folder of a LoRA adapter that was trained on this base.
-
-        Raises:
-            UnsupportedModel: `poolable` would have said no.
-            CheckpointError: missing, pickled, incomplete, corrupt, unfitting or non-finite weights.
-            ModelError: the folder or its configuration cannot be read.
-        """
+    def read(self, folder: str | Path, name: str) -> Adapter:
+        """Load the folder of a LoRA adapter; the errors are those of `AdapterPool.read`."""
         folder = expand_home(folder)
         values = read_plain(folder)
         with readable(folder, "aligner"):
             plan = self._plan(values)
             if odd := set(plan) - set(self._layout.places):
-                raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {', '.join(PROJECTIONS)} only")
+                known = f"{', '.join(PROJECTIONS)} only" + (f", from layer {self._first} on" if self._first else "")
+                raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {known}")
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
-        return Adapted(self, Adapter(name, flat, shape, self._layout))
+        return Adapter(name, flat, shape, self._layout)
 
     def gathered_bytes(self, adapters: Iterable[Adapter]) -> int:
         """What each slot of a step takes in which several of these adapters are used."""
         return self._layout.size(Shape.around(adapter.shape for adapter in adapters)) * self.dtype.itemsize
+
+    def mixing_bytes(self, slots: int, adapters: Collection[Any]) -> int:
+        """What so many slots take for these adapters side by side, None among them for a slot without: 0 for one alone."""
+        different = set(adapters)
+        return slots * self.gathered_bytes(different - {None}) if len(different) > 1 else 0
 
     def _plan(self, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
         """Rank and scaling of each adapted module. PEFT itself lays them out, around a base without weights."""
@@ -251,7 +229,7 @@ class AdapterPool(HuggingFaceLM):
         from peft.tuners.lora.layer import LoraLayer
 
         with torch.device("meta"):
-            skeleton = type(self.model)(copy.deepcopy(self.model.config))
+            skeleton = type(self._model)(copy.deepcopy(self._model.config))
         config = LoraConfig.from_peft_type(**values)
         inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
         layers = [(path, module) for path, module in skeleton.named_modules() if isinstance(module, LoraLayer)]
@@ -285,7 +263,8 @@ class AdapterPool(HuggingFaceLM):
                     raise CheckpointError(f"'{folder}' contains NaN or infinite weights in {key}")
         return flat[0], shape
 
-    def _deltas(self, state: SlotState, slots: int) -> Deltas | None:
+    def deltas(self, state: SlotState, slots: int) -> Deltas | None:
+        """What the first slots of a state add to the weights."""
         adapters: list[Adapter | None] = state.adapters[:slots]
         first = adapters[0]
         if all(adapter is first for adapter in adapters):
@@ -306,6 +285,62 @@ class AdapterPool(HuggingFaceLM):
         return gathered.deltas(slots)
 
 
+class AdapterPool(HuggingFaceLM):
+    """The base that adapters share, as a `LanguageModel`: a slot whose adapter is None uses the base alone.
+
+    Args:
+        model, vocab_size, owned, files: as for `HuggingFaceLM`.
+
+    Raises:
+        UnsupportedModel: a base that the lean pass does not run.
+    """
+
+    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, files: Files | None = None) -> None:
+        super().__init__(model, vocab_size, owned=owned, files=files)
+        if self._lean is None:
+            raise UnsupportedModel(
+                f"adapters can share a plain model of type {', '.join(LEAN)}, not this '{self.model.config.model_type}' model"
+            )
+        self.dtype: torch.dtype = self.model.dtype
+        self.store = AdapterStore(self.model, self.dtype, self.device)
+
+    def new_state(self, slots: int, capacity: int) -> SlotState:
+        """Empty slots without adapters.
+
+        Raises:
+            UnsupportedModel: the base was lent, and its owner has changed its dtype or added something to it.
+        """
+        state = super().new_state(slots, capacity)
+        if self._lean is None or self.model.dtype != self.dtype:
+            raise UnsupportedModel("the base model of these adapters is not what it was: its dtype or its modules have changed")
+        return state
+
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """Keys and values, and where slots differ in their adapters, these side by side."""
+        return super().state_bytes(slots, capacity) + self.store.mixing_bytes(slots, adapters)
+
+    def read(self, folder: str | Path, name: str) -> "Adapted":
+        """Load the folder of a LoRA adapter that was trained on this base.
+
+        Raises:
+            UnsupportedModel: `poolable` would have said no.
+            CheckpointError: missing, pickled, incomplete, corrupt, unfitting or non-finite weights.
+            ModelError: the folder or its configuration cannot be read.
+        """
+        return Adapted(self, self.store.read(folder, name))
+
+    def _deltas(self, state: SlotState, slots: int) -> Deltas | None:
+        return self.store.deltas(state, slots)
+
+
+class Pool(LanguageModel, Protocol):
+    """A language model whose slots may have adapters."""
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256:…` of the base."""
+
+
 class Adapted:
     """A pool's base with one adapter, as a `LanguageModel`. States of the pool and of all its adapters are of one kind.
 
@@ -314,7 +349,7 @@ class Adapted:
         adapter: what every slot of a new state gets.
     """
 
-    def __init__(self, pool: AdapterPool, adapter: Adapter) -> None:
+    def __init__(self, pool: Pool, adapter: Adapter) -> None:
         self.pool, self.adapter = pool, adapter
         self.vocab_size, self.max_length, self.device = pool.vocab_size, pool.max_length, pool.device
 
@@ -323,7 +358,7 @@ class Adapted:
         """`sha256:…` of base and adapter together."""
         return f"sha256:{hashlib.sha256(f'{self.pool.fingerprint} {self.adapter.fingerprint}'.encode()).hexdigest()}"
 
-    def new_state(self, slots: int, capacity: int) -> SlotState:
+    def new_state(self, slots: int, capacity: int) -> State:
         """Empty slots that use the adapter."""
         state = self.pool.new_state(slots, capacity)
         state.adapters = [self.adapter] * slots
@@ -349,7 +384,7 @@ class Adapted:
         """Copy slots, adapters included."""
         self.pool.copy(source, slots, target, to)
 
-    def select(self, state: State, rows: Sequence[int]) -> SlotState:
+    def select(self, state: State, rows: Sequence[int]) -> State:
         """Copies of the given slots, adapters included."""
         return self.pool.select(state, rows)
 

@@ -21,6 +21,7 @@ from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
 from trimtab.files import atomic_folder, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
+from trimtab.models.head import Head
 from trimtab.models.loading import expand, load_model, load_tokenizer, readable
 from trimtab.models.peft_saving import embeddings_of, unasked
 from trimtab.models.vocabulary import fingerprint_vocabulary
@@ -61,6 +62,7 @@ class Manifest:
         weight: λ; None stands for the rule's default.
         proposal_temperature, proposal_top_p, aligner_temperature: the warps before the rule.
         objective: what it was trained with, if we know.
+        head: for a head (`trimtab.models.head`), `{"tap": …, "layers": …, "proposal": …}`.
     """
 
     vocabulary: str
@@ -71,6 +73,7 @@ class Manifest:
     proposal_top_p: float = 1.0
     aligner_temperature: float = 1.0
     objective: str | None = None
+    head: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -103,8 +106,14 @@ class Manifest:
             raise ManifestError(f"proposal must be {{'id': …, 'revision': …}}, not {proposal!r}")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise ManifestError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        _ = self.parsed_head  # raises where it cannot be
         if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
             raise ManifestError(f"vocabulary must be a fingerprint 'sha256:…', not {self.vocabulary!r}")
+
+    @property
+    def parsed_head(self) -> Head | None:
+        """What it says of a head, if it is one."""
+        return None if self.head is None else Head.from_dict(self.head)
 
     @property
     def is_residual(self) -> bool:
@@ -293,8 +302,14 @@ model = AlignedModel.from_pretrained({proposal or "PROPOSAL"!r}, "THIS_FOLDER")
 print(model.generate(["..."], SamplingParams(max_tokens=64, seed=0))[0].text)
 ```
 
-It works with any proposal of the same vocabulary.
+{_FITS_ONE if manifest.head else _FITS_ANY}
 """
+
+
+_FITS_ANY = "It works with any proposal of the same vocabulary."
+_FITS_ONE = """It is a head: a LoRA adapter of the proposal's upper layers, which Trimtab runs beside the proposal on its hidden states.
+It fits this proposal only. PEFT, vLLM and llama.cpp can load it as an ordinary adapter of the proposal: that is the aligned
+model at weight 1."""
 
 
 def _is_local(model: str) -> bool:

@@ -104,7 +104,7 @@ class Graphs:
             lengths, taken = numbers.unsqueeze(-1)
             state.step = state.lay_out(lengths, taken, width, columns, last_position)
             try:
-                return self._lean.hidden(tokens, state.step, state.layers)
+                return self._lean.upper(self._lean.embed(tokens), state.step, state.layers)
             finally:
                 state.step = None
 

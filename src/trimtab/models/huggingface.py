@@ -194,6 +194,33 @@ class HuggingFaceLM:
         """Append to every slot without computing K rows of logits."""
         self._forward(state, tokens, counts, last_only=True)
 
+    @property
+    def lean(self) -> LeanDecoder:
+        """What runs its layers one by one.
+
+        Raises:
+            UnsupportedModel: this model has no lean pass.
+        """
+        if self._lean is None:
+            kind = self.model.config.model_type
+            raise UnsupportedModel(
+                f"a head reads the layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules"
+            )
+        return self._lean
+
+    def extend_tapped(
+        self, state: State, tokens: Tensor, counts: Sequence[int], layers: Collection[int], *, rows: bool = True
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """`extend`, or `prefill` without `rows`, which also gives the inputs `[B, K, H]` of these layers, for heads on them.
+
+        Raises:
+            UnsupportedModel: the model has no lean pass.
+        """
+        _ = self.lean
+        tapped = dict.fromkeys(layers, tokens)  # placeholders
+        logits = self._forward(state, tokens, counts, last_only=not rows, tapped=tapped)
+        return row_from_logits(logits, self.vocab_size) if rows else None, tapped
+
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot by lowering its length."""
         state.check_rollback(counts)
@@ -211,19 +238,27 @@ class HuggingFaceLM:
         return state.select(rows)
 
     @torch.no_grad()
-    def _forward(self, state: State, tokens: Tensor, counts: Sequence[int], *, last_only: bool) -> Tensor:
+    def _forward(
+        self,
+        state: State,
+        tokens: Tensor,
+        counts: Sequence[int],
+        *,
+        last_only: bool,
+        tapped: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         assert isinstance(state, SlotState)
         state.check_room(tokens, counts)
         last_position = (self.max_length or state.capacity) - 1
         tokens, deltas = tokens.to(self.device), self._deltas(state, len(counts))
         logits = None
-        if self._graphs is not None and deltas is None and not last_only:
+        if self._graphs is not None and deltas is None and not last_only and not tapped:
             logits = self._graphs.extend(state, tokens, counts, last_position)
         if logits is None:
             state.step = step = state.plan(counts, tokens.shape[1], last_position, self.device)
             try:
                 logits = (
-                    self._lean(tokens, step, state.layers, last_only=last_only, deltas=deltas)
+                    self._lean(tokens, step, state.layers, last_only=last_only, deltas=deltas, tapped=tapped)
                     if self._lean
                     else self._stock(tokens, step, state, last_only)
                 )

@@ -84,10 +84,17 @@ class LeanDecoder:
         return self._cos, self._sin
 
     def __call__(
-        self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], *, last_only: bool, deltas: Deltas | None = None
+        self,
+        tokens: Tensor,
+        step: Step,
+        cache: Sequence[SlotLayer],
+        *,
+        last_only: bool,
+        deltas: Deltas | None = None,
+        tapped: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of the last column alone."""
-        hidden = self.hidden(tokens, step, cache, deltas)
+        """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of the last column alone; `tapped` is as in `upper`."""
+        hidden = self.upper(self.embed(tokens), step, cache, deltas, tapped=tapped)
         return self.logits(hidden[:, -1:] if last_only else hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -95,15 +102,37 @@ class LeanDecoder:
         normed = F.rms_norm(hidden.flatten(0, 1), (hidden.shape[-1],), self._norm, self._eps)
         return self._head(normed).view(*hidden.shape[:2], -1)
 
-    def hidden(self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], deltas: Deltas | None = None) -> Tensor:
-        """Hidden states `[B, K, H]` of tokens `[B, K]`, behind the last layer."""
-        batch, width = tokens.shape
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The first layer's input `[B, K, H]` of tokens `[B, K]`."""
+        return F.embedding(tokens, self._embedding)
+
+    def upper(
+        self,
+        hidden: Tensor,
+        step: Step,
+        cache: Sequence[SlotLayer],
+        deltas: Deltas | None = None,
+        *,
+        first: int = 0,
+        tapped: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states `[B, K, H]` behind the last layer.
+
+        Args:
+            hidden: the input `[B, K, H]` of layer `first`.
+            step, cache, deltas: of the layers from `first` on.
+            first: the layer to begin with, counted from 0.
+            tapped: by their numbers, the layers whose inputs `[B, K, H]` are wanted; they are put there.
+        """
+        batch, width = hidden.shape[:2]
         heads, keys, group = self._heads, self._heads + self._key_heads, self._heads // self._key_heads
         cos, sin = self._rotations(step)
-        x = F.embedding(tokens.flatten(), self._embedding)  # [B·K, hidden]: products of matrices, not of batches of them
+        x = hidden.flatten(0, 1)  # [B·K, H]: products of matrices, not of batches of them
         mask = None if step.unmasked else _repeat(step.additive_mask(x.dtype), group)
         size = (x.shape[-1],)
-        for i, (layer, slots) in enumerate(zip(self._layers, cache, strict=True)):
+        for i, (layer, slots) in enumerate(zip(self._layers[first:], cache, strict=True)):
+            if tapped is not None and first + i in tapped:
+                tapped[first + i] = x.view(batch, width, -1)
             to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
             qkv = _product(layer.qkv, F.rms_norm(x, size, layer.attention_norm, self._eps), to_qkv)
             qkv = qkv.view(batch, width, -1, self._head_dim)
@@ -121,6 +150,11 @@ class LeanDecoder:
             gate, up = gate_up.chunk(2, -1)
             x = x + _product(layer.down, F.silu(gate) * up, to_down)
         return x.view(batch, width, -1)
+
+    @property
+    def depth(self) -> int:
+        """How many layers it has."""
+        return len(self._layers)
 
     def _read_layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -1,0 +1,63 @@
+"""One step of several models over the same texts: the proposal first, for heads read its hidden states."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.models.base import LanguageModel, State
+from trimtab.models.head import tap_of
+
+__all__ = ["extend_all", "extend_proposal", "input_of", "prefill_all", "taps_of"]
+
+
+def taps_of(models: Sequence[LanguageModel]) -> set[int]:
+    """The layers of the proposal whose inputs the heads among some models read."""
+    return {tap for model in models if (tap := tap_of(model)) is not None}
+
+
+def extend_proposal(
+    proposal: Any, state: State, tokens: Tensor, counts: Sequence[int], taps: set[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The proposal's rows `[B, K, V]`, and the inputs `[B, K, H]` of these layers."""
+    if not taps:
+        return proposal.extend(state, tokens, counts), {}
+    rows, tapped = proposal.extend_tapped(state, tokens, counts, taps)
+    return rows, tapped
+
+
+def extend_all(
+    models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int]
+) -> list[Tensor]:
+    """Append tokens `[B, K]` to every model's slots; each one's rows `[B, K, V]`, on the first one's device.
+
+    Args:
+        models: the proposal first, if heads are among them.
+        states: one for each.
+        tokens, counts: as in `LanguageModel.extend`.
+    """
+    device = models[0].device
+    first, tapped = extend_proposal(models[0], states[0], tokens.to(device), counts, taps_of(models[1:]))
+    rest = [
+        model.extend(state, input_of(model, tokens, tapped), counts).to(device)
+        for model, state in zip(models[1:], states[1:], strict=True)
+    ]
+    return [first, *rest]
+
+
+def prefill_all(models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int]) -> None:
+    """`extend_all` where nobody wants the rows."""
+    proposal: Any = models[0]
+    taps, tapped = taps_of(models[1:]), {}
+    if taps:
+        _, tapped = proposal.extend_tapped(states[0], tokens.to(proposal.device), counts, taps, rows=False)
+    else:
+        proposal.prefill(states[0], tokens.to(proposal.device), counts)
+    for model, state in zip(models[1:], states[1:], strict=True):
+        model.prefill(state, input_of(model, tokens, tapped), counts)
+
+
+def input_of(model: LanguageModel, tokens: Tensor, tapped: dict[int, Tensor]) -> Tensor:
+    """What a model reads of a step: tokens, or hidden states if it is a head."""
+    tap = tap_of(model)
+    return tokens.to(model.device) if tap is None else tapped[tap]

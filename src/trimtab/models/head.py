@@ -1,0 +1,167 @@
+"""Heads: aligners that read the hidden states of their proposal instead of its tokens.
+
+A head runs the proposal's own upper layers a second time, from the input of one layer on (its *tap*), with a LoRA adapter of its
+own. The layers below are run once, for the proposal and for all heads. So a head is the language model that the adapter would
+make of the proposal, at the price of the layers that it touches: no weights but the adapter's, and keys and values of its own
+for no other layers. On disk it is that adapter, which PEFT loads into the proposal, with the tap in `trimtab.json`.
+
+`HeadPool` is one proposal's layers from one tap on, which all heads with that tap share: the slots of a batch may use another
+head each (`trimtab.models.adapters`). It is a `LanguageModel` but for what it reads: hidden states `[B, K, H]` in the place of
+tokens `[B, K]` (`HuggingFaceLM.extend_tapped` has them). `trimtab.decode.reading` brings the two together.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import row_from_logits
+from trimtab.errors import ManifestError, UnsupportedModel
+from trimtab.models.adapters import AdapterStore
+from trimtab.models.base import LanguageModel, State
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.slots import SlotState
+
+__all__ = ["Head", "HeadPool", "digest_proposal", "tap_of"]
+
+ROWS_APART = 97
+"""Of the embedding, one row in so many tells a proposal from others."""
+
+
+def tap_of(model: LanguageModel) -> int | None:
+    """The layer of the proposal whose input a head reads; None for a model that reads tokens."""
+    return getattr(getattr(model, "pool", model), "tap", None)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a manifest says of a head.
+
+    Attributes:
+        tap: the first layer of the proposal that it runs again, counted from 0.
+        layers: how many the proposal has.
+        proposal: `digest_proposal` of the only proposal that it fits.
+    """
+
+    tap: int
+    layers: int
+    proposal: str
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Read the `head` of a manifest.
+
+        Raises:
+            ManifestError: it is not whole, or cannot be.
+        """
+        if not isinstance(values, Mapping) or set(values) != {"tap", "layers", "proposal"}:
+            raise ManifestError(f"head must be {{'tap': …, 'layers': …, 'proposal': …}}, not {values!r}")
+        head = cls(**values)
+        if not isinstance(head.tap, int) or not isinstance(head.layers, int) or not 0 <= head.tap < head.layers:
+            raise ManifestError(f"head: tap must be a layer from 0 to layers − 1, not {head.tap!r} of {head.layers!r}")
+        if not isinstance(head.proposal, str) or not head.proposal.startswith("sha256:"):
+            raise ManifestError(f"head: proposal must be a digest 'sha256:…', not {head.proposal!r}")
+        return head
+
+    def check(self, proposal: LanguageModel, name: str) -> HuggingFaceLM:
+        """The proposal, if the head belongs to it.
+
+        Raises:
+            UnsupportedModel: it belongs to another one, or this one's hidden states are not to be had.
+        """
+        if not isinstance(proposal, HuggingFaceLM):
+            raise UnsupportedModel(
+                f"'{name}' is a head: it reads the hidden states of its proposal, which a {type(proposal).__name__} does not give"
+            )
+        lean = proposal.lean
+        if lean.depth != self.layers or digest_proposal(proposal.model) != self.proposal:
+            raise UnsupportedModel(
+                f"'{name}' is a head of another proposal: a head reads hidden states, and fits only the model that it was trained"
+                " on, which its trimtab.json names"
+            )
+        return proposal
+
+
+def digest_proposal(model: Any) -> str:
+    """`sha256:…` of what tells a proposal from others in every dtype: its norms, and some rows of its embedding, in bfloat16."""
+    weights = {name: weight for name, weight in model.named_parameters() if "norm" in name}
+    weights["embedding"] = model.get_input_embeddings().weight[::ROWS_APART]
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+class HeadPool:
+    """A proposal's layers from one on, which all heads with that tap share; a slot without a head is the proposal itself.
+
+    Args:
+        proposal: whose layers they are.
+        tap: the first of them.
+
+    Attributes:
+        store: reads the adapters of heads.
+
+    Raises:
+        UnsupportedModel: the proposal has no lean pass.
+    """
+
+    def __init__(self, proposal: HuggingFaceLM, tap: int) -> None:
+        self._lean, self._proposal, self.tap = proposal.lean, proposal, tap
+        self.vocab_size, self.max_length = proposal.vocab_size, proposal.max_length
+        self.device, self.dtype = proposal.device, proposal.model.dtype
+        self.store = AdapterStore(proposal.model, self.dtype, self.device, tap)
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256:…` of the proposal and the tap."""
+        return f"sha256:{hashlib.sha256(f'{self._proposal.fingerprint} {self.tap}'.encode()).hexdigest()}"
+
+    def new_state(self, slots: int, capacity: int) -> SlotState:
+        """Empty slots without heads."""
+        return SlotState([0] * slots, capacity, self._lean.depth - self.tap)
+
+    def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
+        """Keys and values of these layers, and where slots differ in their heads, their weights side by side."""
+        share = (self._lean.depth - self.tap) / self._lean.depth
+        return int(self._proposal.state_bytes(slots, capacity) * share) + self.store.mixing_bytes(slots, adapters)
+
+    def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append hidden states `[B, K, H]` to every slot; log-probabilities `[B, K, V]` in float32 or better."""
+        return row_from_logits(self._lean.logits(self._run(state, tokens, counts)), self.vocab_size)
+
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
+        """Append hidden states without rows."""
+        self._run(state, tokens, counts)
+
+    def rollback(self, state: State, counts: Sequence[int]) -> None:
+        """Forget the last tokens of each slot by lowering its length."""
+        self._proposal.rollback(state, counts)
+
+    def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
+        """Copy slots, heads included."""
+        self._proposal.copy(source, slots, target, to)
+
+    def select(self, state: State, rows: Sequence[int]) -> SlotState:
+        """Copies of the given slots, heads included."""
+        return self._proposal.select(state, rows)
+
+    @torch.no_grad()
+    def _run(self, state: State, hidden: Tensor, counts: Sequence[int]) -> Tensor:
+        assert isinstance(state, SlotState)
+        if hidden.ndim != 3:
+            raise UnsupportedModel("a head reads its proposal's hidden states [B, K, H]: it cannot be used without its proposal")
+        state.check_room(hidden[..., 0], counts)
+        last_position = (self.max_length or state.capacity) - 1
+        state.step = step = state.plan(counts, hidden.shape[1], last_position, self.device)
+        try:
+            deltas = self.store.deltas(state, len(counts))
+            upper = self._lean.upper(hidden, step, state.layers, deltas, first=self.tap)
+        finally:
+            state.step = None
+        state.advance(counts)
+        return upper

@@ -1,0 +1,97 @@
+"""The proposal's hidden states on the training data, computed once and kept on disk: what a head reads instead of tokens.
+
+They are the input of the head's first layer, for prompts and answers, in the proposal's own precision. So no pass of the proposal
+is needed while a head is trained. The shards are as those of `trimtab.train.cache`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab.decode.prefill import CHUNK, pad
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, missing_shards
+from trimtab.train.examples import Example, fingerprint_examples
+from trimtab.train.ranks import ALONE, Ranks
+from trimtab.train.rows import BATCH, RowSource
+
+__all__ = ["HiddenCache", "hidden_states"]
+
+logger = logging.getLogger(__name__)
+
+
+class HiddenCache:
+    """Hidden states of a list of examples, on disk; made by `build`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._shards = Shards(folder)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Those of one example `[T, H]`, of its prompt and its answer."""
+        return self._shards.read(index, ("hidden",))[0]
+
+    @classmethod
+    def build(
+        cls,
+        folder: Path,
+        model: HuggingFaceLM,
+        source: RowSource,
+        vocabulary: str,
+        examples: Sequence[Example],
+        *,
+        tap: int,
+        ranks: Ranks = ALONE,
+    ) -> "HiddenCache":
+        """Open the cache in `folder`, computing what is missing of it.
+
+        Args:
+            folder: where it is or goes.
+            model: the proposal.
+            source: what tells it from others.
+            vocabulary: fingerprint of the tokenizer.
+            examples: prompts and wanted answers.
+            tap: the layer whose inputs they are.
+            ranks: the processes that build it together, each a share of what is missing.
+
+        Raises:
+            CacheMismatch: the folder holds a cache for something else; the message says what differs.
+        """
+        key = {
+            "format_version": FORMAT_VERSION,
+            "proposal": source.fingerprint,
+            "vocabulary": vocabulary,
+            "data": fingerprint_examples(examples),
+            "tap": tap,
+        }
+        shards = range(-(-len(examples) // SHARD))
+        missing, who = ranks.first_does(lambda: missing_shards(folder, key, shards, source))
+        own = Shards(folder)
+        for done, number in enumerate(missing[ranks.index :: ranks.count], 1):
+            part = hidden_states(model, examples[number * SHARD : (number + 1) * SHARD], tap)
+            own.write(number, {"hidden": torch.cat(part)}, [len(each) for each in part], who)
+            logger.info("kept hidden states, shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
+        ranks.wait()
+        return cls(folder)
+
+
+@torch.inference_mode()
+def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -> list[Tensor]:
+    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU."""
+    texts = [[*example.prompt, *example.chosen] for example in examples]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        longest = len(texts[batch[-1]])
+        state, parts = model.new_state(len(batch), longest), []
+        for begin in range(0, longest, CHUNK):
+            chunks = [texts[i][begin : begin + CHUNK] for i in batch]
+            tokens, counts = pad(chunks, model.device), [len(chunk) for chunk in chunks]
+            parts.append(model.extend_tapped(state, tokens, counts, [tap], rows=False)[1][tap].cpu())
+        whole = torch.cat(parts, 1)
+        for i, states in zip(batch, whole, strict=True):
+            found[i] = states[: len(texts[i])].clone()
+    return found
