@@ -89,7 +89,7 @@ class Layout:
                     up = slice(end, end + linear.out_features)
                     self.places[f"model.layers.{i}.{path}"] = _Place(product, block, slice(start, middle), up)
                     end = up.stop
-                self._spans[i].append((start, middle, end))
+                self._spans[-1].append((start, middle, end))
                 self.columns[product] = end
 
     def size(self, shape: Shape) -> int:

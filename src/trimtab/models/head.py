@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
-from trimtab.errors import ManifestError, UnsupportedModel
+from trimtab.errors import InvalidRequest, ManifestError, UnsupportedModel
 from trimtab.models.adapters import AdapterStore
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.huggingface import HuggingFaceLM
@@ -154,7 +154,7 @@ class HeadPool:
     def _run(self, state: State, hidden: Tensor, counts: Sequence[int]) -> Tensor:
         assert isinstance(state, SlotState)
         if hidden.ndim != 3:
-            raise UnsupportedModel("a head reads its proposal's hidden states [B, K, H]: it cannot be used without its proposal")
+            raise InvalidRequest("a head reads its proposal's hidden states [B, K, H]: it cannot be used without its proposal")
         state.check_room(hidden[..., 0], counts)
         last_position = (self.max_length or state.capacity) - 1
         state.step = step = state.plan(counts, hidden.shape[1], last_position, self.device)
