@@ -48,6 +48,8 @@ def run(options: Options) -> dict[str, Any]:
     if options.assume_tflops is not None and options.assume_tflops <= 0:
         raise UsageError(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
     check_expected(options)
+    if options.dry_run and options.trains_head:
+        raise UsageError("--dry_run knows no heads: name an --aligner, or leave it out and let the run begin")
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
         return estimate(options, Expected(*known))

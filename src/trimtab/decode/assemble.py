@@ -183,8 +183,8 @@ class Loader:
             name, found = source
             manifest, draft = found.manifest, found.draft
             if manifest is not None and (head := manifest.parsed_head) is not None:
-                adapted = self._take_head(head, found.folder, name)
-                return Loaded(adapted, manifest, adapted.adapter.num_bytes)
+                on_proposal = self._take_head(head, found.folder, name)
+                return Loaded(on_proposal, manifest, on_proposal.adapter.num_bytes)
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source, files = load_files(found, dtype=self._dtype, device=self._device)
@@ -195,8 +195,8 @@ class Loader:
         """A head on the layers of the proposal, which heads of the same tap share."""
         if self.proposal is None:
             raise UnsupportedModel(
-                f"'{name}' is a head: it reads the hidden states of its proposal, which are not to be had here. Use it as a LoRA"
-                " adapter of the proposal instead: the folder is one, and that is the aligned model at weight 1"
+                f"'{name}' is a head: it reads the hidden states of its proposal, which are not to be had here. Use it as a"
+                " LoRA adapter of the proposal instead: the folder is one, and that is the aligned model at weight 1"
             )
         proposal = head.check(self.proposal, name)
         pool = self._heads.get(head.tap)

@@ -14,9 +14,7 @@ CHUNK = 512
 """Tokens a slot reads in one forward pass; bounds the memory of activations."""
 
 
-def prefill(
-    models: Sequence[LanguageModel], prompts: Sequence[Sequence[int]], capacity: int, shared: int = 0
-) -> list[State]:
+def prefill(models: Sequence[LanguageModel], prompts: Sequence[Sequence[int]], capacity: int, shared: int = 0) -> list[State]:
     """A state of each model that holds each prompt in a slot of its own, with room for `capacity` tokens.
 
     Args:

@@ -26,15 +26,14 @@ def extend_proposal(
     return rows, tapped
 
 
-def extend_all(
-    models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int]
-) -> list[Tensor]:
+def extend_all(models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Append tokens `[B, K]` to every model's slots; each one's rows `[B, K, V]`, on the first one's device.
 
     Args:
         models: the proposal first, if heads are among them.
         states: one for each.
-        tokens, counts: as in `LanguageModel.extend`.
+        tokens: ids.
+        counts: how many tokens each slot takes.
     """
     device = models[0].device
     first, tapped = extend_proposal(models[0], states[0], tokens.to(device), counts, taps_of(models[1:]))

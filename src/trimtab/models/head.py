@@ -1,7 +1,7 @@
 """Heads: aligners that read the hidden states of their proposal instead of its tokens.
 
-A head runs the proposal's own upper layers a second time, from the input of one layer on (its *tap*), with a LoRA adapter of its
-own. The layers below are run once, for the proposal and for all heads. So a head is the language model that the adapter would
+A head runs the proposal's own upper layers a second time, from the input of one layer on (its *tap*), with a LoRA adapter of
+its own. The layers below are run once, for the proposal and for all heads. So a head is the language model that the adapter would
 make of the proposal, at the price of the layers that it touches: no weights but the adapter's, and keys and values of its own
 for no other layers. On disk it is that adapter, which PEFT loads into the proposal, with the tap in `trimtab.json`.
 
@@ -74,19 +74,19 @@ class Head:
         """
         if not isinstance(proposal, HuggingFaceLM):
             raise UnsupportedModel(
-                f"'{name}' is a head: it reads the hidden states of its proposal, which a {type(proposal).__name__} does not give"
+                f"'{name}' is a head: it reads the hidden states of its proposal, and a {type(proposal).__name__} gives none"
             )
         lean = proposal.lean
         if lean.depth != self.layers or digest_proposal(proposal.model) != self.proposal:
             raise UnsupportedModel(
-                f"'{name}' is a head of another proposal: a head reads hidden states, and fits only the model that it was trained"
-                " on, which its trimtab.json names"
+                f"'{name}' is a head of another proposal: a head reads hidden states, and fits only the model that it was"
+                " trained on, which its trimtab.json names"
             )
         return proposal
 
 
 def digest_proposal(model: Any) -> str:
-    """`sha256:…` of what tells a proposal from others in every dtype: its norms, and some rows of its embedding, in bfloat16."""
+    """`sha256:…` of what tells a proposal from others in every dtype: its norms and some rows of its embedding, in bfloat16."""
     weights = {name: weight for name, weight in model.named_parameters() if "norm" in name}
     weights["embedding"] = model.get_input_embeddings().weight[::ROWS_APART]
     digest = hashlib.sha256()

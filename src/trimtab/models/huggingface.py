@@ -204,7 +204,7 @@ class HuggingFaceLM:
         if self._lean is None:
             kind = self.model.config.model_type
             raise UnsupportedModel(
-                f"a head reads the layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules"
+                f"a head runs layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules"
             )
         return self._lean
 

@@ -120,7 +120,9 @@ class LeanDecoder:
 
         Args:
             hidden: the input `[B, K, H]` of layer `first`.
-            step, cache, deltas: of the layers from `first` on.
+            step: where the tokens go.
+            cache: keys and values of the layers from `first` on.
+            deltas: what is added to these layers' products.
             first: the layer to begin with, counted from 0.
             tapped: by their numbers, the layers whose inputs `[B, K, H]` are wanted; they are put there.
         """

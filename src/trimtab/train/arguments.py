@@ -45,6 +45,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Where we differ from `TrainingArguments`: look ten times a run, and keep the best on the development prompts."""
 
+FOR_HEADS: dict[str, Any] = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+"""Where heads differ from that: a low-rank adapter takes a larger step."""
+
 
 def training_arguments(options: TrainOptions) -> TrainingArguments:
     """The options that are transformers' own, over our defaults.
@@ -57,7 +60,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
     if idle := IDLE & set(options.training):
         raise InvalidOption(f"{min(idle)} has no effect on the training of aligners: leave it out")
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
-    settings = DEFAULTS | here | options.training
+    settings = DEFAULTS | (FOR_HEADS if options.trains_head else {}) | here | options.training
     if isinstance(settings.get("report_to"), str):
         settings["report_to"] = settings["report_to"].replace(",", " ").split()
     if str(settings.get("fsdp")).lower() in ("true", "false"):

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trimtab.core.logprobs import Warp, row_from_logits, warp
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
+from trimtab.train.hidden import HiddenCache
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows, TaughtRows
 
@@ -28,13 +29,20 @@ class Item(NamedTuple):
     """The proposal's, on its `chosen` and `rejected` answers, as far as the loss wants them; `teacher`, on the wanted ones."""
     share: float = 1.0
     """Its weight in the loss."""
+    hidden: Mapping[str, Tensor] = MappingProxyType({})
+    """`[T, H]`, the proposal's hidden states on the prompt with its `chosen` or `rejected` answer, where a head reads them."""
 
 
 class ExampleDataset(torch.utils.data.Dataset[Item]):
-    """Examples, with the proposal's cached rows on their `chosen` and `rejected` answers, where there are any."""
+    """Examples, with what is cached of the proposal on their `chosen` and `rejected` answers: rows, and hidden states."""
 
-    def __init__(self, examples: Sequence[Example], caches: Mapping[str, ProposalCache] = MappingProxyType({})) -> None:
-        self.examples, self.caches = examples, caches
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        caches: Mapping[str, ProposalCache] = MappingProxyType({}),
+        hidden: Mapping[str, HiddenCache] = MappingProxyType({}),
+    ) -> None:
+        self.examples, self.caches, self.hidden = examples, caches, hidden
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -42,7 +50,8 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
     def __getitem__(self, pick: Pick) -> Item:
         """One example."""
         rows = {which: cache[pick.place] for which, cache in self.caches.items()}
-        return Item(self.examples[pick.place], rows, pick.share)
+        hidden = {which: cache[pick.place] for which, cache in self.hidden.items()}
+        return Item(self.examples[pick.place], rows, pick.share, hidden)
 
     @property
     def lengths(self) -> list[int]:
@@ -63,6 +72,9 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
         batch["differs"] = torch.tensor([example.differs for example in examples])
+    for which in items[0].hidden:
+        ids = batch[f"{which}_ids"]
+        batch[f"{which}_hidden"] = _lay_out([item.hidden[which] for item in items], prompts, ids)
     for which, rows in items[0].rows.items():
         for name in rows._fields:
             batch[f"{which}_proposal_{name}"] = torch.cat([getattr(item.rows[which], name) for item in items])
@@ -93,14 +105,26 @@ def rows_at(logits: Tensor, positions: Tensor, vocab_size: int, temperature: flo
 def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
     """The model's logits `[M, W]`, W ≥ V, in its own precision; and which of them `[N]` predict the `which` answers' tokens."""
     mask = batch[f"{which}_mask"]
+    hidden = batch.get(f"{which}_hidden")
+    read = {"input_ids": batch[f"{which}_ids"]} if hidden is None else {"inputs_embeds": hidden.to(model.dtype)}
     logits: Tensor = model(
-        input_ids=batch[f"{which}_ids"],
+        **read,
         attention_mask=batch[f"{which}_attention"],
         position_ids=batch[f"{which}_positions"],
         use_cache=False,
         logits_to_keep=mask.shape[1] + 1,
     ).logits
     return logits.flatten(0, 1), batch[f"{which}_owner"] * logits.shape[1] + batch[f"{which}_column"]
+
+
+def _lay_out(hidden: Sequence[Tensor], prompts: Sequence[Sequence[int]], ids: Tensor) -> Tensor:
+    """Hidden states `[B, L, H]` in the places of their tokens in ids `[B, L]`, zeros elsewhere."""
+    whole = hidden[0].new_zeros(*ids.shape, hidden[0].shape[-1])
+    longest = max(map(len, prompts))
+    for row, prompt, states in zip(whole, prompts, hidden, strict=True):
+        start = longest - len(prompt)
+        row[start : start + len(states)] = states
+    return whole
 
 
 def _answers(which: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:

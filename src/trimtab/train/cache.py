@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,15 +26,48 @@ from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource, TaughtRows
 
-__all__ = ["ProposalCache", "bytes_per_token", "shard_bytes"]
+__all__ = ["FORMAT_VERSION", "SHARD", "ProposalCache", "Shards", "bytes_per_token", "missing_shards", "shard_bytes"]
 
 logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3
 
 SHARD = 256
 """Examples in a file."""
 
 MOST_OPEN = 64
 """Files that are open at once."""
+
+
+class Shards:
+    """Files of what belongs to each token of a list of examples, a few hundred examples in each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[int, tuple[Any, list[int]]] = OrderedDict()
+
+    def read(self, index: int, names: Sequence[str]) -> list[Tensor]:
+        """Of one example, read from disk: what has these names, `[T, …]`."""
+        number, place = divmod(index, SHARD)
+        shard, offsets = self._shard(number)
+        return [shard.get_slice(name)[offsets[place] : offsets[place + 1]] for name in names]
+
+    def write(self, number: int, tensors: Mapping[str, Tensor], lengths: Sequence[int], who: str) -> None:
+        """Write one file whole: the examples' tensors end to end, and where each begins."""
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        whole["offsets"] = torch.tensor([0, *lengths]).cumsum(0)
+        with atomic_write(self._folder / _shard_name(number), "wb") as stream:
+            stream.write(save(whole, {"who": who}))
+
+    def _shard(self, number: int) -> tuple[Any, list[int]]:
+        """An open file and where in it each example begins; the one that was idle longest is closed for it."""
+        if number not in self._open:
+            shard: Any = safe_open(self._folder / _shard_name(number), "pt")
+            self._open[number] = shard, shard.get_tensor("offsets").tolist()
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
 
 
 class ProposalCache:
@@ -52,27 +85,14 @@ class ProposalCache:
 
     def __init__(self, folder: Path, examples: int, vocab_size: int, facts: dict[str, Any]) -> None:
         self.folder, self.vocab_size, self.facts = folder, vocab_size, facts
-        self._examples = examples
-        self._open: OrderedDict[int, tuple[Any, list[int]]] = OrderedDict()
+        self._examples, self._shards = examples, Shards(folder)
 
     def __len__(self) -> int:
         return self._examples
 
     def __getitem__(self, index: int) -> Any:
         """The rows of one example, read from disk."""
-        number, place = divmod(index, SHARD)
-        shard, offsets = self._shard(number)
-        return self.kind(*(shard.get_slice(name)[offsets[place] : offsets[place + 1]] for name in self.kind._fields))
-
-    def _shard(self, number: int) -> tuple[Any, list[int]]:
-        """An open file and where in it each example begins; the one that was idle longest is closed for it."""
-        if number not in self._open:
-            shard: Any = safe_open(self.folder / _shard_name(number), "pt")
-            self._open[number] = shard, shard.get_tensor("offsets").tolist()
-            if len(self._open) > MOST_OPEN:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+        return self.kind(*self._shards.read(index, self.kind._fields))
 
     @staticmethod
     def columns(layout: Layout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -115,7 +135,7 @@ class ProposalCache:
             CacheMismatch: the folder holds a cache for something else; the message says what differs.
         """
         key: dict[str, Any] = {
-            "format_version": 3,
+            "format_version": FORMAT_VERSION,
             "proposal": source.fingerprint,
             "vocabulary": vocabulary,
             "data": fingerprint_examples(examples),
@@ -124,23 +144,23 @@ class ProposalCache:
             "temperature": temperature,
         }
         shards = range(-(-len(examples) // SHARD))
-        missing, who = ranks.first_does(lambda: _what_is_missing(folder, key, shards, source))
+        missing, who = ranks.first_does(lambda: missing_shards(folder, key, shards, source))
+        own = Shards(folder)
         for done, number in enumerate(missing[ranks.index :: ranks.count], 1):
-            part = examples[number * SHARD : (number + 1) * SHARD]
-            with atomic_write(folder / _shard_name(number), "wb") as stream:
-                stream.write(save(_tensors(source.compress(part, layout, temperature)), {"who": who}))
+            found = source.compress(examples[number * SHARD : (number + 1) * SHARD], layout, temperature)
+            own.write(number, _tensors(found), [len(row.ids) for row in found.rows], who)
             logger.info("cached shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
         ranks.wait()
         return cls(folder, len(examples), source.vocab_size, ranks.first_does(lambda: _facts(folder, len(shards), cls.losses)))
 
 
-def _what_is_missing(folder: Path, key: dict[str, Any], shards: range, source: RowSource) -> tuple[list[int], str]:
+def missing_shards(folder: Path, key: dict[str, Any], shards: range, source: RowSource) -> tuple[list[int], str]:
     """The shards that are still to be made, and who makes them; refuses a cache for something else."""
     _check_key(folder, key)
     missing = [number for number in shards if not _is_whole(folder / _shard_name(number))]
     if not missing:
         return [], ""
-    logger.info("caching the proposal's log-probabilities: %d of %d shards in %s", len(missing), len(shards), folder)
+    logger.info("caching what the proposal says: %d of %d shards in %s", len(missing), len(shards), folder)
     who = source.who()
     _check_authors(folder, who, [number for number in shards if number not in missing])
     return missing, who
@@ -149,10 +169,7 @@ def _what_is_missing(folder: Path, key: dict[str, Any], shards: range, source: R
 def _tensors(compressed: Compressed) -> dict[str, Tensor]:
     """One shard."""
     rows = compressed.rows
-    tensors = {name: torch.cat([getattr(row, name) for row in rows]).contiguous() for name in rows[0]._fields}
-    tensors["offsets"] = torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0)
-    tensors["error"] = compressed.error
-    return tensors
+    return {name: torch.cat([getattr(row, name) for row in rows]) for name in rows[0]._fields} | {"error": compressed.error}
 
 
 def shard_bytes(tokens: Sequence[int], layout: Layout, kind: type[ProposalCache] = ProposalCache) -> list[int]:
@@ -194,6 +211,7 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
         "top_k": "another top_k",
         "tail_samples": "another number of tail_samples",
         "temperature": "another proposal_temperature",
+        "tap": "another number of head_layers",
     }
     if not (folder / "cache.json").exists():
         write_json(folder / "cache.json", key)
@@ -203,7 +221,7 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
     except (DataError, ValueError, TypeError) as error:
         raise CacheMismatch(f"{folder}/cache.json is no description of a cache ({error}): delete the folder") from None
     for name, meaning in names.items():
-        if found.get(name) != key[name]:
+        if found.get(name) != key.get(name):
             values = f" ({found.get(name)}, now {key[name]})" if name in ("top_k", "tail_samples", "temperature") else ""
             raise CacheMismatch(f"the cache in {folder} was made for {meaning}{values}: delete the folder, or name another")
 
@@ -242,7 +260,7 @@ def _facts(folder: Path, shards: int, losses: Sequence[str]) -> dict[str, Any]:
 def _is_whole(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as shard:
-            return "error" in shard.keys()  # noqa: SIM118 - a safetensors file is not a mapping
+            return "offsets" in shard.keys()  # noqa: SIM118 - a safetensors file is not a mapping
     except (OSError, SafetensorError):
         return False
 

@@ -1,25 +1,31 @@
 """Train a head: the proposal's upper layers as a model of their own, with a LoRA adapter, on cached hidden states.
 
-What is trained is a transformers model of the same class with fewer layers, which shares them with the proposal; PEFT adapts it.
-Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal.
+What is trained is a transformers model of the same class with fewer layers, which shares them with the proposal; PEFT adapts
+it. Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.errors import InvalidOption
+from trimtab.files import expand_home
 from trimtab.models.head import Head, digest_proposal
-from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.weight_files import WEIGHTS_NAME, commit_of, folder_of
+from trimtab.models.weight_files import WEIGHTS_NAME
 from trimtab.reasons import reason_of
+from trimtab.train.examples import Example, answers
+from trimtab.train.hidden import HiddenCache
+from trimtab.train.options import TrainOptions
+from trimtab.train.proposal import Proposal
+from trimtab.train.ranks import Ranks
+from trimtab.train.start import make_lora
 
-__all__ = ["TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
+__all__ = ["HeadStart", "TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
 
 PREFIX = "base_model.model.model.layers."
 
@@ -67,6 +73,54 @@ def adapted_upper(model: Any, tap: int, config: Any, seed: int) -> Any:
             raise InvalidOption(f"lora_target_modules: {reason_of(error)}") from error
 
 
+class HeadStart:
+    """A head before it is trained.
+
+    Args:
+        options: of the run.
+        proposal: what it reads.
+        head: what its manifest will say.
+    """
+
+    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head) -> None:
+        self._options, self._proposal, self.head = options, proposal, head
+
+    @classmethod
+    def of(cls, options: TrainOptions, proposal: Proposal) -> Self:
+        """A head as the options ask for.
+
+        Raises:
+            InvalidOption: the proposal has fewer layers.
+            UnsupportedModel: its layers cannot be run one by one.
+        """
+        assert proposal.model is not None  # as `settle_head` has it
+        depth = proposal.model.lean.depth
+        tap = pick_tap(depth, options.head_layers)
+        return cls(options, proposal, Head(tap, depth, digest_proposal(proposal.model.model)))
+
+    @property
+    def source(self) -> str:
+        """The proposal's name."""
+        return self._options.proposal
+
+    def caches(self, part: str, examples: Sequence[Example], ranks: Ranks) -> dict[str, HiddenCache]:
+        """The hidden states on a part's answers, by their kind: unwanted ones are among them where every example has one."""
+        folder = Path(self._options.proposal_cache or Path(self._options.output_dir) / "proposal_cache")
+        kinds = ("chosen", "rejected") if all(example.rejected for example in examples) else ("chosen",)
+        return {
+            which: HiddenCache.build(
+                folder / f"{part}_{which}_hidden", self._proposal, answers(examples, which), tap=self.head.tap, ranks=ranks
+            )
+            for which in kinds
+        }
+
+    def prepare(self, seed: int) -> Any:
+        """What is trained, with fresh adapters. The proposal is of no other use after that."""
+        assert self._proposal.model is not None
+        model = self._proposal.model.model
+        return adapted_upper(model, self.head.tap, make_lora(self._options, self._options.proposal), seed)
+
+
 class TrainedHead:
     """What an aligner's folder is written from.
 
@@ -95,14 +149,9 @@ class TrainedHead:
         config = copy.copy(self.peft_config["default"])
         config.inference_mode = True
         config.layers_to_transform = list(range(tap, layers)) if tap else None
-        config.base_model_name_or_path = str(Path(self._proposal).resolve()) if Path(self._proposal).exists() else self._proposal
-        config.revision = commit_of(folder_of(self._proposal, None))
+        here = expand_home(self._proposal)
+        config.base_model_name_or_path = str(here.resolve()) if here.exists() else self._proposal
         config.save_pretrained(folder)
-
-
-def describe_head(proposal: HuggingFaceLM, tap: int) -> Head:
-    """What the manifest of a head of this proposal says."""
-    return Head(tap, proposal.lean.depth, digest_proposal(proposal.model))
 
 
 def _lift(name: str, tap: int) -> str:

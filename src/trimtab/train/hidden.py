@@ -1,7 +1,7 @@
 """The proposal's hidden states on the training data, computed once and kept on disk: what a head reads instead of tokens.
 
-They are the input of the head's first layer, for prompts and answers, in the proposal's own precision. So no pass of the proposal
-is needed while a head is trained. The shards are as those of `trimtab.train.cache`.
+They are the input of the head's first layer, for prompts and answers, in the proposal's own precision. So no pass of the
+proposal is needed while a head is trained. The shards are as those of `trimtab.train.cache`.
 """
 
 import logging
@@ -15,8 +15,9 @@ from trimtab.decode.prefill import CHUNK, pad
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, missing_shards
 from trimtab.train.examples import Example, fingerprint_examples
+from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import ALONE, Ranks
-from trimtab.train.rows import BATCH, RowSource
+from trimtab.train.rows import BATCH
 
 __all__ = ["HiddenCache", "hidden_states"]
 
@@ -37,9 +38,7 @@ class HiddenCache:
     def build(
         cls,
         folder: Path,
-        model: HuggingFaceLM,
-        source: RowSource,
-        vocabulary: str,
+        proposal: Proposal,
         examples: Sequence[Example],
         *,
         tap: int,
@@ -49,9 +48,7 @@ class HiddenCache:
 
         Args:
             folder: where it is or goes.
-            model: the proposal.
-            source: what tells it from others.
-            vocabulary: fingerprint of the tokenizer.
+            proposal: a model that runs here.
             examples: prompts and wanted answers.
             tap: the layer whose inputs they are.
             ranks: the processes that build it together, each a share of what is missing.
@@ -59,10 +56,11 @@ class HiddenCache:
         Raises:
             CacheMismatch: the folder holds a cache for something else; the message says what differs.
         """
+        model, source = proposal.model, proposal.rows
+        assert model is not None
         key = {
             "format_version": FORMAT_VERSION,
             "proposal": source.fingerprint,
-            "vocabulary": vocabulary,
             "data": fingerprint_examples(examples),
             "tap": tap,
         }

@@ -13,6 +13,7 @@ from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
+from trimtab.train.head_options import settle_head
 from trimtab.train.records import parse_columns
 from trimtab.train.rows import Layout
 from trimtab.train.teacher import refuse_beside_teacher
@@ -68,12 +69,19 @@ class TrainOptions:
 
     proposal: str = _option("", "the frozen model: a folder or a hub id", required=True)
     proposal_id: str | None = _option(None, "what the manifest calls the proposal [default: --proposal]")
-    aligner: str = _option("", "the model to train, of the same vocabulary: a folder or a hub id", required=True)
+    aligner: str = _option(
+        "",
+        "the model to train, of the same vocabulary: a folder or a hub id [default: a head, which is a LoRA adapter of the"
+        " proposal's upper layers that reads the proposal's hidden states]",
+    )
+    head_layers: int | None = _option(None, "how many of the proposal's layers a head runs again [default: half of them]")
     dataset: str = _option("", "training data in a TRL layout: JSONL(.gz), Parquet or a hub id", required=True)
     output_dir: str = _option("", "where checkpoints and the finished aligner go", required=True)
     objective: str = _option("likelihood", "what to minimise", choices=OBJECTIVES)
-    rule: str = _option("product", "the decoding rule to train for; goes into the manifest")
-    weight: float | None = _option(None, "the rule's weight while training [default: the rule's own]")
+    rule: str = _option(
+        "", "the decoding rule to train for; goes into the manifest [default: product, and geometric for a head]"
+    )
+    weight: float | None = _option(None, "the rule's weight while training [default: 1 for a head, otherwise the rule's own]")
     alpha: float = _option(1e-4, "ram: weight of the proposal's samples")
     beta: float | None = _option(
         None,
@@ -167,11 +175,12 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
-        for name in ("proposal", "aligner", "dataset", "output_dir"):
+        for name in ("proposal", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise InvalidOption(f"--{name} is required")
+        settle_head(self)
         check_date(self.date)
-        if self._would_overwrite(self.aligner):
+        if self.aligner and self._would_overwrite(self.aligner):
             raise InvalidOption(f"output_dir holds the aligner, {self.aligner}: choose another one")
         if self.objective not in OBJECTIVES:
             raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
@@ -191,6 +200,7 @@ class TrainOptions:
             ("cache_top_k", 0, math.inf),
             ("cache_tail_samples", 0, math.inf),
             ("teacher_max_tokens", 1, math.inf),
+            ("head_layers", 1, math.inf),
             ("lora_r", 1, math.inf),
             ("lora_dropout", 0, 1),
         ):
@@ -259,7 +269,18 @@ class TrainOptions:
     @property
     def starting_weight(self) -> float:
         """The weight to train at."""
-        return self.parsed_rule.default_weights(1)[0] if self.weight is None else self.weight
+        default = 1.0 if self.trains_head else self.parsed_rule.default_weights(1)[0]
+        return default if self.weight is None else self.weight
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the aligner is a head of the proposal (`trimtab.models.head`)."""
+        return not self.aligner
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is decoded is the aligner's own row, as `geometric` has it at weight 1: no proposal's row is needed."""
+        return isinstance(self.parsed_rule, Geometric) and self.starting_weight == 1 and self.temperatures.aligner == 1
 
     @property
     def needs_rejected(self) -> bool:
@@ -274,7 +295,7 @@ class TrainOptions:
         `teacher` is the wanted ones again, behind the teacher's prompt too.
         """
         taught = self.teacher_prompt is not None
-        needed = self.trains_draft if taught else self.objective == "likelihood"
+        needed = self.trains_draft if taught else self.objective == "likelihood" and not (self.is_plain and not self.contrast)
         wanted = [("dev", "chosen")] + [("train", "chosen")] * needed + [("dev", "teacher"), ("train", "teacher")] * taught
         return wanted + [("dev", "rejected"), ("train", "rejected")] * bool(self.contrast)
 
@@ -307,7 +328,7 @@ class TrainOptions:
     @property
     def default_contrast(self) -> float:
         """Of pairs, where none is given."""
-        return CONTRAST if self.trains_residual and self.teacher_prompt is None else 0.0
+        return CONTRAST if (self.trains_residual or self.trains_head) and self.teacher_prompt is None else 0.0
 
     def with_contrast_for(self, examples: int, *, lacking: int) -> "TrainOptions":
         """The same with the contrast settled, for so many examples of which some may lack a rejected answer."""

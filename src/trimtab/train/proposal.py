@@ -22,6 +22,8 @@ class Proposal(NamedTuple):
     context: int
     """The most tokens of a prompt and its answer."""
     eos_token_ids: tuple[int, ...]
+    model: HuggingFaceLM | None
+    """The model itself, if it runs here."""
 
 
 def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
@@ -30,10 +32,10 @@ def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
         load = partial(load_model, options.proposal, dtype=options.dtype, device=options.device)
         model, files = Files.of(load, (options.proposal, None))
         ends = find_eos_token_ids(model, tokenizer)
-        rows = ModelRows(HuggingFaceLM(model, vocabulary_size(tokenizer)), files.fingerprint, ends)
-        return Proposal(rows, model.config.max_position_embeddings, ends)
+        here = HuggingFaceLM(model, vocabulary_size(tokenizer))
+        return Proposal(ModelRows(here, files.fingerprint, ends), model.config.max_position_embeddings, ends, here)
     config, generation = load_configs(options.proposal)
     described = SimpleNamespace(config=config, generation_config=generation)
     remote = EndpointRows(options.proposal_endpoint, options.limits, options.proposal, vocabulary_size(tokenizer))
     context = config.get_text_config().max_position_embeddings - 1  # vLLM does not score without drawing a token
-    return Proposal(remote, context, find_eos_token_ids(described, tokenizer))
+    return Proposal(remote, context, find_eos_token_ids(described, tokenizer), None)

@@ -32,6 +32,7 @@ from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, dr
 from trimtab.train.examples import Example, answers, fingerprint_examples
 from trimtab.train.fit import finite, fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
+from trimtab.train.head import HeadStart, TrainedHead
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
@@ -66,9 +67,12 @@ class _Run(NamedTuple):
     """What trainers call them: `train_dataset` and `eval_dataset`."""
     equal_pairs: int
     """How many pairs have two equal answers."""
-    draft_start: Base
-    """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base."""
+    draft_start: Base | None
+    """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base.
+
+    None for a head, which gets none."""
     teacher: Teacher | None
+    head: HeadStart | None
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -119,13 +123,15 @@ def _open(output: Path, run: dict[str, Any], drafting: dict[str, Any] | None, ov
 def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
     teacher = Teacher.read(options.teacher_prompt) if options.teacher_prompt is not None else None
-    tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
-    check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
-    options = options.continuing(found.manifest)
-    options = options.of_adapter(found) if found.is_adapter else options
-    model, files, draft_start = load_start(options, found)
+    tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner) if options.aligner else None
+    if found is not None:
+        check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
+        options = options.continuing(found.manifest)
+        options = options.of_adapter(found) if found.is_adapter else options
+    start = None if found is None else load_start(options, found)
     proposal = open_proposal(options, tokenizer)
-    context = min(model.config.max_position_embeddings, proposal.context)
+    head = None if start else HeadStart.of(options, proposal)
+    context = min(start.model.config.max_position_embeddings if start else proposal.context, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
     parts = read_parts(options)
@@ -134,39 +140,41 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run["teacher_prompt"] = teacher and teacher.digest
-    run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": files.fingerprint}
-    if found.is_adapter:  # the options' settings are of fresh adapters
+    run |= {"proposal_weights": proposal.rows.fingerprint}
+    if start is not None:
+        run["aligner_weights"] = start.files.fingerprint
+    if found is not None and found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
             "lora": describe_lora(found.folder)
         }
     drafting: dict[str, Any] | None = None
     if options.trains_draft:
         needs = vocabulary_size(tokenizer), min(options.max_length, context)
-        drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found.draft else None}
+        drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found and found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
     options, examples, development, equal = pairs
     if teacher is not None and lack_answers(parts):
         parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
         examples, development = encode_parts(parts, options, encoder, context, proposal.context)
-    fitting = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
+    fitting = partial(_temperatures, options, arguments, output, start and start.model, proposal.rows, development)
     fitted = ranks.first_does(fitting)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
     scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
     options = options.at(fitted)
     caches = open_caches(options, proposal.rows, tokenizer, examples, development, ranks)
-    del proposal, fitting
     data = {
-        "train_dataset": ExampleDataset(examples, caches["train"]),
-        "eval_dataset": ExampleDataset(development, caches["dev"]),
+        name: ExampleDataset(some, caches[part], head.caches(part, some, ranks) if head else {})
+        for name, part, some in (("train_dataset", "train", examples), ("eval_dataset", "dev", development))
     }
-    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, draft_start, teacher)
+    del proposal, fitting
+    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, start and start.draft, teacher, head)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
     else:
-        model = prepare_model(model, options, arguments.seed)
+        model = prepare_model(start.model, options, arguments.seed) if start else head and head.prepare(arguments.seed)
         report = _train_aligner(this, scaled, model, started)
-    del model
+        del model
     if options.trains_draft and "draft" not in report:
         report["draft"] = _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
@@ -207,9 +215,8 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(finite(report))
-    _save(
-        trainer, Aligner(None, tokenizer, _manifest(options, tokenizer, report["weight"]), str(output)), report, output, ranks
-    )
+    manifest = _manifest(options, tokenizer, report["weight"], this.head)
+    _save(trainer, Aligner(None, tokenizer, manifest, str(output)), report, output, ranks, this.head)
     return report
 
 
@@ -238,7 +245,8 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     """Distil the finished aligner's drafter from the aligned model, and save it; returns its report."""
     started = time.monotonic()
     options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
-    own = training_arguments(draft_options(options, this.arguments.learning_rate))
+    assert this.draft_start is not None  # `trains_draft` is for residuals, and no head is one
+    base, own = this.draft_start, training_arguments(draft_options(options, this.arguments.learning_rate))
     trainer = DraftTrainer(
         options,
         vocabulary_size(tokenizer),
@@ -246,7 +254,7 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
         aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
         weight=weight,
         ranks=ranks,
-        model=load_model(this.draft_start.source, dtype=torch.float32, device="cpu", revision=this.draft_start.revision),
+        model=load_model(base.source, dtype=torch.float32, device="cpu", revision=base.revision),
         args=own,
         data_collator=collate,
         **this.data,
@@ -259,9 +267,12 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     return dict(finite(report))
 
 
-def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
+def _save(
+    trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks, head: HeadStart | None
+) -> None:
     """Write what came of it."""
-    aligner.model, weights = trained(trainer)
+    model, weights = trained(trainer)
+    aligner.model = model if head is None else TrainedHead(model, head.source, head.head)
 
     def write() -> None:
         write_json(output / "training.json", report)
@@ -317,7 +328,7 @@ def training_of_effect(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if not any(word in key for word in reporting)}
 
 
-def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
+def _manifest(options: TrainOptions, tokenizer: Any, weight: float, head: HeadStart | None) -> Manifest:
     return Manifest(
         vocabulary=fingerprint_vocabulary(tokenizer),
         proposal={"id": options.proposal_id or options.proposal, "revision": None},
@@ -327,4 +338,5 @@ def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
         proposal_top_p=1.0 if options.proposal_top_p is None else options.proposal_top_p,
         aligner_temperature=options.temperatures.aligner,
         objective=options.objective,
+        head=None if head is None else dataclasses.asdict(head.head),
     )

@@ -4,7 +4,7 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +18,22 @@ from trimtab.models.weight_files import commit_of, folder_of
 from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
-__all__ = ["describe_lora", "load_start", "prepare_model", "read_lora"]
+__all__ = ["Start", "describe_lora", "load_start", "make_lora", "prepare_model", "read_lora"]
 
 logger = logging.getLogger(__name__)
 
 
-def load_start(options: TrainOptions, found: Description) -> tuple[Any, Files, Base]:
-    """The aligner that training starts from, its files, and what its drafter would start from."""
+class Start(NamedTuple):
+    """The aligner that training starts from."""
+
+    model: Any
+    files: Files
+    draft: Base
+    """What its drafter would start from."""
+
+
+def load_start(options: TrainOptions, found: Description) -> Start:
+    """Load the aligner that training starts from."""
     if found.is_adapter:
         read_lora(found.folder)
         model, files = load_files(found, dtype=torch.float32, device="cpu", trainable=True)
@@ -32,7 +41,7 @@ def load_start(options: TrainOptions, found: Description) -> tuple[Any, Files, B
     else:
         base = Base(options.aligner)
         model, files = Files.of(partial(load_model, options.aligner, dtype=torch.float32, device="cpu"), base)
-    return model, files, Base(str(found.draft)) if found.draft else base
+    return Start(model, files, Base(str(found.draft)) if found.draft else base)
 
 
 def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
@@ -47,7 +56,7 @@ def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None
     elif Path(options.aligner).exists():
         model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
     try:
-        return _add_lora(model, lora or _make_lora(options), seed)
+        return _add_lora(model, lora or make_lora(options, options.aligner), seed)
     except ValueError as error:
         name = "aligner" if lora else "lora_target_modules"
         raise InvalidOption(f"{name}: {reason_of(error)}") from error
@@ -92,7 +101,7 @@ def describe_lora(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in apart}
 
 
-def _make_lora(options: TrainOptions) -> Any:
+def make_lora(options: TrainOptions, base: str) -> Any:
     """The configuration of fresh LoRA adapters, which belong to this state of a base that is on the hub."""
     from peft import LoraConfig
 
@@ -102,7 +111,7 @@ def _make_lora(options: TrainOptions) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=list(options.lora_target_modules) or "all-linear",
-        revision=commit_of(folder_of(options.aligner)) if is_here(options.aligner) else None,
+        revision=commit_of(folder_of(base)) if is_here(base) else None,
     )
 
 

@@ -199,6 +199,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     def _fused(self, inputs: dict[str, Tensor], which: str, logits: Tensor, positions: Tensor) -> Tensor:
         """The loss of each token of the `which` answers `[N]`."""
+        if self._options.is_plain:
+            return fused_sft(logits, positions, inputs[f"{which}_tokens"], self._vocab_size)
         how = self._weight, self._temperature, self._vocab_size
         return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
 

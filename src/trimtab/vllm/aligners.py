@@ -58,6 +58,7 @@ class Aligners:
         loader = Loader(tokenizer, dtype=settings.dtype, device=device)
         for name, path in settings.aligners.items():
             model: Any = loader.load(path).model
+            base: Any
             base, adapter = (model.pool, model.adapter) if isinstance(model, Adapted) else (model, None)
             if base.max_length is not None and base.max_length < limits.max_model_len:
                 contexts = f"the context of aligner '{name}' holds {base.max_length} tokens, vLLM's {limits.max_model_len}"

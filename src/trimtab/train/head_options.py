@@ -1,0 +1,35 @@
+"""What `trimtab train` does otherwise where it is told of no aligner, and trains a head of the proposal."""
+
+from typing import Any
+
+from trimtab.errors import InvalidOption
+
+__all__ = ["settle_head"]
+
+
+def settle_head(options: Any) -> None:
+    """Fill in the defaults of `TrainOptions` that depend on whether the aligner is a head, in place.
+
+    Raises:
+        InvalidOption: an option that a head has no use for, or that only a head has.
+    """
+    if options.aligner:
+        if options.head_layers is not None:
+            raise InvalidOption("head_layers: a head is trained where there is no --aligner: leave one of them out")
+        _fill(options, "rule", "product")
+        return
+    if options.proposal_endpoint:
+        raise InvalidOption(
+            "aligner: without one a head is trained, which reads the proposal's hidden states, and an endpoint gives none: name"
+            " the model to train, or leave out --proposal_endpoint"
+        )
+    if options.start != "auto":
+        raise InvalidOption(f"start: a head starts at the proposal, and at nothing else: leave out --start {options.start}")
+    _fill(options, "rule", "geometric")
+    object.__setattr__(options, "use_peft", True)
+
+
+def _fill(options: Any, name: str, value: Any) -> None:
+    """Set a field of a frozen dataclass that was not given."""
+    if not getattr(options, name):
+        object.__setattr__(options, name, value)
