@@ -42,8 +42,13 @@ class Task(NamedTuple):
     file: str | None = None
     sources: tuple[str, ...] = ()
 
-    def prepare(self, folder: Path, data: Path | None) -> None:
+    def prepare(self, folder: Path, data: Path | None, limit: int | None = None) -> None:
         """Write `train.jsonl` and the other parts into `folder`, all of them at once, unless they are there.
+
+        Args:
+            folder: where they go.
+            data: the folder that has the file which this task needs.
+            limit: the most records of each part.
 
         Raises:
             DataError: the file is not there, or is not the one that the parts were made from.
@@ -58,7 +63,7 @@ class Task(NamedTuple):
             if (there := read_json(folder / ABOUT)["made_from"]) != about:
                 raise DataError(f"{folder} was made from {there}, and now there is {about}: choose another --out")
             return
-        parts = self.make(path)
+        parts = {name: records[:limit] for name, records in self.make(path).items()}
         with atomic_folder(folder) as staging:
             for name, records in parts.items():
                 lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
