@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rivals import PROPOSAL, RIVALS, SIX
 
 from trimtab.evaluate.intervals import ratio_interval
 from trimtab.evaluate.texts import describe_texts, distinct_at_equal_length
 from trimtab.files import read_json
 
 __all__ = ["Results", "minus", "pooled", "ratio", "render"]
-
-PROPOSAL, SIX = "proposal", "six examples"
 
 Sums = dict[tuple[str, int], tuple[float, float]]
 """By a prompt's group and its place in the cell: a sum, and what to divide it by."""
@@ -127,7 +126,8 @@ def _texts(results: Results, systems: Sequence[str], part: str) -> str:
     first = {name: next(iter(results.by_system[name].values()))["parts"][part] for name in systems}
     distinct = distinct_at_equal_length({name: one["answers"] for name, one in first.items()})
     measures = [measure for measure in MEASURES if any(measure in one for one in first.values())]
-    head = ["system", *(f"{MEASURES[m]} | minus {SIX}" for m in measures), "words", "distinct-2", "repetition", "cut"]
+    head = [title for measure in measures for title in (MEASURES[measure], f"minus {SIX}")]
+    head = ["system", *head, "words", "distinct-2", "repetition", "cut"]
     rows = []
     for name in systems:
         line = [name]
@@ -136,7 +136,7 @@ def _texts(results: Results, systems: Sequence[str], part: str) -> str:
         about = describe_texts(first[name]["answers"], first[name]["finish_reasons"])
         figures = (about["mean_words"], distinct[name]["distinct_2"], about["repetition_4"], about["truncated"])
         rows.append([*line, *("–" if figure is None else f"{figure:.2f}" for figure in figures)])
-    return _table(" | ".join(head).split(" | "), rows)
+    return _table(head, rows)
 
 
 def _rewards(results: Results, systems: Sequence[str]) -> str:
@@ -213,7 +213,9 @@ def _harm(outside: Mapping[str, Any]) -> Iterable[tuple[tuple[str, int], tuple[f
 
 def main(out: Path) -> None:
     for folder in sorted(path for path in out.glob("*/results") if path.is_dir()):
-        cells = [read_json(path) for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)]
+        order = {name: i for i, name in enumerate(RIVALS)}
+        cells = [read_json(path) for path in sorted(folder.glob("*.json"))]
+        cells.sort(key=lambda cell: (order.get(cell["system"], len(order)), cell["seed"]))
         results = Results(cells)
         seeds = sorted({cell["seed"] for cell in cells})
         print(f"## {cells[0]['task'].capitalize()} (seeds {', '.join(map(str, seeds))})\n")
