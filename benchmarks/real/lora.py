@@ -26,6 +26,8 @@ __all__ = ["CEILINGS", "Ceiling", "cost_of", "merged", "need_trl", "tune"]
 RANK = 16
 EPOCHS = 1
 BATCH = 8
+MICRO_BATCH = 2
+"""Examples in memory at once: a pair of six hundred tokens has rows of a quarter of a gigabyte, several times over."""
 MAX_LENGTH = 1024
 
 REPORT = "tuning.json"
@@ -97,7 +99,9 @@ def _train(ceiling: Ceiling, cell: Cell, folder: Path) -> dict[str, Any]:
             output_dir=scratch,
             learning_rate=ceiling.rate,
             num_train_epochs=EPOCHS,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=MICRO_BATCH,
+            per_device_eval_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=BATCH // MICRO_BATCH,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             max_length=MAX_LENGTH,
