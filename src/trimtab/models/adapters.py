@@ -1,8 +1,9 @@
 """Many LoRA adapters over one shared base, of which every slot of a batch may use another.
 
 An `AdapterStore` reads and lays out adapters. An `AdapterPool` is the base model with a store of its own. `AdapterPool.read`
-loads an adapter's folder as an `Adapted`, a `LanguageModel` that costs only its `Adapter`: one flat tensor. A state says which adapter each slot uses (`State.adapters`), so a batch may mix them.
-Nothing but `Adapted` and the states' slots refers to an adapter: drop those, and its memory is free.
+loads an adapter's folder as an `Adapted`, a `LanguageModel` that costs only its `Adapter`: one flat tensor. A state says which
+adapter each slot uses (`State.adapters`), so a batch may mix them. Nothing but `Adapted` and the states' slots refers to an
+adapter: drop those, and its memory is free.
 
 Of a linear layer's product x·Wᵀ an adapter of rank r makes x·Wᵀ + (x·A)·B, its scaling folded into B. The lean pass has four
 products a layer, two of them fused from several linear layers: there, A stacks the layers' blocks and B is block-diagonal, so

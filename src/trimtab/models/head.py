@@ -1,9 +1,9 @@
 """Heads: aligners that read the hidden states of their proposal instead of its tokens.
 
 A head runs the proposal's own upper layers a second time, from the input of one layer on (its *tap*), with a LoRA adapter of
-its own. The layers below are run once, for the proposal and for all heads. So a head is the language model that the adapter would
-make of the proposal, at the price of the layers that it touches: no weights but the adapter's, and keys and values of its own
-for no other layers. On disk it is that adapter, which PEFT loads into the proposal, with the tap in `trimtab.json`.
+its own. The layers below are run once, for the proposal and for all heads. So a head is the language model that the adapter
+would make of the proposal, at the price of the layers that it touches: no weights but the adapter's, and keys and values of
+its own for no other layers. On disk it is that adapter, which PEFT loads into the proposal, with the tap in `trimtab.json`.
 
 `HeadPool` is one proposal's layers from one tap on, which all heads with that tap share: the slots of a batch may use another
 head each (`trimtab.models.adapters`). It is a `LanguageModel` but for what it reads: hidden states `[B, K, H]` in the place of

@@ -16,8 +16,8 @@ from torch import Tensor
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.head import Head, digest_proposal
+from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.weight_files import WEIGHTS_NAME
-from trimtab.reasons import reason_of
 from trimtab.train.examples import Example, answers
 from trimtab.train.hidden import HiddenCache
 from trimtab.train.options import TrainOptions
@@ -67,10 +67,7 @@ def adapted_upper(model: Any, tap: int, config: Any, seed: int) -> Any:
 
     with torch.random.fork_rng():  # adapters are initialised from the global generator: lend it a seed, put it back
         torch.default_generator.manual_seed(seed)
-        try:
-            return get_peft_model(upper_model(model, tap), config)
-        except ValueError as error:
-            raise InvalidOption(f"lora_target_modules: {reason_of(error)}") from error
+        return get_peft_model(upper_model(model, tap), config)
 
 
 class HeadStart:
@@ -96,6 +93,8 @@ class HeadStart:
         assert proposal.model is not None  # as `settle_head` has it
         depth = proposal.model.lean.depth
         tap = pick_tap(depth, options.head_layers)
+        if odd := set(options.lora_target_modules) - set(PROJECTIONS):
+            raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
         return cls(options, proposal, Head(tap, depth, digest_proposal(proposal.model.model)))
 
     @property
@@ -118,7 +117,7 @@ class HeadStart:
         """What is trained, with fresh adapters. The proposal is of no other use after that."""
         assert self._proposal.model is not None
         model = self._proposal.model.model
-        return adapted_upper(model, self.head.tap, make_lora(self._options, self._options.proposal), seed)
+        return adapted_upper(model, self.head.tap, make_lora(self._options, self._options.proposal, PROJECTIONS), seed)
 
 
 class TrainedHead:
@@ -156,7 +155,5 @@ class TrainedHead:
 
 def _lift(name: str, tap: int) -> str:
     """A weight's name in the whole proposal."""
-    if not name.startswith(PREFIX):
-        raise InvalidOption(f"lora_target_modules: a head adapts its layers only, not {name}")
     number, rest = name.removeprefix(PREFIX).split(".", 1)
     return f"{PREFIX}{int(number) + tap}.{rest}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,8 +102,14 @@ def describe_lora(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in apart}
 
 
-def make_lora(options: TrainOptions, base: str) -> Any:
-    """The configuration of fresh LoRA adapters, which belong to this state of a base that is on the hub."""
+def make_lora(options: TrainOptions, base: str, modules: Sequence[str] | str = "all-linear") -> Any:
+    """The configuration of fresh LoRA adapters, which belong to this state of a base that is on the hub.
+
+    Args:
+        options: of the run.
+        base: what they adapt.
+        modules: which of its modules, where the options name none.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
@@ -110,7 +117,7 @@ def make_lora(options: TrainOptions, base: str) -> Any:
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=list(options.lora_target_modules) or "all-linear",
+        target_modules=list(options.lora_target_modules) or modules,
         revision=commit_of(folder_of(base)) if is_here(base) else None,
     )
 

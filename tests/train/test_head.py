@@ -1,0 +1,175 @@
+"""Heads are trained from cached hidden states: what is trained is what is decoded, and what PEFT makes of the whole proposal."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny_task import make_task, task_options
+from trimtab import AlignedModel
+from trimtab.cli import main
+from trimtab.errors import CacheMismatch, InvalidOption, UnsupportedModel
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.loading import load_model
+from trimtab.train.examples import Example
+from trimtab.train.head import pick_tap, upper_model
+from trimtab.train.hidden import hidden_states
+from trimtab.train.inputs import read_parts
+from trimtab.train.run import train
+from trimtab.train.trainer import AlignerTrainer
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """The task, with a head that was trained on it in `head`, and its report."""
+    folder = make_task(tmp_path_factory.mktemp("task"))
+    report = train(options(folder, "head"))
+    return folder, report
+
+
+def options(folder, name, training=None, **settings):
+    return task_options(folder, name, training, **({"aligner": "", "contrast": 0.0, "lora_dropout": 0.0} | settings))
+
+
+def nats(model, rows):
+    """The mean negative log-likelihood of the wanted answers' tokens, aligned and of the proposal."""
+    scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+    tokens = sum(len(score.tokens) for score in scores)
+    return -sum(sum(s.aligned) for s in scores) / tokens, -sum(sum(s.proposal) for s in scores) / tokens
+
+
+def development(folder):
+    """The rows that `dev_fraction` kept aside."""
+    rows = {row["prompt"]: row for row in map(json.loads, (folder / "train.jsonl").read_text().splitlines())}
+    _, kept = read_parts(options(folder, "head"))
+    return [rows[record.prompt] for record in kept]
+
+
+def test_what_was_trained_is_what_is_decoded(task):
+    folder, report = task
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "head")
+    aligned, proposal = nats(model, development(folder))
+    tried = dict(report["weights_tried"])
+    assert aligned == pytest.approx(tried[report["weight"]], abs=1e-4)
+    assert proposal == pytest.approx(tried[0.0], abs=1e-4)
+    assert aligned < proposal - 0.5
+    assert tried[1.0] == pytest.approx(report["metrics"]["eval_nll_aligned"], abs=1e-4)
+
+
+def test_the_folder_is_an_adapter_of_the_proposal(task):
+    folder, _ = task
+    config = json.loads((folder / "head" / "adapter_config.json").read_text())
+    assert config["layers_to_transform"] == [1]
+    assert config["base_model_name_or_path"] == str(folder / "proposal")
+    manifest = json.loads((folder / "head" / "trimtab.json").read_text())
+    assert (manifest["rule"], manifest["head"]["tap"], manifest["head"]["layers"]) == ("geometric", 1, 2)
+    ids = torch.tensor([tiny_tokenizer()("defgxyz")["input_ids"]])
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(load_model(folder / "proposal"), str(folder / "head"))(ids).logits
+    rows = torch.log_softmax(logits[0, 3:6], -1).gather(1, ids[0, 4:, None]).squeeze(1)
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "head", weight=1.0)
+    assert model.score("defg", [ids[0, 4:].tolist()])[0].aligned == pytest.approx(rows.tolist(), abs=1e-4)
+
+
+def test_it_starts_at_the_proposal(task):
+    folder, _ = task
+    metrics = train(options(folder, "still", {"max_steps": 1, "learning_rate": 1e-12}))["metrics"]
+    assert metrics["eval_nll_aligned"] == pytest.approx(metrics["eval_nll_proposal"], abs=1e-4)
+    assert metrics["eval_kl_aligned_proposal"] == pytest.approx(0, abs=1e-4)
+
+
+def test_hidden_states_are_the_input_of_the_layer(task):
+    folder, _ = task
+    model = load_model(folder / "proposal")
+    examples = [Example([3, 4, 5], [6, 7], []), Example([9], [1, 2, 3, 4, 5, 0], [])]
+    for example, found in zip(examples, hidden_states(HuggingFaceLM(model), examples, 1), strict=True):
+        ids = torch.tensor([[*example.prompt, *example.chosen]])
+        with torch.no_grad():
+            wanted = model(ids, output_hidden_states=True).hidden_states[1][0]
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_upper_layers_are_the_proposals_own(task):
+    folder, _ = task
+    model = load_model(folder / "proposal")
+    upper = upper_model(model, 1)
+    assert upper.model.layers[0] is model.model.layers[1]
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        whole = model(ids, output_hidden_states=True)
+        torch.testing.assert_close(upper(inputs_embeds=whole.hidden_states[1], use_cache=False).logits, whole.logits, atol=1e-5, rtol=0)
+
+
+def test_it_resumes_exactly(task, monkeypatch):
+    folder, report = task
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignerTrainer, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(folder, "again"))
+    again = train(options(folder, "again"))
+    assert again["weights_tried"] == report["weights_tried"]
+    one, other = ((folder / name / "adapter_model.safetensors").read_bytes() for name in ("head", "again"))
+    assert one == other
+
+
+def test_pairs_are_learnt_from_by_contrast(task):
+    folder, _ = task
+    metrics = train(options(folder, "pairs", contrast=None))["metrics"]
+    bare = train(options(folder, "alone", objective="preference", rule="geometric", weight=1.0, beta=1.0))["metrics"]
+    for found in (metrics, bare):
+        assert found["eval_nll_rejected"] > found["eval_nll_aligned"] + 1
+
+
+def test_another_number_of_layers_is_another_cache(task):
+    folder, _ = task
+    with pytest.raises(CacheMismatch, match="another number of head_layers"):
+        train(options(folder, "deep", head_layers=2, proposal_cache=str(folder / "head" / "proposal_cache")))
+
+
+@pytest.mark.parametrize(("layers", "wanted", "tap"), [(30, None, 15), (3, None, 1), (1, None, 0), (4, 4, 0), (4, 1, 3)])
+def test_how_many_layers(layers, wanted, tap):
+    assert pick_tap(layers, wanted) == tap
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head_layers": 3}, "head_layers must be from 1 to 2, which is all"),
+        ({"head_layers": 0}, "head_layers must be from 1"),
+        ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
+        ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
+        ({"start": "uniform"}, "a head starts at the proposal"),
+        ({"proposal_endpoint": ("http://h/v1",)}, "an endpoint gives none"),
+    ],
+)
+def test_what_a_head_refuses(task, settings, message):
+    with pytest.raises(InvalidOption, match=message):
+        train(options(task[0], "refused", **settings))
+
+
+def test_a_proposal_without_a_lean_pass_is_refused_before_any_work(tmp_path):
+    folder = make_task(tmp_path)
+    save_tiny(folder / "proposal", tiny_model("gpt2", 28), tiny_tokenizer())
+    with pytest.raises(UnsupportedModel, match="'gpt2' model is run by its stock modules"):
+        train(options(folder, "gpt2"))
+    assert not (folder / "gpt2" / "run.json").exists()
+
+
+def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
+    folder, _ = task
+    common = ["--proposal", str(folder / "proposal")]
+    flags = ["--max_steps", "2", "--report_to", "none", "--use_cpu", "true", "--contrast", "0", "--max_length", "32"]
+    data = ["--dataset", str(folder / "train.jsonl"), "--output_dir", str(folder / "cli")]
+    assert main(["train", *common, *data, *flags]) == 0
+    capsys.readouterr()
+    assert main(["generate", *common, "--aligner", str(folder / "cli"), "--prompt", "defg", "--max_tokens", "4"]) == 0
+    assert main(["train", *common, *data, "--dry_run"]) == 2
+    assert "--dry_run knows no heads" in capsys.readouterr().err
+    assert not math.isnan(json.loads((folder / "cli" / "training.json").read_text())["weight"])
