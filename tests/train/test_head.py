@@ -154,6 +154,12 @@ def test_what_a_head_refuses(task, settings, message):
         train(options(task[0], "refused", **settings))
 
 
+def test_no_second_round_starts_from_a_head(task):
+    folder, _ = task
+    with pytest.raises(InvalidOption, match="is a head, and no second round starts from one"):
+        train(options(folder, "second", aligner=str(folder / "head")))
+
+
 def test_a_proposal_without_a_lean_pass_is_refused_before_any_work(tmp_path):
     folder = make_task(tmp_path)
     save_tiny(folder / "proposal", tiny_model("gpt2", 28), tiny_tokenizer())

@@ -33,6 +33,7 @@ __all__ = [
     "Description",
     "Manifest",
     "describe",
+    "is_head",
     "load_files",
     "load_weights",
     "save_model",
@@ -140,6 +141,26 @@ class Manifest:
         return dataclasses.asdict(self)
 
 
+def is_head(folder: Path) -> bool:
+    """Whether a folder holds a head with its tokenizer, for which nothing is read from anywhere else.
+
+    Raises:
+        ManifestError: its manifest cannot be read.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file() or not (folder / "tokenizer_config.json").is_file():
+        return False
+    return _read_manifest(path, str(path)).head is not None
+
+
+def _read_manifest(path: Path, source: str) -> Manifest:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ManifestError(f"{source}: not JSON ({error})") from None
+    return Manifest.from_dict(values, source)
+
+
 @dataclass
 class Aligner:
     """A small causal language model, full or as a PEFT adapter, that shares a vocabulary with its proposals.
@@ -236,11 +257,7 @@ def describe(path: str | Path, *, revision: str | None = None) -> Description:
     manifest = None
     if (folder / MANIFEST_NAME).is_file():
         source = str(Path(path) / MANIFEST_NAME)
-        try:
-            values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ManifestError(f"{source}: not JSON ({error})") from None
-        manifest = Manifest.from_dict(values, source)
+        manifest = _read_manifest(folder / MANIFEST_NAME, source)
         if manifest.vocabulary != fingerprint_vocabulary(tokenizer):
             raise VocabularyMismatch(f"{source}: the tokenizer beside it has another vocabulary than the manifest says")
     draft = folder / DRAFT_NAME

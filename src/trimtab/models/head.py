@@ -121,6 +121,11 @@ class HeadPool:
         """`sha256:…` of the proposal and the tap."""
         return f"sha256:{hashlib.sha256(f'{self._proposal.fingerprint} {self.tap}'.encode()).hexdigest()}"
 
+    @property
+    def kernels(self) -> str:
+        """What computes a pass."""
+        return f"layers {self.tap} to {self._lean.depth - 1} of the proposal's {self._proposal.kernels}"
+
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots without heads."""
         return SlotState([0] * slots, capacity, self._lean.depth - self.tap)

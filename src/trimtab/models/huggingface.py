@@ -78,9 +78,9 @@ def _check_attention(config: Any) -> None:
 
 
 def describe_kernels(model: LanguageModel) -> str | None:
-    """`HuggingFaceLM.kernels` of a model, or of the base that an adapter shares; None for models of other kinds."""
-    base = getattr(model, "pool", model)
-    return base.kernels if isinstance(base, HuggingFaceLM) else None
+    """What computes a model's passes, or those of the base that an adapter shares; None for models of other kinds."""
+    kernels: str | None = getattr(getattr(model, "pool", model), "kernels", None)
+    return kernels
 
 
 class HuggingFaceLM:

@@ -23,6 +23,7 @@ from trimtab.decode.settings import with_weight
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, is_adapter
+from trimtab.models.aligner import is_head
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
@@ -228,7 +229,7 @@ class Registry:
             found = None
         if found is None or not found.is_relative_to(self._root) or not found.is_dir():
             raise NoSuchFolder("path: there is no such folder under the server's --aligner_root")
-        if is_adapter(found):
+        if is_adapter(found) and not is_head(found):
             base = base_of(found)
             under_root = Path(base.source).is_dir() and Path(base.source).is_relative_to(self._root)
             if not under_root and base not in self._trusted:

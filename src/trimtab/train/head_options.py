@@ -3,8 +3,9 @@
 from typing import Any
 
 from trimtab.errors import InvalidOption
+from trimtab.models.aligner import Manifest
 
-__all__ = ["settle_head"]
+__all__ = ["refuse_head", "settle_head"]
 
 
 def settle_head(options: Any) -> None:
@@ -27,6 +28,16 @@ def settle_head(options: Any) -> None:
         raise InvalidOption(f"start: a head starts at the proposal, and at nothing else: leave out --start {options.start}")
     _fill(options, "rule", "geometric")
     object.__setattr__(options, "use_peft", True)
+
+
+def refuse_head(manifest: Manifest | None, name: str) -> None:
+    """Refuse to train on a head: its weights are of another proposal's layers, and fresh ones cost minutes.
+
+    Raises:
+        InvalidOption: it is one.
+    """
+    if manifest is not None and manifest.head is not None:
+        raise InvalidOption(f"aligner: '{name}' is a head, and no second round starts from one: leave out --aligner for a new one")
 
 
 def _fill(options: Any, name: str, value: Any) -> None:

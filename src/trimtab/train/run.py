@@ -33,6 +33,7 @@ from trimtab.train.examples import Example, answers, fingerprint_examples
 from trimtab.train.fit import finite, fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
+from trimtab.train.head_options import refuse_head
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
@@ -126,6 +127,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner) if options.aligner else None
     if found is not None:
         check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
+        refuse_head(found.manifest, options.aligner)
         options = options.continuing(found.manifest)
         options = options.of_adapter(found) if found.is_adapter else options
     start = None if found is None else load_start(options, found)
