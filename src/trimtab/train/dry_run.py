@@ -30,6 +30,8 @@ from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.cache import bytes_per_token, shard_bytes
+from trimtab.train.checks import warn_of_rule
+from trimtab.train.cut import mark_cut
 from trimtab.train.examples import Example, answers, encode_records
 from trimtab.train.folder import refuse_foreign
 from trimtab.train.options import Temperatures, TrainOptions
@@ -84,7 +86,7 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
-    options.warn()
+    warn_of_rule(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as scratch, _alone():  # the trainer wants a folder; the run's own stays as it is
         arguments = training_arguments(options)
@@ -235,7 +237,8 @@ def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: F
         return _Data(None, None, (len(records), len(kept)), why, lacking)
     ends = find_eos_token_ids(proposal, tokenizer)
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(options, tokenizer))
-    examples, development = (encode_records(part, encoder, longest) for part in (records, kept))
+    parts = mark_cut((records, kept), options.cut_answers, tokenizer)
+    examples, development = (encode_records(part, encoder, longest) for part in parts)
     return _Data(examples, development, (len(examples), len(development)), None, lacking)
 
 

@@ -13,20 +13,14 @@ from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
+from trimtab.train.cut import CUT_ANSWERS
 from trimtab.train.records import parse_columns
 from trimtab.train.rows import Layout
+from trimtab.train.tune import RANGES
 
 __all__ = ["ENDPOINT_OPTIONS", "Temperatures", "TrainOptions"]
 
 logger = logging.getLogger(__name__)
-
-MATCHES = {
-    "likelihood": ("product", "geometric"),
-    "sft": ("nucleus", "geometric", "kl_gate"),
-    "ram": ("product", "candidates", "nucleus", "kl_gate"),
-    "preference": ("product", "candidates"),
-}
-"""The rules that decode what each objective trains."""
 
 STARTS = ("auto", "tempered", "pretrained", "uniform")
 """Where training may start."""
@@ -45,6 +39,9 @@ CONTRAST_BETA = 1.0
 
 TAIL_SAMPLES = 64
 """Tokens drawn from a row's tail, where they can be."""
+
+SAMPLES = 8
+"""Development prompts that are answered after training."""
 
 ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
 """Where rows come from, and not what they are."""
@@ -122,6 +119,24 @@ class TrainOptions:
         None,
         "what a chat template that writes the date takes for today, YYYY-MM-DD [default: today; a resumed run keeps its own]",
     )
+    cut_answers: str = _option(
+        "auto",
+        "what answers that stop in the middle of a sentence teach: 'auto' leaves out the end of sequence where they pile up at"
+        " one length or stand among whole ones, and warns; 'continue' wherever an answer stops at a letter or a comma; 'end'"
+        " never. The data's own column 'unfinished' counts in any case",
+        choices=CUT_ANSWERS,
+    )
+    max_kl: float | None = _option(
+        None,
+        "product, geometric: a budget for KL(aligned‖proposal) on the development answers, in nats a token, the proposal at"
+        " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it"
+        " [default: none]",
+    )
+    dev_samples: int | None = _option(
+        None,
+        "answer so many development prompts greedily after training, by the proposal and aligned, for the log and"
+        " training.json; the proposal is loaded once more for it; 0 leaves it out [default: 8, behind an endpoint 0]",
+    )
     max_length: int = _option(1024, "longest prompt and answer together, in tokens")
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
     cache_tail_samples: int | None = _option(
@@ -177,6 +192,8 @@ class TrainOptions:
             ("proposal_temperature", 1e-3, math.inf),
             ("aligner_temperature", 1e-3, math.inf),
             ("proposal_top_p", 1e-9, 1),
+            ("max_kl", 1e-9, math.inf),
+            ("dev_samples", 0, math.inf),
             ("max_length", 2, math.inf),
             ("max_examples", 2, math.inf),
             ("cache_top_k", 0, math.inf),
@@ -187,11 +204,17 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
+        if self.cut_answers not in CUT_ANSWERS:
+            raise InvalidOption(f"cut_answers must be one of {', '.join(CUT_ANSWERS)}, not '{self.cut_answers}'")
         if self.weight is not None and not math.isfinite(self.weight):
             raise InvalidOption(f"weight must be a finite number, not {self.weight}")
         rule = self.parsed_rule
         if self.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
             raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
+        if self.max_kl is not None and rule.name not in RANGES:
+            raise InvalidOption(f"max_kl bounds the weight that is tuned, and '{rule}' has none: leave it out")
+        if self.dev_samples and self.proposal_endpoint:
+            raise InvalidOption("dev_samples: text is sampled from a proposal that is here, not from an endpoint: leave it out")
         for name in ("contrast", "sft_weight"):
             if getattr(self, name) and self.objective != "likelihood":
                 raise InvalidOption(f"{name} is a part of likelihood, and '{self.objective}' has none: leave it out")
@@ -239,6 +262,11 @@ class TrainOptions:
         """What the cache keeps of a proposal row of V entries."""
         drawn = TAIL_SAMPLES if self.cache_tail_samples is None else self.cache_tail_samples
         return Layout.of(self.cache_top_k, 0 if self._no_tail_samples else drawn, vocab_size)
+
+    @property
+    def samples(self) -> int:
+        """How many development prompts are answered after training."""
+        return SAMPLES * (not self.proposal_endpoint) if self.dev_samples is None else self.dev_samples
 
     @property
     def starting_weight(self) -> float:
@@ -348,14 +376,6 @@ class TrainOptions:
         """Whether a model, if it is a folder, is in the output's."""
         folder = expand_home(model).resolve()
         return expand_home(self.output_dir).resolve() in (folder, *folder.parents)
-
-    def warn(self) -> None:
-        """Say it where objective and rule do not fit."""
-        if self.parsed_rule.name not in MATCHES[self.objective]:
-            logger.warning(
-                "objective '%s' does not train what rule '%s' decodes; it fits %s",
-                self.objective, self.rule, " or ".join(MATCHES[self.objective]),
-            )  # fmt: skip
 
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""

@@ -11,18 +11,17 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
-from trimtab.files import named_errors, only_writer, read_json, write_json
+from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.loading import load_model, load_tokenizer
@@ -30,6 +29,8 @@ from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabul
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
+from trimtab.train.checks import warn_of_rule, warn_of_weight
+from trimtab.train.cut import mark_cut
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
 from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
@@ -40,6 +41,7 @@ from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.records import Record, read_records
 from trimtab.train.rows import Layout, RowSource
+from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
@@ -88,13 +90,13 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     Returns:
         What `training.json` holds: `tokens`, `cache`, `contrast`, `equal_pairs`, `sft_weight`, `learning_rate`, `weight`,
-        `weights_tried`, `metrics` at the end, `history`, `seconds`;
+        `weights_tried`, `kl` at the weight, `metrics` at the end, `history`, `seconds`; `samples` and `sample_figures`;
         of a drafter, `draft` with its own `metrics`, `history` and `seconds`.
 
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
-    options.warn()
+    warn_of_rule(options)
     output = Path(options.output_dir)
     arguments = training_arguments(options)
     ranks = Ranks(arguments.process_index, arguments.world_size)
@@ -163,6 +165,10 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         model = prepare_model(model, options, arguments.seed)
         report = _train_aligner(this, scaled, model, started)
     del model
+    draw = partial(draw_samples, options, output, tokenizer, development)
+    if "samples" not in report and (drawn := ranks.first_does(draw)):
+        report |= drawn
+        ranks.first_does(lambda: write_json(output / "training.json", report))
     if options.trains_draft and "draft" not in report:
         report["draft"] = _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
@@ -197,10 +203,12 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, lambda: _tuning_rows(trainer), ranks)
+        tuned = tune_weight(options.parsed_rule, trainer.rows, ranks, options.max_kl)
+        warn_of_weight(options, tuned, report["metrics"]["eval_nll_proposal"])
+        report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
-    report = dict(_finite(report))
+    report = dict(finite(report))
     _save(
         trainer, Aligner(None, tokenizer, _manifest(options, tokenizer, report["weight"]), str(output)), report, output, ranks
     )
@@ -248,7 +256,7 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
     model, weights = _trained(trainer)
     ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
-    return dict(_finite(report))
+    return dict(finite(report))
 
 
 def _trained(trainer: AlignerTrainer) -> tuple[Any, Any]:
@@ -304,8 +312,9 @@ def read_examples(options: TrainOptions, encoder: Encoder, context: int) -> tupl
     """Training and development examples."""
     records, kept = read_parts(options)
     max_length = min(options.max_length, context)
-    train_examples = encode_records(records, encoder, max_length)
-    return train_examples, encode_records(kept, encoder, max_length)
+    parts = mark_cut((records, kept), options.cut_answers, encoder.tokenizer)
+    train_examples, kept_examples = (encode_records(part, encoder, max_length) for part in parts)
+    return train_examples, kept_examples
 
 
 def _caches(
@@ -337,7 +346,7 @@ def _caches(
 
 def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
-    apart = {"output_dir", "overwrite_output_dir", "train_draft"}  # a finished aligner may get its drafter later
+    apart = {"output_dir", "overwrite_output_dir", "train_draft", "dev_samples"}  # a finished aligner may get these two later
     ignored = {*apart, "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
@@ -362,12 +371,6 @@ def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _tuning_rows(trainer: AlignerTrainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for _, passes in trainer.development():
-        for _, some in passes:
-            yield from ((piece.logp, piece.logq, piece.tokens) for piece in some)
-
-
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
     return Manifest(
         vocabulary=fingerprint_vocabulary(tokenizer),
@@ -379,14 +382,3 @@ def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:
         aligner_temperature=options.temperatures.aligner,
         objective=options.objective,
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: say it in words."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return str(value)
-    return value

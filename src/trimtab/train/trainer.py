@@ -23,6 +23,7 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.pieces import Passes, Piece, Room, pieces
 from trimtab.train.ranks import ALONE, Ranks
+from trimtab.train.tune import tune_weight
 
 __all__ = ["AlignerTrainer"]
 
@@ -87,24 +88,45 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             super().save_model(output_dir, _internal_call)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and diagnostics on the development data, logged under `eval_…`."""
-        sums = torch.zeros(9, dtype=torch.float64)
-        losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
-            found = self.look(inputs, passes)
-            sums, losses = sums + found[0], losses + found[1]
-        sums, losses = self._ranks.total(sums), self._ranks.total(losses)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
-        metrics[f"{metric_key_prefix}_loss"] = float(losses[0] / losses[1])
-        if losses[3]:
-            metrics[f"{metric_key_prefix}_nll_rejected"] = float(losses[2] / losses[3])
+        """Loss and diagnostics on the development data, logged under `eval_…`.
+
+        They are at the weight that is trained at; where that one is beyond `max_kl`, at the best weight within it, for so the
+        aligner would be decoded.
+        """
+        metrics = self._figures(eval_dataset, metric_key_prefix, self._weight)
+        if (most := self._options.max_kl) is not None:
+            weight = self._weight
+            if metrics[f"{metric_key_prefix}_kl_aligned_proposal"] > most:
+                weight = tune_weight(self._rule, lambda: self.rows(eval_dataset), self._ranks, most).weight
+                metrics = self._figures(eval_dataset, metric_key_prefix, weight)
+            metrics[f"{metric_key_prefix}_weight"] = weight
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def look(self, inputs: dict[str, Tensor], passes: Passes) -> tuple[Tensor, Tensor]:
-        """What `evaluate` adds up of one development batch: diagnostics `[9]` and losses `[4]`."""
+    def _figures(self, dataset: Any, prefix: str, weight: float) -> dict[str, float]:
+        sums = torch.zeros(9, dtype=torch.float64)
+        losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
+        dataset = self.eval_dataset if dataset is None else dataset
+        for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
+            found = self.look(inputs, passes, weight)
+            sums, losses = sums + found[0], losses + found[1]
+        sums, losses = self._ranks.total(sums), self._ranks.total(losses)
+        metrics = {f"{prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
+        metrics[f"{prefix}_loss"] = float(losses[0] / losses[1])
+        if losses[3]:
+            metrics[f"{prefix}_nll_rejected"] = float(losses[2] / losses[3])
+        return metrics
+
+    def rows(self, dataset: Any = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What `tune_weight` reads: log p̃ and log q `[n, V]` and the tokens `[n]` of the wanted development answers."""
+        for _, passes in self.development(dataset):
+            for _, some in passes:
+                yield from ((piece.logp, piece.logq, piece.tokens) for piece in some)
+
+    def look(self, inputs: dict[str, Tensor], passes: Passes, weight: float | None = None) -> tuple[Tensor, Tensor]:
+        """What `evaluate` adds up of one development batch, at a weight or the trained one: diagnostics `[9]`, losses `[4]`."""
+        weight = self._weight if weight is None else weight
         sums, alone, decoded = torch.zeros(9, dtype=torch.float64), {}, {}
         for which, some in passes:
             values = []
@@ -113,21 +135,21 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 if piece.cached is not None:
                     logp = piece.logp
                     if self._options.objective == "likelihood":
-                        values[-1][1] = likelihood(self._rule, logp, piece.logq, self._weight, piece.tokens)
+                        values[-1][1] = likelihood(self._rule, logp, piece.logq, weight, piece.tokens)
                     if which == "chosen":
-                        sums += self._measure(piece, logp)
+                        sums += self._measure(piece, logp, weight)
             alone[which], decoded[which] = map(torch.cat, zip(*values, strict=True))
         loss = self._losses(inputs, decoded).sum()
         rejected = alone.get("rejected", loss.new_zeros(0))
         losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
         return sums, torch.stack(losses).double().cpu()
 
-    def _measure(self, piece: Piece, logp: Tensor) -> Tensor:
+    def _measure(self, piece: Piece, logp: Tensor, weight: float) -> Tensor:
         assert piece.cached is not None
         said = self._options.proposal_top_p
         top_p = said if said is not None and said < 1 else 0.95
         even = piece.cached.evenly().rebuild(self._vocab_size) if piece.cached.samples.shape[-1] else logp
-        return measure(self._rule, logp, piece.logq, self._weight, piece.tokens, top_p, even)
+        return measure(self._rule, logp, piece.logq, weight, piece.tokens, top_p, even)
 
     @property
     def room(self) -> Room:
