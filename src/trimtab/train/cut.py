@@ -29,7 +29,7 @@ COUNT = 8
 """So many of them at least, however small the data."""
 
 PILED = 0.25
-"""Share of the answers that stop at a letter which have one length: .02 in data as they are, .5 and more in cut ones."""
+"""Such a share of the answers that stop at a letter has one length where they were cut; otherwise hardly any has."""
 
 LONGER = 0.05
 """No larger share of them is longer."""
@@ -38,7 +38,7 @@ PLAIN = 0.95
 """Where a larger share of all answers stops at a letter, they are titles or of one pattern: of cut ones some stop at a mark."""
 
 OPEN_PROSE = 0.2
-"""Share of the answers in prose that stop at a letter. In data as they are it is up to .12."""
+"""Such a share of the answers in prose stops at a letter where they were cut; people forget a full stop less often."""
 
 LEAST = {"words": 4, "characters": 20, "tokens": 6}
 """Shorter answers are labels and names, which are alike in length by nature."""
