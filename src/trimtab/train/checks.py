@@ -8,13 +8,11 @@ a nat of likelihood. An aligner that moves the proposal further than that is sur
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from trimtab.train.options import TrainOptions
 from trimtab.train.tune import RANGES, Tuned
 from trimtab.words import repetition, split_words
-
-if TYPE_CHECKING:
-    from trimtab.train.options import TrainOptions
 
 __all__ = ["MATCHES", "Written", "check_texts", "warn_of_rule", "warn_of_start", "warn_of_weight"]
 
@@ -51,7 +49,7 @@ class Written(NamedTuple):
         return [bool(split_words(text)) for text in self.texts]
 
 
-def warn_of_rule(options: "TrainOptions") -> None:
+def warn_of_rule(options: TrainOptions) -> None:
     """Say it where objective and rule do not fit."""
     if options.parsed_rule.name not in MATCHES[options.objective]:
         logger.warning(
@@ -84,7 +82,7 @@ def warn_of_start(exponent: float, bounds: tuple[float, float], started: float, 
         )  # fmt: skip
 
 
-def warn_of_weight(options: "TrainOptions", tuned: Tuned, proposal: float) -> None:
+def warn_of_weight(options: TrainOptions, tuned: Tuned, proposal: float) -> None:
     """Say it where the tuned weight is far below the trained one or at its range's end, or its divergence is dear.
 
     Args:

@@ -43,7 +43,7 @@ OPEN_PROSE = 0.2
 LEAST = {"words": 4, "characters": 20, "tokens": 6}
 """Shorter answers are labels and names, which are alike in length by nature."""
 
-_OPEN_MARKS = ",;:-–—(/&、，；：（"
+_OPEN_MARKS = ",;:-–—(&、，；：（"
 _SENTENCE = re.compile(r"\w{2}[.!?…؟।][\"'”’)\]]*\s+\S|\w[。！？]")
 _NO_MARKS = ("THAI ", "LAO ")
 """Scripts whose sentences end in a space."""

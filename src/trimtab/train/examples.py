@@ -83,8 +83,9 @@ def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int)
         examples.append(Example(prompt, found.get("chosen", []), found.get("rejected", [])))
     if cut or dropped:
         logger.warning(
-            "of %d records, %d had an answer cut at max_length=%d and %d a longer prompt, left out",
-            len(records), cut, max_length, dropped,
+            "of %d records, %d (%.0f %%) had an answer cut at max_length=%d, which teaches no end, and %d a longer prompt, left"
+            " out; a larger max_length keeps them whole",
+            len(records), cut, 100 * cut / len(records), max_length, dropped,
         )  # fmt: skip
     if shared:
         logger.warning(

@@ -15,6 +15,7 @@ SHOWN = {
     "eval_nll_proposal": "proposal",
     "eval_nll_aligner": "aligner",
     "eval_kl_aligned_proposal": "KL from proposal",
+    "eval_weight": "at weight",
     "eval_log_z_mean": "log Z",
     "eval_acceptance_on_answers": "drafts accepted",
     "grad_norm": "gradient",
