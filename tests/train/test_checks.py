@@ -48,7 +48,7 @@ def test_a_start_is_warned_of_where_it_is_at_a_limit_or_harms(said):
     [
         (1.0, 3.0, 0.6, False, {}, None),
         (0.75, 3.0, 0.6, False, {}, None),
-        (0.0, 3.5, 0.0, False, {}, "best at weight 0, without the aligner"),
+        (0.0, 3.5, 0.0, False, {}, "the tuned weight is 0: the development answers are likeliest without"),
         (2.0, 3.0, 0.6, False, {}, "the tuned weight, 2, is the largest"),
         (0.5, 3.0, 0.6, False, {}, "the tuned weight, 0.5, is far below the trained one, 1"),
         (0.5, 3.0, 0.6, False, {"objective": "sft", "rule": "geometric"}, None),
@@ -61,7 +61,7 @@ def test_a_start_is_warned_of_where_it_is_at_a_limit_or_harms(said):
 )
 def test_a_tuned_weight_is_warned_of_by_where_it_lies_and_what_it_costs(said, weight, nll, kl, bound, settings, message):
     options = TrainOptions(**NAMES, **settings)
-    warn_of_weight(options, Tuned(weight, [(0.0, 3.5), (weight, nll)], kl, bound), 3.5)
+    warn_of_weight(options, Tuned(weight, [(0.0, 3.5), (weight, nll)], kl, bound))
     messages = said()
     assert len(messages) == (message is not None)
     assert all(message in one for one in messages)
@@ -126,4 +126,6 @@ def test_a_run_warns_of_the_weight_that_it_tuned(tmp_path, said):
     train(task_options(task, "long", settings, max_examples=12, start="uniform"))
     report = json.loads((task / "long" / "training.json").read_text())
     assert report["weight"] <= 0.5
-    assert any(f"the tuned weight, {report['weight']:g}, is" in message or "best at weight 0" in message for message in said())
+    assert any(
+        f"the tuned weight, {report['weight']:g}, is" in message or "the tuned weight is 0" in message for message in said()
+    )

@@ -91,6 +91,7 @@ def test_answers_that_stop_behind_whole_sentences_are_found_at_any_length():
     found = find_cut(texts, count_words)
     assert found.places == list(range(0, 60, 3))
     assert found.why == "20 stop at a letter behind whole sentences"
+    assert len(find_cut(texts[::3], count_words).places) == 20  # though none of them is whole
 
 
 @pytest.mark.parametrize(

@@ -82,20 +82,19 @@ def warn_of_start(exponent: float, bounds: tuple[float, float], started: float, 
         )  # fmt: skip
 
 
-def warn_of_weight(options: TrainOptions, tuned: Tuned, proposal: float) -> None:
+def warn_of_weight(options: TrainOptions, tuned: Tuned) -> None:
     """Say it where the tuned weight is far below the trained one or at its range's end, or its divergence is dear.
 
     Args:
         options: what was trained.
-        tuned: what was found on the development answers.
-        proposal: the proposal's negative log-likelihood there, in nats a token.
+        tuned: what was found on the development answers; the range begins at 0, which is the proposal.
     """
     rule, trained = options.parsed_rule, options.starting_weight
     likely = options.objective == "likelihood"
     best, (low, high) = tuned.weight, RANGES[rule.name]
-    nll = dict(tuned.tried)[best]
+    nll = dict(tuned.tried)
     if not tuned.bound and best == low:
-        logger.warning("the development answers are best at weight %g, without the aligner: it learnt nothing of use", best)
+        logger.warning("the tuned weight is %g: the development answers are likeliest without the aligner", best)
     elif not tuned.bound and best == high:
         logger.warning("the tuned weight, %g, is the largest that is tried: train longer, or at a larger learning rate", best)
     elif not tuned.bound and likely and 0 < best <= trained / 2:
@@ -103,7 +102,7 @@ def warn_of_weight(options: TrainOptions, tuned: Tuned, proposal: float) -> None
             "the tuned weight, %g, is far below the trained one, %g: the aligner learnt the training answers by heart, or"
             " counts the proposal twice; train for fewer steps, at a smaller learning rate, or with more data", best, trained,
         )  # fmt: skip
-    gain = proposal - nll
+    gain = nll[low] - nll[best]
     if likely and best != low and tuned.kl > DEAR * max(gain, 0.0):
         ratio = tuned.kl / gain if gain > 0 else math.inf
         logger.warning(

@@ -35,7 +35,7 @@ LONGER = 0.05
 """No larger share of them is longer."""
 
 PLAIN = 0.95
-"""Where a larger share of all answers stops at a letter, they are titles or of one pattern: of cut ones some stop at a mark."""
+"""Where a larger share of all answers stops at a letter, a pile is of titles or of one pattern: cut ones may stop at a mark."""
 
 OPEN_PROSE = 0.2
 """Such a share of the answers in prose stops at a letter where they were cut; people forget a full stop less often."""
@@ -80,7 +80,7 @@ def find_cut(texts: Sequence[str], count_tokens: Callable[[Sequence[str]], list[
         count_tokens: the numbers of tokens of some texts.
     """
     opened = [i for i, text in enumerate(texts) if looks_cut(text)]
-    if not COUNT <= len(opened) <= PLAIN * len(texts):
+    if len(opened) < COUNT:
         return None
     stopping = [texts[i].rstrip() for i in opened]
     lengths = {
@@ -92,7 +92,7 @@ def find_cut(texts: Sequence[str], count_tokens: Callable[[Sequence[str]], list[
              for unit in lengths if (pile := _pile(lengths[unit], LEAST[unit])) is not None]  # fmt: skip
     places: set[int] = set()
     why = []
-    if piles:
+    if piles and len(opened) <= PLAIN * len(texts):
         unit, piled, pile = max(piles, key=lambda found: len(found[1]))
         places |= set(piled)
         why.append(f"{len(piled)} stop at a letter and have exactly {pile} {unit}")

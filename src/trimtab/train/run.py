@@ -204,7 +204,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
     }
     if options.parsed_rule.name in RANGES:
         tuned = tune_weight(options.parsed_rule, trainer.rows, ranks, options.max_kl)
-        warn_of_weight(options, tuned, report["metrics"]["eval_nll_proposal"])
+        warn_of_weight(options, tuned)
         report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
