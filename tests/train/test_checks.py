@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tiny_task import make_task, task_options
+from trimtab.core.logprobs import kl_divergence
 from trimtab.core.rules import Product
 from trimtab.train.checks import Written, check_texts, warn_of_start, warn_of_weight
 from trimtab.train.options import TrainOptions
@@ -48,7 +49,7 @@ def test_a_start_is_warned_of_where_it_is_at_a_limit_or_harms(said):
     [
         (1.0, 3.0, 0.6, False, {}, None),
         (0.75, 3.0, 0.6, False, {}, None),
-        (0.0, 3.5, 0.0, False, {}, "the tuned weight is 0: the development answers are likeliest without"),
+        (0.0, 3.5, 0.0, False, {}, "the tuned weight is 0: the development data are explained best without"),
         (2.0, 3.0, 0.6, False, {}, "the tuned weight, 2, is the largest"),
         (0.5, 3.0, 0.6, False, {}, "the tuned weight, 0.5, is far below the trained one, 1"),
         (0.5, 3.0, 0.6, False, {"objective": "sft", "rule": "geometric"}, None),
@@ -77,7 +78,12 @@ def test_a_nat_of_divergence_buys_a_nat_of_likelihood_where_the_weight_is_the_be
     counts = torch.tensor([25, 31, 17, 27])
     tokens = torch.repeat_interleave(torch.arange(4), counts)
     rows = [row.expand(100, 4) for row in (logp, logq)]
-    tuned = tune_weight(Product(), lambda: [(*rows, tokens)])
+
+    def look(weight):
+        aligned = Product().target(rows[0], [rows[1]], torch.tensor([weight], dtype=torch.float64))
+        return -aligned[torch.arange(100), tokens], kl_divergence(aligned, rows[0])
+
+    tuned = tune_weight(Product(), lambda: [look])
     gain = float(-logp[tokens].mean()) - dict(tuned.tried)[tuned.weight]
     assert 0.5 < tuned.weight < 1.5
     assert tuned.kl == pytest.approx(gain, rel=0.06)  # the weight is the best of a grid of 1/16

@@ -11,8 +11,9 @@ from tiny_task import make_task, task_options, task_rows, write_rows
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
 from trimtab.train.cut import find_cut, looks_cut, mark_cut
+from trimtab.train.inputs import encode_parts, read_parts
 from trimtab.train.records import Record
-from trimtab.train.run import read_examples, train
+from trimtab.train.run import train
 
 TEXT = "return the list of all open files and close each one that nobody else needs before we go on with other work"
 WORDS = TEXT.split()
@@ -163,7 +164,7 @@ def test_a_cut_answer_teaches_no_end_of_sequence(tmp_path, caplog):
     encoder = Encoder(tiny_tokenizer(), 28, (0,))
     options = task_options(folder, "out", {"max_steps": 2}, max_length=200)
     with caplog.at_level(logging.WARNING, "trimtab"):
-        parts = read_examples(options, encoder, 200)
+        parts = encode_parts(read_parts(options, encoder.tokenizer), options, encoder, 200, 200)
     assert sum("look cut" in record.message for record in caplog.records) == 1
     for part in parts:
         long = [example for example in part if len(example.chosen) > 8]
@@ -173,7 +174,8 @@ def test_a_cut_answer_teaches_no_end_of_sequence(tmp_path, caplog):
         assert all(example.chosen[-1] != 0 for example in eight)
         assert all(example.chosen[-1] == 0 for example in part if example not in eight)
     ended = task_options(folder, "ended", {"max_steps": 2}, max_length=200, cut_answers="end")
-    assert all(example.chosen[-1] == 0 for part in read_examples(ended, encoder, 200) for example in part)
+    parts = encode_parts(read_parts(ended, encoder.tokenizer), ended, encoder, 200, 200)
+    assert all(example.chosen[-1] == 0 for part in parts for example in part)
     assert train(task_options(folder, "run", {"max_steps": 1}, dev_fraction=0.1))["tokens"] > 0
     assert json.loads((folder / "run" / "run.json").read_text())["cut_answers"] == "auto"
 

@@ -14,6 +14,7 @@ from trimtab.models.aligner import Aligner
 from trimtab.train import run
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer
 from trimtab.train.dry_run import Expected, estimate
+from trimtab.train.inputs import encode_parts, read_parts
 from trimtab.train.run import train
 
 
@@ -42,7 +43,9 @@ def test_its_figures_are_those_of_the_loaded_models(task, trained):
         AlignedModel.from_pretrained(path, draft="none").proposal for path in (task / "proposal", folder, folder / "draft")
     )
     finished = Aligner.from_pretrained(folder)
-    _, development = run.read_examples(task_options(task, "whole"), Encoder(finished.tokenizer, V, (0,)), 64)
+    options = task_options(task, "whole")
+    encoder = Encoder(finished.tokenizer, V, (0,))
+    _, development = encode_parts(read_parts(options, finished.tokenizer), options, encoder, 64, 64)
     kept, kl = [], []
     for example in development:
         ids = torch.tensor([example.prompt + example.chosen])

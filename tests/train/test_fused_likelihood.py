@@ -5,11 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from trimtab.core.logprobs import Warp, row_from_logits, warp
-from trimtab.core.objectives import likelihood, sft
+from trimtab.core.objectives import distillation, likelihood, sft
 from trimtab.core.rules import Geometric, Nucleus, Product
 from trimtab.errors import InvalidOption
-from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
+from trimtab.train.fused_likelihood import fused_distillation, fused_likelihood, fused_sft
 from trimtab.train.rows import compress
+from trimtab.train.taught_rows import compress_both
 
 V, WIDTH, M = 11, 13, 9
 POSITIONS = torch.tensor([0, 2, 3, 7])
@@ -121,3 +122,59 @@ def test_other_rules_are_refused():
     drawn, _ = inputs(3, samples=2)
     with pytest.raises(InvalidOption, match="draws from its tail are biased"):
         fused_likelihood(Geometric(), drawn, logits, POSITIONS, 0.5, 1.0, V)
+
+
+# ---- a teacher's rows
+
+
+def both_rows(top_k: int = V):
+    """A teacher's and a bare proposal's rows of four tokens, and what is kept of them."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(2, 4, V, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
+    return *rows, compress_both(*rows, torch.tensor([2, 5, 0, 10]), top_k, torch.zeros(4, 0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("rule", "weight"),
+    [(Product(), 1.0), (Product(), 0.3), (Product(), -1.0), (Product(), 0.0), (Geometric(), 0.5), (Geometric(), 1.0)],
+)
+def test_with_every_entry_the_distillation_is_the_plain_one(rule, weight, temperature):
+    """Losses and gradients of KL(teacher‖rule's target), from rows `[N, V]` that the rule makes."""
+    bare, teacher, taught = both_rows()
+    _, logits = inputs(3)
+    if weight < 0:
+        logits[:, [1, 6]] = -torch.inf  # an anti-expert rules nothing out
+    found = []
+    for compute in (
+        lambda x: fused_distillation(rule, taught, x, POSITIONS, weight, temperature, V),
+        lambda x: distillation(
+            teacher, rule.target(bare, [warp(row_from_logits(x[POSITIONS], V), Warp(temperature))], x.new_tensor([weight]))
+        ),
+    ):
+        leaf = logits.clone().requires_grad_()
+        losses = compute(leaf)
+        (losses * torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)).sum().backward()
+        found.append((losses.detach(), leaf.grad))
+    assert_close(found[0], found[1], atol=1e-10, rtol=1e-10)
+    assert (found[0][0] > 0.1).all()
+    if weight:
+        assert found[0][1].abs().max() > 0.01
+    assert not found[0][1][:, V:].any(), "padding of the vocabulary"
+
+
+def test_the_distillation_of_low_precision_logits_is_computed_in_float32():
+    _, _, taught = both_rows(3)
+    _, logits = inputs(3)
+    low = logits.bfloat16().requires_grad_()
+    taught = type(taught)(taught.ids, *(column.float() for column in taught[1:]))
+    losses = fused_distillation(Product(), taught, low, POSITIONS, 1.0, 1.0, V)
+    expected = fused_distillation(Product(), taught, low.detach().float(), POSITIONS, 1.0, 1.0, V)
+    assert losses.dtype == torch.float32
+    assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_under_other_rules_is_refused():
+    _, _, taught = both_rows()
+    with pytest.raises(InvalidOption, match="product and geometric have"):
+        fused_distillation(Nucleus(), taught, inputs(3)[1], POSITIONS, 1.0, 1.0, V)

@@ -18,10 +18,11 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import Example, answers, encode_records
+from trimtab.train.inputs import encode_parts, read_parts
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import Record
 from trimtab.train.rows import ModelRows
-from trimtab.train.run import read_examples, train
+from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
 
 DIFFERENT = Example([5, 6], [7, 8, 0], [9, 0])
@@ -131,7 +132,9 @@ def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
         assert told["data"]["equal_pairs"] == report["equal_pairs"] == 12
         saved = json.loads((task / name / "training.json").read_text(encoding="utf-8"))
         assert saved["equal_pairs"] == 12
-        whole = sum(len(example.chosen) for example in read_examples(options, Encoder(tiny_tokenizer(), 28, (EOS,)), 64)[0])
+        encoder = Encoder(tiny_tokenizer(), 28, (EOS,))
+        examples, _ = encode_parts(read_parts(options, encoder.tokenizer), options, encoder, 64, 64)
+        whole = sum(len(example.chosen) for example in examples)
         assert (told["data"]["tokens"] == report["tokens"] == whole) == (name == "contrast")
         assert train(options) == saved  # nothing is left to do
     words = [

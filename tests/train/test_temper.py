@@ -18,9 +18,10 @@ from trimtab.train import temper
 from trimtab.train.batches import Item, answer_rows, collate
 from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger
+from trimtab.train.inputs import read_parts
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.rows import Layout, ModelRows
-from trimtab.train.run import read_parts, train
+from trimtab.train.run import train
 from trimtab.train.temper import LEAST, MOST, fit_exponents
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
@@ -151,7 +152,7 @@ def test_what_an_aligner_knows_by_heart_is_not_trusted(tmp_path):
     train(again)
     fitted = Temperatures(**json.loads((task / "again" / "start.json").read_text()))
     model = AlignedModel.from_pretrained(task / "proposal", task / "again", weight=1.0)
-    records = read_parts(again)[1]
+    records = read_parts(again, tiny_tokenizer())[1]
     texts = [record.prompt for record in records], [record.chosen for record in records]
 
     def loss(temperature: float) -> float:

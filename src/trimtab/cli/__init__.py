@@ -24,6 +24,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "the whole path on text that every Python has: pretrain, align, evaluate, report",
     "propose": "samples of a proposal, aligned or not, for every prompt of a data set, or preference pairs of them",
+    "start": "make an aligner's start out of a proposal's own layers, where it has no small sibling",
     "train": "train an aligner against a frozen proposal",
     "generate": "write aligned text",
     "score": "held-out negative log-likelihood of proposal, aligner and aligned model",

@@ -2,15 +2,16 @@
 
 Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats). Metadata:
 `help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a configuration file may hold it
-for another run). A field named `training` stands for the fields of `transformers.TrainingArguments`. A method `idle` says which
-options have no effect beside the others, and why; a class says it of what it declares, or knows more of.
+for another run). A field named `training` stands for the fields of `transformers.TrainingArguments`, and its `defaults` are
+some of theirs. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
+declares, or knows more of.
 """
 
 import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ def add_options(parser: Parser, options: type) -> None:
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         if field.name == "training":
-            _add_training(parser)
+            _add_training(parser, field.metadata.get("defaults", {}))
             continue
         kind, repeats = _kind(hints[field.name])
         text = field.metadata["help"].replace("%", "%%")
@@ -164,7 +165,7 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
-def _add_training(parser: Parser) -> None:
+def _add_training(parser: Parser, defaults: Mapping[str, Any]) -> None:
     from transformers import TrainingArguments
 
     from trimtab.train.arguments import DEFAULTS, IDLE, OWNED
@@ -174,7 +175,7 @@ def _add_training(parser: Parser) -> None:
     for field in dataclasses.fields(TrainingArguments):
         if field.name in OWNED | IDLE or field.name in taken:
             continue
-        default = DEFAULTS.get(field.name, None if field.default is dataclasses.MISSING else field.default)
+        default = {**DEFAULTS, **defaults}.get(field.name, None if field.default is dataclasses.MISSING else field.default)
         kind = _training_kind(field.type)
         text = "" if default is None else f"[default: {getattr(default, 'value', default)}]"
         if kind is bool:

@@ -21,13 +21,15 @@ class Options(DryRunOptions, TrainOptions):
     )
 
     def idle(self) -> dict[str, str]:
-        """What the objective, or fresh adapters, or files leave unread."""
+        """What the objective, a teacher, fresh adapters, or files leave unread."""
         idle = idle_for_files(self.dataset, self.eval_dataset)
         if self.objective != "ram":
             idle["alpha"] = "is for --objective ram"
         contrast = self.default_contrast if self.contrast is None else self.contrast
         if self.objective != "preference" and not contrast:
             idle["beta"] = "is for --objective preference, and for the --contrast of likelihood"
+        if self.teacher_prompt is None:
+            idle["teacher_max_tokens"] = "needs --teacher_prompt"
         if not self.use_peft:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
@@ -116,7 +118,8 @@ def _render_estimate(report: dict[str, Any]) -> str:
         names = ("weights", "keys_and_values", "passing", "total")
         lines += [f"  {name.replace('_', ' '):28}{in_bytes(caching[name]):>12}" for name in names]
     cache = report["cache"]
-    lines += ["", f"cache on disk: {cache['bytes_per_token']} bytes a token, {in_bytes(cache['bytes'])} in all"]
+    taught = f" ({cache['teacher_bytes_per_token']} of a teacher's rows)" if "teacher_bytes_per_token" in cache else ""
+    lines += ["", f"cache on disk: {cache['bytes_per_token']} bytes a token{taught}, {in_bytes(cache['bytes'])} in all"]
     for name, seconds in report["seconds"].items():
         flops, rate = report["flops"][name], report["rate"][name] / 1e12
         amount = "not known" if flops is None else f"{flops:.3g} operations"

@@ -9,7 +9,8 @@ each belongs to.
     preference   −log σ(β(log q(y_w|x) − log q(y_l|x))): DPO of the product model against the proposal, which cancels; of
                  sequence-level targets, while on log P_θ − log P_M it is that of what is decoded, normalisers and all; on means
                  over tokens, which no longer answer wins by its length, it is the length-normalised one (arXiv 2411.15124)
-    distillation KL(target‖draft): a drafter learns what the rule decodes; `acceptance` says how many of its drafts stay
+    distillation KL(target‖row): a drafter learns what the rule decodes, and `acceptance` says how many of its drafts stay; or
+                 what the rule decodes learns a teacher's rows, from all of their entries or, `sampled_distillation`, from some
 """
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from trimtab.core.logprobs import gather, kl_divergence
 from trimtab.core.rules import Rule
 
-__all__ = ["acceptance", "distillation", "likelihood", "per_example", "preference", "ram", "sft"]
+__all__ = ["acceptance", "distillation", "likelihood", "per_example", "preference", "ram", "sampled_distillation", "sft"]
 
 
 def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
@@ -53,6 +54,27 @@ def distillation(target: Tensor, logd: Tensor) -> Tensor:
         logd: the drafter's rows `[N, V]`, through which the gradient flows.
     """
     return kl_divergence(target, logd)
+
+
+def sampled_distillation(logt: Tensor, logw: Tensor, logc: Tensor) -> Tensor:
+    """KL(t‖w/Σw) of each row in nats `[N]`, from E of its entries, each of which stands for c tokens.
+
+    With counts c for which Σ_u c_u f(u) is an unbiased estimate of Σ_v f(v), as those of draws from m, 1/m, are, so is
+
+        Σ_u c_u t_u (log t_u − log w_u + log Z) − Σ_u c_u t_u + 1,    Z = Σ_u c_u w_u,
+
+    for a Z that is right; where every token is an entry and stands for itself, it is the divergence. It is never below 0: it
+    is the generalised divergence between two measures on the same entries. So wherever w can be anything, t is where it is
+    least, whatever was drawn, and no token can be made likely at no cost because Z has not seen it.
+
+    Args:
+        logt: the teacher's log-probabilities `[N, E]`, constants.
+        logw: log weights `[N, E]` of the row that learns, up to a constant for each row; the gradient flows through them.
+        logc: log counts `[N, E]`; −inf for entries that do not count.
+    """
+    mass = (logt + logc).exp()
+    log_z = (logw + logc).logsumexp(-1, keepdim=True)
+    return (mass * torch.where(mass > 0, logt - logw + log_z, 0.0)).sum(-1) - mass.sum(-1) + 1
 
 
 def acceptance(target: Tensor, logd: Tensor) -> Tensor:

@@ -102,7 +102,10 @@ def score_in_steps(
 
 
 def completion_rows(
-    models: Sequence[LanguageModel], pairs: Sequence[tuple[Sequence[int], Sequence[int]]], step: int | None = None
+    models: Sequence[LanguageModel],
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    step: int | None = None,
+    shared: int = 0,
 ) -> Iterator[tuple[list[Tensor], Tensor, list[int]]]:
     """Each model's rows on completions after their prompts, in pieces of bounded size.
 
@@ -110,6 +113,7 @@ def completion_rows(
         models: the first one's device is where all rows come out.
         pairs: prompt and completion, neither empty: B of them.
         step: the most tokens K of a completion in one piece.
+        shared: how many tokens all prompts begin with, fewer than any has, that are to be read once.
 
     Yields:
         For the next K tokens of every completion: one `[B, K, V]` for each model, the tokens `[B, K]`, and how many of the
@@ -117,7 +121,7 @@ def completion_rows(
     """
     device, vocab_size = models[0].device, models[0].vocab_size
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    states = [prefill(model, [prompt[:-1] for prompt, _ in pairs], longest) for model in models]
+    states = [prefill(model, [prompt[:-1] for prompt, _ in pairs], longest, shared) for model in models]
     inputs = [[prompt[-1], *completion[:-1]] for prompt, completion in pairs]
     width = min(max(1, ROW_BUDGET // (len(pairs) * vocab_size)), step or ROW_BUDGET)
     for start in range(0, max(map(len, inputs)), width):

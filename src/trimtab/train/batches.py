@@ -15,7 +15,7 @@ from trimtab.core.logprobs import Warp, row_from_logits, warp
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.order import Pick
-from trimtab.train.rows import CachedRows
+from trimtab.train.rows import CachedRows, TaughtRows
 
 __all__ = ["ExampleDataset", "Item", "answer_logits", "answer_rows", "cached_batch", "cached_rows", "collate", "rows_at"]
 
@@ -24,8 +24,8 @@ class Item(NamedTuple):
     """An example of a batch."""
 
     example: Example
-    rows: Mapping[str, CachedRows] = MappingProxyType({})
-    """The proposal's, on its `chosen` and `rejected` answers, as far as the loss wants them."""
+    rows: Mapping[str, CachedRows | TaughtRows] = MappingProxyType({})
+    """The proposal's, on its `chosen` and `rejected` answers, as far as the loss wants them; `teacher`, on the wanted ones."""
     share: float = 1.0
     """Its weight in the loss."""
 
@@ -63,8 +63,8 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
         batch["differs"] = torch.tensor([example.differs for example in examples])
-    for which in items[0].rows:
-        for name in CachedRows._fields:
+    for which, rows in items[0].rows.items():
+        for name in rows._fields:
             batch[f"{which}_proposal_{name}"] = torch.cat([getattr(item.rows[which], name) for item in items])
     return batch
 

@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from trimtab.errors import CacheMismatch, DataError
 from trimtab.files import atomic_write, read_json, write_json
 from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.ranks import ALONE, Ranks
-from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource
+from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource, TaughtRows
 
 __all__ = ["ProposalCache", "bytes_per_token", "shard_bytes"]
 
@@ -38,7 +38,17 @@ MOST_OPEN = 64
 
 
 class ProposalCache:
-    """Compressed rows of a list of examples, on disk; made by `build`."""
+    """Compressed rows of a list of examples, on disk; made by `build`.
+
+    Attributes:
+        kind: what rows they are.
+        losses: what `facts` call their error, see `Compressed`: its mean and largest; that of log Z, and its root mean square.
+        of: what the latter are errors of.
+    """
+
+    kind: type[CachedRows] | type[TaughtRows] = CachedRows
+    losses: tuple[str, str, str, str] = ("kl_per_token", "kl_worst_token", "log_z_error", "log_z_error_rms")
+    of = "log Z for a copy of the proposal"
 
     def __init__(self, folder: Path, examples: int, vocab_size: int, facts: dict[str, Any]) -> None:
         self.folder, self.vocab_size, self.facts = folder, vocab_size, facts
@@ -48,11 +58,11 @@ class ProposalCache:
     def __len__(self) -> int:
         return self._examples
 
-    def __getitem__(self, index: int) -> CachedRows:
+    def __getitem__(self, index: int) -> Any:
         """The rows of one example, read from disk."""
         number, place = divmod(index, SHARD)
         shard, offsets = self._shard(number)
-        return CachedRows(*(shard.get_slice(name)[offsets[place] : offsets[place + 1]] for name in CachedRows._fields))
+        return self.kind(*(shard.get_slice(name)[offsets[place] : offsets[place + 1]] for name in self.kind._fields))
 
     def _shard(self, number: int) -> tuple[Any, list[int]]:
         """An open file and where in it each example begins; the one that was idle longest is closed for it."""
@@ -63,6 +73,20 @@ class ProposalCache:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
+
+    @staticmethod
+    def columns(layout: Layout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What a token has of each field."""
+        numbers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "logp": (torch.float32, (layout.top_k,)),
+            "tail": (torch.float32, ()),
+            "token_logp": (torch.float32, ()),
+        }
+        return numbers | {
+            "ids": (torch.int32, (layout.top_k,)),
+            "samples": (torch.int32, (layout.samples,)),
+            "token": (torch.int32, ()),
+        }
 
     @classmethod
     def build(
@@ -75,7 +99,7 @@ class ProposalCache:
         layout: Layout,
         temperature: float = 1.0,
         ranks: Ranks = ALONE,
-    ) -> "ProposalCache":
+    ) -> Self:
         """Open the cache in `folder`, computing what is missing of it.
 
         Args:
@@ -107,7 +131,7 @@ class ProposalCache:
                 stream.write(save(_tensors(source.compress(part, layout, temperature)), {"who": who}))
             logger.info("cached shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
         ranks.wait()
-        return cls(folder, len(examples), source.vocab_size, ranks.first_does(lambda: _facts(folder, len(shards))))
+        return cls(folder, len(examples), source.vocab_size, ranks.first_does(lambda: _facts(folder, len(shards), cls.losses)))
 
 
 def _what_is_missing(folder: Path, key: dict[str, Any], shards: range, source: RowSource) -> tuple[list[int], str]:
@@ -125,47 +149,40 @@ def _what_is_missing(folder: Path, key: dict[str, Any], shards: range, source: R
 def _tensors(compressed: Compressed) -> dict[str, Tensor]:
     """One shard."""
     rows = compressed.rows
-    tensors = {name: torch.cat([getattr(row, name) for row in rows]).contiguous() for name in CachedRows._fields}
-    tensors["offsets"] = torch.tensor([0, *(len(row.token) for row in rows)]).cumsum(0)
+    tensors = {name: torch.cat([getattr(row, name) for row in rows]).contiguous() for name in rows[0]._fields}
+    tensors["offsets"] = torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0)
     tensors["error"] = compressed.error
     return tensors
 
 
-def shard_bytes(tokens: Sequence[int], layout: Layout) -> list[int]:
+def shard_bytes(tokens: Sequence[int], layout: Layout, kind: type[ProposalCache] = ProposalCache) -> list[int]:
     """The sizes of the shards that a cache of examples will have, in bytes, if their author needs no name.
 
     Args:
         tokens: the number of tokens in each example's wanted answer.
         layout: what is kept of a row.
+        kind: of the cache.
     """
     sizes = []
     for start in range(0, len(tokens), SHARD):
         part = tokens[start : start + SHARD]
-        n = sum(part)
-        shapes = {  # in safetensors' order: what is aligned most widely first, and then by name
-            "offsets": ("I64", [len(part) + 1]),
-            "error": ("F64", [4]),
-            "logp": ("F32", [n, layout.top_k]),
-            "tail": ("F32", [n]),
-            "token_logp": ("F32", [n]),
-            "ids": ("I32", [n, layout.top_k]),
-            "samples": ("I32", [n, layout.samples]),
-            "token": ("I32", [n]),
-        }
+        shapes = {"offsets": ("I64", [len(part) + 1]), "error": ("F64", [4])}
+        columns = kind.columns(layout).items()
+        for dtype, letter in ((torch.float32, "F32"), (torch.int32, "I32")):  # in safetensors' order, each sorted by name
+            shapes |= {name: (letter, [sum(part), *shape]) for name, (found, shape) in sorted(columns) if found == dtype}
         end, header = 0, {"__metadata__": {"who": ""}}
-        for name, (dtype, shape) in shapes.items():
-            size = math.prod(shape) * (8 if dtype.endswith("64") else 4)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}  # type: ignore[dict-item]
+        for name, (code, sides) in shapes.items():
+            size = math.prod(sides) * (8 if code.endswith("64") else 4)
+            header[name] = {"dtype": code, "shape": sides, "data_offsets": [end, end + size]}  # type: ignore[dict-item]
             end += size
         text = len(json.dumps(header, separators=(",", ":")))
         sizes.append(8 + -(-text // 8) * 8 + end)  # safetensors: the header's length, the header in whole words, the data
     return sizes
 
 
-def bytes_per_token(layout: Layout) -> int:
+def bytes_per_token(layout: Layout, kind: type[ProposalCache] = ProposalCache) -> int:
     """What a token takes in a shard, header and offsets apart."""
-    entries = 2 * layout.top_k + 3  # two numbers for each of the best, and the token, its log-probability and the tail
-    return 4 * (entries + layout.samples)
+    return 4 * sum(math.prod(shape) for _, shape in kind.columns(layout).values())
 
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:
@@ -202,12 +219,12 @@ def _check_authors(folder: Path, who: str, whole: Sequence[int]) -> None:
             )
 
 
-def _facts(folder: Path, shards: int) -> dict[str, Any]:
+def _facts(folder: Path, shards: int, losses: Sequence[str]) -> dict[str, Any]:
     """What the cache costs and loses, over all of its shards; the loss is None where it is not known.
 
     In nats: `kl_per_token` and `kl_worst_token` are KL(exact‖rebuilt), the tail spread evenly even where there are draws.
     `log_z_error` and `log_z_error_rms` are the mean error of log Z and its root mean square, with the draws if there are any,
-    for an aligner that is a copy of the proposal.
+    for an aligner that is a copy of the proposal. `TaughtRows` have others.
     """
     sums, worst, tokens, size = torch.zeros(3, dtype=torch.float64), 0.0, 0, 0
     for number in range(shards):
@@ -217,10 +234,9 @@ def _facts(folder: Path, shards: int) -> dict[str, Any]:
             error = shard.get_tensor("error")
             tokens += shard.get_tensor("offsets")[-1].item()
         sums, worst = sums + error[[0, 2, 3]], max(worst, error[1].item())
-    kl, log_z, squares = (sums / tokens).tolist()
-    lost = {"kl_per_token": kl, "kl_worst_token": worst, "log_z_error": log_z, "log_z_error_rms": math.sqrt(squares)}
-    unknown = math.isnan(kl)
-    return {"tokens": tokens, "bytes_per_token": size / tokens} | {key: None if unknown else v for key, v in lost.items()}
+    mean, error, squares = (sums / tokens).tolist()
+    lost = dict(zip(losses, (mean, worst, error, math.sqrt(squares)), strict=True))
+    return {"tokens": tokens, "bytes_per_token": size / tokens} | {k: None if math.isnan(mean) else v for k, v in lost.items()}
 
 
 def _is_whole(path: Path) -> bool:

@@ -92,9 +92,9 @@ def warn_of_weight(options: TrainOptions, tuned: Tuned) -> None:
     rule, trained = options.parsed_rule, options.starting_weight
     likely = options.objective == "likelihood"
     best, (low, high) = tuned.weight, RANGES[rule.name]
-    nll = dict(tuned.tried)
+    losses = dict(tuned.tried)
     if not tuned.bound and best == low:
-        logger.warning("the tuned weight is %g: the development answers are likeliest without the aligner", best)
+        logger.warning("the tuned weight is %g: the development data are explained best without the aligner", best)
     elif not tuned.bound and best == high:
         logger.warning("the tuned weight, %g, is the largest that is tried: train longer, or at a larger learning rate", best)
     elif not tuned.bound and likely and 0 < best <= trained / 2:
@@ -102,7 +102,7 @@ def warn_of_weight(options: TrainOptions, tuned: Tuned) -> None:
             "the tuned weight, %g, is far below the trained one, %g: the aligner learnt the training answers by heart, or"
             " counts the proposal twice; train for fewer steps, at a smaller learning rate, or with more data", best, trained,
         )  # fmt: skip
-    gain = nll[low] - nll[best]
+    gain = losses[low] - losses[best]
     if likely and best != low and tuned.kl > DEAR * max(gain, 0.0):
         ratio = tuned.kl / gain if gain > 0 else math.inf
         logger.warning(

@@ -8,7 +8,7 @@ training answers: from the proposal's cached rows, the frozen aligner and its tu
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from trimtab.core.objectives import acceptance, distillation
 from trimtab.errors import UnsupportedModel
 from trimtab.models.fingerprint import Files
 from trimtab.models.loading import load_model
-from trimtab.train.batches import answer_logits, cached_rows, rows_at
+from trimtab.train.batches import answer_logits, rows_at
+from trimtab.train.distil import DistilTrainer, Target
 from trimtab.train.options import TrainOptions
-from trimtab.train.trainer import AlignerTrainer
+from trimtab.train.pieces import Piece
 
 __all__ = ["CHECKPOINTS", "DraftTrainer", "check_draft_start", "draft_options"]
 
@@ -64,7 +65,7 @@ def check_draft_start(folder: Path, vocab_size: int, length: int) -> str:
     return files.fingerprint
 
 
-class DraftTrainer(AlignerTrainer):
+class DraftTrainer(DistilTrainer):
     """Distil a drafter from the aligned model on an `ExampleDataset` with cached rows.
 
     Args:
@@ -73,48 +74,25 @@ class DraftTrainer(AlignerTrainer):
         arguments: what `AlignerTrainer` takes.
     """
 
+    figure_names: ClassVar[tuple[str, ...]] = ("kl_aligned_draft", "acceptance_on_answers")
+
     def __init__(self, *args: Any, aligner: Any, weight: float, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self._aligner = aligner.to(self.args.device).eval().requires_grad_(False)
         self._weight, self._temperature = weight, 1.0  # the aligner's temperature is not the drafter's own
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """KL(aligned‖draft) of a micro-batch, weighed as an aligner's loss is."""
-        target = self._target(cached_rows(inputs, self._vocab_size), *self._aligner_logits(inputs))
-        losses = self._sum(distillation(target, self._rows(model, inputs, "chosen")), inputs, "chosen") / self._mean_length
-        loss = (losses * inputs["share"]).sum()
-        return (loss, {}) if return_outputs else loss
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """On the development answers: the loss, KL(aligned‖draft) in nats a token, and the share of drafts that would stay."""
-        sums = torch.zeros(4, dtype=torch.float64)
-        for inputs, passes in self.development(eval_dataset):
-            for _, some in passes:
-                logits, _ = self._aligner_logits(inputs)
-                for piece in some:
-                    target = self._target(piece.logp, logits, piece.positions)
-                    kept, kl = acceptance(target, piece.logq), distillation(target, piece.logq)
-                    sums += torch.tensor([float(kl.sum()), float(kept.sum()), len(kl), 0], dtype=torch.float64)
-            sums[3] += len(inputs["chosen_ids"])
-        kl_sum, kept_sum, tokens, examples = self._ranks.total(sums).tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": kl_sum / examples / self._mean_length,
-            f"{metric_key_prefix}_kl_aligned_draft": kl_sum / tokens,
-            f"{metric_key_prefix}_acceptance_on_answers": kept_sum / tokens,
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     @torch.no_grad()
-    def _aligner_logits(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The aligner's logits on the wanted answers, and which of them predict their tokens."""
+    def target(self, inputs: dict[str, Tensor]) -> Target:
+        """The aligned model's rows, from one pass of the aligner."""
         with self.compute_loss_context_manager():
-            return answer_logits(self._aligner, inputs, "chosen")
+            logits, _ = answer_logits(self._aligner, inputs, "chosen")
 
-    def _target(self, logp: Tensor, logits: Tensor, positions: Tensor) -> Tensor:
-        """The aligned model's rows `[n, V]`, from log p̃ `[n, V]` and the aligner's logits at n positions."""
-        logq = rows_at(logits, positions, self._vocab_size, self._options.temperatures.aligner)
-        return self._rule.target(logp, [logq], logq.new_tensor([self._weight]))
+        def aligned(logp: Tensor, positions: Tensor) -> Tensor:
+            logq = rows_at(logits, positions, self._vocab_size, self._options.temperatures.aligner)
+            return self._rule.target(logp, [logq], logq.new_tensor([self._weight]))
+
+        return aligned
+
+    def figures(self, target: Tensor, piece: Piece) -> list[Tensor]:
+        """KL(aligned‖draft) in nats, and the chance that a draft would stay."""
+        return [distillation(target, piece.logq), acceptance(target, piece.logq)]

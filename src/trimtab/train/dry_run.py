@@ -29,18 +29,20 @@ from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
-from trimtab.train.cache import bytes_per_token, shard_bytes
+from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.checks import warn_of_rule
-from trimtab.train.cut import mark_cut
-from trimtab.train.examples import Example, answers, encode_records
+from trimtab.train.examples import Example, answers
 from trimtab.train.folder import refuse_foreign
+from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
-from trimtab.train.run import open_tokenizer, read_parts, run_date
+from trimtab.train.rows import Layout
 from trimtab.train.start import read_lora
+from trimtab.train.taught_rows import TaughtCache
+from trimtab.train.teacher import Teacher, lack_answers
 
 __all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
 
@@ -87,6 +89,8 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
     warn_of_rule(options)
+    if options.teacher_prompt is not None:
+        Teacher.read(options.teacher_prompt)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as scratch, _alone():  # the trainer wants a folder; the run's own stays as it is
         arguments = training_arguments(options)
@@ -116,7 +120,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     tokenizer, vocab_size = _vocabulary(options, proposal, aligner, here.tokenizer if here else None)
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
-    data = _data(options, expected, tokenizer, proposal, longest)
+    data = _data(options, expected, tokenizer, proposal, longest, context)
     options = options.continuing(here.manifest) if here else options
     options = options.of_adapter(here) if here and adapter else options
     if data.examples is not None and data.development is not None:
@@ -225,20 +229,23 @@ def count_records(dataset: str, how: DataOptions, limit: int | None, expected: i
     return {"at_hand": False, "why_not": why, "examples": counted}
 
 
-def _data(options: TrainOptions, expected: Expected, tokenizer: Any, proposal: FoundConfig, longest: int) -> _Data:
+def _data(
+    options: TrainOptions, expected: Expected, tokenizer: Any, proposal: FoundConfig, longest: int, context: int
+) -> _Data:
     """The examples, if data and tokenizer are at hand; otherwise their number, if that is known."""
     missing = [why for name in (options.dataset, options.eval_dataset) if name and (why := why_not_at_hand(name))]
     if missing:
         return _Data(None, None, _counts(options, expected.examples), missing[0])
-    records, kept = read_parts(options)
+    records, kept = read_parts(options, tokenizer)
     lacking = sum(record.rejected is None for record in records + kept)
     if tokenizer is None:
         why = f"the tokenizer of {options.proposal} is not on this machine"
         return _Data(None, None, (len(records), len(kept)), why, lacking)
+    if options.teacher_prompt is not None and lack_answers((records, kept)):
+        return _Data(None, None, (len(records), len(kept)), "the answers are yet to be drawn behind teacher_prompt", lacking)
     ends = find_eos_token_ids(proposal, tokenizer)
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(options, tokenizer))
-    parts = mark_cut((records, kept), options.cut_answers, tokenizer)
-    examples, development = (encode_records(part, encoder, longest) for part in parts)
+    examples, development = encode_parts((records, kept), options, encoder, longest, context)
     return _Data(examples, development, (len(examples), len(development)), None, lacking)
 
 
@@ -290,24 +297,35 @@ def _caching(
     dtype = _dtype(options, proposal)
     layout = options.row_layout(vocab_size)
     kinds = dict.fromkeys(which for _, which in options.cached_answers)
-    sequences = [one for which in kinds for one in answers((*examples, *development), which)]
+    sequences = [one for which in kinds for one in _passed((*examples, *development), which)]
     longest = max(map(_length, sequences))
-    sample = [one for which in kinds for one in answers(examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED], which)]
+    sample = [one for which in kinds for one in _passed(examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED], which)]
     temperature = options.temperatures.proposal
     found = rehearse_caching(proposal.config, dtype, device, vocab_size, layout, temperature, longest, sample)
     total = found.weights + found.keys_and_values + found.passing
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **found._asdict(), "total": total}
 
 
+def _passed(examples: Sequence[Example], which: str) -> list[Example]:
+    """What the proposal reads for the rows on the `which` answers; for those of a teacher, the answers in both contexts."""
+    if which != "teacher":
+        return answers(examples, which)
+    return [Example([*e.prompt, *(e.teacher or e.prompt), *e.chosen], e.chosen, []) for e in examples]
+
+
 def _cache(options: TrainOptions, data: _Data, vocab_size: int) -> dict[str, Any]:
-    """What the cached rows take on disk."""
-    layout = options.row_layout(vocab_size)
+    """What the cached rows take on disk; a token of a teacher's rows takes `teacher_bytes_per_token`."""
+    plain: tuple[Layout, type[ProposalCache]] = options.row_layout(vocab_size), ProposalCache
+    taught: tuple[Layout, type[ProposalCache]] = options.taught_layout(vocab_size), TaughtCache
     size, tokens = None, None
     if data.examples is not None and data.development is not None:
-        parts = {"train": data.examples, "dev": data.development}
-        lengths = [[len(getattr(example, which)) for example in parts[part]] for part, which in options.cached_answers]
-        size, tokens = sum(sum(shard_bytes(part, layout)) for part in lengths), sum(map(sum, lengths))
-    return {"bytes_per_token": bytes_per_token(layout), "tokens": tokens, "bytes": size}
+        parts, size, tokens = {"train": data.examples, "dev": data.development}, 0, 0
+        for part, which in options.cached_answers:
+            name, how = ("chosen", taught) if which == "teacher" else (which, plain)
+            lengths = [len(getattr(example, name)) for example in parts[part]]
+            size, tokens = size + sum(shard_bytes(lengths, *how)), tokens + sum(lengths)
+    more = {} if options.teacher_prompt is None else {"teacher_bytes_per_token": bytes_per_token(*taught)}
+    return {"bytes_per_token": bytes_per_token(*plain), **more, "tokens": tokens, "bytes": size}
 
 
 def _flops(rehearsal: Rehearsal, examples: Sequence[Example], size: int) -> float:

@@ -20,17 +20,17 @@ def _foreign(output: Path) -> list[str]:
     return sorted(item.name for item in output.iterdir() if item.name not in ours) if output.is_dir() else []
 
 
-def refuse_foreign(output: Path, overwrite: bool) -> None:
-    """Before anything is written: refuse a folder that holds something, but no run."""
+def refuse_foreign(output: Path, overwrite: bool, flag: str = "output_dir") -> None:
+    """Before anything is written: refuse a folder, which `flag` names, that holds something, but no run."""
     if output.exists() and not output.is_dir():
-        raise InvalidOption(f"output_dir: {output} is a file; name a folder")
+        raise InvalidOption(f"{flag}: {output} is a file; name a folder")
     if _foreign(output) and not (output / "run.json").exists():
         what = "holds something that no training run left there" if overwrite else "is not empty and holds no training run"
-        raise InvalidOption(f"output_dir: {output} {what}; name another folder")
+        raise InvalidOption(f"{flag}: {output} {what}; name another folder")
 
 
-def open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder this run's own, or refuse it."""
+def open_run(output: Path, run: dict[str, Any], overwrite: bool, flag: str = "output_dir") -> None:
+    """Make the output folder, which `flag` names, this run's own, or refuse it."""
     for folder in (output, *output.glob("proposal_cache/*")):
         remove_leftovers(folder)
     if overwrite:
@@ -43,11 +43,11 @@ def open_run(output: Path, run: dict[str, Any], overwrite: bool) -> None:
     found = read_json(output / "run.json")
     if not isinstance(found, dict):
         raise DataError(f"{output / 'run.json'}: must be a JSON object")
-    for key in sorted(set(found) | set(run), key=lambda key: (key.endswith("_weights"), key)):  # a setting says more
+    for key in sorted(set(found) | set(run), key=lambda key: (key.endswith(("data", "_weights")), key)):  # a setting says more
         if found.get(key) != run.get(key):
             weights = " (another model's, or an earlier Trimtab's mark of the same)" if key.endswith("_weights") else ""
             raise InvalidOption(
-                f"output_dir: {output} holds a run with {key}={found.get(key)!r}{weights}, now it is {run.get(key)!r}; name "
+                f"{flag}: {output} holds a run with {key}={found.get(key)!r}{weights}, now it is {run.get(key)!r}; name "
                 "another folder, or discard that run with --overwrite_output_dir"
             )
 

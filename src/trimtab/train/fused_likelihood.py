@@ -1,5 +1,7 @@
 """`core.objectives.likelihood` straight from an aligner's logits and a proposal's compressed rows: the same losses, less work.
 
+`fused_distillation` is the same for a teacher's rows.
+
 For `product` and `geometric` the target is softmax(a·log p̃ + b·s) of the aligner's logits s, whose own normaliser cancels. So
 two `[N, V]` buffers are made where the plain composition makes many, log p̃ is never rebuilt, and the gradient goes directly to
 the logits of a whole padded batch. Where the tail was drawn, k+1+S logits of a row count, and only the gradient has width V.
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import gather, log_normalize
+from trimtab.core.objectives import sampled_distillation
 from trimtab.core.rules import Geometric, Product, Rule, log_power
 from trimtab.errors import InvalidOption
-from trimtab.train.rows import CachedRows
+from trimtab.train.rows import CachedRows, TaughtRows
 
-__all__ = ["fused_likelihood", "fused_sft"]
+__all__ = ["fused_distillation", "fused_likelihood", "fused_sft"]
 
 
 def fused_likelihood(
@@ -36,17 +39,12 @@ def fused_likelihood(
     Raises:
         InvalidOption: another rule, or `geometric` with rows whose tail was drawn.
     """
-    if not isinstance(rule, (Product, Geometric)):
-        raise InvalidOption(f"rule: '{rule}' has no likelihood from compressed rows; product and geometric have")
-    scale = weight / temperature
-    if scale <= 0:  # an anti-expert's power is more than a product, where its logits are masked
-        rows = logits[positions, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
-        logits, positions, scale = log_power(rows, rows.new_tensor([scale])), torch.arange(len(rows), device=rows.device), 1.0
+    share = _share(rule, weight)
+    logits, positions, scale = _powered(logits, positions, weight / temperature, vocab_size)
     if cached.samples.shape[-1]:
         if not isinstance(rule, Product):
             raise InvalidOption(f"rule: '{rule}' raises the proposal to a power, for which draws from its tail are biased")
         return _drawn(cached, logits, positions, scale)
-    share = 1.0 if isinstance(rule, Product) else 1.0 - weight
     tokens = cached.token.long()
     ids = torch.cat([cached.ids.long(), tokens.unsqueeze(-1)], -1)
     kept = torch.cat([cached.logp, cached.token_logp.unsqueeze(-1)], -1)
@@ -57,6 +55,30 @@ def fused_likelihood(
     return losses
 
 
+def fused_distillation(
+    rule: Rule, taught: TaughtRows, logits: Tensor, positions: Tensor, weight: float, temperature: float, vocab_size: int
+) -> Tensor:
+    """KL(teacher‖rule's target) of each row in nats `[N]`, estimated where the rows are compressed.
+
+    Args:
+        rule: `product` or `geometric`; draws are right for both, as it is known how likely each is.
+        taught: the teacher's rows and the proposal's of N tokens.
+        logits: the aligner's; this and what follows as in `fused_likelihood`.
+        positions: which of them predict the tokens.
+        weight: λ.
+        temperature: the aligner's.
+        vocab_size: V.
+
+    Raises:
+        InvalidOption: another rule.
+    """
+    share = _share(rule, weight)
+    logits, positions, scale = _powered(logits, positions, weight / temperature, vocab_size)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    some = logits[positions.unsqueeze(-1), taught.ids.long()].to(exact)
+    return sampled_distillation(taught.logt, _scaled(taught.logp, share) + scale * some, taught.logc)
+
+
 def fused_sft(logits: Tensor, positions: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
     """`core.objectives.sft` from logits: the negative log-likelihood of each token under the aligner alone, in nats `[N]`."""
     none = tokens.new_empty(len(tokens), 0)
@@ -65,6 +87,21 @@ def fused_sft(logits: Tensor, positions: Tensor, tokens: Tensor, vocab_size: int
         logits, positions, none, alike.new_empty(none.shape), alike, tokens.long(), 1.0, vocab_size
     )
     return losses
+
+
+def _share(rule: Rule, weight: float) -> float:
+    """The proposal's exponent."""
+    if not isinstance(rule, (Product, Geometric)):
+        raise InvalidOption(f"rule: '{rule}' has no likelihood from compressed rows; product and geometric have")
+    return 1.0 if isinstance(rule, Product) else 1.0 - weight
+
+
+def _powered(logits: Tensor, positions: Tensor, scale: float, vocab_size: int) -> tuple[Tensor, Tensor, float]:
+    """The same, where the aligner's exponent is not above 0: a power of its rows that is more than a product."""
+    if scale > 0:
+        return logits, positions, scale
+    rows = logits[positions, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))  # they may be masked
+    return log_power(rows, rows.new_tensor([scale])), torch.arange(len(rows), device=rows.device), 1.0
 
 
 def _drawn(cached: CachedRows, logits: Tensor, positions: Tensor, scale: float) -> Tensor:

@@ -2,28 +2,22 @@
 
 import dataclasses
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trimtab.core.rules import Geometric, Product, Rule, parse_rule
-from trimtab.decode.template import check_date
+from trimtab.core.rules import Product, Rule, parse_rule
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
 from trimtab.train.cut import CUT_ANSWERS
-from trimtab.train.records import parse_columns
+from trimtab.train.refusals import STARTS, refuse_contradictions
 from trimtab.train.rows import Layout
-from trimtab.train.tune import RANGES
 
 __all__ = ["ENDPOINT_OPTIONS", "Temperatures", "TrainOptions"]
 
 logger = logging.getLogger(__name__)
-
-STARTS = ("auto", "tempered", "pretrained", "uniform")
-"""Where training may start."""
 
 SFT_WEIGHT = 0.3
 """Of the regulariser of a tempered start."""
@@ -145,6 +139,14 @@ class TrainOptions:
         " the proposal runs here, else 0]",
     )
     proposal_cache: str | None = _option(None, "folder of the cached rows [default: OUTPUT_DIR/proposal_cache]")
+    teacher_prompt: str | None = _option(
+        None,
+        "a prompt to make an aligner of: messages (.json, .jsonl) or a text (any other file) that goes before every prompt; the"
+        " aligned model learns to say without it what the proposal says with it, on the data's answers, or where the data have"
+        " none on the proposal's own",
+        metavar="FILE",
+    )
+    teacher_max_tokens: int | None = _option(None, "longest answer that is drawn behind --teacher_prompt [default: 256]")
     train_draft: bool | None = _option(
         None,
         "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
@@ -173,67 +175,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
-        for name in ("proposal", "aligner", "dataset", "output_dir"):
-            if not getattr(self, name):
-                raise InvalidOption(f"--{name} is required")
-        check_date(self.date)
-        if self._would_overwrite(self.aligner):
-            raise InvalidOption(f"output_dir holds the aligner, {self.aligner}: choose another one")
-        if self.objective not in OBJECTIVES:
-            raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
-        if self.start not in STARTS:
-            raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not '{self.start}'")
-        for name, low, high in (
-            ("alpha", 0, math.inf),
-            ("dev_fraction", 1e-9, 0.9),
-            ("beta", 1e-9, math.inf),
-            ("contrast", 0, math.inf),
-            ("sft_weight", 0, math.inf),
-            ("proposal_temperature", 1e-3, math.inf),
-            ("aligner_temperature", 1e-3, math.inf),
-            ("proposal_top_p", 1e-9, 1),
-            ("max_kl", 1e-9, math.inf),
-            ("dev_samples", 0, math.inf),
-            ("max_length", 2, math.inf),
-            ("max_examples", 2, math.inf),
-            ("cache_top_k", 0, math.inf),
-            ("cache_tail_samples", 0, math.inf),
-            ("lora_r", 1, math.inf),
-            ("lora_dropout", 0, 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
-        if self.cut_answers not in CUT_ANSWERS:
-            raise InvalidOption(f"cut_answers must be one of {', '.join(CUT_ANSWERS)}, not '{self.cut_answers}'")
-        if self.weight is not None and not math.isfinite(self.weight):
-            raise InvalidOption(f"weight must be a finite number, not {self.weight}")
-        rule = self.parsed_rule
-        if self.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
-            raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
-        if self.max_kl is not None and rule.name not in RANGES:
-            raise InvalidOption(f"max_kl bounds the weight that is tuned, and '{rule}' has none: leave it out")
-        if self.dev_samples and self.proposal_endpoint:
-            raise InvalidOption("dev_samples: text is sampled from a proposal that is here, not from an endpoint: leave it out")
-        for name in ("contrast", "sft_weight"):
-            if getattr(self, name) and self.objective != "likelihood":
-                raise InvalidOption(f"{name} is a part of likelihood, and '{self.objective}' has none: leave it out")
-        if self.use_peft and self.start == "uniform":
-            raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
-        if self.start == "tempered" and not self._can_be_tempered:
-            raise InvalidOption(
-                "start 'tempered' fits the aligner's temperature for likelihood with product at a weight above 0:"
-                " leave out --aligner_temperature, or choose another start"
-            )
-        if self.train_draft and not self.trains_residual:
-            raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
-        _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
-        if self.proposal_endpoint and self.proposal_temperature not in (None, 1) and self.cache_top_k:
-            raise InvalidOption(
-                "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
-            )
-        if self.cache_tail_samples and (why := self._no_tail_samples):
-            raise InvalidOption(f"cache_tail_samples must be 0 here: {why}")
+        refuse_contradictions(self)
 
     @property
     def limits(self) -> Limits:
@@ -248,7 +190,7 @@ class TrainOptions:
         return parse_rule(self.rule)
 
     @property
-    def _no_tail_samples(self) -> str | None:
+    def no_tail_samples(self) -> str | None:
         """Why nothing can be drawn from the tails of the proposal's rows; None if it can."""
         if not self.cache_top_k:
             return "--cache_top_k 0 keeps every entry"
@@ -261,7 +203,11 @@ class TrainOptions:
     def row_layout(self, vocab_size: int) -> Layout:
         """What the cache keeps of a proposal row of V entries."""
         drawn = TAIL_SAMPLES if self.cache_tail_samples is None else self.cache_tail_samples
-        return Layout.of(self.cache_top_k, 0 if self._no_tail_samples else drawn, vocab_size)
+        return Layout.of(self.cache_top_k, 0 if self.no_tail_samples else drawn, vocab_size)
+
+    def taught_layout(self, vocab_size: int) -> Layout:
+        """What the cache keeps of a pair of rows: draws stand for the tail under every rule that can be taught."""
+        return Layout.of(self.cache_top_k, self.cache_tail_samples or TAIL_SAMPLES, vocab_size)
 
     @property
     def samples(self) -> int:
@@ -282,19 +228,22 @@ class TrainOptions:
     def cached_answers(self) -> list[tuple[str, str]]:
         """Which answers of which part the proposal's rows are needed on.
 
-        On development's wanted ones for the diagnostics and the weight, on others where the loss needs them.
+        On development's wanted ones for the diagnostics and the weight, on others where the loss needs them, or the drafter's;
+        `teacher` is the wanted ones again, behind the teacher's prompt too.
         """
-        likelihood = self.objective == "likelihood"
-        wanted = [("dev", "chosen")] + [("train", "chosen")] * likelihood
+        taught = self.teacher_prompt is not None
+        needed = self.trains_draft if taught else self.objective == "likelihood"
+        wanted = [("dev", "chosen")] + [("train", "chosen")] * needed + [("dev", "teacher"), ("train", "teacher")] * taught
         return wanted + [("dev", "rejected"), ("train", "rejected")] * bool(self.contrast)
 
     @property
     def starts_tempered(self) -> bool:
         """Whether temperatures are fitted before training."""
-        return self.start in ("auto", "tempered") and self._can_be_tempered
+        return self.start in ("auto", "tempered") and self.can_be_tempered
 
     @property
-    def _can_be_tempered(self) -> bool:
+    def can_be_tempered(self) -> bool:
+        """Whether temperatures can be fitted: the aligner's is free, and counts."""
         return self.trains_residual and self.starting_weight > 0 and self.aligner_temperature is None
 
     @property
@@ -305,7 +254,8 @@ class TrainOptions:
     @property
     def regulariser(self) -> float:
         """The weight of −log Q(y|x)."""
-        return SFT_WEIGHT * self.starts_tempered if self.sft_weight is None else self.sft_weight
+        default = SFT_WEIGHT * (self.starts_tempered and self.teacher_prompt is None)
+        return default if self.sft_weight is None else self.sft_weight
 
     @property
     def inverse_temperature(self) -> float:
@@ -316,7 +266,7 @@ class TrainOptions:
     @property
     def default_contrast(self) -> float:
         """Of pairs, where none is given."""
-        return CONTRAST if self.trains_residual else 0.0
+        return CONTRAST if self.trains_residual and self.teacher_prompt is None else 0.0
 
     def with_contrast_for(self, examples: int, *, lacking: int) -> "TrainOptions":
         """The same with the contrast settled, for so many examples of which some may lack a rejected answer."""
@@ -358,7 +308,7 @@ class TrainOptions:
         Raises:
             InvalidOption: the start or a setting of fresh adapters is asked for, or the base would be overwritten.
         """
-        if self._would_overwrite(base_of(found.folder).source):
+        if self.would_overwrite(base_of(found.folder).source):
             raise InvalidOption(
                 f"output_dir '{self.output_dir}' holds the base of the adapter '{self.aligner}': choose another"
             )
@@ -372,7 +322,7 @@ class TrainOptions:
         drafting = self.train_draft or (found.draft is not None and self.train_draft is None and self.trains_residual)
         return dataclasses.replace(self, use_peft=True, train_draft=drafting)
 
-    def _would_overwrite(self, model: str) -> bool:
+    def would_overwrite(self, model: str) -> bool:
         """Whether a model, if it is a folder, is in the output's."""
         folder = expand_home(model).resolve()
         return expand_home(self.output_dir).resolve() in (folder, *folder.parents)

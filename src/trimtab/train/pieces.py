@@ -31,6 +31,8 @@ class Piece(NamedTuple):
     """Of the proposal, n rows."""
     positions: Tensor
     """`[n]`, which rows of the batch's logits predict the tokens."""
+    part: slice
+    """Which of the batch's tokens they are."""
 
     @property
     def logp(self) -> Tensor:
@@ -111,4 +113,4 @@ def pieces(
     for start in range(0, len(tokens), most):
         part = slice(start, start + most)
         some = None if cached is None else CachedRows(*(column[part] for column in cached))
-        yield Piece(tokens[part], rows_at(logits, positions[part], vocab_size, temperature), some, positions[part])
+        yield Piece(tokens[part], rows_at(logits, positions[part], vocab_size, temperature), some, positions[part], part)

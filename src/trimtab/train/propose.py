@@ -52,7 +52,7 @@ def propose(
 
     Args:
         model: transformers models: the bare proposal, or with aligners.
-        records: what to sample for.
+        records: what to sample for; behind a teacher's prompt, where they have one, which the file then lacks.
         out: a `.jsonl` file.
         params: how to sample; each record adds its number to the seed.
         batch_size: records drawn together and written at once.
@@ -68,7 +68,7 @@ def propose(
         for first in range(start, len(records), batch_size):
             part = records[first : first + batch_size]
             each = [dataclasses.replace(params, seed=(params.seed or 0) + first + i) for i in range(len(part))]
-            drawn = model.generate([record.prompt for record in part], each)
+            drawn = model.generate([record.asked for record in part], each)
             samples = [Sample(one.text, one.finish_reason != "length", one.error) for one in drawn]
             yield [samples[i : i + params.n] for i in range(0, len(samples), params.n)]
 
@@ -96,7 +96,7 @@ def write_samples(
     Raises:
         InvalidOption: `out` holds part of a run with other settings.
     """
-    prompts = json_digest(record.prompt for record in records)
+    prompts = json_digest(record.asked for record in records)
     header = {"proposal": proposal, "prompts": prompts, "sampling": repr(params)}
     each = params.n
     if ranking is not None:

@@ -53,6 +53,7 @@ class Record:
         rejected: an unwanted answer, or one drawn from the proposal; None if there is none.
         source: where it came from, for messages to the user.
         unfinished: which of `chosen` and `rejected` were cut, and so do not end.
+        teacher: the prompt as a teacher gets it (`trimtab.train.teacher`); None without one.
     """
 
     prompt: Any
@@ -60,6 +61,12 @@ class Record:
     rejected: Any
     source: str
     unfinished: frozenset[str] = frozenset()
+    teacher: Any = None
+
+    @property
+    def asked(self) -> Any:
+        """The prompt that answers are drawn for."""
+        return self.prompt if self.teacher is None else self.teacher
 
 
 class DataOptions(Protocol):

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
 from trimtab.train.batches import ExampleDataset, Item, collate
+from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import shape
 from trimtab.train.ranks import Ranks
-from trimtab.train.rows import CachedRows
 from trimtab.train.start import prepare_model
-from trimtab.train.trainer import AlignerTrainer
+from trimtab.train.taught_rows import TaughtCache
+from trimtab.train.taught_trainer import trainer_of
 
 __all__ = ["Rehearsal", "Step"]
 
@@ -76,7 +77,7 @@ class Rehearsal:
         with self._making():
             _give_devices(model)
             model.to = lambda *args, **kwargs: model  # it was made where it belongs, and torch cannot move it
-            self.trainer = AlignerTrainer(
+            self.trainer = trainer_of(options)(
                 options,
                 vocab_size,
                 mean_length,
@@ -183,16 +184,11 @@ class Rehearsal:
         batch = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in lengths.items()}
         kinds = {which for part, which in self._options.cached_answers if rows or part == "train"}
         for which in sorted(kinds):
-            n, (top_k, samples) = len(batch[f"{which}_tokens"]), self._options.row_layout(self._vocab_size)
-            blank = CachedRows(
-                torch.empty(n, top_k, dtype=torch.int32),
-                torch.empty(n, top_k),
-                torch.empty(n, dtype=torch.int32),
-                torch.empty(n),
-                torch.empty(n),
-                torch.empty(n, samples, dtype=torch.int32),
-            )
-            batch |= {f"{which}_proposal_{name}": value for name, value in blank._asdict().items()}
+            taught, options = which == "teacher", self._options
+            kind, layout = (TaughtCache, options.taught_layout) if taught else (ProposalCache, options.row_layout)
+            n = len(batch["chosen_tokens" if taught else f"{which}_tokens"])
+            for name, (dtype, sides) in kind.columns(layout(self._vocab_size)).items():
+                batch[f"{which}_proposal_{name}"] = torch.empty(n, *sides, dtype=dtype)
         return batch
 
     def _update(self) -> None:

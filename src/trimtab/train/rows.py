@@ -29,7 +29,18 @@ from trimtab.decode.scoring import completion_rows
 from trimtab.models.base import LanguageModel
 from trimtab.train.examples import Example
 
-__all__ = ["BATCH", "CachedRows", "Compressed", "Layout", "ModelRows", "RowSource", "compress", "compress_each", "tail_points"]
+__all__ = [
+    "BATCH",
+    "CachedRows",
+    "Compressed",
+    "Layout",
+    "ModelRows",
+    "RowSource",
+    "TaughtRows",
+    "compress",
+    "compress_each",
+    "tail_points",
+]
 
 BATCH = 16
 """Examples in a forward pass."""
@@ -92,15 +103,29 @@ class CachedRows(NamedTuple):
         return self.tail - (vocab_size - kept).clamp(min=1).log()
 
 
+class TaughtRows(NamedTuple):
+    """Rows of T tokens in two contexts, bare and behind a teacher's prompt, at the same E tokens (`taught_rows`)."""
+
+    ids: Tensor
+    """`[T, E]` int32, some perhaps alike."""
+    logp: Tensor
+    """`[T, E]` their log-probabilities in the bare context."""
+    logt: Tensor
+    """`[T, E]` those behind the teacher's prompt."""
+    logc: Tensor
+    """`[T, E]` log of how many tokens each stands for; −inf where it stands for none."""
+
+
 class Compressed(NamedTuple):
     """The rows of some examples."""
 
-    rows: list[CachedRows]
+    rows: Sequence[CachedRows | TaughtRows]
     """For each example, on its wanted answer."""
     error: Tensor
     """`[4]` float64, of what each token loses (see `compress_each`); NaN where that cannot be known.
 
-    The sum of KL over all tokens, and the largest; the sum of log Z's errors, and that of their squares."""
+    The sum of KL over all tokens, and the largest; the sum of log Z's errors, and that of their squares. Of `TaughtRows`, the
+    divergences are KL(teacher‖proposal), and the errors those of their estimates."""
 
 
 class RowSource(Protocol):
@@ -131,12 +156,12 @@ class ModelRows:
     """
 
     def __init__(self, model: LanguageModel, fingerprint: str, ends: Sequence[int] = ()) -> None:
-        self._model, self.fingerprint, self._ends = model, fingerprint, ends
+        self.model, self.fingerprint, self.ends = model, fingerprint, ends
 
     @property
     def vocab_size(self) -> int:
         """V."""
-        return self._model.vocab_size
+        return self.model.vocab_size
 
     def who(self) -> str:
         """The fingerprint says it."""
@@ -152,10 +177,10 @@ class ModelRows:
             points = [tail_points(examples[i], layout.samples) for i in batch]
             pairs = [(examples[i].prompt, examples[i].chosen) for i in batch]
             done = 0
-            for (rows,), tokens, counts in completion_rows([self._model], pairs):
+            for (rows,), tokens, counts in completion_rows([self.model], pairs):
                 here = [each[done : done + count] for each, count in zip(points, counts, strict=True)]
                 done += tokens.shape[1]
-                for slot, (kept, loss) in enumerate(compress_each(rows, tokens, here, layout.top_k, temperature, self._ends)):
+                for slot, (kept, loss) in enumerate(compress_each(rows, tokens, here, layout.top_k, temperature, self.ends)):
                     parts[batch[slot]].append(kept)
                     losses.append(loss)
         kl, log_z = torch.cat(losses).unbind(-1)

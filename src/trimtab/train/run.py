@@ -11,49 +11,46 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from trimtab.decode.encoding import Encoder
-from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
-from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.loading import load_model
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checks import warn_of_rule, warn_of_weight
-from trimtab.train.cut import mark_cut
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
-from trimtab.train.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
+from trimtab.train.examples import Example, answers, fingerprint_examples
+from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
+from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
-from trimtab.train.records import Record, read_records
-from trimtab.train.rows import Layout, RowSource
+from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model
+from trimtab.train.taught_rows import TaughtCache, TeacherRows
+from trimtab.train.taught_trainer import trainer_of
+from trimtab.train.teacher import Teacher, lack_answers
+from trimtab.train.teacher_answers import draw_answers
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
 
-__all__ = [
-    "open_tokenizer",
-    "read_examples",
-    "read_parts",
-    "run_date",
-    "train",
-]
+__all__ = ["open_caches", "train", "training_of_effect"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +70,7 @@ class _Run(NamedTuple):
     """How many pairs have two equal answers."""
     draft_start: Base
     """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base."""
+    teacher: Teacher | None
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -122,6 +120,7 @@ def _open(output: Path, run: dict[str, Any], drafting: dict[str, Any] | None, ov
 
 def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
+    teacher = Teacher.read(options.teacher_prompt) if options.teacher_prompt is not None else None
     tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner)
     check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
     options = options.continuing(found.manifest)
@@ -131,10 +130,12 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     context = min(model.config.max_position_embeddings, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
-    examples, development = read_examples(options, encoder, context)
+    parts = read_parts(options, tokenizer)
+    examples, development = encode_parts(parts, options, encoder, context, proposal.context)
     pairs = settle_pairs(options, examples, development)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
+    run["teacher_prompt"] = teacher and teacher.digest
     run |= {"proposal_weights": proposal.rows.fingerprint, "aligner_weights": files.fingerprint}
     if found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
@@ -146,18 +147,21 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
     options, examples, development, equal = pairs
-    fit = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
-    fitted = ranks.first_does(fit)
+    if teacher is not None and lack_answers(parts):
+        parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
+        examples, development = encode_parts(parts, options, encoder, context, proposal.context)
+    fitting = partial(_temperatures, options, arguments, output, model, proposal.rows, development)
+    fitted = ranks.first_does(fitting)
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
     scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
     options = options.at(fitted)
-    caches = _caches(options, proposal.rows, tokenizer, examples, development, ranks)
-    del proposal, fit
+    caches = open_caches(options, proposal.rows, tokenizer, examples, development, ranks)
+    del proposal, fitting
     data = {
         "train_dataset": ExampleDataset(examples, caches["train"]),
         "eval_dataset": ExampleDataset(development, caches["dev"]),
     }
-    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, draft_start)
+    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, draft_start, teacher)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
@@ -178,8 +182,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
 def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started: float) -> dict[str, Any]:
     """Train, tune and save an aligner; returns the report."""
     options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
-    caches = this.data["train_dataset"].caches or this.data["eval_dataset"].caches
-    trainer = AlignerTrainer(
+    caches = {**this.data["eval_dataset"].caches, **this.data["train_dataset"].caches}
+    trainer = trainer_of(options)(
         options,
         vocabulary_size(tokenizer),
         this.mean_length,
@@ -190,7 +194,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         **this.data,
     )
     CompactProgress.install(trainer, options.objective)
-    _fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
+    fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts,
@@ -203,9 +207,11 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        tuned = tune_weight(options.parsed_rule, trainer.rows, ranks, options.max_kl)
+        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl)
         warn_of_weight(options, tuned)
         report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
+    if this.teacher is not None:
+        report["teacher"] = {"prompt": this.teacher.digest, "cache": caches["teacher"].facts}
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(finite(report))
@@ -223,7 +229,9 @@ def _temperatures(
         return options.temperatures
     path = output / "start.json"
     if not path.exists():
-        given, layout = options.proposal_temperature, Layout.of(TOP_K, 0, rows.vocab_size)
+        taught = options.teacher_prompt is not None  # the proposal is its own teacher: its temperature is nothing to fit
+        given = options.temperatures.proposal if taught else options.proposal_temperature
+        layout = Layout.of(TOP_K, 0, rows.vocab_size)
         if options.proposal_endpoint and options.cache_top_k:  # these rows have temperature 1, and no more entries
             given, layout = 1.0, options.row_layout(rows.vocab_size)
         fitted = fit_temperatures(model, rows, examples, arguments.eval_batch_size, given, layout)
@@ -252,24 +260,16 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
         **this.data,
     )
     CompactProgress.install(trainer, "draft")
-    _fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
+    fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
     report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
-    model, weights = _trained(trainer)
+    model, weights = trained(trainer)
     ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
     return dict(finite(report))
 
 
-def _trained(trainer: AlignerTrainer) -> tuple[Any, Any]:
-    """The model, and its weights where they are spread over processes: then all take part in gathering them."""
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
-    return model, weights
-
-
 def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks) -> None:
     """Write what came of it."""
-    aligner.model, weights = _trained(trainer)
+    aligner.model, weights = trained(trainer)
 
     def write() -> None:
         write_json(output / "training.json", report)
@@ -278,46 +278,7 @@ def _save(trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], out
     ranks.first_does(write)
 
 
-def open_tokenizer(options: TrainOptions, source: str, revision: str | None = None) -> Any:
-    """The proposal's tokenizer, with the chat template that was asked for."""
-    template = read_chat_template(options.chat_template_path)
-    tokenizer = load_tokenizer(source, revision=revision)
-    if template is not None:
-        tokenizer.chat_template = template
-    refuse_idle_date(options.date, tokenizer)
-    return tokenizer
-
-
-def read_parts(options: TrainOptions) -> tuple[list[Record], list[Record]]:
-    """Training and development records."""
-    need = "rejected" if options.needs_rejected else "chosen"
-    records = read_records(options.dataset, need=need, how=options, limit=options.max_examples)
-    if options.eval_dataset is None:
-        records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
-    else:
-        kept = read_records(options.eval_dataset, need=need, how=options)
-    return records, kept
-
-
-def run_date(options: TrainOptions, tokenizer: Any) -> str | None:
-    """The date of the run in the output folder, or of a new one; None where no chat template writes it."""
-    if not reads_date(tokenizer):
-        return None
-    path = Path(options.output_dir) / "run.json"
-    kept = read_json(path) if path.exists() and not options.overwrite_output_dir else None
-    return pick_date(options.date, kept.get("date") if isinstance(kept, dict) else None)
-
-
-def read_examples(options: TrainOptions, encoder: Encoder, context: int) -> tuple[list[Example], list[Example]]:
-    """Training and development examples."""
-    records, kept = read_parts(options)
-    max_length = min(options.max_length, context)
-    parts = mark_cut((records, kept), options.cut_answers, encoder.tokenizer)
-    train_examples, kept_examples = (encode_records(part, encoder, max_length) for part in parts)
-    return train_examples, kept_examples
-
-
-def _caches(
+def open_caches(
     options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, dict[str, ProposalCache]]:
     """The cached rows of both parts, by the kind of answer that they are on."""
@@ -326,20 +287,24 @@ def _caches(
     caches: dict[str, dict[str, ProposalCache]] = {part: {} for part in parts}
     for part, which in options.cached_answers:
         name = part if which == "chosen" else f"{part}_{which}"
-        cache = caches[part][which] = ProposalCache.build(
+        source, kind, some, layout = rows, ProposalCache, parts[part], options.row_layout
+        if which == "teacher":
+            assert isinstance(rows, ModelRows)  # as `refuse_beside_teacher` has it
+            source, kind, layout = TeacherRows(rows), TaughtCache, options.taught_layout
+        cache = caches[part][which] = kind.build(
             folder / name,
-            rows,
+            source,
             fingerprint_vocabulary(tokenizer),
-            answers(parts[part], which),
-            layout=options.row_layout(rows.vocab_size),
+            some if which == "teacher" else answers(some, which),
+            layout=layout(rows.vocab_size),
             temperature=options.temperatures.proposal,
             ranks=ranks,
         )
         facts = cache.facts
         error = "an error that is not known"
-        if facts["log_z_error"] is not None:
-            error = f"an error of {facts['log_z_error']:.2g} nats a token (root mean square {facts['log_z_error_rms']:.2g})"
-            error += " in log Z for a copy of the proposal"
+        mean, rms = (facts[name] for name in kind.losses[2:])
+        if mean is not None:
+            error = f"an error of {mean:.2g} nats a token (root mean square {rms:.2g}) in {kind.of}"
         logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
 
@@ -350,25 +315,14 @@ def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str
     ignored = {*apart, "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
-    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
-    training = {key: value for key, value in options.training.items() if not any(word in key for word in reporting)}
-    described |= {"training": training, "seed": arguments.seed, "data": data}
+    described |= {"training": training_of_effect(options.training), "seed": arguments.seed, "data": data}
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
 
 
-def _fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint if there is one, and end with the weights that count."""
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:  # transformers would train one step too many
-            trainer.state = state
-            best = Path(state.best_model_checkpoint or checkpoint).name
-            trainer._load_from_checkpoint(
-                str(checkpoint.with_name(best if trainer.args.load_best_model_at_end else checkpoint.name))
-            )
-            return
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+def training_of_effect(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given `TrainingArguments` that a result depends on."""
+    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
+    return {key: value for key, value in given.items() if not any(word in key for word in reporting)}
 
 
 def _manifest(options: TrainOptions, tokenizer: Any, weight: float) -> Manifest:

@@ -6,6 +6,7 @@ token, and the same gradient however a batch is cut into micro-batches or spread
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from trimtab.core.logprobs import kl_divergence
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.models.peft_saving import unasked
 from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch
@@ -23,7 +25,7 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.pieces import Passes, Piece, Room, pieces
 from trimtab.train.ranks import ALONE, Ranks
-from trimtab.train.tune import tune_weight
+from trimtab.train.tune import Losses, tune_weight
 
 __all__ = ["AlignerTrainer"]
 
@@ -43,6 +45,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     """
 
     control: Any
+    measures = 9
+    """How many sums `_measure` gives."""
 
     def __init__(
         self, options: TrainOptions, vocab_size: int, mean_length: float, *, ranks: Ranks = ALONE, **arguments: Any
@@ -97,7 +101,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         if (most := self._options.max_kl) is not None:
             weight = self._weight
             if metrics[f"{metric_key_prefix}_kl_aligned_proposal"] > most:
-                weight = tune_weight(self._rule, lambda: self.rows(eval_dataset), self._ranks, most).weight
+                weight = tune_weight(self._rule, partial(self.losses_at, eval_dataset), self._ranks, most).weight
                 metrics = self._figures(eval_dataset, metric_key_prefix, weight)
             metrics[f"{metric_key_prefix}_weight"] = weight
         self.log(metrics)
@@ -105,29 +109,27 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         return metrics
 
     def _figures(self, dataset: Any, prefix: str, weight: float) -> dict[str, float]:
-        sums = torch.zeros(9, dtype=torch.float64)
+        sums = torch.zeros(self.measures, dtype=torch.float64)
         losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
         dataset = self.eval_dataset if dataset is None else dataset
         for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
             found = self.look(inputs, passes, weight)
             sums, losses = sums + found[0], losses + found[1]
         sums, losses = self._ranks.total(sums), self._ranks.total(losses)
-        metrics = {f"{prefix}_{k}": v for k, v in dataclasses.asdict(summarise([sums])).items()}
+        metrics = {f"{prefix}_{k}": v for k, v in self._summary(sums).items()}
         metrics[f"{prefix}_loss"] = float(losses[0] / losses[1])
         if losses[3]:
             metrics[f"{prefix}_nll_rejected"] = float(losses[2] / losses[3])
         return metrics
 
-    def rows(self, dataset: Any = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What `tune_weight` reads: log p̃ and log q `[n, V]` and the tokens `[n]` of the wanted development answers."""
-        for _, passes in self.development(dataset):
-            for _, some in passes:
-                yield from ((piece.logp, piece.logq, piece.tokens) for piece in some)
-
     def look(self, inputs: dict[str, Tensor], passes: Passes, weight: float | None = None) -> tuple[Tensor, Tensor]:
-        """What `evaluate` adds up of one development batch, at a weight or the trained one: diagnostics `[9]`, losses `[4]`."""
+        """What `evaluate` adds up of one development batch, at a weight or the trained one.
+
+        Returns:
+            Diagnostics `[measures]` and losses `[4]`.
+        """
         weight = self._weight if weight is None else weight
-        sums, alone, decoded = torch.zeros(9, dtype=torch.float64), {}, {}
+        sums, alone, decoded = torch.zeros(self.measures, dtype=torch.float64), {}, {}
         for which, some in passes:
             values = []
             for piece in some:
@@ -135,21 +137,41 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 if piece.cached is not None:
                     logp = piece.logp
                     if self._options.objective == "likelihood":
-                        values[-1][1] = likelihood(self._rule, logp, piece.logq, weight, piece.tokens)
+                        values[-1][1] = self._decoded(inputs, piece, logp, weight)
                     if which == "chosen":
-                        sums += self._measure(piece, logp, weight)
+                        sums += self._measure(inputs, piece, logp, weight)
             alone[which], decoded[which] = map(torch.cat, zip(*values, strict=True))
         loss = self._losses(inputs, decoded).sum()
         rejected = alone.get("rejected", loss.new_zeros(0))
         losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
         return sums, torch.stack(losses).double().cpu()
 
-    def _measure(self, piece: Piece, logp: Tensor, weight: float) -> Tensor:
+    def losses_at(self, dataset: Any = None) -> Losses:
+        """What `tune_weight` reads of the wanted development answers."""
+        for inputs, passes in self.development(dataset):
+            for _, some in passes:
+                for piece in some:
+                    yield partial(self._at, inputs, piece, piece.logp)
+
+    def _at(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        aligned = self._rule.target(logp, [piece.logq], logp.new_tensor([weight]))
+        return self._decoded(inputs, piece, logp, weight), kl_divergence(aligned, logp)
+
+    def _decoded(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
+        """`likelihood` of a piece's tokens `[n]` at a weight."""
+        return likelihood(self._rule, logp, piece.logq, weight, piece.tokens)
+
+    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
+        """Sums over a piece's tokens `[measures]`, at a weight."""
         assert piece.cached is not None
         said = self._options.proposal_top_p
         top_p = said if said is not None and said < 1 else 0.95
         even = piece.cached.evenly().rebuild(self._vocab_size) if piece.cached.samples.shape[-1] else logp
         return measure(self._rule, logp, piece.logq, weight, piece.tokens, top_p, even)
+
+    def _summary(self, sums: Tensor) -> dict[str, float]:
+        """Means from the sums of all pieces."""
+        return dataclasses.asdict(summarise([sums]))
 
     @property
     def room(self) -> Room:
@@ -194,23 +216,16 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         options = self._options
         kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
         found = {which: answer_logits(model, inputs, which) for which in kinds}
-        losses = {
-            which: fused_likelihood(
-                self._rule,
-                cached_batch(inputs, which),
-                logits,
-                positions,
-                self._weight,
-                self._temperature,
-                self._vocab_size,
-            )
-            for which, (logits, positions) in found.items()
-        }
-        loss = self._contrasted(inputs, losses)
+        loss = self._contrasted(inputs, {which: self._fused(inputs, which, *logits) for which, logits in found.items()})
         if options.regulariser:
             alone = fused_sft(*found["chosen"], inputs["chosen_tokens"], self._vocab_size)
             loss = loss + options.regulariser * self._sum(alone, inputs, "chosen") / self._mean_length
         return loss
+
+    def _fused(self, inputs: dict[str, Tensor], which: str, logits: Tensor, positions: Tensor) -> Tensor:
+        """The loss of each token of the `which` answers `[N]`."""
+        how = self._weight, self._temperature, self._vocab_size
+        return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
 
     def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
         """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded.

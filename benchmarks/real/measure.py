@@ -1,0 +1,142 @@
+"""What is measured of a system in a cell, as one object of JSON: lists hold a value for each prompt.
+
+parts      by test set: `prompts` (their names), `nll` and `tokens` of the wanted answers, of unwanted ones too where there
+           are pairs, greedy `answers` and why they ended, `rougeL` and `chrf` against the wanted answers, `obeyed` and `right`
+           where a program can tell
+kl         divergence from the proposal on own samples of the test prompts, and their tokens; a bound for best-of-n
+outside    NLL of the proposal's own greedy answers to prompts outside the task: the loss against the proposal is harm
+speed      tokens a second of greedy answers, one at a time, and as a ratio to transformers' `generate` of the proposal
+training   seconds and bytes; null if nothing is trained
+"""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cell import Cell
+from chats import Record, question
+from constraints import obeys, states
+from outside import PROMPTS
+from rivals import RIVALS, open_proposal, wanted
+from systems import System
+
+from trimtab.decode.request import SamplingParams
+from trimtab.evaluate.references import ReferenceMetric
+from trimtab.files import read_json, write_json
+from trimtab.models.loading import load_model
+
+__all__ = ["measure"]
+
+PARTS = ("test", "transfer")
+OUTSIDE_TOKENS = 64
+SPEED_PROMPTS = 5
+SPEED_TOKENS = 48
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Everything about a cell; what is to be trained is trained first."""
+    rival = RIVALS[cell.system]
+    system, bare = rival.open(cell), open_proposal(cell)
+    test = cell.read("test")
+    chats = [chat for chat, _ in _by_prompt(test)]
+    sampling = SamplingParams(max_tokens=cell.task.max_tokens, temperature=1.0, seed=cell.seed)
+    divergence = system.divergence(bare, chats, sampling)
+    return {
+        "parts": {part: _measure_part(cell, system, records) for part in PARTS if (records := cell.read(part))},
+        "kl": {
+            "kl": [kl for kl, _ in divergence],
+            "tokens": [count for _, count in divergence],
+            "bound": system.referee is not None,
+        },
+        "outside": _measure_outside(cell, system, bare, PROMPTS[: cell.max_examples]),
+        "speed": _measure_speed(cell, system, chats[:SPEED_PROMPTS]),
+        "training": rival.cost(cell) if rival.cost else None,
+    }
+
+
+def _measure_part(cell: Cell, system: System, records: Sequence[Record]) -> dict[str, Any]:
+    grouped = _by_prompt(records)
+    greedy = SamplingParams(max_tokens=cell.task.max_tokens, temperature=0.0, seed=cell.seed)
+    completions = system.answers([chat for chat, _ in grouped], greedy)
+    answers = [one.text for one in completions]
+    found: dict[str, Any] = {
+        "prompts": [hashlib.sha256(same[0]["group"].encode()).hexdigest()[:12] for _, same in grouped],
+        "answers": answers,
+        "finish_reasons": [one.finish_reason for one in completions],
+    }
+    if system.referee is None:  # what best-of-n says has no likelihood that can be had
+        for name in ("nll", "rejected") if "rejected" in records[0] else ("nll",):
+            found |= _likelihood(system, grouped, name)
+    if "completion" in records[0]:
+        references = [[wanted(record)[0]["content"] for record in same] for _, same in grouped]
+        for metric in (ReferenceMetric("rougeL", tokenizer="unicode"), ReferenceMetric("chrf")):
+            found[metric.name] = metric.score(answers, references)
+    if "constraint" in records[0]:
+        judged = [(same[0], text) for (_, same), text in zip(grouped, answers, strict=True)]
+        found["kinds"] = [record["constraint"]["kind"] for record, _ in judged]
+        found["obeyed"] = [obeys(record["constraint"], text) for record, text in judged]
+        found["right"] = [states(record["facts"], text) for record, text in judged]
+    return found
+
+
+def _likelihood(system: System, grouped: list[tuple[Any, list[Record]]], name: str) -> dict[str, list[float]]:
+    """Sums over the answers to each prompt: `nll` of the wanted ones, or of the `rejected` ones."""
+    pairs = [
+        (i, chat, (record["rejected"] if name == "rejected" else wanted(record))[0])
+        for i, (chat, same) in enumerate(grouped)
+        for record in same
+    ]
+    sums, sizes = [0.0] * len(grouped), [0] * len(grouped)
+    scored = system.nll([chat for _, chat, _ in pairs], [answer for _, _, answer in pairs])
+    for (i, _, _), (total, count) in zip(pairs, scored, strict=True):
+        sums[i] += total
+        sizes[i] += count
+    return {name: sums, "tokens" if name == "nll" else f"{name}_tokens": sizes}
+
+
+def _by_prompt(records: Sequence[Record]) -> list[tuple[Any, list[Record]]]:
+    """Each prompt once, with all records that have it, in order."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(json.dumps(record["prompt"]), []).append(record)
+    return [(same[0]["prompt"], same) for same in found.values()]
+
+
+def _measure_outside(cell: Cell, system: System, bare: System, texts: Sequence[str]) -> dict[str, Any] | None:
+    """The proposal's answers are made once for all cells of a study."""
+    if system.referee is not None:
+        return None
+    path, chats = cell.out / "outside.json", [question(text) for text in texts]
+    if not path.exists():
+        completions = bare.answers(chats, SamplingParams(max_tokens=OUTSIDE_TOKENS, temperature=0.0))
+        ids = [list(one.tokens) for one in completions]
+        nll = [total for total, _ in bare.nll(chats, ids)]
+        write_json(path, {"answers": [one.text for one in completions], "tokens": ids, "nll": nll})
+    said = read_json(path)
+    scored = system.nll(chats, said["tokens"])
+    own, counts = ([one[i] for one in scored] for i in (0, 1))
+    return {"nll": own, "proposal_nll": said["nll"], "tokens": counts}
+
+
+def _measure_speed(cell: Cell, system: System, chats: Sequence[Any]) -> dict[str, float]:
+    """Both contestants take turns, one prompt at a time, after one to warm up; medians over the prompts."""
+    stock = load_model(str(cell.proposal), dtype=torch.float32, device=None)
+    params = SamplingParams(max_tokens=SPEED_TOKENS, temperature=0.0, seed=0, ignore_eos=True)
+    length = {"max_new_tokens": SPEED_TOKENS, "min_new_tokens": SPEED_TOKENS, "do_sample": False, "pad_token_id": 0}
+    ours, theirs = [], []
+    for chat in [chats[0], *chats]:
+        ids = torch.tensor([system.model.encoder.prompt(chat, "prompt")], device=stock.device)
+        ours.append(_seconds(lambda chat=chat: system.answers([chat], params)))
+        theirs.append(_seconds(lambda ids=ids: stock.generate(ids, attention_mask=torch.ones_like(ids), **length)))
+    own, other = (SPEED_TOKENS / statistics.median(seconds[1:]) for seconds in (ours, theirs))
+    return {"tokens_per_second": own, "ratio_to_transformers": own / other}
+
+
+def _seconds(run: Any) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,90 @@
+"""Systems that `trimtab train` makes: **to add one, add a line to `TRAINED`**.
+
+A line is what stands behind `trimtab train` beside `COMMON`. In braces: `proposal`, `train` and `dev` (files), `out` (the
+folder to make), `seed`, and `start`, the aligner's start that most need, which is the proposal's first two layers as they are.
+Every name is a system of the study, and a second one with six examples in the prompt.
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cell import Cell
+from transformers import AutoModelForCausalLM
+
+from trimtab.errors import TrimtabError
+from trimtab.files import atomic_folder, read_json
+from trimtab.models.loading import load_model, load_tokenizer
+
+__all__ = ["DEFAULT", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "first_layers", "start_of", "train"]
+
+DEFAULT = "default recipe"
+SFT = "SFT, geometric"
+
+TRAINED = {
+    DEFAULT: "--aligner {start}",
+    SFT: "--aligner {start} --objective sft --rule geometric",
+}
+
+COMMON = "--proposal {proposal} --dataset {train} --eval_dataset {dev} --output_dir {out} --seed {seed} --report_to none"
+
+LAYERS = 2
+"""Of the proposal, that its aligners start from."""
+
+
+def train(name: str, cell: Cell) -> Path:
+    """The folder of a trained system; a run that was killed goes on, and one that is done is not repeated.
+
+    Raises:
+        TrimtabError: the command failed; its output says why.
+    """
+    out = cell.model(name)
+    if not (out / "training.json").exists():
+        words = command(name, cell)
+        done = subprocess.run([sys.executable, "-m", "trimtab", *words], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise TrimtabError(f"trimtab {' '.join(words)} ended with exit status {done.returncode}")
+    return out
+
+
+def command(name: str, cell: Cell) -> list[str]:
+    """The words behind `trimtab` that make a system; its start is made where it is not there yet."""
+    line = f"train {TRAINED[name]} {COMMON}"
+    places = {"proposal": cell.proposal, "train": cell.data / "train.jsonl", "dev": cell.data / "dev.jsonl", "seed": cell.seed}
+    if "{start}" in line:
+        places["start"] = start_of(cell)
+    return [word.format(out=cell.model(name), **places) for word in line.split()]
+
+
+def start_of(cell: Cell) -> Path:
+    """The aligners' start, for all cells of a study."""
+    folder = cell.out / "start"
+    if not (folder / "config.json").exists():
+        with atomic_folder(folder) as staging:
+            first_layers(str(cell.proposal), LAYERS, staging)
+    return folder
+
+
+def first_layers(proposal: str, count: int, folder: Path) -> None:
+    """Save the proposal's first layers, with its embeddings, last norm and tokenizer, as a model of their own."""
+    whole = load_model(proposal, dtype=torch.float32, device="cpu")
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers = count
+    small = AutoModelForCausalLM.from_config(config)
+    weights = whole.state_dict()
+    small.load_state_dict({name: weights[name] for name in small.state_dict()})
+    small.save_pretrained(folder)
+    load_tokenizer(proposal).save_pretrained(folder)
+
+
+def cost_of(folder: Path) -> dict[str, Any]:
+    """Seconds of training, with the drafter's apart, and bytes of the aligner's weights."""
+    report = read_json(folder / "training.json")
+    return {
+        "seconds": report["seconds"],
+        "draft_seconds": report.get("draft", {}).get("seconds"),
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+    }
