@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trimtab.files import atomic_folder, atomic_write, named_errors, only_writer, read_json, write_json
+from trimtab.files import atomic_folder, atomic_write, finite, named_errors, only_writer, read_json, write_json
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -32,6 +32,16 @@ def umask():
 
 class Interrupt(BaseException):
     """What a keyboard does."""
+
+
+# ---- values
+
+
+def test_what_json_has_no_number_for_is_said_in_words_however_deep():
+    assert finite({"a": [1.5, float("inf")], "b": (float("-inf"), {"c": float("nan")})}) == {
+        "a": [1.5, "inf"],
+        "b": ["-inf", {"c": "nan"}],
+    }
 
 
 # ---- one file

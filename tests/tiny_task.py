@@ -78,5 +78,6 @@ def task_options(folder: Path, name: str, training: Mapping[str, Any] | None = N
         "cache_top_k": 0,
         "dev_fraction": 0.25,
         "train_draft": False,  # most tests are of aligners alone
+        "dev_samples": 0,
     }
     return TrainOptions(**(said | settings), training=TRAINING | dict(training or {}))

@@ -72,6 +72,7 @@ def options(cell: Cell, name: str, rate: float) -> TrainOptions:
         cache_top_k=256 if method["rule"] == "geometric" and sees else 64,
         cache_tail_samples=None if sees else 0,
         proposal_cache=str(home.folder / "cache" / rows),
+        dev_samples=0,
         train_draft=False,
         training={**TRAINING, "learning_rate": rate, "seed": cell.seed},
         **method,

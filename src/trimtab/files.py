@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ __all__ = [
     "atomic_write",
     "cache_folder",
     "expand_home",
+    "finite",
     "json_digest",
     "named_errors",
     "only_writer",
@@ -133,6 +135,15 @@ def write_json(path: str | Path, value: Any) -> None:
     with atomic_write(path) as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
         stream.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no infinity and no NaN: they are said in words, however deep they stand."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from trimtab.evaluate.texts import describe_texts, distinct_at_equal_length, split_words
+from trimtab.evaluate.texts import describe_texts, distinct_at_equal_length
+from trimtab.words import split_words
 
 
 @pytest.mark.parametrize(

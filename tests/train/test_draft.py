@@ -44,7 +44,8 @@ def test_its_figures_are_those_of_the_loaded_models(task, trained):
     )
     finished = Aligner.from_pretrained(folder)
     options = task_options(task, "whole")
-    _, development = encode_parts(read_parts(options), options, Encoder(finished.tokenizer, V, (0,)), 64, 64)
+    encoder = Encoder(finished.tokenizer, V, (0,))
+    _, development = encode_parts(read_parts(options, finished.tokenizer), options, encoder, 64, 64)
     kept, kl = [], []
     for example in development:
         ids = torch.tensor([example.prompt + example.chosen])

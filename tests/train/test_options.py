@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from trimtab.errors import InvalidOption
+from trimtab.train.checks import warn_of_rule
 from trimtab.train.options import Temperatures, TrainOptions
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
@@ -70,7 +71,7 @@ def test_what_cannot_be_is_refused(settings, message):
 )
 def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warned, caplog):
     with caplog.at_level(logging.WARNING):
-        TrainOptions(**(NAMES | settings)).warn()
+        warn_of_rule(TrainOptions(**(NAMES | settings)))
     assert [("does not train what rule" in record.message) for record in caplog.records] == [True] * warned
 
 

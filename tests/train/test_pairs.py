@@ -132,7 +132,8 @@ def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
         assert told["data"]["equal_pairs"] == report["equal_pairs"] == 12
         saved = json.loads((task / name / "training.json").read_text(encoding="utf-8"))
         assert saved["equal_pairs"] == 12
-        examples, _ = encode_parts(read_parts(options), options, Encoder(tiny_tokenizer(), 28, (EOS,)), 64, 64)
+        encoder = Encoder(tiny_tokenizer(), 28, (EOS,))
+        examples, _ = encode_parts(read_parts(options, encoder.tokenizer), options, encoder, 64, 64)
         whole = sum(len(example.chosen) for example in examples)
         assert (told["data"]["tokens"] == report["tokens"] == whole) == (name == "contrast")
         assert train(options) == saved  # nothing is left to do

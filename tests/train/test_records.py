@@ -246,7 +246,10 @@ def test_answers_are_cut_and_long_prompts_left_out_and_both_are_counted(caplog):
         Example([1, 2], [3, EOS], [4, 5, 6, 7]),
     ]
     [line] = [entry.getMessage() for entry in caplog.records]
-    assert line == "of 5 records, 2 had an answer cut at max_length=6 and 2 a longer prompt, left out"
+    assert line == (
+        "of 5 records, 2 (40 %) had an answer cut at max_length=6, which teaches no end, and 2 a longer prompt, left out;"
+        " a larger max_length keeps them whole"
+    )
 
 
 def test_nothing_is_said_where_everything_fits(caplog):

@@ -131,6 +131,8 @@ def test_what_would_change_nothing_is_refused(task, capsys):
     with pytest.raises(InvalidOption, match="teacher_max_tokens would change nothing: the records have answers"):
         train(options_of(task, "refused", teacher_max_tokens=9))
     said = ["--proposal", task / "proposal", "--aligner", task / "start", "--dataset", task / "train.jsonl"]
+    with pytest.raises(InvalidOption, match="cut_answers would change nothing: of answers that are drawn it is known"):
+        train(options_of(task, "refused", dataset=str(task / "prompts.jsonl"), cut_answers="end"))
     status, _, errors = called(capsys, "train", *said, "--output_dir", task / "refused", "--teacher_max_tokens", 9)
     assert status == 2
     assert "--teacher_max_tokens needs --teacher_prompt" in errors[0]
@@ -161,7 +163,8 @@ def test_answers_are_cut_and_prompts_left_out_where_the_teacher_fills_the_contex
         examples = encode_records(records, encoder, 64, 10)
     assert [(len(e.prompt), len(e.teacher), len(e.chosen)) for e in examples] == [(2, 4, 4), (2, 9, 1)]
     assert (
-        "of 4 records, 1 had an answer cut at max_length=64 (at 10 behind teacher_prompt) and 2 a longer prompt" in caplog.text
+        "of 4 records, 1 (25 %) had an answer cut at max_length=64 (at 10 behind teacher_prompt), which teaches no end, and 2 a"
+        " longer prompt, left out; a larger max_length, or a shorter teacher_prompt, keeps them whole" in caplog.text
     )
     with pytest.raises(
         DataError, match="64 tokens or more, or 10 behind teacher_prompt; raise max_length, or shorten teacher_prompt"
@@ -172,7 +175,7 @@ def test_answers_are_cut_and_prompts_left_out_where_the_teacher_fills_the_contex
 # ---- runs
 
 
-def exact_divergence(task, name, rows, before):
+def exact_divergence(task, name, rows, before, weight=1.0):
     """KL(teacher‖aligned) in nats a token on some records, from stock forward passes; and that of the bare proposal."""
     manifest = read_json(task / name / "trimtab.json")
     proposal, aligner = load_model(task / "proposal"), load_model(task / name)
@@ -185,7 +188,7 @@ def exact_divergence(task, name, rows, before):
             with torch.no_grad():
                 found.append(model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1, :V].log_softmax(-1))
         bare, own, teacher = found
-        aligned = (bare + own / manifest["aligner_temperature"]).log_softmax(-1)
+        aligned = (bare + weight * own / manifest["aligner_temperature"]).log_softmax(-1)
         sums += torch.stack([kl_divergence(teacher, aligned).sum(), kl_divergence(teacher, bare).sum()])
         count += len(teacher)
     return (sums / count).tolist()
@@ -217,6 +220,25 @@ def test_a_run_on_given_answers_brings_the_aligned_model_to_its_teacher(task):
     digest = Teacher.read(str(task / "teacher.txt")).digest
     assert report["teacher"]["prompt"] == digest == read_json(task / "given" / "run.json")["teacher_prompt"]
     assert abs(report["teacher"]["cache"]["kl_error"]) < 1e-5
+
+
+def test_a_budget_bounds_how_far_a_teacher_takes_the_proposal(task):
+    """The divergence from the teacher at the weight, written out, and KL(aligned‖p̃) within the budget, as at every look."""
+    said = {"eval_dataset": str(task / "held_out.jsonl"), "train_draft": False}
+    training = {"max_steps": 40, "eval_steps": 20, "save_steps": 20}
+    free = train(options_of(task, "free", training, **said))
+    assert free["kl"] > 0.05
+    bound = train(options_of(task, "bound", training, **said, max_kl=free["kl"] / 2))
+    assert 0 < bound["weight"] < free["weight"]
+    assert bound["kl"] <= free["kl"] / 2
+    looks = [row for row in bound["history"] if "eval_loss" in row]
+    assert all(row["eval_kl_aligned_proposal"] <= free["kl"] / 2 for row in looks)
+    rows = [json.loads(line) for line in (task / "held_out.jsonl").read_text().splitlines()]
+    before = (task / "teacher.txt").read_text()
+    assert bound["metrics"]["eval_weight"] == bound["weight"]
+    aligned, _ = exact_divergence(task, "bound", rows, before, bound["weight"])
+    assert bound["metrics"]["eval_kl_teacher_aligned"] == pytest.approx(aligned, rel=1e-3)
+    assert dict(map(tuple, bound["weights_tried"]))[bound["weight"]] == pytest.approx(aligned, rel=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["product", "geometric"])
@@ -269,7 +291,7 @@ def test_chats_get_the_teachers_messages_and_a_drafter_is_trained_as_ever(task):
     report = train(
         options_of(
             task, "chats", {"max_steps": 4}, dataset=str(task / "chats.jsonl"), teacher_max_tokens=4,
-            teacher_prompt=str(task / "teacher.json"), train_draft=True,
+            teacher_prompt=str(task / "teacher.json"), train_draft=True, dev_samples=2,
         )
     )  # fmt: skip
     assert report["draft"]["metrics"]["eval_loss"] > 0
@@ -277,6 +299,10 @@ def test_chats_get_the_teachers_messages_and_a_drafter_is_trained_as_ever(task):
     assert all(row.prompt[0]["role"] == "user" and row.chosen[0]["role"] == "assistant" for row in rows)
     before = report["metrics"]["eval_kl_teacher_proposal"]
     assert before > 0.01
+    kept = {row.chosen[0]["content"].strip() for row in read_records(str(task / "chats" / "teacher_answers" / "dev.jsonl"))}
+    assert len(report["samples"]) == 2
+    assert {sample["wanted"] for sample in report["samples"]} <= kept
+    assert not any("be brief" in sample["prompt"] for sample in report["samples"])
 
 
 def test_prompts_that_fill_the_context_behind_the_teacher_are_left_out(tmp_path, caplog):

@@ -1,13 +1,14 @@
 """The tempered start: exponents against a grid, what is given stays, and a run that starts where the fit says."""
 
 import json
+import logging
 import math
 
 import pytest
 import torch
 
-from tiny import tiny_model
-from tiny_task import make_task, task_options
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny_task import V, make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Product
@@ -42,7 +43,7 @@ def nll(logp, logq, tokens, a, s):
 @pytest.mark.parametrize(("a", "s"), [(0.7, 0.4), (1.3, 0.9), (0.4, 2.0)])
 def test_the_exponents_are_found_and_no_neighbour_is_better(a, s):
     rows = sample(a, s)
-    found = fit_exponents(*rows)
+    found = fit_exponents(*rows, width=math.inf)
     assert found == (pytest.approx(a, abs=0.06), pytest.approx(s, abs=0.06))
     best = nll(*rows, *found)
     for da, ds in ((0.02, 0), (-0.02, 0), (0, 0.02), (0, -0.02)):
@@ -59,9 +60,53 @@ def test_a_given_exponent_stays_and_the_other_is_best_beside_it():
 @pytest.mark.parametrize(("truth", "bound"), [(-0.5, LEAST), (0.0, LEAST), (9.0, MOST)])
 def test_the_aligners_exponent_stays_within_bounds_and_the_proposals_is_best_there(truth, bound):
     rows = sample(0.8, truth)
-    a, s = fit_exponents(*rows)
+    a, s = fit_exponents(*rows, width=math.inf)
     assert s == bound
     assert nll(*rows, a, s) < min(nll(*rows, a + 0.03, s), nll(*rows, a - 0.03, s))
+
+
+@pytest.mark.parametrize("width", [0.05, 0.2, 1.0])
+def test_the_prior_is_half_a_nat_a_token_at_its_width(width):
+    """By brute force on a grid: the minimum of −log likelihood + ((a − 1) / width)² / 2, nearer to 1 than the likelihood's."""
+    rows = sample(0.5, 0.4, count=800)
+
+    def penalised(a, s):
+        return nll(*rows, a, s) + ((a - 1) / width) ** 2 / 2
+
+    grid = [(a / 100, s / 100) for a in range(40, 104, 2) for s in range(26, 70, 2)]
+    best = min(grid, key=lambda point: penalised(*point))
+    found = fit_exponents(*rows, width=width)
+    assert found == (pytest.approx(best[0], abs=0.02), pytest.approx(best[1], abs=0.02))
+    assert penalised(*found) <= penalised(*best) + 1e-9
+    assert fit_exponents(*rows, width=math.inf)[0] < found[0] < 1
+
+
+def test_a_weak_aligner_does_not_flatten_the_proposal():
+    """A noisy twin of a proposal that knows the answers: the likelihood alone would halve the proposal to make room for it."""
+    generator = torch.Generator().manual_seed(5)
+    logp, noise = (2 * torch.randn(3000, 7, generator=generator) for _ in range(2))
+    logp, logq = logp.log_softmax(-1), (2 * logp + noise).log_softmax(-1)
+    tokens = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+    free, kept = fit_exponents(logp, logq, tokens, width=math.inf), fit_exponents(logp, logq, tokens)
+    assert free[1] == kept[1] == LEAST
+    assert free[0] < 0.7 < 0.95 < kept[0] < 1
+
+
+def test_a_start_that_harms_the_proposal_is_warned_of(tmp_path, caplog):
+    """An aligner of random weights far from uniform, even at its highest temperature: the figures are those of the start."""
+    task = make_task(tmp_path)
+    save_tiny(task / "bad", tiny_model("llama", V, seed=6, spread=2.0, num_hidden_layers=1), tiny_tokenizer())
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        train(task_options(task, "harmed", {"max_steps": 1, "learning_rate": 1e-12}, aligner=str(task / "bad")))
+        train(task_options(task, "unharmed", {"max_steps": 1}))
+    said = [record for record in caplog.records if "harms the proposal" in record.message]
+    assert len(said) == 1
+    assert "--start uniform" in said[0].message
+    temperature, _, started, alone = said[0].args
+    assert temperature == 1 / LEAST
+    report = json.loads((task / "harmed" / "training.json").read_text())
+    assert started == pytest.approx(report["metrics"]["eval_nll_aligned"], abs=2e-3)
+    assert started > alone
 
 
 def test_impossible_tokens_stay_impossible():
@@ -93,8 +138,8 @@ def test_a_run_starts_tempered_by_default_and_says_so_in_its_manifest(tmp_path):
     manifest = json.loads((tmp_path / "tempered" / "trimtab.json").read_text())
     assert manifest["proposal_temperature"] == fitted["proposal"] != 1
     assert manifest["aligner_temperature"] == fitted["aligner"] != 1
-    assert max(entry.get("learning_rate", 0) for entry in report["history"]) <= 1e-2 * fitted["aligner"]
-    assert max(entry.get("learning_rate", 0) for entry in report["history"]) > 1e-2
+    rates = {entry["step"]: entry["learning_rate"] for entry in report["history"] if "learning_rate" in entry}
+    assert rates[4] / fitted["aligner"] == pytest.approx(1e-2 * 9 / 11)  # one step of warm-up, then a line down to 0
     first = next(entry for entry in report["history"] if "eval_nll_aligned" in entry)
     assert first["eval_nll_aligned"] < first["eval_nll_proposal"]
 
@@ -107,7 +152,7 @@ def test_what_an_aligner_knows_by_heart_is_not_trusted(tmp_path):
     train(again)
     fitted = Temperatures(**json.loads((task / "again" / "start.json").read_text()))
     model = AlignedModel.from_pretrained(task / "proposal", task / "again", weight=1.0)
-    records = read_parts(again)[1]
+    records = read_parts(again, tiny_tokenizer())[1]
     texts = [record.prompt for record in records], [record.chosen for record in records]
 
     def loss(temperature: float) -> float:

@@ -167,7 +167,7 @@ def test_only_a_later_round_of_the_same_training_takes_the_manifests_temperature
 def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):
     """In what it learns, and in what it says of its development prompts: what exact rows say of the same aligner."""
     rows, found = task_rows(64)[48:], []
-    for name, settings in (("exact", {}), ("drawn", {"cache_top_k": 5, "cache_tail_samples": 12})):
+    for name, settings in (("exact", {}), ("drawn", {"cache_top_k": 5, "cache_tail_samples": 20})):
         said = train(task_options(task, f"kept-{name}", eval_dataset=str(task / "held_out.jsonl"), **settings))["metrics"]
         model = AlignedModel.from_pretrained(task / "proposal", task / f"kept-{name}")
         scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows], SamplingParams(weight=1.0))

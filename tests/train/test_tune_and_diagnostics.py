@@ -5,11 +5,23 @@ import math
 import pytest
 import torch
 
+from trimtab.core.logprobs import kl_divergence
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Geometric, KLGate, Product
 from trimtab.models.table import TableLM
 from trimtab.train.diagnostics import measure, summarise
 from trimtab.train.tune import RANGES, tune_weight
+
+
+def looks_of(rule, logp, logq, tokens):
+    """From a weight to the losses and to KL(aligned‖p̃)."""
+
+    def at(weight):
+        return likelihood(rule, logp, logq, weight, tokens), kl_divergence(
+            rule.target(logp, [logq], torch.tensor([weight])), logp
+        )
+
+    return at
 
 
 def rows(seed, count=40, v=6):
@@ -30,11 +42,43 @@ def test_the_weight_is_the_minimiser_of_the_likelihood(rule):
 
     best = min((low + (high - low) * i / 400 for i in range(401)), key=loss)
     halves = [(logp[:25], logq[:25], tokens[:25]), (logp[25:], logq[25:], tokens[25:])]
-    weight, tried = tune_weight(rule, lambda: [lambda w, half=half: likelihood(rule, *half[:2], w, half[2]) for half in halves])
+    weight, tried, kl, bound = tune_weight(rule, lambda: [looks_of(rule, *half) for half in halves])
     assert abs(weight - best) <= (high - low) / 32
     assert weight == min(tried, key=lambda pair: pair[1])[0]
     for w, value in tried:
         assert value == pytest.approx(loss(w))
+    assert not bound
+    assert kl == pytest.approx(divergence(rule, logp, logq, weight))
+
+
+def divergence(rule, logp, logq, weight):
+    """Mean KL(aligned‖p̃), written out."""
+    aligned = ((1 if isinstance(rule, Product) else 1 - weight) * logp + weight * logq).softmax(-1)
+    return float((aligned * (aligned.log() - logp)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("rule", [Product(), Geometric()])
+@pytest.mark.parametrize("budget", [1e-4, 0.02, 0.1])
+def test_a_budget_takes_the_largest_weight_within_it(rule, budget):
+    """By brute force on a fine grid: no weight within the budget is larger by more than a 1/256 of the range."""
+    logp, logq = rows(1), rows(2)
+    tokens = logq.argmax(-1)  # the more of the aligner, the better
+    low, high = RANGES[rule.name]
+    weight, tried, kl, bound = tune_weight(rule, lambda: [looks_of(rule, logp, logq, tokens)], max_kl=budget)
+    largest = max(w for i in range(2001) if divergence(rule, logp, logq, w := low + (high - low) * i / 2000) <= budget)
+    assert bound
+    assert 0 <= largest - weight <= (high - low) / 256
+    assert kl == pytest.approx(divergence(rule, logp, logq, weight), abs=1e-9)
+    assert kl <= budget
+    assert weight in dict(tried)
+
+
+def test_a_budget_that_does_not_bind_changes_nothing():
+    logp, logq = rows(1), rows(2)
+    tokens = (0.4 * logp + 0.6 * logq).argmax(-1)
+    look = looks_of(Product(), logp, logq, tokens)
+    free = tune_weight(Product(), lambda: [look])
+    assert tune_weight(Product(), lambda: [look], max_kl=free.kl) == free
 
 
 def test_diagnostics_of_two_rows_by_hand():

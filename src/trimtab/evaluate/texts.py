@@ -1,8 +1,6 @@
 r"""Statistics of answers as texts: length, diversity, repetition. No tokenizer, so any two systems can be compared.
 
-A *word* is a run of letters, digits and underscores, or one other character that is no white space: `\w+|[^\w\s]` as
-Python reads it for Unicode. So a punctuation mark or an emoji is a word, case counts, a run of Chinese is one word, and in
-scripts that write vowels as combining marks a word falls into several. N-grams are of words and stay within an answer.
+Words and n-grams are those of `trimtab.words`.
 
 distinct_n  different n-grams / all n-grams of a corpus (Li et al., "A Diversity-Promoting Objective Function for Neural
             Conversation Models", NAACL 2016). It falls as a corpus grows, whatever the system: compare two systems by
@@ -12,21 +10,16 @@ repetition  of an answer: 1 − different / all of its 4-grams (seq-rep-4 of Wel
             NeurIPS 2022).
 """
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["describe_texts", "distinct_at_equal_length", "split_words"]
+from trimtab.words import distinct, repetition, split_words
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+__all__ = ["describe_texts", "distinct_at_equal_length"]
+
 _SIZES = (1, 2, 3)
 """The n of distinct_n."""
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a text, as this module counts them."""
-    return _WORD.findall(text)
 
 
 def describe_texts(answers: Sequence[str], finish_reasons: Sequence[str | None] | None = None) -> dict[str, Any]:
@@ -55,7 +48,7 @@ def describe_texts(answers: Sequence[str], finish_reasons: Sequence[str | None] 
         "mean_characters": _mean([len(answer) for answer in answers]),
         "mean_words": _mean([len(words) for words in corpus]),
         **_all_distinct(corpus),
-        "repetition_4": _mean([1 - share for words in corpus if (share := _distinct([words], 4)) is not None]),
+        "repetition_4": repetition(corpus),
         "truncated": _mean([reason == "length" for reason in known]),
     }
 
@@ -83,13 +76,7 @@ def distinct_at_equal_length(systems: Mapping[str, Sequence[str]]) -> dict[str, 
 
 
 def _all_distinct(corpus: Sequence[Sequence[str]]) -> dict[str, float | None]:
-    return {f"distinct_{n}": _distinct(corpus, n) for n in _SIZES}
-
-
-def _distinct(corpus: Sequence[Sequence[str]], n: int) -> float | None:
-    """Different n-grams / all n-grams, or None if there are none."""
-    grams = [tuple(words[i : i + n]) for words in corpus for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
+    return {f"distinct_{n}": distinct(corpus, n) for n in _SIZES}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -30,6 +30,7 @@ from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
+from trimtab.train.checks import warn_of_rule
 from trimtab.train.examples import Example, answers
 from trimtab.train.folder import refuse_foreign
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
@@ -87,7 +88,7 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
-    options.warn()
+    warn_of_rule(options)
     if options.teacher_prompt is not None:
         Teacher.read(options.teacher_prompt)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -235,7 +236,7 @@ def _data(
     missing = [why for name in (options.dataset, options.eval_dataset) if name and (why := why_not_at_hand(name))]
     if missing:
         return _Data(None, None, _counts(options, expected.examples), missing[0])
-    records, kept = read_parts(options)
+    records, kept = read_parts(options, tokenizer)
     lacking = sum(record.rejected is None for record in records + kept)
     if tokenizer is None:
         why = f"the tokenizer of {options.proposal} is not on this machine"

@@ -84,10 +84,12 @@ def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int,
         kept = {name: answer[:room] for name, answer in found.items()}
         examples.append(Example(prompt, kept.get("chosen", []), kept.get("rejected", []), teacher))
     behind_too = "" if context is None else f" (at {context} behind teacher_prompt)"
+    remedy = "a larger max_length" if context is None else "a larger max_length, or a shorter teacher_prompt,"
     if cut or dropped:
         logger.warning(
-            "of %d records, %d had an answer cut at max_length=%d%s and %d a longer prompt, left out",
-            len(records), cut, max_length, behind_too, dropped,
+            "of %d records, %d (%.0f %%) had an answer cut at max_length=%d%s, which teaches no end, and %d a longer prompt,"
+            " left out; %s keeps them whole",
+            len(records), cut, 100 * cut / len(records), max_length, behind_too, dropped, remedy,
         )  # fmt: skip
     if apart:
         logger.warning(

@@ -8,7 +8,7 @@ from transformers import TrainerState
 
 from trimtab.train.trainer import AlignerTrainer
 
-__all__ = ["finite", "fit", "trained"]
+__all__ = ["fit", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,3 @@ def trained(trainer: AlignerTrainer) -> tuple[Any, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
     return model, weights
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity: say it in words."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return str(value)
-    return value

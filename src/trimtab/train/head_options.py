@@ -37,7 +37,9 @@ def refuse_head(manifest: Manifest | None, name: str) -> None:
         InvalidOption: it is one.
     """
     if manifest is not None and manifest.head is not None:
-        raise InvalidOption(f"aligner: '{name}' is a head, and no second round starts from one: leave out --aligner for a new one")
+        raise InvalidOption(
+            f"aligner: '{name}' is a head, and no second round starts from one: leave --aligner out for a new one"
+        )
 
 
 def _fill(options: Any, name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.files import read_json
 from trimtab.models.loading import load_tokenizer
+from trimtab.train.cut import mark_cut
 from trimtab.train.examples import Example, encode_records, split_by_prompt
 from trimtab.train.options import TrainOptions
 from trimtab.train.records import read_records
@@ -25,15 +26,22 @@ def open_tokenizer(options: TrainOptions, source: str, revision: str | None = No
     return tokenizer
 
 
-def read_parts(options: TrainOptions) -> Parts:
-    """Training and development records, behind a teacher's prompt, too, if there is one: then they may lack answers."""
+def read_parts(options: TrainOptions, tokenizer: Any) -> Parts:
+    """Training and development records, behind a teacher's prompt, too, if there is one: then they may lack answers.
+
+    Answers that were cut are marked, see `trimtab.train.cut`; not where the tokenizer is not at hand, which is None then.
+    """
     need = "rejected" if options.needs_rejected else "chosen" if options.teacher_prompt is None else "prompt"
     records = read_records(options.dataset, need=need, how=options, limit=options.max_examples)
     if options.eval_dataset is None:
         records, kept = split_by_prompt(records, options.dev_fraction, seed=0)
     else:
         kept = read_records(options.eval_dataset, need=need, how=options)
-    return teach(options, (records, kept))
+    parts = teach(options, (records, kept))
+    if tokenizer is None:
+        return parts
+    records, kept = mark_cut(parts, options.cut_answers, tokenizer)
+    return records, kept
 
 
 def run_date(options: TrainOptions, tokenizer: Any) -> str | None:

@@ -2,36 +2,23 @@
 
 import dataclasses
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
-from trimtab.decode.template import check_date
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
+from trimtab.train.cut import CUT_ANSWERS
 from trimtab.train.head_options import settle_head
-from trimtab.train.records import parse_columns
+from trimtab.train.refusals import STARTS, refuse_contradictions
 from trimtab.train.rows import Layout
-from trimtab.train.teacher import refuse_beside_teacher
 
 __all__ = ["ENDPOINT_OPTIONS", "Temperatures", "TrainOptions"]
 
 logger = logging.getLogger(__name__)
-
-MATCHES = {
-    "likelihood": ("product", "geometric"),
-    "sft": ("nucleus", "geometric", "kl_gate"),
-    "ram": ("product", "candidates", "nucleus", "kl_gate"),
-    "preference": ("product", "candidates"),
-}
-"""The rules that decode what each objective trains."""
-
-STARTS = ("auto", "tempered", "pretrained", "uniform")
-"""Where training may start."""
 
 SFT_WEIGHT = 0.3
 """Of the regulariser of a tempered start."""
@@ -47,6 +34,9 @@ CONTRAST_BETA = 1.0
 
 TAIL_SAMPLES = 64
 """Tokens drawn from a row's tail, where they can be."""
+
+SAMPLES = 8
+"""Development prompts that are answered after training."""
 
 ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
 """Where rows come from, and not what they are."""
@@ -131,6 +121,24 @@ class TrainOptions:
         None,
         "what a chat template that writes the date takes for today, YYYY-MM-DD [default: today; a resumed run keeps its own]",
     )
+    cut_answers: str = _option(
+        "auto",
+        "what answers that stop in the middle of a sentence teach: 'auto' leaves out the end of sequence where they pile up at"
+        " one length or stand among whole ones, and warns; 'continue' wherever an answer stops at a letter or a comma; 'end'"
+        " never. The data's own column 'unfinished' counts in any case",
+        choices=CUT_ANSWERS,
+    )
+    max_kl: float | None = _option(
+        None,
+        "product, geometric: a budget for KL(aligned‖proposal) on the development answers, in nats a token, the proposal at"
+        " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it"
+        " [default: none]",
+    )
+    dev_samples: int | None = _option(
+        None,
+        "answer so many development prompts greedily after training, by the proposal and aligned, for the log and"
+        " training.json; the proposal is loaded once more for it; 0 leaves it out [default: 8, behind an endpoint 0]",
+    )
     max_length: int = _option(1024, "longest prompt and answer together, in tokens")
     cache_top_k: int = _option(64, "entries kept of each proposal row; 0 keeps all")
     cache_tail_samples: int | None = _option(
@@ -175,64 +183,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
-        for name in ("proposal", "dataset", "output_dir"):
-            if not getattr(self, name):
-                raise InvalidOption(f"--{name} is required")
         settle_head(self)
-        check_date(self.date)
-        if self.aligner and self._would_overwrite(self.aligner):
-            raise InvalidOption(f"output_dir holds the aligner, {self.aligner}: choose another one")
-        if self.objective not in OBJECTIVES:
-            raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{self.objective}'")
-        if self.start not in STARTS:
-            raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not '{self.start}'")
-        for name, low, high in (
-            ("alpha", 0, math.inf),
-            ("dev_fraction", 1e-9, 0.9),
-            ("beta", 1e-9, math.inf),
-            ("contrast", 0, math.inf),
-            ("sft_weight", 0, math.inf),
-            ("proposal_temperature", 1e-3, math.inf),
-            ("aligner_temperature", 1e-3, math.inf),
-            ("proposal_top_p", 1e-9, 1),
-            ("max_length", 2, math.inf),
-            ("max_examples", 2, math.inf),
-            ("cache_top_k", 0, math.inf),
-            ("cache_tail_samples", 0, math.inf),
-            ("teacher_max_tokens", 1, math.inf),
-            ("head_layers", 1, math.inf),
-            ("lora_r", 1, math.inf),
-            ("lora_dropout", 0, 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
-        if self.weight is not None and not math.isfinite(self.weight):
-            raise InvalidOption(f"weight must be a finite number, not {self.weight}")
-        rule = self.parsed_rule
-        if self.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
-            raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
-        for name in ("contrast", "sft_weight"):
-            if getattr(self, name) and self.objective != "likelihood":
-                raise InvalidOption(f"{name} is a part of likelihood, and '{self.objective}' has none: leave it out")
-        if self.use_peft and self.start == "uniform":
-            raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
-        if self.start == "tempered" and not self._can_be_tempered:
-            raise InvalidOption(
-                "start 'tempered' fits the aligner's temperature for likelihood with product at a weight above 0:"
-                " leave out --aligner_temperature, or choose another start"
-            )
-        if self.train_draft and not self.trains_residual:
-            raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
-        if self.teacher_prompt is not None:
-            refuse_beside_teacher(self)
-        _ = self.limits, parse_columns(self.columns)  # raise where they cannot be
-        if self.proposal_endpoint and self.proposal_temperature not in (None, 1) and self.cache_top_k:
-            raise InvalidOption(
-                "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
-            )
-        if self.cache_tail_samples and (why := self._no_tail_samples):
-            raise InvalidOption(f"cache_tail_samples must be 0 here: {why}")
+        refuse_contradictions(self)
 
     @property
     def limits(self) -> Limits:
@@ -247,7 +199,7 @@ class TrainOptions:
         return parse_rule(self.rule)
 
     @property
-    def _no_tail_samples(self) -> str | None:
+    def no_tail_samples(self) -> str | None:
         """Why nothing can be drawn from the tails of the proposal's rows; None if it can."""
         if not self.cache_top_k:
             return "--cache_top_k 0 keeps every entry"
@@ -260,11 +212,16 @@ class TrainOptions:
     def row_layout(self, vocab_size: int) -> Layout:
         """What the cache keeps of a proposal row of V entries."""
         drawn = TAIL_SAMPLES if self.cache_tail_samples is None else self.cache_tail_samples
-        return Layout.of(self.cache_top_k, 0 if self._no_tail_samples else drawn, vocab_size)
+        return Layout.of(self.cache_top_k, 0 if self.no_tail_samples else drawn, vocab_size)
 
     def taught_layout(self, vocab_size: int) -> Layout:
         """What the cache keeps of a pair of rows: draws stand for the tail under every rule that can be taught."""
         return Layout.of(self.cache_top_k, self.cache_tail_samples or TAIL_SAMPLES, vocab_size)
+
+    @property
+    def samples(self) -> int:
+        """How many development prompts are answered after training."""
+        return SAMPLES * (not self.proposal_endpoint) if self.dev_samples is None else self.dev_samples
 
     @property
     def starting_weight(self) -> float:
@@ -302,10 +259,11 @@ class TrainOptions:
     @property
     def starts_tempered(self) -> bool:
         """Whether temperatures are fitted before training."""
-        return self.start in ("auto", "tempered") and self._can_be_tempered
+        return self.start in ("auto", "tempered") and self.can_be_tempered
 
     @property
-    def _can_be_tempered(self) -> bool:
+    def can_be_tempered(self) -> bool:
+        """Whether temperatures can be fitted: the aligner's is free, and counts."""
         return self.trains_residual and self.starting_weight > 0 and self.aligner_temperature is None
 
     @property
@@ -370,7 +328,7 @@ class TrainOptions:
         Raises:
             InvalidOption: the start or a setting of fresh adapters is asked for, or the base would be overwritten.
         """
-        if self._would_overwrite(base_of(found.folder).source):
+        if self.would_overwrite(base_of(found.folder).source):
             raise InvalidOption(
                 f"output_dir '{self.output_dir}' holds the base of the adapter '{self.aligner}': choose another"
             )
@@ -384,18 +342,10 @@ class TrainOptions:
         drafting = self.train_draft or (found.draft is not None and self.train_draft is None and self.trains_residual)
         return dataclasses.replace(self, use_peft=True, train_draft=drafting)
 
-    def _would_overwrite(self, model: str) -> bool:
+    def would_overwrite(self, model: str) -> bool:
         """Whether a model, if it is a folder, is in the output's."""
         folder = expand_home(model).resolve()
         return expand_home(self.output_dir).resolve() in (folder, *folder.parents)
-
-    def warn(self) -> None:
-        """Say it where objective and rule do not fit."""
-        if self.parsed_rule.name not in MATCHES[self.objective]:
-            logger.warning(
-                "objective '%s' does not train what rule '%s' decodes; it fits %s",
-                self.objective, self.rule, " or ".join(MATCHES[self.objective]),
-            )  # fmt: skip
 
     def at(self, fitted: Temperatures) -> "TrainOptions":
         """The same at temperatures that were fitted around those that are given."""

@@ -16,6 +16,7 @@ SHOWN = {
     "eval_nll_aligner": "aligner",
     "eval_kl_teacher_aligned": "KL from teacher",
     "eval_kl_aligned_proposal": "KL from proposal",
+    "eval_weight": "at weight",
     "eval_nll_start": "start",
     "eval_kl_proposal_start": "KL",
     "eval_log_z_mean": "log Z",

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainingArguments
 
 from trimtab.decode.encoding import Encoder
-from trimtab.files import named_errors, only_writer, read_json, write_json
+from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.loading import load_model
@@ -28,9 +28,10 @@ from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabul
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
+from trimtab.train.checks import warn_of_rule, warn_of_weight
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
 from trimtab.train.examples import Example, answers, fingerprint_examples
-from trimtab.train.fit import finite, fit, trained
+from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
 from trimtab.train.head_options import refuse_head
@@ -41,6 +42,7 @@ from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.rows import Layout, ModelRows, RowSource
+from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model
 from trimtab.train.taught_rows import TaughtCache, TeacherRows
 from trimtab.train.taught_trainer import trainer_of
@@ -91,13 +93,13 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     Returns:
         What `training.json` holds: `tokens`, `cache`, `contrast`, `equal_pairs`, `sft_weight`, `learning_rate`, `weight`,
-        `weights_tried`, `metrics` at the end, `history`, `seconds`;
+        `weights_tried`, `kl` at the weight, `metrics` at the end, `history`, `seconds`; `samples` and `sample_figures`;
         of a drafter, `draft` with its own `metrics`, `history` and `seconds`.
 
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
-    options.warn()
+    warn_of_rule(options)
     output = Path(options.output_dir)
     arguments = training_arguments(options)
     ranks = Ranks(arguments.process_index, arguments.world_size)
@@ -136,7 +138,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     context = min(start.model.config.max_position_embeddings if start else proposal.context, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
-    parts = read_parts(options)
+    parts = read_parts(options, tokenizer)
     examples, development = encode_parts(parts, options, encoder, context, proposal.context)
     pairs = settle_pairs(options, examples, development)
     everything = examples + development
@@ -177,6 +179,10 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         model = prepare_model(start.model, options, arguments.seed) if start else head and head.prepare(arguments.seed)
         report = _train_aligner(this, scaled, model, started)
         del model
+    draw = partial(draw_samples, options, output, tokenizer, development)
+    if "samples" not in report and (drawn := ranks.first_does(draw)):
+        report |= drawn
+        ranks.first_does(lambda: write_json(output / "training.json", report))
     if options.trains_draft and "draft" not in report:
         report["draft"] = _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
@@ -211,7 +217,9 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        report["weight"], report["weights_tried"] = tune_weight(options.parsed_rule, trainer.losses_at, ranks)
+        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl)
+        warn_of_weight(options, tuned)
+        report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
     if this.teacher is not None:
         report["teacher"] = {"prompt": this.teacher.digest, "cache": caches["teacher"].facts}
     report["history"] = trainer.state.log_history
@@ -316,7 +324,7 @@ def open_caches(
 
 def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
-    apart = {"output_dir", "overwrite_output_dir", "train_draft"}  # a finished aligner may get its drafter later
+    apart = {"output_dir", "overwrite_output_dir", "train_draft", "dev_samples"}  # a finished aligner may get these two later
     ignored = {*apart, "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}

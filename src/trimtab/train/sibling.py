@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import CheckpointError
-from trimtab.files import json_digest, named_errors, only_writer, read_json, write_json
+from trimtab.files import finite, json_digest, named_errors, only_writer, read_json, write_json
 from trimtab.models.aligner import save_model
 from trimtab.models.fingerprint import Files
 from trimtab.models.layers import parse_layers, pick_layers
@@ -29,7 +29,7 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.distil import DistilTrainer
 from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_examples
-from trimtab.train.fit import finite, fit, trained
+from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.inputs import open_tokenizer, run_date
 from trimtab.train.options import TrainOptions

@@ -32,16 +32,16 @@ class TaughtTrainer(AlignerTrainer):
         some, rows = _part(inputs, piece), torch.arange(len(piece.tokens), device=piece.logq.device)
         return fused_distillation(self._rule, some, piece.logq, rows, weight, 1.0, self._vocab_size)
 
-    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor) -> Tensor:
+    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
         """And the divergences of the aligned model and of the proposal from the teacher, and the teacher's own NLL."""
         some = _part(inputs, piece)
         columns = [
-            self._decoded(inputs, piece, logp, self._weight),
+            self._decoded(inputs, piece, logp, weight),
             sampled_distillation(some.logt, some.logp, some.logc),
             -some.logt[:, 0],  # the answer's token is the first entry
         ]
         more = torch.stack([column.double().sum() for column in columns]).cpu()
-        return torch.cat([super()._measure(inputs, piece, logp), more])
+        return torch.cat([super()._measure(inputs, piece, logp, weight), more])
 
     def _summary(self, sums: Tensor) -> dict[str, float]:
         names = ("kl_teacher_aligned", "kl_teacher_proposal", "nll_teacher")

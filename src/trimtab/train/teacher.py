@@ -112,14 +112,19 @@ def teach(options: "TrainOptions", parts: Parts) -> Parts:
     """The records with their prompts as the teacher of the options gets them; as they are, if there is none.
 
     Raises:
-        InvalidOption: the teacher cannot be read; or drawn answers are spoken of, and all are given.
+        InvalidOption: the teacher cannot be read; or drawn answers are spoken of and all are given, or the other way around.
         DataError: the teacher cannot be put before a record, or only some records have answers.
     """
     if options.teacher_prompt is None:
         return parts
     teacher = Teacher.read(options.teacher_prompt)
-    if not lack_answers(parts) and options.teacher_max_tokens is not None:
+    drawn = lack_answers(parts)
+    if not drawn and options.teacher_max_tokens is not None:
         raise InvalidOption("teacher_max_tokens would change nothing: the records have answers; leave it out")
+    if drawn and options.cut_answers != "auto":
+        raise InvalidOption(
+            "cut_answers would change nothing: of answers that are drawn it is known how they end; leave it out"
+        )
     return teacher.put_before_all(parts[0]), teacher.put_before_all(parts[1])
 
 

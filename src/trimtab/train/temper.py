@@ -4,8 +4,14 @@ A language model's own probabilities under `product` count the proposal twice. W
 ∝ p^a·q^s, whose negative log-likelihood is convex in (a, s): Newton's method finds the best pair, and 1/a and 1/s are the
 temperatures to train and to decode at. No weight is touched, so it works for adapters and tied embeddings alike. It is the
 best `geometric` mixture of the two, with the sum of the exponents set free; training goes on from there.
+
+The proposal's exponent has a prior, and the aligner's has bounds. Wanted answers alone would flatten a proposal that knows much
+to make room for an aligner that knows little, and what it knows of other prompts would go with it. The prior is a Gaussian
+around 1 on a, as heavy as every token's own evidence, so that more data do not outvote it; on a, and not on its logarithm, it
+keeps the objective convex.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +20,18 @@ import torch
 from torch import Tensor
 
 from trimtab.train.batches import Item, answer_logits, cached_batch, collate
+from trimtab.train.checks import warn_of_start
 from trimtab.train.examples import Example, answers
 from trimtab.train.options import Temperatures
 from trimtab.train.pieces import Room, pieces
 from trimtab.train.rows import Layout, RowSource
 
 __all__ = ["TOP_K", "fit_exponents", "fit_temperatures"]
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 0.2
+"""Of the prior on the proposal's exponent: so far from 1 it costs half a nat a token."""
 
 LEAST = 0.25
 """No smaller exponent of the aligner: its logits, and so the steps of its training, are scaled by it."""
@@ -59,38 +71,54 @@ def fit_temperatures(
     logp, logq, tokens = _rows(model, source, sample, batch_size, layout)
     fixed = None if proposal is None else 1 / proposal
     a, s = fit_exponents(logp, logq, tokens, fixed)
-    return Temperatures(round(1 / a, 3) if proposal is None else proposal, round(1 / s, 3))
+    found = Temperatures(round(1 / a, 3) if proposal is None else proposal, round(1 / s, 3))
+    started, alone = (
+        _derivatives(logp, logq, tokens, torch.tensor(point, dtype=torch.float64))[0]
+        for point in ((a, s), (1.0 if fixed is None else fixed, 0.0))
+    )
+    logger.info("the aligned model starts at %.3f nats a token, the proposal alone has %.3f", started, alone)
+    warn_of_start(s, (LEAST, MOST), started, alone)
+    return found
 
 
-def fit_exponents(logp: Tensor, logq: Tensor, tokens: Tensor, a: float | None = None) -> tuple[float, float]:
-    """The exponents of p and q that make the tokens most likely, within bounds.
+def fit_exponents(
+    logp: Tensor, logq: Tensor, tokens: Tensor, a: float | None = None, width: float = WIDTH
+) -> tuple[float, float]:
+    """The exponents a of p and s of q, within bounds, that minimise −log likelihood + ((a − 1) / width)² / 2 a token.
 
     Args:
         logp: rows of the proposal `[N, V]`, not −inf at their tokens.
         logq: rows of the aligner `[N, V]`.
         tokens: `[N]`.
         a: the exponent of p, if it is given.
+        width: of the prior on the exponent of p; infinite for none.
     """
     free = torch.tensor([a is None, True])
     point = torch.tensor([1.0 if a is None else a, LEAST], dtype=torch.float64)
-    point = _newton(logp, logq, tokens, point, free)
+    point = _newton(logp, logq, tokens, point, free, width)
     if not LEAST <= point[1] <= MOST:  # at its bound, and then the other one again
         point[1] = point[1].clamp(LEAST, MOST)
-        point = _newton(logp, logq, tokens, point, free & torch.tensor([True, False]))
+        point = _newton(logp, logq, tokens, point, free & torch.tensor([True, False]), width)
     if a is None:
         point[0] = point[0].clamp(1 / MOST, MOST)
     return float(point[0]), float(point[1])
 
 
-def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor, free: Tensor) -> Tensor:
+def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor, free: Tensor, width: float) -> Tensor:
     """Minimise over the free exponents; a step that does not help is halved."""
-    loss, gradient, hessian = _derivatives(logp, logq, tokens, point)
+
+    def penalised(at: Tensor) -> tuple[float, Tensor, Tensor]:
+        loss, gradient, hessian = _derivatives(logp, logq, tokens, at)
+        off, steep = float(at[0]) - 1, torch.tensor([1 / width**2, 0.0], dtype=torch.float64)
+        return loss + (off / width) ** 2 / 2, gradient + off * steep, hessian + steep.diag()
+
+    loss, gradient, hessian = penalised(point)
     for _ in range(STEPS):
         held = torch.outer(free, free)
         step = torch.linalg.solve(torch.where(held, hessian, torch.eye(2, dtype=torch.float64)), gradient * free)
         scale = 1.0
         while scale > 1e-3:
-            there = _derivatives(logp, logq, tokens, point - scale * step)
+            there = penalised(point - scale * step)
             if there[0] <= loss:
                 break
             scale /= 2

@@ -5,7 +5,7 @@ token, and the same gradient however a batch is cut into micro-batches or spread
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from trimtab.core.logprobs import kl_divergence
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.models.peft_saving import unasked
 from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch
@@ -24,6 +25,7 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.pieces import Passes, Piece, Room, pieces
 from trimtab.train.ranks import ALONE, Ranks
+from trimtab.train.tune import Losses, tune_weight
 
 __all__ = ["AlignerTrainer"]
 
@@ -90,24 +92,43 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             super().save_model(output_dir, _internal_call)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and diagnostics on the development data, logged under `eval_…`."""
-        sums = torch.zeros(self.measures, dtype=torch.float64)
-        losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
-            found = self.look(inputs, passes)
-            sums, losses = sums + found[0], losses + found[1]
-        sums, losses = self._ranks.total(sums), self._ranks.total(losses)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._summary(sums).items()}
-        metrics[f"{metric_key_prefix}_loss"] = float(losses[0] / losses[1])
-        if losses[3]:
-            metrics[f"{metric_key_prefix}_nll_rejected"] = float(losses[2] / losses[3])
+        """Loss and diagnostics on the development data, logged under `eval_…`.
+
+        They are at the weight that is trained at; where that one is beyond `max_kl`, at the best weight within it, for so the
+        aligner would be decoded.
+        """
+        metrics = self._figures(eval_dataset, metric_key_prefix, self._weight)
+        if (most := self._options.max_kl) is not None:
+            weight = self._weight
+            if metrics[f"{metric_key_prefix}_kl_aligned_proposal"] > most:
+                weight = tune_weight(self._rule, partial(self.losses_at, eval_dataset), self._ranks, most).weight
+                metrics = self._figures(eval_dataset, metric_key_prefix, weight)
+            metrics[f"{metric_key_prefix}_weight"] = weight
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def look(self, inputs: dict[str, Tensor], passes: Passes) -> tuple[Tensor, Tensor]:
-        """What `evaluate` adds up of one development batch: diagnostics `[measures]` and losses `[4]`."""
+    def _figures(self, dataset: Any, prefix: str, weight: float) -> dict[str, float]:
+        sums = torch.zeros(self.measures, dtype=torch.float64)
+        losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
+        dataset = self.eval_dataset if dataset is None else dataset
+        for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
+            found = self.look(inputs, passes, weight)
+            sums, losses = sums + found[0], losses + found[1]
+        sums, losses = self._ranks.total(sums), self._ranks.total(losses)
+        metrics = {f"{prefix}_{k}": v for k, v in self._summary(sums).items()}
+        metrics[f"{prefix}_loss"] = float(losses[0] / losses[1])
+        if losses[3]:
+            metrics[f"{prefix}_nll_rejected"] = float(losses[2] / losses[3])
+        return metrics
+
+    def look(self, inputs: dict[str, Tensor], passes: Passes, weight: float | None = None) -> tuple[Tensor, Tensor]:
+        """What `evaluate` adds up of one development batch, at a weight or the trained one.
+
+        Returns:
+            Diagnostics `[measures]` and losses `[4]`.
+        """
+        weight = self._weight if weight is None else weight
         sums, alone, decoded = torch.zeros(self.measures, dtype=torch.float64), {}, {}
         for which, some in passes:
             values = []
@@ -116,33 +137,37 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 if piece.cached is not None:
                     logp = piece.logp
                     if self._options.objective == "likelihood":
-                        values[-1][1] = self._decoded(inputs, piece, logp, self._weight)
+                        values[-1][1] = self._decoded(inputs, piece, logp, weight)
                     if which == "chosen":
-                        sums += self._measure(inputs, piece, logp)
+                        sums += self._measure(inputs, piece, logp, weight)
             alone[which], decoded[which] = map(torch.cat, zip(*values, strict=True))
         loss = self._losses(inputs, decoded).sum()
         rejected = alone.get("rejected", loss.new_zeros(0))
         losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
         return sums, torch.stack(losses).double().cpu()
 
-    def losses_at(self) -> Iterator[Callable[[float], Tensor]]:
-        """For each piece of the development data: from a weight to the losses `[n]` of its wanted tokens as decoded."""
-        for inputs, passes in self.development():
+    def losses_at(self, dataset: Any = None) -> Losses:
+        """What `tune_weight` reads of the wanted development answers."""
+        for inputs, passes in self.development(dataset):
             for _, some in passes:
                 for piece in some:
-                    yield partial(self._decoded, inputs, piece, piece.logp)
+                    yield partial(self._at, inputs, piece, piece.logp)
+
+    def _at(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        aligned = self._rule.target(logp, [piece.logq], logp.new_tensor([weight]))
+        return self._decoded(inputs, piece, logp, weight), kl_divergence(aligned, logp)
 
     def _decoded(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
         """`likelihood` of a piece's tokens `[n]` at a weight."""
         return likelihood(self._rule, logp, piece.logq, weight, piece.tokens)
 
-    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor) -> Tensor:
-        """Sums over a piece's tokens `[measures]`."""
+    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
+        """Sums over a piece's tokens `[measures]`, at a weight."""
         assert piece.cached is not None
         said = self._options.proposal_top_p
         top_p = said if said is not None and said < 1 else 0.95
         even = piece.cached.evenly().rebuild(self._vocab_size) if piece.cached.samples.shape[-1] else logp
-        return measure(self._rule, logp, piece.logq, self._weight, piece.tokens, top_p, even)
+        return measure(self._rule, logp, piece.logq, weight, piece.tokens, top_p, even)
 
     def _summary(self, sums: Tensor) -> dict[str, float]:
         """Means from the sums of all pieces."""

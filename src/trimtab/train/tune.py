@@ -1,7 +1,12 @@
-"""The weight that fits the development data best: a best λ far below the trained one betrays double counting."""
+"""The weight that fits the development data best: a best λ far below the trained one betrays double counting.
+
+A budget in nats a token bounds how far the aligned model may be from the proposal. KL(aligned‖p̃) grows with the weight, for
+`product` (its derivative is λ times the variance of log q under the target) as for `geometric`, and the loss has one best
+weight; so where that one is beyond the budget, the largest weight within it is the best.
+"""
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,41 +14,65 @@ from torch import Tensor
 from trimtab.core.rules import Rule
 from trimtab.train.ranks import ALONE, Ranks
 
-__all__ = ["RANGES", "tune_weight"]
+__all__ = ["RANGES", "Losses", "Tuned", "tune_weight"]
 
 RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0)}
 """Where to look, for the rules whose likelihood, or divergence from a teacher, has one best weight: both are convex in it."""
 
 STEPS = 8
 
-Losses: TypeAlias = Iterable[Callable[[float], Tensor]]
-"""For each piece of the development data, or of this process's part: from a weight to the losses of its tokens `[n]`."""
+Losses: TypeAlias = Iterable[Callable[[float], tuple[Tensor, Tensor]]]
+"""For each piece of the development data, or of this process's part: from a weight to the losses of its n tokens `[n]`, such as
+their negative log-likelihoods or the divergences from a teacher, and to KL(aligned‖p̃) there `[n]`."""
 
 
-def tune_weight(rule: Rule, losses: Callable[[], Losses], ranks: Ranks = ALONE) -> tuple[float, list[tuple[float, float]]]:
-    """Search the rule's range in two passes, coarse and fine.
+class Tuned(NamedTuple):
+    """The best weight, and what was tried."""
+
+    weight: float
+    tried: list[tuple[float, float]]
+    """Every weight tried, with its loss in nats a token, in order."""
+    kl: float
+    """KL(aligned‖p̃) at the best weight, in nats a token."""
+    bound: bool
+    """Whether a budget kept a better weight out."""
+
+
+def tune_weight(rule: Rule, losses: Callable[[], Losses], ranks: Ranks = ALONE, max_kl: float | None = None) -> Tuned:
+    """Search the rule's range in two passes, coarse and fine; in a third one, finer, where a budget binds.
 
     Args:
         rule: `product` or `geometric`.
         losses: makes a fresh run through the development data.
         ranks: the processes that have the parts.
-
-    Returns:
-        The best weight, and every weight tried with its loss in nats per token, in order.
+        max_kl: no more KL(aligned‖p̃) than that, in nats a token; weight 0, which has none, is always among those tried.
     """
     low, high = RANGES[rule.name]
     step = (high - low) / STEPS
-    tried = _means([low + i * step for i in range(STEPS + 1)], losses(), ranks)
-    centre = min(tried, key=lambda weight: tried[weight])
+    found = _means([low + i * step for i in range(STEPS + 1)], losses(), ranks)
+    centre = _best(found, max_kl)
     fine = [centre + i * step / 4 for i in range(-3, 4) if i != 0]
-    tried |= _means([weight for weight in fine if low <= weight <= high], losses(), ranks)
-    return min(tried, key=lambda weight: tried[weight]), sorted(tried.items())
+    found |= _means([weight for weight in fine if low <= weight <= high], losses(), ranks)
+    best = _best(found, max_kl)
+    bound = best != _best(found, None)
+    if bound:  # the budget ends between this weight and the next one
+        beyond = min(weight for weight in found if weight > best)
+        found |= _means([best + i * (beyond - best) / STEPS for i in range(1, STEPS)], losses(), ranks)
+        best = _best(found, max_kl)
+    return Tuned(best, [(weight, found[weight][0]) for weight in sorted(found)], found[best][1], bound)
 
 
-def _means(weights: list[float], losses: Losses, ranks: Ranks) -> dict[float, float]:
-    totals = torch.zeros(len(weights) + 1, dtype=torch.float64)  # the last one counts tokens
-    for loss_at in losses:
-        each = torch.stack([loss_at(weight).double() for weight in weights])
-        totals += torch.cat([each.sum(-1), each.new_tensor([each.shape[-1]])]).cpu()
-    *sums, count = ranks.total(totals).tolist()
-    return dict(zip(weights, (total / count for total in sums), strict=True))
+def _best(found: dict[float, tuple[float, float]], max_kl: float | None) -> float:
+    allowed = [weight for weight, (_, kl) in found.items() if max_kl is None or weight == 0 or kl <= max_kl]
+    return min(allowed, key=lambda weight: found[weight][0])
+
+
+def _means(weights: list[float], losses: Losses, ranks: Ranks) -> dict[float, tuple[float, float]]:
+    """By weight, the loss and KL(aligned‖p̃), in nats a token."""
+    totals, count = torch.zeros(len(weights), 2, dtype=torch.float64), 0
+    for losses_at in losses:
+        each = torch.stack([torch.stack(losses_at(weight)).double() for weight in weights])
+        totals, count = totals + each.sum(-1).cpu(), count + each.shape[-1]
+    *sums, tokens = ranks.total(torch.cat([totals.flatten(), totals.new_tensor([count])])).tolist()
+    means = [total / tokens for total in sums]
+    return dict(zip(weights, zip(means[::2], means[1::2], strict=True), strict=True))
