@@ -5,17 +5,18 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import make_task, task_options
-from trimtab import AlignedModel
+from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
 from trimtab.errors import CacheMismatch, InvalidOption, UnsupportedModel
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
+from trimtab.train.batches import Item, answer_logits, collate, kept_of
 from trimtab.train.examples import Example
-from trimtab.train.head import pick_tap, upper_model
+from trimtab.train.head import adapted_upper, pick_tap, upper_model
 from trimtab.train.hidden import hidden_states
 from trimtab.train.inputs import read_parts
 from trimtab.train.run import train
@@ -31,7 +32,12 @@ def task(tmp_path_factory):
 
 
 def options(folder, name, training=None, **settings):
-    return task_options(folder, name, training, **({"aligner": "", "contrast": 0.0, "lora_dropout": 0.0} | settings))
+    return task_options(
+        folder,
+        name,
+        training,
+        **({"aligner": "", "head_layers": 1, "contrast": 0.0, "lora_dropout": 0.0, "keep_samples": 0} | settings),
+    )
 
 
 def nats(model, rows):
@@ -129,13 +135,46 @@ def test_pairs_are_learnt_from_by_contrast(task):
         assert found["eval_nll_rejected"] > found["eval_nll_aligned"] + 1
 
 
+def test_kept_samples_hold_the_head_at_the_proposal(task):
+    """KL(proposal‖head) on text that the proposal says: the loss is the trainer's own, and smaller than without."""
+    folder, _ = task
+    found = {}
+    for count in (0, 40):
+        train(options(folder, f"kept-{count}", keep_samples=count, dev_samples=0))
+        model = AlignedModel.from_pretrained(folder / "proposal", folder / f"kept-{count}", weight=1.0)
+        said = model.with_aligners([]).generate(["q", "r", "s", "t"] * 8, SamplingParams(max_tokens=8, seed=3))
+        scores = model.score(["q", "r", "s", "t"] * 8, [list(one.tokens) for one in said])
+        found[count] = sum(sum(s.proposal) - sum(s.aligned) for s in scores) / sum(len(s.tokens) for s in scores)
+    assert found[40] < found[0] / 2
+    lines = (folder / "kept-40" / "kept_samples.jsonl").read_text().splitlines()
+    assert len(lines) == 40
+
+
+def test_the_loss_of_kept_samples_is_their_divergence(task):
+    folder, _ = task
+    model = load_model(folder / "proposal")
+    examples = [Example([3, 4], [5, 6, 0], []), Example([7], [8, 9], []), Example([1, 2, 3], [4], [])]
+    hidden = hidden_states(HuggingFaceLM(model), examples, 1)
+    peft = adapted_upper(model, 1, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), 0)
+    batch = collate([Item(e, {}, 1.0, {"chosen": h}, i != 1) for i, (e, h) in enumerate(zip(examples, hidden, strict=True))])
+    some, places = kept_of(batch)
+    assert places.tolist() == [0, 1, 2, 5]
+    with torch.no_grad():
+        logits, positions = answer_logits(peft, batch, "chosen")
+        with peft.disable_adapter():
+            alone, at = answer_logits(peft, some, "chosen")
+            whole = answer_logits(peft, batch, "chosen")[0]
+    assert not torch.allclose(logits, whole)
+    torch.testing.assert_close(alone[at], whole[positions[places]], atol=1e-5, rtol=0)
+
+
 def test_another_number_of_layers_is_another_cache(task):
     folder, _ = task
     with pytest.raises(CacheMismatch, match="another number of head_layers"):
         train(options(folder, "deep", head_layers=2, proposal_cache=str(folder / "head" / "proposal_cache")))
 
 
-@pytest.mark.parametrize(("layers", "wanted", "tap"), [(30, None, 15), (3, None, 1), (1, None, 0), (4, 4, 0), (4, 1, 3)])
+@pytest.mark.parametrize(("layers", "wanted", "tap"), [(30, None, 10), (3, None, 1), (1, None, 0), (4, 4, 0), (4, 1, 3)])
 def test_how_many_layers(layers, wanted, tap):
     assert pick_tap(layers, wanted) == tap
 
@@ -147,6 +186,7 @@ def test_how_many_layers(layers, wanted, tap):
         ({"head_layers": 0}, "head_layers must be from 1"),
         ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
         ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
+        ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
         ({"start": "uniform"}, "a head starts at the proposal"),
         ({"proposal_endpoint": ("http://h/v1",)}, "an endpoint gives none"),
     ],

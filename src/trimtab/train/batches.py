@@ -18,7 +18,17 @@ from trimtab.train.hidden import HiddenCache
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows, TaughtRows
 
-__all__ = ["ExampleDataset", "Item", "answer_logits", "answer_rows", "cached_batch", "cached_rows", "collate", "rows_at"]
+__all__ = [
+    "ExampleDataset",
+    "Item",
+    "answer_logits",
+    "answer_rows",
+    "cached_batch",
+    "cached_rows",
+    "collate",
+    "kept_of",
+    "rows_at",
+]
 
 
 class Item(NamedTuple):
@@ -31,18 +41,24 @@ class Item(NamedTuple):
     """Its weight in the loss."""
     hidden: Mapping[str, Tensor] = MappingProxyType({})
     """`[T, H]`, the proposal's hidden states on the prompt with its `chosen` or `rejected` answer, where a head reads them."""
+    kept: bool = False
+    """Whether the proposal said it itself, and it is to stay as likely as it is."""
 
 
 class ExampleDataset(torch.utils.data.Dataset[Item]):
-    """Examples, with what is cached of the proposal on their `chosen` and `rejected` answers: rows, and hidden states."""
+    """Examples, with what is cached of the proposal on their `chosen` and `rejected` answers: rows, and hidden states.
+
+    The last `kept` ones are what the proposal said itself.
+    """
 
     def __init__(
         self,
         examples: Sequence[Example],
         caches: Mapping[str, ProposalCache] = MappingProxyType({}),
         hidden: Mapping[str, HiddenCache] = MappingProxyType({}),
+        kept: int = 0,
     ) -> None:
-        self.examples, self.caches, self.hidden = examples, caches, hidden
+        self.examples, self.caches, self.hidden, self._kept = examples, caches, hidden, kept
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -51,7 +67,7 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
         """One example."""
         rows = {which: cache[pick.place] for which, cache in self.caches.items()}
         hidden = {which: cache[pick.place] for which, cache in self.hidden.items()}
-        return Item(self.examples[pick.place], rows, pick.share, hidden)
+        return Item(self.examples[pick.place], rows, pick.share, hidden, pick.place >= len(self) - self._kept)
 
     @property
     def lengths(self) -> list[int]:
@@ -60,7 +76,7 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `rejected_*` and `differs` `[B]`.
+    """Tensors of a batch: `share` `[B]`, `kept` `[B]` where some are, `chosen_*` and, where the data have them, `rejected_*` and `differs` `[B]`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
     and `*_column`s and the proposal's rows, `*_proposal_*`, have no padding: the answers stand end to end.
@@ -68,6 +84,8 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
     examples = [item.example for item in items]
     prompts = [example.prompt for example in examples]
     batch = {"share": torch.tensor([item.share for item in items])}
+    if any(item.kept for item in items):
+        batch["kept"] = torch.tensor([item.kept for item in items])
     batch |= _answers("chosen", prompts, [example.chosen for example in examples])
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
@@ -115,6 +133,15 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[
         logits_to_keep=mask.shape[1] + 1,
     ).logits
     return logits.flatten(0, 1), batch[f"{which}_owner"] * logits.shape[1] + batch[f"{which}_column"]
+
+
+def kept_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Those of a batch that are kept, with their wanted answers alone; and which of the N wanted tokens are theirs."""
+    rows = batch["kept"].nonzero().squeeze(-1)
+    names = ("ids", "attention", "positions", "mask", "hidden")
+    some = {f"chosen_{name}": batch[f"chosen_{name}"][rows] for name in names}
+    some["chosen_owner"], some["chosen_column"] = some["chosen_mask"].nonzero().unbind(1)
+    return some, batch["kept"][batch["chosen_owner"]].nonzero().squeeze(-1)
 
 
 def _lay_out(hidden: Sequence[Tensor], prompts: Sequence[Sequence[int]], ids: Tensor) -> Tensor:

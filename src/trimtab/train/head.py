@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.head import Head, digest_proposal
@@ -21,11 +23,18 @@ from trimtab.models.weight_files import WEIGHTS_NAME
 from trimtab.train.examples import Example, answers
 from trimtab.train.hidden import HiddenCache
 from trimtab.train.options import TrainOptions
+from trimtab.train.own_samples import draw_samples, read_samples
 from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.start import make_lora
 
 __all__ = ["HeadStart", "TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
+
+KEPT = "kept_samples.jsonl"
+"""Where they are, in the output folder."""
+
+KEPT_TOKENS = 64
+"""Of an answer that is kept, at most."""
 
 PREFIX = "base_model.model.model.layers."
 
@@ -35,12 +44,12 @@ def pick_tap(layers: int, head_layers: int | None) -> int:
 
     Args:
         layers: how many the proposal has.
-        head_layers: how many the head is to run; None for half of them.
+        head_layers: how many the head is to run; None for two thirds of them.
 
     Raises:
         InvalidOption: the proposal does not have so many.
     """
-    wanted = (layers + 1) // 2 if head_layers is None else head_layers
+    wanted = layers - layers // 3 if head_layers is None else head_layers
     if not 1 <= wanted <= layers:
         raise InvalidOption(f"head_layers must be from 1 to {layers}, which is all that the proposal has, not {wanted}")
     return layers - wanted
@@ -112,6 +121,23 @@ class HeadStart:
             )
             for which in kinds
         }
+
+    def kept_samples(self, encoder: Encoder, max_length: int, seed: int, ranks: Ranks) -> list[Example]:
+        """What the proposal says itself, and is to go on saying; drawn once, and kept in the output folder."""
+        count = self._options.kept_samples
+        if not count:
+            return []
+        assert self._proposal.model is not None
+        model = AlignedModel(
+            self._proposal.model, (), encoder.tokenizer, self._proposal.eos_token_ids, date=encoder.date, draft="none"
+        )
+        path = Path(self._options.output_dir) / KEPT
+        header = {"proposal": self._proposal.rows.fingerprint, "seed": seed, "count": count, **encoder.chat_settings}
+        limits = {"max_tokens": KEPT_TOKENS, "max_length": max_length}
+        ranks.first_does(lambda: draw_samples(model, None, path, header, count=count, seed=seed, **limits))
+        samples = read_samples(path)
+        twice = self._options.needs_rejected  # two equal answers are no contrast
+        return [Example(sample.prompt, sample.chosen, sample.chosen) for sample in samples] if twice else samples
 
     def prepare(self, seed: int) -> Any:
         """What is trained, with fresh adapters. The proposal is of no other use after that."""

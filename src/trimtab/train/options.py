@@ -32,6 +32,9 @@ BETA = 0.1
 CONTRAST_BETA = 1.0
 """Of the contrast, whose rewards are nats a token."""
 
+KEPT = 64
+"""Samples of the proposal's own that a head is to leave alone."""
+
 TAIL_SAMPLES = 64
 """Tokens drawn from a row's tail, where they can be."""
 
@@ -64,7 +67,12 @@ class TrainOptions:
         "the model to train, of the same vocabulary: a folder or a hub id [default: a head, which is a LoRA adapter of the"
         " proposal's upper layers that reads the proposal's hidden states]",
     )
-    head_layers: int | None = _option(None, "how many of the proposal's layers a head runs again [default: half of them]")
+    head_layers: int | None = _option(None, "how many of the proposal's layers a head runs again [default: two thirds of them]")
+    keep_samples: int | None = _option(
+        None,
+        "likelihood, for a head: so many prompts and answers that the proposal says itself are trained on beside the data, with"
+        " KL(proposal‖aligned) as their loss, so that it goes on saying elsewhere what it said [default: 64; 0 without a head]",
+    )
     dataset: str = _option("", "training data in a TRL layout: JSONL(.gz), Parquet or a hub id", required=True)
     output_dir: str = _option("", "where checkpoints and the finished aligner go", required=True)
     objective: str = _option("likelihood", "what to minimise", choices=OBJECTIVES)
@@ -233,6 +241,12 @@ class TrainOptions:
     def trains_head(self) -> bool:
         """Whether the aligner is a head of the proposal (`trimtab.models.head`)."""
         return not self.aligner
+
+    @property
+    def kept_samples(self) -> int:
+        """How many samples of the proposal's own are to stay as likely as they are."""
+        default = KEPT if self.trains_head and self.objective == "likelihood" and self.teacher_prompt is None else 0
+        return default if self.keep_samples is None else self.keep_samples
 
     @property
     def is_plain(self) -> bool:

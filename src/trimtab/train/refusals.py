@@ -54,6 +54,7 @@ def refuse_contradictions(options: "TrainOptions") -> None:
         ("cache_tail_samples", 0, math.inf),
         ("teacher_max_tokens", 1, math.inf),
         ("head_layers", 1, math.inf),
+        ("keep_samples", 0, math.inf),
         ("lora_r", 1, math.inf),
         ("lora_dropout", 0, 1),
     ):
@@ -83,6 +84,10 @@ def refuse_contradictions(options: "TrainOptions") -> None:
         )
     if options.train_draft and not options.trains_residual:
         raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
+    if options.keep_samples and not (options.trains_head and options.objective == "likelihood"):
+        raise InvalidOption("keep_samples: only a head is kept at the proposal by its samples, under likelihood: leave it out")
+    if options.keep_samples and options.teacher_prompt is not None:
+        raise InvalidOption("keep_samples: with --teacher_prompt every row is learnt from the proposal: leave it out")
     if options.teacher_prompt is not None:
         refuse_beside_teacher(options)
     _ = options.limits, parse_columns(options.columns)  # raise where they cannot be

@@ -165,10 +165,12 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
     scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
     options = options.at(fitted)
-    caches = open_caches(options, proposal.rows, tokenizer, examples, development, ranks)
+    kept = head.kept_samples(encoder, min(options.max_length, context), arguments.seed, ranks) if head else []
+    learnt = examples + kept
+    caches = open_caches(options, proposal.rows, tokenizer, learnt, development, ranks)
     data = {
-        name: ExampleDataset(some, caches[part], head.caches(part, some, ranks) if head else {})
-        for name, part, some in (("train_dataset", "train", examples), ("eval_dataset", "dev", development))
+        name: ExampleDataset(some, caches[part], head.caches(part, some, ranks) if head else {}, own)
+        for name, part, some, own in (("train_dataset", "train", learnt, len(kept)), ("eval_dataset", "dev", development, 0))
     }
     del proposal, fitting
     this = _Run(options, arguments, output, ranks, tokenizer, data, equal, start and start.draft, teacher, head)

@@ -17,7 +17,7 @@ from transformers import Trainer
 from trimtab.core.logprobs import kl_divergence
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
 from trimtab.models.peft_saving import unasked
-from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch
+from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, kept_of, rows_at
 from trimtab.train.diagnostics import measure, summarise
 from trimtab.train.examples import answers
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
@@ -216,7 +216,10 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         options = self._options
         kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
         found = {which: answer_logits(model, inputs, which) for which in kinds}
-        loss = self._contrasted(inputs, {which: self._fused(inputs, which, *logits) for which, logits in found.items()})
+        losses = {which: self._fused(inputs, which, *logits) for which, logits in found.items()}
+        if "kept" in inputs:
+            losses["chosen"] = self._keep(model, inputs, *found["chosen"], losses["chosen"])
+        loss = self._contrasted(inputs, losses)
         if options.regulariser:
             alone = fused_sft(*found["chosen"], inputs["chosen_tokens"], self._vocab_size)
             loss = loss + options.regulariser * self._sum(alone, inputs, "chosen") / self._mean_length
@@ -228,6 +231,14 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             return fused_sft(logits, positions, inputs[f"{which}_tokens"], self._vocab_size)
         how = self._weight, self._temperature, self._vocab_size
         return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
+
+    def _keep(self, model: Any, inputs: dict[str, Tensor], logits: Tensor, positions: Tensor, losses: Tensor) -> Tensor:
+        """Losses `[N]` with KL(proposal‖head) in the place of those of what the proposal said itself."""
+        kept, places = kept_of(inputs)
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():  # the layers alone are the proposal's
+            proposal = rows_at(*answer_logits(model, kept, "chosen"), self._vocab_size)
+        head = rows_at(logits, positions[places], self._vocab_size)
+        return losses.index_copy(0, places, kl_divergence(proposal, head).to(losses.dtype))
 
     def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
         """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded.
