@@ -50,7 +50,7 @@ def nats(model, rows):
 def development(folder):
     """The rows that `dev_fraction` kept aside."""
     rows = {row["prompt"]: row for row in map(json.loads, (folder / "train.jsonl").read_text().splitlines())}
-    _, kept = read_parts(options(folder, "head"))
+    _, kept = read_parts(options(folder, "head"), None)
     return [rows[record.prompt] for record in kept]
 
 
@@ -199,7 +199,7 @@ def test_what_a_head_refuses(task, settings, message):
 def test_no_second_round_starts_from_a_head(task):
     folder, _ = task
     with pytest.raises(InvalidOption, match="is a head, and no second round starts from one"):
-        train(options(folder, "second", aligner=str(folder / "head")))
+        train(options(folder, "second", aligner=str(folder / "head"), head_layers=None, keep_samples=None))
 
 
 def test_a_proposal_without_a_lean_pass_is_refused_before_any_work(tmp_path):

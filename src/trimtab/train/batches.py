@@ -76,7 +76,7 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Tensors of a batch: `share` `[B]`, `kept` `[B]` where some are, `chosen_*` and, where the data have them, `rejected_*` and `differs` `[B]`.
+    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `kept` `[B]`, `rejected_*`, `differs` `[B]`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
     and `*_column`s and the proposal's rows, `*_proposal_*`, have no padding: the answers stand end to end.
