@@ -19,12 +19,16 @@ from trimtab.errors import TrimtabError
 from trimtab.files import atomic_folder, read_json
 from trimtab.models.loading import load_model, load_tokenizer
 
-__all__ = ["DEFAULT", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "first_layers", "start_of", "train"]
+__all__ = ["DEFAULT", "HEAD", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "first_layers", "start_of", "train"]
 
-DEFAULT = "default recipe"
+HEAD = "head"
+DEFAULT = "toy default"
 SFT = "SFT, geometric"
 
 TRAINED = {
+    HEAD: "",
+    "head, no kept samples": "--keep_samples 0",
+    "head of 8 layers": "--head_layers 8",
     DEFAULT: "--aligner {start}",
     SFT: "--aligner {start} --objective sft --rule geometric",
 }
