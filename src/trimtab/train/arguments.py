@@ -45,7 +45,13 @@ DEFAULTS: dict[str, Any] = {
 }
 """Where we differ from `TrainingArguments`: look ten times a run, and keep the best on the development prompts."""
 
-FOR_HEADS: dict[str, Any] = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "num_train_epochs": 1}
+FOR_HEADS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 1,
+    "eval_steps": 0.25,
+    "save_steps": 0.25,
+}
 """Where heads differ from that: a low-rank adapter takes larger steps, and has learnt by heart what it sees twice."""
 
 
