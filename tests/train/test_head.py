@@ -146,6 +146,8 @@ def test_how_many_layers(layers, wanted, tap):
         ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
         ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
         ({"start": "uniform"}, "a head starts at the proposal"),
+        ({"rule": "product"}, "a head starts as the proposal, and product would multiply"),
+        ({"rule": "product", "objective": "preference"}, "a head starts as the proposal, and product would multiply"),
         ({"proposal_endpoint": ("http://h/v1",)}, "an endpoint gives none"),
     ],
 )
