@@ -106,7 +106,7 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[
     """The model's logits `[M, W]`, W ≥ V, in its own precision; and which of them `[N]` predict the `which` answers' tokens."""
     mask = batch[f"{which}_mask"]
     hidden = batch.get(f"{which}_hidden")
-    read = {"input_ids": batch[f"{which}_ids"]} if hidden is None else {"inputs_embeds": hidden.to(model.dtype)}
+    read = {"input_ids": batch[f"{which}_ids"]} if hidden is None else {"inputs_embeds": hidden}
     logits: Tensor = model(
         **read,
         attention_mask=batch[f"{which}_attention"],
