@@ -1,4 +1,4 @@
-"""Heads are trained from cached hidden states: what is trained is what is decoded, and what PEFT makes of the whole proposal."""
+"""Heads are trained from cached hidden states: what is trained is what is decoded, and what PEFT makes of the proposal."""
 
 import json
 import math
@@ -100,7 +100,9 @@ def test_the_upper_layers_are_the_proposals_own(task):
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         whole = model(ids, output_hidden_states=True)
-        torch.testing.assert_close(upper(inputs_embeds=whole.hidden_states[1], use_cache=False).logits, whole.logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            upper(inputs_embeds=whole.hidden_states[1], use_cache=False).logits, whole.logits, atol=1e-5, rtol=0
+        )
 
 
 def test_it_resumes_exactly(task, monkeypatch):

@@ -29,8 +29,8 @@ def settle_head(options: Any) -> None:
     _fill(options, "rule", "geometric")
     if options.parsed_rule.name == "product":
         raise InvalidOption(
-            "rule: a head starts as the proposal, and product would multiply the proposal with itself: leave out --rule product,"
-            " for geometric"
+            "rule: a head starts as the proposal, and product would multiply the proposal with itself: leave out --rule"
+            " product, for geometric"
         )
     object.__setattr__(options, "use_peft", True)
 
@@ -42,7 +42,9 @@ def refuse_head(manifest: Manifest | None, name: str) -> None:
         InvalidOption: it is one.
     """
     if manifest is not None and manifest.head is not None:
-        raise InvalidOption(f"aligner: '{name}' is a head, and no second round starts from one: leave out --aligner for a new one")
+        raise InvalidOption(
+            f"aligner: '{name}' is a head, and no second round starts from one: leave out --aligner for a new one"
+        )
 
 
 def _fill(options: Any, name: str, value: Any) -> None:
