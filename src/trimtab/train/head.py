@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
-from trimtab.models.head import Head, digest_proposal
+from trimtab.models.head import Head
 from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.weight_files import WEIGHTS_NAME
 from trimtab.train.examples import Example, answers
@@ -95,7 +95,7 @@ class HeadStart:
         tap = pick_tap(depth, options.head_layers)
         if odd := set(options.lora_target_modules) - set(PROJECTIONS):
             raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
-        return cls(options, proposal, Head(tap, depth, digest_proposal(proposal.model.model)))
+        return cls(options, proposal, Head(tap, depth, proposal.model.digest))
 
     @property
     def source(self) -> str:
