@@ -19,7 +19,8 @@ from trimtab.errors import InvalidOption, InvalidRequest, ManifestError, Unsuppo
 from trimtab.models.adapters import Adapted
 from trimtab.models.aligner import Manifest, describe
 from trimtab.models.base import State
-from trimtab.models.head import Head, HeadPool, digest_proposal
+from trimtab.models.fingerprint import digest_model
+from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import LEAN
 from trimtab.models.loading import load_model
@@ -89,7 +90,7 @@ def save_head(folder: Path, base: Path, tap: int, seed: int = 0, weight: float =
         vocabulary=fingerprint_vocabulary(tiny_tokenizer()),
         rule="geometric",
         weight=weight,
-        head={"tap": tap, "layers": LAYERS, "proposal": digest_proposal(load_model(base))},
+        head={"tap": tap, "layers": LAYERS, "proposal": digest_model(load_model(base))},
     )
     (folder / "trimtab.json").write_text(json.dumps(manifest.to_dict()), encoding="utf-8")
     return folder
@@ -212,6 +213,8 @@ def test_several_completions_of_one_prompt(base, folders):
 def test_a_head_cannot_draft(base, folders):
     with pytest.raises(InvalidOption, match="draft: the first aligner is a head"):
         AlignedModel.from_pretrained(base, folders[0], draft="aligner")
+    with pytest.raises(InvalidOption, match="draft: a head reads what the proposal has read, and cannot draft"):
+        AlignedModel.from_pretrained(base, folders[0], draft=folders[1])
     assert AlignedModel.from_pretrained(base, folders[0]).models.drafter is None
 
 
@@ -220,6 +223,52 @@ def test_a_head_belongs_to_one_proposal(base, folders, tmp_path):
     with pytest.raises(UnsupportedModel, match="is a head of another proposal"):
         AlignedModel.from_pretrained(other, folders[0])
     assert AlignedModel.from_pretrained(base, folders[0], dtype="bfloat16").score("the", "fox")[0].aligned  # in every dtype
+
+
+def test_a_fine_tuned_proposal_is_another_one(base, folders, tmp_path):
+    """LoRA that is merged changes no norm and no embedding."""
+    merged = PeftModel.from_pretrained(load_model(base), str(folders[0])).merge_and_unload()
+    with pytest.raises(UnsupportedModel, match="is a head of another proposal"):
+        AlignedModel.from_pretrained(save_tiny(tmp_path, merged, tiny_tokenizer()), folders[0])
+
+
+def test_a_proposal_is_recognised_in_every_dtype_and_packed_or_lent(tmp_path):
+    """Its embedding is large enough to be packed, and small enough in places for float16 to round it."""
+    model = tiny_model("llama", 2**15, spread=0.02, tie_word_embeddings=False).to(torch.bfloat16)
+    folder = save_tiny(tmp_path, model, tiny_tokenizer())
+    assert (model.model.embed_tokens.weight.half().float() != model.model.embed_tokens.weight).any()
+    wanted = digest_model(model)
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert HuggingFaceLM(load_model(folder, dtype=dtype)).digest == wanted
+        assert HuggingFaceLM(load_model(folder, dtype=dtype), owned=True).digest == wanted
+
+
+def test_float16_is_named_where_it_may_be_why(base, folders):
+    with pytest.raises(UnsupportedModel, match="are not recognised in float16: choose another --dtype"):
+        AlignedModel.from_pretrained(base, folders[0], dtype="float16")
+
+
+def test_a_head_that_is_loaded_reads_its_own_proposal_only(base, folders, tmp_path):
+    head = AlignedModel.from_pretrained(base, folders[0]).aligners[0]
+    other = AlignedModel.from_pretrained(save_base(tmp_path, seed=8))
+    with pytest.raises(UnsupportedModel, match=r"aligners\[0\] is a head that reads another proposal's hidden states"):
+        other.with_aligners([head])
+
+
+def test_a_head_follows_a_lent_proposal_that_its_owner_changes(base, folders):
+    """Other weights are read from then on; in another dtype, or with something added, it is of no use."""
+    lent = load_model(base)
+    model = AlignedModel.from_pretrained(lent, folders[0], tokenizer=tiny_tokenizer())
+    first, projection = model.score("the", "fox")[0].aligned, lent.model.layers[3].mlp.down_proj
+    projection.weight = torch.nn.Parameter(3 * projection.weight.detach())
+    changed = model.score("the", "fox")[0].aligned
+    with torch.no_grad():
+        projection.weight /= 3
+    assert changed != pytest.approx(first, abs=1e-2)
+    assert model.score("the", "fox")[0].aligned == pytest.approx(first, abs=1e-5)
+    lent.to(torch.bfloat16)
+    with pytest.raises(UnsupportedModel, match="its dtype has changed"):
+        model.score("the", "fox")
 
 
 def test_a_head_needs_hidden_states(base, folders):
@@ -237,6 +286,7 @@ def test_a_head_needs_hidden_states(base, folders):
     ("head", "message"),
     [
         ({"tap": 4, "layers": 4, "proposal": "sha256:0"}, "tap must be a layer from 0 to layers"),
+        ({"tap": True, "layers": 4, "proposal": "sha256:0"}, "tap must be a layer from 0 to layers"),
         ({"tap": 1, "layers": 4, "proposal": "md5:0"}, "proposal must be a digest"),
         ({"tap": 1, "layers": 4}, "head must be"),
         (7, "head must be"),

@@ -16,9 +16,12 @@ from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner, SamplingParams
 from trimtab.cli.serve import _cache_bytes
 from trimtab.decode.assemble import Loader
-from trimtab.errors import InvalidRequest, VocabularyMismatch
+from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
 from trimtab.models.adapters import Adapted
 from trimtab.models.aligner import Manifest
+from trimtab.models.fingerprint import digest_model
+from trimtab.models.loading import load_model
+from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.table import TableLM
 from trimtab.models.vocabulary import fingerprint_vocabulary
 from trimtab.serve.registry import NoSuchAligner, NoSuchFolder, OutOfMemory, Registry
@@ -215,6 +218,52 @@ def test_an_adapters_base_is_inside_too_or_what_the_operator_named(root, tmp_pat
         registry.load("x", "hub", inside=True)
     registry.load("named", str(outside))
     assert registry.load("x", "lora", inside=True).loaded
+
+
+@pytest.fixture(scope="module")
+def heads(root, tmp_path_factory) -> Path:
+    """A folder with the heads `one` and `two` of `proposal`, which name a base that is not there."""
+    folder, tokenizer = tmp_path_factory.mktemp("heads"), tiny_tokenizer()
+    head = {"tap": 1, "layers": 2, "proposal": digest_model(load_model(root / "proposal"))}
+    manifest = Manifest(vocabulary=fingerprint_vocabulary(tokenizer), rule="geometric", weight=1.0, head=head)
+    for seed, name in enumerate(("one", "two")):
+        save_lora(folder / name, root / "proposal", seed=seed, target_modules=PROJECTIONS, layers_to_transform=[1])
+        tokenizer.save_pretrained(folder / name)
+        (folder / name / "trimtab.json").write_text(json.dumps(manifest.to_dict()))
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        (folder / name / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere"}))
+    return folder
+
+
+def test_heads_cost_only_themselves_leave_with_their_pool_and_read_no_base(root, heads):
+    registry = registry_of(root, root=heads)
+    entries = [registry.load(name, name, inside=True) for name in ("one", "two")]
+    pool = weakref.ref(entries[0].loaded.model.pool)
+    assert entries[1].loaded.model.pool is pool()
+    assert registry.num_bytes == sum(entry.loaded.model.adapter.flat.nbytes for entry in entries)
+    said = {name: texts(registry.resident([name])) for name in ("one", "two")}
+    assert said["one"] != said["two"]
+    with_one = registry_of(root, root=heads, max_bytes=registry.num_bytes - 1)
+    for name in ("one", "two"):
+        with_one.load(name, name, inside=True)
+    assert with_one.resident(["one"]) is None, "evicted"
+    assert texts(with_one.fetch(["one"])) == said["one"]
+    for name in ("one", "two"):
+        registry.unload(name)
+    del entries
+    gc.collect()
+    assert pool() is None
+    assert registry.num_bytes == 0
+
+
+def test_what_cannot_be_decoded_with_replaces_nothing(root, heads):
+    base = AlignedModel.from_pretrained(root / "proposal", draft="aligner")
+    registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"), root=heads)
+    registry.load("a", str(root / "aligners" / "a0"))
+    before = texts(registry.resident(["a"]))
+    with pytest.raises(InvalidOption, match="is a head, which reads what the proposal has read, and cannot draft"):
+        registry.load("a", "one", inside=True)
+    assert texts(registry.resident(["a"])) == before
 
 
 @pytest.mark.parametrize(

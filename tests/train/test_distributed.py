@@ -25,6 +25,8 @@ JOBS = [
     {"name": "preference-2", "training": HALF, "objective": "preference"},
     {"name": "contrast-2", "training": HALF, "contrast": 0.5},
     {"name": "lora-2", "training": HALF, "use_peft": True, "lora_dropout": 0.0},
+    {"name": "head-2", "training": HALF, "aligner": "", "lora_dropout": 0.0, "keep_samples": 8},
+    {"name": "fsdp_head-2", "training": HALF | {"fsdp": True}, "aligner": "", "lora_dropout": 0.0, "keep_samples": 8},
     {"name": "fsdp-2", "training": HALF | {"fsdp": True}},
     {"name": "fsdp_lora-2", "training": HALF | {"fsdp": True}, "use_peft": True, "lora_dropout": 0.0},
 ]
@@ -43,6 +45,7 @@ def task(tmp_path_factory):
     train(task_options(folder, "preference-1", WHOLE, objective="preference"))
     train(task_options(folder, "contrast-1", WHOLE, contrast=0.5))
     train(task_options(folder, "lora-1", WHOLE, use_peft=True, lora_dropout=0.0))
+    train(task_options(folder, "head-1", WHOLE, aligner="", lora_dropout=0.0, keep_samples=8))
     return folder
 
 
@@ -63,6 +66,8 @@ def report(folder):
         ("preference-2", "preference-1"),
         ("contrast-2", "contrast-1"),
         ("lora-2", "lora-1"),
+        ("head-2", "head-1"),
+        ("fsdp_head-2", "head-1"),
         ("fsdp-2", "likelihood-1"),
         ("fsdp_lora-2", "lora-1"),
     ],

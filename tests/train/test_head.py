@@ -129,7 +129,7 @@ def test_it_resumes_exactly(task, monkeypatch):
 
 def test_pairs_are_learnt_from_by_contrast(task):
     folder, _ = task
-    metrics = train(options(folder, "pairs", contrast=None))["metrics"]
+    metrics = train(options(folder, "pairs", contrast=None, keep_samples=6))["metrics"]
     bare = train(options(folder, "alone", objective="preference", rule="geometric", weight=1.0, beta=1.0))["metrics"]
     for found in (metrics, bare):
         assert found["eval_nll_rejected"] > found["eval_nll_aligned"] + 1
@@ -188,6 +188,8 @@ def test_how_many_layers(layers, wanted, tap):
         ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
         ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
         ({"start": "uniform"}, "a head starts at the proposal"),
+        ({"rule": "product"}, "a head starts as the proposal, and product would multiply"),
+        ({"rule": "product", "objective": "preference"}, "a head starts as the proposal, and product would multiply"),
         ({"proposal_endpoint": ("http://h/v1",)}, "an endpoint gives none"),
     ],
 )

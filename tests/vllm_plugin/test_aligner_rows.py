@@ -1,5 +1,6 @@
 """All aligners together: each row is its rule's, from rows that were computed alone; and memory is refused honestly."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,12 @@ from law_of import possible
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.core.logprobs import row_from_logits, warp
 from trimtab.decode.assemble import Loader
-from trimtab.errors import InvalidOption, ModelError
+from trimtab.errors import InvalidOption, ModelError, UnsupportedModel
+from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
+from trimtab.models.fingerprint import digest_model
+from trimtab.models.loading import load_model
+from trimtab.models.vocabulary import fingerprint_vocabulary
 from trimtab.vllm.aligners import Aligned, Aligners, Limits
 from trimtab.vllm.cache import Request
 from trimtab.vllm.settings import Arguments, Catalog, Settings
@@ -179,6 +184,19 @@ def test_weights_come_in_the_precision_that_is_asked_for(models):
     (row,) = make_aligners(models, "first", dtype="bfloat16").align(logits, {0: Aligned(Request([1, 2, 3], []), how)}, {})
     assert_close(row, wanted, atol=0.3, rtol=0)
     assert (row - wanted)[:V].abs().max() > 1e-4
+
+
+def test_a_head_is_refused_with_the_way_out(models, tmp_path):
+    """vLLM gives its logits processors no hidden states."""
+    tokenizer = tiny_tokenizer(LETTERS)
+    base = save_tiny(tmp_path / "base", tiny_model("llama", V), tokenizer)
+    folder = save_lora(tmp_path / "head", base, target_modules=["q_proj"], layers_to_transform=[1])
+    tokenizer.save_pretrained(folder)
+    head = {"tap": 1, "layers": 2, "proposal": digest_model(load_model(base))}
+    manifest = Manifest(vocabulary=fingerprint_vocabulary(tokenizer), rule="geometric", head=head)
+    (folder / "trimtab.json").write_text(json.dumps(manifest.to_dict()), encoding="utf-8")
+    with pytest.raises(UnsupportedModel, match=r"is a head: it reads the hidden states .* Use it as a LoRA adapter"):
+        make_aligners(Models({"head": str(folder)}, models.catalog, {}))
 
 
 # ---- memory

@@ -256,7 +256,6 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         max_num_seqs=options.max_num_seqs,
         date=options.date,
     )
-    loader.proposal = base.proposal
     memory, root = options.max_aligner_memory, options.aligner_root
     registry = Registry(
         base,

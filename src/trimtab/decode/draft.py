@@ -8,7 +8,7 @@ from trimtab.core.draw import NO_TOKEN
 from trimtab.errors import InvalidOption
 from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
-from trimtab.models.head import tap_of
+from trimtab.models.head import check_heads, tap_of
 
 __all__ = ["DRAFTS", "Lookup", "Models", "choose_drafter", "who_drafts"]
 
@@ -66,7 +66,9 @@ def choose_drafter(
 
     Raises:
         InvalidOption: there is no such drafter, or it is a head, which reads what the proposal has read.
+        UnsupportedModel: an aligner is a head of another proposal.
     """
+    check_heads(proposal, aligners, None if draft is None or isinstance(draft, str) else draft)
     if default == "aligner" and aligners and tap_of(aligners[0]) is not None:
         default = "head"
     who = _in_words(len(aligners), draft, default)

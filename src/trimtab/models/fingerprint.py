@@ -23,10 +23,14 @@ from trimtab.errors import ModelError
 from trimtab.models.digests import Seen, digest_file
 from trimtab.models.weight_files import commit_of, folder_of, weight_files
 
-__all__ = ["Files", "fingerprint_model", "fingerprint_of"]
+__all__ = ["Files", "digest_model", "fingerprint_model", "fingerprint_of"]
 
 PIECE = 2**26
 """Elements of a weight that are brought to the host at once."""
+DIGEST_ROWS = 8
+"""Of a matrix, about so many rows tell a model from others in every dtype."""
+FLOAT16_EXACT = 2.0**-14
+"""From here on float16 holds what bfloat16 does, up to its largest number."""
 _OF_NO_EFFECT = {
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"),  # of a model
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),  # of an adapter
@@ -117,6 +121,22 @@ def fingerprint_model(model: Any) -> str:
         if key not in known:
             known[key] = _digest(value.detach())
         digest.update(known[key])
+    return _named(digest)
+
+
+@torch.no_grad()
+def digest_model(model: Any) -> str:
+    """`sha256:…` of what tells a model from others, fine-tuned ones included, and is the same in whatever dtype it is loaded.
+
+    It reads every vector and a few rows of every matrix, in bfloat16, without what float16 cannot hold as exactly. So weights
+    that are stored in bfloat16 or float16 have one digest in every dtype; stored in float32, another one in float16.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        few = weight.detach() if weight.ndim == 1 else weight.detach()[:: -(-len(weight) // DIGEST_ROWS)]
+        few = few.to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(_digest(few.masked_fill(few.abs() < FLOAT16_EXACT, 0)))
     return _named(digest)
 
 

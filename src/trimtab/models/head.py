@@ -19,16 +19,31 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
-from trimtab.errors import InvalidRequest, ManifestError, UnsupportedModel
+from trimtab.errors import InvalidOption, InvalidRequest, ManifestError, UnsupportedModel
 from trimtab.models.adapters import AdapterStore
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.lean import LeanDecoder
 from trimtab.models.slots import SlotState
 
-__all__ = ["Head", "HeadPool", "digest_proposal", "tap_of"]
+__all__ = ["Head", "HeadPool", "check_heads", "tap_of"]
 
-ROWS_APART = 97
-"""Of the embedding, one row in so many tells a proposal from others."""
+
+def check_heads(proposal: LanguageModel, aligners: Sequence[LanguageModel], draft: LanguageModel | None) -> None:
+    """Refuse heads that do not read this very proposal, and one that is to draft.
+
+    Raises:
+        UnsupportedModel: a head reads another model's hidden states.
+        InvalidOption: the drafter is a head.
+    """
+    for i, model in enumerate(aligners):
+        pool = getattr(model, "pool", model)
+        if isinstance(pool, HeadPool) and pool.proposal is not proposal:
+            raise UnsupportedModel(
+                f"aligners[{i}] is a head that reads another proposal's hidden states: load its folder together with this one"
+            )
+    if draft is not None and tap_of(draft) is not None:
+        raise InvalidOption("draft: a head reads what the proposal has read, and cannot draft: name another model")
 
 
 def tap_of(model: LanguageModel) -> int | None:
@@ -43,7 +58,7 @@ class Head:
     Attributes:
         tap: the first layer of the proposal that it runs again, counted from 0.
         layers: how many the proposal has.
-        proposal: `digest_proposal` of the only proposal that it fits.
+        proposal: `HuggingFaceLM.digest` of the only proposal that it fits.
     """
 
     tap: int
@@ -60,7 +75,7 @@ class Head:
         if not isinstance(values, Mapping) or set(values) != {"tap", "layers", "proposal"}:
             raise ManifestError(f"head must be {{'tap': …, 'layers': …, 'proposal': …}}, not {values!r}")
         head = cls(**values)
-        if not isinstance(head.tap, int) or not isinstance(head.layers, int) or not 0 <= head.tap < head.layers:
+        if type(head.tap) is not int or type(head.layers) is not int or not 0 <= head.tap < head.layers:
             raise ManifestError(f"head: tap must be a layer from 0 to layers − 1, not {head.tap!r} of {head.layers!r}")
         if not isinstance(head.proposal, str) or not head.proposal.startswith("sha256:"):
             raise ManifestError(f"head: proposal must be a digest 'sha256:…', not {head.proposal!r}")
@@ -77,23 +92,13 @@ class Head:
                 f"'{name}' is a head: it reads the hidden states of its proposal, and a {type(proposal).__name__} gives none"
             )
         lean = proposal.lean
-        if lean.depth != self.layers or digest_proposal(proposal.model) != self.proposal:
+        if lean.depth != self.layers or proposal.digest != self.proposal:
+            hint = "; weights that are stored in float32 are not recognised in float16: choose another --dtype"
             raise UnsupportedModel(
                 f"'{name}' is a head of another proposal: a head reads hidden states, and fits only the model that it was"
-                " trained on, which its trimtab.json names"
+                f" trained on, which its trimtab.json names{hint if proposal.model.dtype == torch.float16 else ''}"
             )
         return proposal
-
-
-def digest_proposal(model: Any) -> str:
-    """`sha256:…` of what tells a proposal from others in every dtype: its norms and some rows of its embedding, in bfloat16."""
-    weights = {name: weight for name, weight in model.named_parameters() if "norm" in name}
-    weights["embedding"] = model.get_input_embeddings().weight[::ROWS_APART]
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 class HeadPool:
@@ -104,6 +109,7 @@ class HeadPool:
         tap: the first of them.
 
     Attributes:
+        proposal, tap: as above.
         store: reads the adapters of heads.
 
     Raises:
@@ -111,29 +117,41 @@ class HeadPool:
     """
 
     def __init__(self, proposal: HuggingFaceLM, tap: int) -> None:
-        self._lean, self._proposal, self.tap = proposal.lean, proposal, tap
+        self.proposal, self.tap = proposal, tap
+        _ = proposal.lean  # raises where there is none
         self.vocab_size, self.max_length = proposal.vocab_size, proposal.max_length
         self.device, self.dtype = proposal.device, proposal.model.dtype
         self.store = AdapterStore(proposal.model, self.dtype, self.device, tap)
 
     @property
+    def _lean(self) -> LeanDecoder:
+        """What the proposal's own passes take: of a lent one, as its owner has left it."""
+        return self.proposal.lean
+
+    @property
     def fingerprint(self) -> str:
         """`sha256:…` of the proposal and the tap."""
-        return f"sha256:{hashlib.sha256(f'{self._proposal.fingerprint} {self.tap}'.encode()).hexdigest()}"
+        return f"sha256:{hashlib.sha256(f'{self.proposal.fingerprint} {self.tap}'.encode()).hexdigest()}"
 
     @property
     def kernels(self) -> str:
         """What computes a pass."""
-        return f"layers {self.tap} to {self._lean.depth - 1} of the proposal's {self._proposal.kernels}"
+        return f"layers {self.tap} to {self._lean.depth - 1} of the proposal's {self.proposal.kernels}"
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
-        """Empty slots without heads."""
+        """Empty slots without heads.
+
+        Raises:
+            UnsupportedModel: the proposal was lent, and its owner has changed its dtype or added something to it.
+        """
+        if self.proposal.model.dtype != self.dtype:
+            raise UnsupportedModel("the proposal of these heads is not what it was: its dtype has changed")
         return SlotState([0] * slots, capacity, self._lean.depth - self.tap)
 
     def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
         """Keys and values of these layers, and where slots differ in their heads, their weights side by side."""
         share = (self._lean.depth - self.tap) / self._lean.depth
-        return int(self._proposal.state_bytes(slots, capacity) * share) + self.store.mixing_bytes(slots, adapters)
+        return int(self.proposal.state_bytes(slots, capacity) * share) + self.store.mixing_bytes(slots, adapters)
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append hidden states `[B, K, H]` to every slot; log-probabilities `[B, K, V]` in float32 or better."""
@@ -145,15 +163,15 @@ class HeadPool:
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot by lowering its length."""
-        self._proposal.rollback(state, counts)
+        self.proposal.rollback(state, counts)
 
     def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
         """Copy slots, heads included."""
-        self._proposal.copy(source, slots, target, to)
+        self.proposal.copy(source, slots, target, to)
 
     def select(self, state: State, rows: Sequence[int]) -> SlotState:
         """Copies of the given slots, heads included."""
-        return self._proposal.select(state, rows)
+        return self.proposal.select(state, rows)
 
     @torch.no_grad()
     def _run(self, state: State, hidden: Tensor, counts: Sequence[int]) -> Tensor:

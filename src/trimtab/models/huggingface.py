@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import LanguageModel, State
-from trimtab.models.fingerprint import Files, fingerprint_model
+from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.lean import LEAN, Deltas, LeanDecoder
 from trimtab.models.peft_kinds import check_adapters
@@ -134,6 +134,7 @@ class HuggingFaceLM:
         self.num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         """What the weights take, however they are packed."""
         self._lean = LeanDecoder(inner) if lean and inner is model and is_stock(inner) else None
+        self._digest = digest_model(inner) if self._lean is not None and owned else None  # as above
         self._owned = owned
         self._graphs: Graphs | None = None
         if self._lean is not None and owned:
@@ -166,6 +167,11 @@ class HuggingFaceLM:
         if self.files is not None:
             return self.files.fingerprint
         return self._fingerprint or fingerprint_model(self.model)
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` of what tells it from others in every dtype, see `digest_model`; of a lent model as it is now."""
+        return self._digest or digest_model(self.model)
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -92,6 +92,7 @@ class Registry:
     ) -> None:
         self.base = base
         self._loader, self._max_bytes = loader, max_bytes
+        loader.proposal = base.proposal
         self._root = None if root is None else root.resolve(strict=True)
         self._trusted: set[Base] = set()
         """What the operator has named, and the bases of that."""
@@ -136,13 +137,14 @@ class Registry:
             InvalidRequest: it is an adapter whose base is elsewhere.
             OutOfMemory: the budget has no room for it.
             ModelError: it cannot be loaded.
+            InvalidOption: the server's options are not for it: a head cannot draft.
         """
         source = self._inside(path) if inside else path
         if not inside:
             self._trust(source)
         with self._loading:
             entry = Entry(name, source, weight, pinned, created=int(time.time()))
-            self._bring(entry)
+            self.base.with_aligners([self._bring(entry).model])  # raises where it cannot be decoded with
             with self._lock:
                 self._drop(self._entries.pop(name, None))
                 self._entries[name] = entry
@@ -244,13 +246,14 @@ class Registry:
             if is_adapter(folder):
                 self._trusted.add(base_of(folder))
 
-    def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> None:
+    def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> Loaded:
         """Load an entry's weights and make room for them. What does not fit is dropped again: it is never kept."""
         loaded = self._loader.load(entry.path)
         with self._lock:
             if self._max_bytes is not None:
                 self._make_room(entry, loaded.num_bytes, keep, self._max_bytes)
             entry.loaded = loaded
+        return loaded
 
     def _make_room(self, newcomer: Entry, num_bytes: int, keep: Sequence[str], max_bytes: int) -> None:
         """Evict as few as will do, those unused longest first; none if all that may go would not be enough."""

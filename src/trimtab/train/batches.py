@@ -124,7 +124,7 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[
     """The model's logits `[M, W]`, W ≥ V, in its own precision; and which of them `[N]` predict the `which` answers' tokens."""
     mask = batch[f"{which}_mask"]
     hidden = batch.get(f"{which}_hidden")
-    read = {"input_ids": batch[f"{which}_ids"]} if hidden is None else {"inputs_embeds": hidden.to(model.dtype)}
+    read = {"input_ids": batch[f"{which}_ids"]} if hidden is None else {"inputs_embeds": hidden}
     logits: Tensor = model(
         **read,
         attention_mask=batch[f"{which}_attention"],
@@ -136,12 +136,18 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[
 
 
 def kept_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Those of a batch that are kept, with their wanted answers alone; and which of the N wanted tokens are theirs."""
-    rows = batch["kept"].nonzero().squeeze(-1)
+    """Those of a batch that are kept, with their wanted answers alone; and which of the N wanted tokens are theirs.
+
+    The first one of a batch in which none is.
+    """
+    marks = batch.get("kept")
+    if marks is None:
+        marks = torch.arange(len(batch["chosen_ids"]), device=batch["chosen_ids"].device) == 0
+    rows = marks.nonzero().squeeze(-1)
     names = ("ids", "attention", "positions", "mask", "hidden")
     some = {f"chosen_{name}": batch[f"chosen_{name}"][rows] for name in names}
     some["chosen_owner"], some["chosen_column"] = some["chosen_mask"].nonzero().unbind(1)
-    return some, batch["kept"][batch["chosen_owner"]].nonzero().squeeze(-1)
+    return some, marks[batch["chosen_owner"]].nonzero().squeeze(-1)
 
 
 def _lay_out(hidden: Sequence[Tensor], prompts: Sequence[Sequence[int]], ids: Tensor) -> Tensor:

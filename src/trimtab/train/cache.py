@@ -26,7 +26,7 @@ from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource, TaughtRows
 
-__all__ = ["FORMAT_VERSION", "SHARD", "ProposalCache", "Shards", "bytes_per_token", "missing_shards", "shard_bytes"]
+__all__ = ["FORMAT_VERSION", "ProposalCache", "Shards", "bytes_per_token", "missing_shards", "shard_bytes", "sharded"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +143,20 @@ class ProposalCache:
             "tail_samples": layout.samples,
             "temperature": temperature,
         }
-        shards = range(-(-len(examples) // SHARD))
-        missing, who = ranks.first_does(lambda: missing_shards(folder, key, shards, source))
+        parts = sharded(examples)
+        missing, who = ranks.first_does(lambda: missing_shards(folder, key, range(len(parts)), source))
         own = Shards(folder)
         for done, number in enumerate(missing[ranks.index :: ranks.count], 1):
-            found = source.compress(examples[number * SHARD : (number + 1) * SHARD], layout, temperature)
+            found = source.compress(parts[number], layout, temperature)
             own.write(number, _tensors(found), [len(row.ids) for row in found.rows], who)
             logger.info("cached shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
         ranks.wait()
-        return cls(folder, len(examples), source.vocab_size, ranks.first_does(lambda: _facts(folder, len(shards), cls.losses)))
+        return cls(folder, len(examples), source.vocab_size, ranks.first_does(lambda: _facts(folder, len(parts), cls.losses)))
+
+
+def sharded(examples: Sequence[Example]) -> list[Sequence[Example]]:
+    """What goes into each file."""
+    return [examples[start : start + SHARD] for start in range(0, len(examples), SHARD)]
 
 
 def missing_shards(folder: Path, key: dict[str, Any], shards: range, source: RowSource) -> tuple[list[int], str]:

@@ -17,7 +17,7 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
-from trimtab.models.head import Head, digest_proposal
+from trimtab.models.head import Head
 from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.weight_files import WEIGHTS_NAME
 from trimtab.train.examples import Example, answers
@@ -104,7 +104,7 @@ class HeadStart:
         tap = pick_tap(depth, options.head_layers)
         if odd := set(options.lora_target_modules) - set(PROJECTIONS):
             raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
-        return cls(options, proposal, Head(tap, depth, digest_proposal(proposal.model.model)))
+        return cls(options, proposal, Head(tap, depth, proposal.model.digest))
 
     @property
     def source(self) -> str:
@@ -122,8 +122,11 @@ class HeadStart:
             for which in kinds
         }
 
-    def kept_samples(self, encoder: Encoder, max_length: int, seed: int, ranks: Ranks) -> list[Example]:
-        """What the proposal says itself, and is to go on saying; drawn once, and kept in the output folder."""
+    def kept_samples(self, encoder: Encoder, max_length: int, seed: int, ranks: Ranks, *, pairs: bool) -> list[Example]:
+        """What the proposal says itself, and is to go on saying; drawn once, and kept in the output folder.
+
+        Among `pairs` each is a pair of two equal answers, in which there is nothing to contrast.
+        """
         count = self._options.kept_samples
         if not count:
             return []
@@ -136,8 +139,7 @@ class HeadStart:
         limits = {"max_tokens": KEPT_TOKENS, "max_length": max_length}
         ranks.first_does(lambda: draw_samples(model, None, path, header, count=count, seed=seed, **limits))
         samples = read_samples(path)
-        twice = self._options.needs_rejected  # two equal answers are no contrast
-        return [Example(sample.prompt, sample.chosen, sample.chosen) for sample in samples] if twice else samples
+        return [Example(sample.prompt, sample.chosen, sample.chosen) for sample in samples] if pairs else samples
 
     def prepare(self, seed: int) -> Any:
         """What is trained, with fresh adapters. The proposal is of no other use after that."""

@@ -27,6 +27,11 @@ def settle_head(options: Any) -> None:
     if options.start != "auto":
         raise InvalidOption(f"start: a head starts at the proposal, and at nothing else: leave out --start {options.start}")
     _fill(options, "rule", "geometric")
+    if options.parsed_rule.name == "product":
+        raise InvalidOption(
+            "rule: a head starts as the proposal, and product would multiply the proposal with itself: leave out --rule"
+            " product, for geometric"
+        )
     object.__setattr__(options, "use_peft", True)
 
 

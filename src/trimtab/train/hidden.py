@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.decode.prefill import CHUNK, pad
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, missing_shards
+from trimtab.train.cache import FORMAT_VERSION, Shards, missing_shards, sharded
 from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import ALONE, Ranks
@@ -64,12 +64,12 @@ class HiddenCache:
             "data": fingerprint_examples(examples),
             "tap": tap,
         }
-        shards = range(-(-len(examples) // SHARD))
-        missing, who = ranks.first_does(lambda: missing_shards(folder, key, shards, source))
+        parts = sharded(examples)
+        missing, who = ranks.first_does(lambda: missing_shards(folder, key, range(len(parts)), source))
         own = Shards(folder)
         for done, number in enumerate(missing[ranks.index :: ranks.count], 1):
-            part = hidden_states(model, examples[number * SHARD : (number + 1) * SHARD], tap)
-            own.write(number, {"hidden": torch.cat(part)}, [len(each) for each in part], who)
+            found = hidden_states(model, parts[number], tap)
+            own.write(number, {"hidden": torch.cat(found)}, [len(each) for each in found], who)
             logger.info("kept hidden states, shard %d of %d", min(done * ranks.count, len(missing)), len(missing))
         ranks.wait()
         return cls(folder)

@@ -165,7 +165,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
     scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
     options = options.at(fitted)
-    kept = head.kept_samples(encoder, min(options.max_length, context), arguments.seed, ranks) if head else []
+    room, pairs_too = min(options.max_length, context), options.needs_rejected
+    kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs_too) if head else []
     learnt = examples + kept
     caches = open_caches(options, proposal.rows, tokenizer, learnt, development, ranks)
     data = {

@@ -217,7 +217,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
         found = {which: answer_logits(model, inputs, which) for which in kinds}
         losses = {which: self._fused(inputs, which, *logits) for which, logits in found.items()}
-        if "kept" in inputs:
+        if "kept" in inputs or (options.kept_samples and self.is_fsdp_enabled):  # where all processes make the same passes
             losses["chosen"] = self._keep(model, inputs, *found["chosen"], losses["chosen"])
         loss = self._contrasted(inputs, losses)
         if options.regulariser:
@@ -235,8 +235,12 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     def _keep(self, model: Any, inputs: dict[str, Tensor], logits: Tensor, positions: Tensor, losses: Tensor) -> Tensor:
         """Losses `[N]` with KL(proposal‖head) in the place of those of what the proposal said itself."""
         kept, places = kept_of(inputs)
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():  # the layers alone are the proposal's
-            proposal = rows_at(*answer_logits(model, kept, "chosen"), self._vocab_size)
+        alone = self.accelerator.unwrap_model(model)  # whose layers, without the adapter, are the proposal's
+        with torch.no_grad(), alone.disable_adapter():
+            logits_alone, positions_alone = answer_logits(model if self.is_fsdp_enabled else alone, kept, "chosen")
+        if "kept" not in inputs:
+            return losses
+        proposal = rows_at(logits_alone, positions_alone, self._vocab_size)
         head = rows_at(logits, positions[places], self._vocab_size)
         return losses.index_copy(0, places, kl_divergence(proposal, head).to(losses.dtype))
 
