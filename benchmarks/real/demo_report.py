@@ -53,7 +53,7 @@ def _introduction(report: Mapping[str, Any]) -> str:
     head, gains, seconds = report["head"], report["gains"], report["seconds"]["train the head"]
     return (
         f"<p>{escape(report['model'])} is asked for the docstring of a Python function. The model stays as it is. Its"
-        f" aligner is a <i>head</i>, which runs the last {head['layers']} of its {head['proposal_layers']} layers a second time,"
+        f" aligner is a <i>head</i>, which runs the last {head['layers']} of its {head['proposal_layers']} layers again,"
         f" with an adapter of {head['bytes'] / 1e6:.1f} MB. It was trained in {seconds:.0f} seconds, on {head['learnt_from']}"
         " docstrings of the standard library.</p>"
         f"<p>Judged on {report['prompts']} functions of modules from which nothing was learnt. Against the model as it is, the"
