@@ -115,7 +115,7 @@ def run_demo(out: Path, proposal: Path, scale: Scale | None = None, task: Task =
         _check_settings(out, {"proposal": str(cell.proposal), **scale._asdict()})
         parts = Parts(out / "parts")
         parts.do("convert the model", lambda: _convert(cell.proposal))
-        cell.task.prepare(cell.data, None, scale.train)
+        parts.do("read the standard library", lambda: cell.task.prepare(cell.data, None, scale.train))
         records = list({record["group"]: record for record in cell.read("test")}.values())[: scale.test]  # each prompt once
         history = parts.do("train the head", lambda: _train(cell, scale))
         systems = _open(cell)
