@@ -13,14 +13,15 @@ __all__ = ["verdict", "write_report"]
 
 SYSTEMS = {
     "proposal": ("the model", "as it is"),
-    "six examples": ("with six examples", "the model, six examples in every prompt"),
-    "aligned": ("aligned", "the model with its head, no example in the prompt"),
+    "six examples": ("with six examples", "in every prompt"),
+    "aligned": ("aligned", "no example"),
 }
 METRICS = {"nll": "likelihood", "rougeL": "ROUGE-L", "chrf": "chrF"}
 STYLE = """
 .answers { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; margin-top: .8rem; }
 .answers h3 { font-size: .85rem; margin: 0; color: var(--soft); font-weight: 400; }
 .answers .ours pre { font-weight: 600; } .real { color: var(--soft); margin: .4rem 0 0; }
+td:first-child { white-space: nowrap; } .charts { max-width: 30rem; }
 @media (max-width: 40rem) { .answers { grid-template-columns: 1fr; } }
 """
 
@@ -92,19 +93,20 @@ def _table(report: Mapping[str, Any]) -> str:
     for name, (label, note) in SYSTEMS.items():
         figures, gains = report["systems"][name], report["gains"].get(name)
         cells = [
-            f"{_figure(figures[metric])}{f'<small>aligned {_figure(gains[metric], sign=True)}</small>' if gains else ''}"
+            f"{_figure(figures[metric])}{f'<small>{_figure(gains[metric], sign=True)}</small>' if gains else ''}"
             for metric in METRICS
         ]
         cells += [f"{figures['ended']:.0%}", f"{figures['prompt_tokens']:.0f}"]
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         rows.append(f"<tr{_ours(name)}><td>{label}<small>{note}</small></td>{numbers}</tr>")
-    heads = ["nats per token", "ROUGE-L", "chrF", "ends by itself", "tokens of a prompt"]
+    heads = ["nats per token", "ROUGE-L", "chrF", "ends", "prompt"]
     header = "".join(f'<th class="number">{head}</th>' for head in heads)
     return (
         f'<div class="wide"><table><tr><th></th>{header}</tr>{"".join(rows)}</table></div>'
         '<p class="note">Nats per token: how much the real docstring surprises the model; lower is better. ROUGE-L and chrF:'
         " what the answer has in common with it, from 0 to 1; higher is better. In brackets: 95 % bootstrap intervals over"
-        " prompts. In small type: the aligned model's figure less this one, prompt by prompt.</p>"
+        " prompts. In small type: the aligned model's figure less this one, prompt by prompt. Ends: the share of answers that"
+        " end by themselves. Prompt: its tokens, which are read at every request.</p>"
     )
 
 
@@ -138,6 +140,5 @@ def _ours(name: str) -> str:
 
 
 def _figure(found: Mapping[str, Any], *, sign: bool = False) -> str:
-    form = "+.3f" if sign else ".3f"
-    low, high = found["interval"]
-    return f"{found['mean']:{form}} [{low:{form}}, {high:{form}}]"
+    mean, low, high = (f"{value:{'+' if sign else ''}.2f}".replace("-", "−") for value in (found["mean"], *found["interval"]))
+    return f"{mean} [{low}, {high}]"

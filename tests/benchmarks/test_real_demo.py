@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def test_the_figures_are_those_of_the_head_that_is_left(done: tuple[Path, dict[s
 
 def test_the_page_shows_everybody_and_escapes_them(done: tuple[Path, dict[str, Any]]):
     out, report = done
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = (out / "report.html").read_bytes().decode()
     assert "Return &lt;a&gt;." in page
     assert "Return <a>." not in page
-    for words in (*(f"{g['nll']['mean']:+.3f}" for g in report["gains"].values()), report["hardware"], "with six examples"):
+    gains = [f"{gain['nll']['mean']:+.2f}".replace("-", "−") for gain in report["gains"].values()]
+    for words in (*gains, report["hardware"], "with six examples", escape(report["shown"][0]["answers"]["proposal"])):
         assert words in page
     assert page.count("<div") == page.count("</div>")
 
