@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
 
-# The same on a real model, which is downloaded: demo-real-out/report.html. A run that was killed goes on.
+# The same on a real model, which is downloaded: demo-real-out/report.html. A run that was killed goes on. Threads that wait
+# sleep: those that spin burn each other's time slices as soon as anything else runs.
 demo-real: $(VENV)/.real real-model
-	$(BIN)/python benchmarks/real/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/real/demo.py
 
 test: lint browser
 	$(BIN)/python -m pytest -q
