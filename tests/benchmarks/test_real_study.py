@@ -105,7 +105,7 @@ def test_answers_to_one_prompt_are_summed(proposal: Path, tmp_path: Path):
     cell = cell_of(tmp_path, proposal, rivals.PROPOSAL)
     bare, (first, second, _) = rivals.open_proposal(cell), cell.read("test")
     twice = [first, second, first | {"completion": chats.answer("no")}]
-    found = measuring._measure_part(cell, bare, twice)
+    found = measuring.measure_part(cell, bare, twice)
     alone = bare.nll([first["prompt"]] * 2, [first["completion"][0], chats.answer("no")[0]])
     assert len(found["nll"]) == 2
     assert found["nll"][0] == pytest.approx(sum(total for total, _ in alone), rel=1e-5)

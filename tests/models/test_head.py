@@ -148,7 +148,9 @@ def test_a_slot_without_a_head_is_the_proposal(base):
     proposal = HuggingFaceLM(load_model(base))
     pool = HeadPool(proposal, 1)
     rows, tapped = proposal.extend_tapped(proposal.new_state(1, 9), IDS, [9], [1])
-    assert_close(pool.extend(pool.new_state(1, 9), tapped[1], [9]), rows, atol=1e-6, rtol=0)
+    found = pool.extend(pool.new_state(1, 9), tapped[1], [9])
+    assert_close(found, rows, atol=1e-6, rtol=0)
+    assert not found.requires_grad  # a graph of it would hold the rows
 
 
 def test_the_aligned_model_at_weight_one_is_petfs_and_at_zero_the_proposal(base, folders):

@@ -153,6 +153,7 @@ class HeadPool:
         share = (self._lean.depth - self.tap) / self._lean.depth
         return int(self.proposal.state_bytes(slots, capacity) * share) + self.store.mixing_bytes(slots, adapters)
 
+    @torch.no_grad()
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append hidden states `[B, K, H]` to every slot; log-probabilities `[B, K, V]` in float32 or better."""
         return row_from_logits(self._lean.logits(self._run(state, tokens, counts)), self.vocab_size)
