@@ -52,6 +52,8 @@ class Scale(NamedTuple):
         train: the most docstrings to learn from.
         test: prompts to be judged on.
         max_tokens: of an answer.
+        head_layers: that the head runs again; None for the default.
+        keep_samples: of the proposal's own that the head is to leave alone.
         shown: answers in the report.
         speed: prompts that the speed is measured on.
         training: arguments of the trainer.
@@ -60,6 +62,8 @@ class Scale(NamedTuple):
     train: int = 400
     test: int = 40
     max_tokens: int = 48
+    head_layers: int | None = 15
+    keep_samples: int = 32
     shown: int = 8
     speed: int = 5
     training: Mapping[str, Any] = {
@@ -163,6 +167,9 @@ def _train(cell: Cell, scale: Scale) -> list[dict[str, Any]]:
         dataset=str(cell.data / "train.jsonl"),
         eval_dataset=str(cell.data / "dev.jsonl"),
         output_dir=str(cell.model("head")),
+        head_layers=scale.head_layers,
+        keep_samples=scale.keep_samples,
+        dev_samples=0,
         training=dict(scale.training),
     )
     return list(train(options)["history"])

@@ -21,6 +21,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SCALE = demo.Scale(
+    head_layers=None,
+    keep_samples=4,
     train=12, test=3, max_tokens=4, shown=2, speed=1,
     training=demo.Scale().training | {"max_steps": 8, "learning_rate": 1e-2, "disable_tqdm": True},
 )  # fmt: skip
@@ -61,7 +63,7 @@ def test_the_figures_are_those_of_the_head_that_is_left(done: tuple[Path, dict[s
     assert report["gains"]["proposal"]["nll"]["mean"] == pytest.approx(aligned - bare, abs=1e-5)
     assert aligned < bare
     assert found["six examples"] not in (pytest.approx(bare), pytest.approx(aligned))
-    assert (report["head"]["learnt_from"], report["head"]["layers"], report["prompts"]) == (12, 1, 3)
+    assert (report["head"]["learnt_from"], report["head"]["layers"], report["prompts"]) == (12, 2, 3)
     assert [item["asked"] for item in report["shown"]] == [record["group"] for record in test[:2]]
 
 
