@@ -5,7 +5,6 @@ folder to make), `seed`, and `start`, the aligner's start that most need, which 
 Every name is a system of the study, and a second one with six examples in the prompt.
 """
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 from cell import Cell
-from transformers import AutoModelForCausalLM
 
 from trimtab.errors import TrimtabError
 from trimtab.files import atomic_folder, read_json
+from trimtab.models.layers import pick_layers
 from trimtab.models.loading import load_model, load_tokenizer
 
-__all__ = ["DEFAULT", "HEAD", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "first_layers", "start_of", "train"]
+__all__ = ["DEFAULT", "HEAD", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "start_of", "train"]
 
 HEAD = "head"
 DEFAULT = "toy default"
@@ -68,20 +67,9 @@ def start_of(cell: Cell) -> Path:
     folder = cell.out / "start"
     if not (folder / "config.json").exists():
         with atomic_folder(folder) as staging:
-            first_layers(str(cell.proposal), LAYERS, staging)
+            pick_layers(load_model(cell.proposal, dtype=torch.float32, device="cpu"), range(LAYERS)).save_pretrained(staging)
+            load_tokenizer(cell.proposal).save_pretrained(staging)
     return folder
-
-
-def first_layers(proposal: str, count: int, folder: Path) -> None:
-    """Save the proposal's first layers, with its embeddings, last norm and tokenizer, as a model of their own."""
-    whole = load_model(proposal, dtype=torch.float32, device="cpu")
-    config = copy.deepcopy(whole.config)
-    config.num_hidden_layers = count
-    small = AutoModelForCausalLM.from_config(config)
-    weights = whole.state_dict()
-    small.load_state_dict({name: weights[name] for name in small.state_dict()})
-    small.save_pretrained(folder)
-    load_tokenizer(proposal).save_pretrained(folder)
 
 
 def cost_of(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.head import Head
+from trimtab.models.layers import cut_config
 from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.weight_files import WEIGHTS_NAME
 from trimtab.train.examples import Example, answers
@@ -57,10 +58,7 @@ def pick_tap(layers: int, head_layers: int | None) -> int:
 
 def upper_model(model: Any, tap: int) -> Any:
     """A model of the layers from `tap` on, which it shares, that takes `inputs_embeds`: the hidden states before them."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers -= tap
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[tap:]
+    config = cut_config(model.config, range(tap, model.config.num_hidden_layers))
     with torch.device("meta"):
         upper = type(model)(config)
     upper.model.layers = torch.nn.ModuleList(model.model.layers[tap:])
