@@ -207,7 +207,7 @@ def test_what_all_prompts_begin_with_is_read_once():
     """Slots that were copied from one prefix go on as those that read it."""
     model = HuggingFaceLM(tiny_model("llama", 16), 16)
     prompts, more = [[9, 8, 7, 3, 4], [9, 8, 7], [9, 8, 7, 2]], torch.tensor([[5], [6], [1]])
-    states = prefill(model, prompts, 8), prefill(model, prompts, 8, shared=3)
+    states = prefill([model], prompts, 8)[0], prefill([model], prompts, 8, shared=3)[0]
     assert [state.lengths for state in states] == [[5, 3, 4]] * 2
     one, other = (model.extend(state, more, [1, 1, 1]) for state in states)
     assert_close(one, other, atol=1e-5, rtol=0)
