@@ -358,7 +358,8 @@ def test_a_judge_that_never_names_an_output_is_asked_for_no_more(tmp_path):
 def test_a_judge_that_falls_silent_is_noticed_though_it_has_spoken(tmp_path):
     with pytest.raises(EndpointError, match="names neither output"):
         judged(lambda asked, number: fair(asked) if number < 3 else words("hm"), pairs_of(300), tmp_path / "j.jsonl")
-    assert len((tmp_path / "j.jsonl").read_text(encoding="utf-8").splitlines()) <= 3 + 60 + 8
+    lines = (tmp_path / "j.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 3 + 60 + 2 * 8  # of each of eight askers one that is in flight, and one begun before the rest stopped
 
 
 def test_what_had_no_room_is_asked_again_with_more(tmp_path):

@@ -137,8 +137,9 @@ class Manifest:
             raise ManifestError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `trimtab.json` holds."""
-        return dataclasses.asdict(self)
+        """What `trimtab.json` holds; `head` for heads alone, so that earlier versions read all others."""
+        values = dataclasses.asdict(self)
+        return values if self.head is not None else {name: value for name, value in values.items() if name != "head"}
 
 
 def is_head(folder: Path) -> bool:
