@@ -39,6 +39,8 @@ def head(gguf: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> str
         dataset=str(data / "train.jsonl"),
         output_dir=str(tmp_path_factory.mktemp("trained") / "head"),
         head_layers=8,
+        keep_samples=4,
+        dev_samples=0,
         training=steps | {"load_best_model_at_end": False, "report_to": "none", "disable_tqdm": True},
     )
     train(options)
