@@ -5,6 +5,7 @@ import json
 import gguf
 import pytest
 import torch
+from peft import PeftModel
 
 from kinds import EOS, TEMPLATE, byte_level
 from tiny import save_tiny, tiny_model
@@ -13,6 +14,8 @@ from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
 from trimtab.models.gguf import unpack_gguf
 from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.train.options import TrainOptions
+from trimtab.train.run import train
 
 KINDS = ("llama", "qwen2", "qwen3")
 TEXTS = ["The capital of France is Paris.", "  def read(path):\n\n\treturn 1234 ", "naïve café in 北京 🙂", "don't I'LL"]
@@ -130,6 +133,24 @@ def test_a_file_is_a_proposal_and_an_aligner_everywhere(tokenizer, tmp_path):
     aligner.save_pretrained(tmp_path / "saved")
     rows = [row_from_logits(m(torch.arange(5)[None]).logits, len(tokenizer)) for m in (aligner.model, models[1])]
     assert torch.allclose(*rows, atol=1e-5)
+
+
+def test_the_head_of_a_file_is_an_adapter_that_peft_loads(tokenizer, tmp_path):
+    """It names the folder that the file was converted to as its base."""
+    path = write(tmp_path / "model.gguf", "llama", make("llama", tokenizer), tokenizer)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " a number."}) + "\n" for i in range(8)))
+    training = {"max_steps": 1, "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    settings = {"head_layers": 1, "keep_samples": 0, "dev_samples": 0, "training": training}
+    train(TrainOptions(proposal=str(path), dataset=str(data), output_dir=str(tmp_path / "head"), **settings))
+    base = json.loads((tmp_path / "head" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(unpack_gguf(path))
+    ids = tokenizer("The capital")["input_ids"]
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(load_model(base), str(tmp_path / "head"))(torch.tensor([ids])).logits
+    wanted = torch.log_softmax(logits[0, -2], -1)[ids[-1]]
+    model = AlignedModel.from_pretrained(path, tmp_path / "head", weight=1.0)
+    assert model.score([ids[:-1]], [ids[-1:]])[0].aligned == pytest.approx([float(wanted)], abs=1e-4)
 
 
 def test_it_is_converted_once_and_anew_when_it_changes(tokenizer, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,28 @@ def test_pairs_are_learnt_from_by_contrast(task):
         assert found["eval_nll_rejected"] > found["eval_nll_aligned"] + 1
 
 
+def test_a_head_of_a_model_on_the_hub_names_its_commit(task, tmp_path, monkeypatch):
+    """The proposal in the hub's cache, by its id; the head loads again by that id, and PEFT finds the base."""
+    folder, _ = task
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--base"
+    shutil.copytree(folder / "proposal", repository / "snapshots" / ("c" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+    train(options(folder, "hub", {"max_steps": 1}, proposal="org/base", dev_samples=1))
+    config = json.loads((folder / "hub" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "c" * 40)
+    assert AlignedModel.from_pretrained("org/base", folder / "hub").score("defg", "xyz")[0].aligned
+
+
+def test_unwanted_answers_have_no_hidden_states_where_nothing_is_learnt_from_them(task):
+    folder, _ = task
+    assert sorted(path.name for path in (folder / "head" / "proposal_cache").glob("*_hidden")) == [
+        "dev_chosen_hidden", "dev_rejected_hidden", "train_chosen_hidden",
+    ]  # fmt: skip
+
+
 def test_kept_samples_hold_the_head_at_the_proposal(task):
     """KL(proposal‖head) on text that the proposal says: the loss is the trainer's own, and smaller than without."""
     folder, _ = task
@@ -148,6 +171,8 @@ def test_kept_samples_hold_the_head_at_the_proposal(task):
     assert found[40] < found[0] / 2
     lines = (folder / "kept-40" / "kept_samples.jsonl").read_text().splitlines()
     assert len(lines) == 40
+    tokens = [json.loads((folder / f"kept-{count}" / "training.json").read_text())["tokens"] for count in (0, 40)]
+    assert tokens[0] == tokens[1]  # of the data alone
 
 
 def test_the_loss_of_kept_samples_is_their_divergence(task):

@@ -63,6 +63,11 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def given(self) -> Sequence[Example]:
+        """Those of the data."""
+        return self.examples[: len(self) - self._kept]
+
     def __getitem__(self, pick: Pick) -> Item:
         """One example."""
         rows = {which: cache[pick.place] for which, cache in self.caches.items()}

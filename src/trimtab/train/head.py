@@ -16,11 +16,10 @@ from torch import Tensor
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
-from trimtab.files import expand_home
 from trimtab.models.head import Head
 from trimtab.models.layers import cut_config
 from trimtab.models.lora_folder import PROJECTIONS
-from trimtab.models.weight_files import WEIGHTS_NAME
+from trimtab.models.weight_files import WEIGHTS_NAME, expand
 from trimtab.train.examples import Example, answers
 from trimtab.train.hidden import HiddenCache
 from trimtab.train.options import TrainOptions
@@ -109,16 +108,22 @@ class HeadStart:
         """The proposal's name."""
         return self._options.proposal
 
-    def caches(self, part: str, examples: Sequence[Example], ranks: Ranks) -> dict[str, HiddenCache]:
-        """The hidden states on a part's answers, by their kind: unwanted ones are among them where every example has one."""
+    def caches(
+        self, training: Sequence[Example], development: Sequence[Example], ranks: Ranks, *, pairs: bool
+    ) -> dict[str, dict[str, HiddenCache]]:
+        """The hidden states on the answers of `train` and `dev`, by the kind of answer.
+
+        Unwanted ones are among them where every example has one: of development, for looks measure them whatever the loss;
+        of training only if `pairs` are learnt from.
+        """
         folder = Path(self._options.proposal_cache or Path(self._options.output_dir) / "proposal_cache")
-        kinds = ("chosen", "rejected") if all(example.rejected for example in examples) else ("chosen",)
-        return {
-            which: HiddenCache.build(
-                folder / f"{part}_{which}_hidden", self._proposal, answers(examples, which), tap=self.head.tap, ranks=ranks
-            )
-            for which in kinds
-        }
+        found: dict[str, dict[str, HiddenCache]] = {"train": {}, "dev": {}}
+        for part, examples, wants in (("train", training, pairs), ("dev", development, True)):
+            for which in ("chosen", "rejected") if wants and all(e.rejected for e in examples) else ("chosen",):
+                some, tap = answers(examples, which), self.head.tap
+                place = folder / f"{part}_{which}_hidden"
+                found[part][which] = HiddenCache.build(place, self._proposal, some, tap=tap, ranks=ranks)
+        return found
 
     def kept_samples(self, encoder: Encoder, max_length: int, seed: int, ranks: Ranks, *, pairs: bool) -> list[Example]:
         """What the proposal says itself, and is to go on saying; drawn once, and kept in the output folder.
@@ -157,11 +162,7 @@ class TrainedHead:
 
     def __init__(self, model: Any, proposal: str, head: Head) -> None:
         self._model, self._proposal, self._head = model, proposal, head
-        self.peft_config = model.peft_config
-
-    def get_input_embeddings(self) -> Any:
-        """The proposal's."""
-        return self._model.get_input_embeddings()
+        self.peft_config, self.config = model.peft_config, model.config
 
     def save_pretrained(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None, **_: Any) -> None:
         """Write the adapter as one of the whole proposal."""
@@ -174,7 +175,7 @@ class TrainedHead:
         config = copy.copy(self.peft_config["default"])
         config.inference_mode = True
         config.layers_to_transform = list(range(tap, layers)) if tap else None
-        here = expand_home(self._proposal)
+        here = Path(expand(self._proposal))  # of a GGUF file, the folder that it was converted to: PEFT reads no other
         config.base_model_name_or_path = str(here.resolve()) if here.exists() else self._proposal
         config.save_pretrained(folder)
 

@@ -79,8 +79,8 @@ class _Run(NamedTuple):
 
     @property
     def examples(self) -> Sequence[Example]:
-        """Those that are trained on."""
-        return self.data["train_dataset"].examples
+        """Those of the data that are trained on, without what the proposal said itself."""
+        return self.data["train_dataset"].given
 
     @property
     def mean_length(self) -> float:
@@ -140,7 +140,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
     parts = read_parts(options, tokenizer)
     examples, development = encode_parts(parts, options, encoder, context, proposal.context)
-    pairs = settle_pairs(options, examples, development)
+    settled = settle_pairs(options, examples, development)
     everything = examples + development
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run["teacher_prompt"] = teacher and teacher.digest
@@ -156,7 +156,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         needs = vocabulary_size(tokenizer), min(options.max_length, context)
         drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found and found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
-    options, examples, development, equal = pairs
+    options, examples, development, equal = settled
     if teacher is not None and lack_answers(parts):
         parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
         examples, development = encode_parts(parts, options, encoder, context, proposal.context)
@@ -165,13 +165,13 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
     scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
     options = options.at(fitted)
-    room, pairs_too = min(options.max_length, context), options.needs_rejected
-    kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs_too) if head else []
-    learnt = examples + kept
-    caches = open_caches(options, proposal.rows, tokenizer, learnt, development, ranks)
+    room, pairs = min(options.max_length, context), options.needs_rejected
+    kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs) if head else []
+    caches = open_caches(options, proposal.rows, tokenizer, examples + kept, development, ranks)
+    hidden = head.caches(examples + kept, development, ranks, pairs=pairs) if head else {"train": {}, "dev": {}}
     data = {
-        name: ExampleDataset(some, caches[part], head.caches(part, some, ranks) if head else {}, own)
-        for name, part, some, own in (("train_dataset", "train", learnt, len(kept)), ("eval_dataset", "dev", development, 0))
+        "train_dataset": ExampleDataset(examples + kept, caches["train"], hidden["train"], len(kept)),
+        "eval_dataset": ExampleDataset(development, caches["dev"], hidden["dev"]),
     }
     del proposal, fitting
     this = _Run(options, arguments, output, ranks, tokenizer, data, equal, start and start.draft, teacher, head)
