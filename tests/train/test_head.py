@@ -212,6 +212,7 @@ def test_how_many_layers(layers, wanted, tap):
         ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
         ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
         ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
+        ({"sft_weight": 0.3}, "the likelihood of a head is that of its own row already"),
         ({"start": "uniform"}, "a head starts at the proposal"),
         ({"rule": "product"}, "a head starts as the proposal, and product would multiply"),
         ({"rule": "product", "objective": "preference"}, "a head starts as the proposal, and product would multiply"),
@@ -247,4 +248,7 @@ def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
     assert main(["generate", *common, "--aligner", str(folder / "cli"), "--prompt", "defg", "--max_tokens", "4"]) == 0
     assert main(["train", *common, *data, "--dry_run"]) == 2
     assert "--dry_run knows no heads" in capsys.readouterr().err
+    for idle, more in (("use_peft", ["--use_peft"]), ("keep_samples", ["--keep_samples", "0", "--aligner", "x"])):
+        assert main(["train", *common, *data, *more]) == 2
+        assert f"--{idle}" in capsys.readouterr().err
     assert not math.isnan(json.loads((folder / "cli" / "training.json").read_text())["weight"])

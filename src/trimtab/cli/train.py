@@ -33,6 +33,10 @@ class Options(DryRunOptions, TrainOptions):
         if not self.use_peft:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
+        if self.trains_head:
+            idle["use_peft"] = "has no effect without --aligner: a head is an adapter anyway"
+        else:
+            idle["keep_samples"] = "is for a head, which is trained without --aligner"
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"
         return idle

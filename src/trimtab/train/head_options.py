@@ -26,6 +26,8 @@ def settle_head(options: Any) -> None:
         )
     if options.start != "auto":
         raise InvalidOption(f"start: a head starts at the proposal, and at nothing else: leave out --start {options.start}")
+    if options.sft_weight:
+        raise InvalidOption("sft_weight: at weight 1 the likelihood of a head is that of its own row already: leave it out")
     _fill(options, "rule", "geometric")
     if options.parsed_rule.name == "product":
         raise InvalidOption(
