@@ -13,6 +13,7 @@ from tiny_task import make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
 from trimtab.errors import CacheMismatch, InvalidOption, UnsupportedModel
+from trimtab.evaluate.distribution import summarise, trace
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.batches import Item, answer_logits, collate, kept_of
@@ -41,9 +42,9 @@ def options(folder, name, training=None, **settings):
     )
 
 
-def nats(model, rows):
+def nats(model, rows, params=None):
     """The mean negative log-likelihood of the wanted answers' tokens, aligned and of the proposal."""
-    scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+    scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows], params)
     tokens = sum(len(score.tokens) for score in scores)
     return -sum(sum(s.aligned) for s in scores) / tokens, -sum(sum(s.proposal) for s in scores) / tokens
 
@@ -64,6 +65,22 @@ def test_what_was_trained_is_what_is_decoded(task):
     assert proposal == pytest.approx(tried[0.0], abs=1e-4)
     assert aligned < proposal - 0.5
     assert tried[1.0] == pytest.approx(report["metrics"]["eval_nll_aligned"], abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight": 0.5}, {"contrast": None}, {"proposal_temperature": 1.3}])
+def test_every_weight_is_tried_on_whole_rows(task, settings):
+    """Few cached entries of the proposal's rows would bend p̃^(1−w): weights below 1 looked better than they are."""
+    folder, _ = task
+    name = "-".join(["tried", *settings])
+    report = train(options(folder, name, cache_top_k=3, **settings))
+    rows = development(folder)
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / name)
+    texts = [row["prompt"] for row in rows], [row["chosen"] for row in rows]
+    for weight, nll in report["weights_tried"][::3]:
+        assert nats(model, rows, SamplingParams(weight=weight))[0] == pytest.approx(nll, abs=1e-4)
+    if "proposal_temperature" not in settings:  # for training compares with p̃, and score and trace with the proposal
+        assert report["kl"] == pytest.approx(summarise(trace(model, *texts))["kl_per_token"], abs=1e-4)
+        assert report["metrics"]["eval_nll_proposal"] == pytest.approx(nats(model, rows)[1], abs=1e-4)
 
 
 def test_the_folder_is_an_adapter_of_the_proposal(task):
@@ -248,7 +265,11 @@ def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
     assert main(["generate", *common, "--aligner", str(folder / "cli"), "--prompt", "defg", "--max_tokens", "4"]) == 0
     assert main(["train", *common, *data, "--dry_run"]) == 2
     assert "--dry_run knows no heads" in capsys.readouterr().err
-    for idle, more in (("use_peft", ["--use_peft"]), ("keep_samples", ["--keep_samples", "0", "--aligner", "x"])):
+    for idle, more in (
+        ("use_peft", ["--use_peft"]),
+        ("cache_top_k", ["--cache_top_k", "8"]),
+        ("keep_samples", ["--keep_samples", "0", "--aligner", "x"]),
+    ):
         assert main(["train", *common, *data, *more]) == 2
         assert f"--{idle}" in capsys.readouterr().err
     assert not math.isnan(json.loads((folder / "cli" / "training.json").read_text())["weight"])

@@ -73,6 +73,27 @@ def test_a_budget_takes_the_largest_weight_within_it(rule, budget):
     assert weight in dict(tried)
 
 
+def test_a_head_is_decoded_at_weight_one_unless_another_is_clearly_better():
+    """At 1 the proposal's own upper layers need not be run. By hand: p̃ gives the wanted token 1/2, q some other chance."""
+    logp = torch.tensor([[0.5, 0.5]] * 20, dtype=torch.float64).log()
+    for right, best, weight in ((14, 0.85, 1.0), (11, 0.2, 0.2)):  # q is a little, or far, too sure
+        logq = torch.tensor([[0.73, 0.27]] * 20, dtype=torch.float64).log()
+        tokens = torch.tensor([0] * right + [1] * (20 - right))
+        look = looks_of(Geometric(), logp, logq, tokens)
+        plain = tune_weight(Geometric(), lambda: [look])  # noqa: B023
+        assert plain.weight == pytest.approx(best, abs=1 / 32)
+        assert tune_weight(Geometric(), lambda: [look], head=True).weight == pytest.approx(weight, abs=1 / 32)  # noqa: B023
+
+
+def test_a_budget_keeps_a_head_from_weight_one():
+    logp, logq = rows(1), rows(2)
+    look = looks_of(Geometric(), logp, logq, logq.argmax(-1))
+    free, bound = (tune_weight(Geometric(), lambda: [look], max_kl=most, head=True) for most in (10.0, 0.1))
+    assert free.weight == 1
+    assert 0 < bound.weight < 1
+    assert bound.kl <= 0.1
+
+
 def test_a_budget_that_does_not_bind_changes_nothing():
     logp, logq = rows(1), rows(2)
     tokens = (0.4 * logp + 0.6 * logq).argmax(-1)

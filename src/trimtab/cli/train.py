@@ -35,6 +35,8 @@ class Options(DryRunOptions, TrainOptions):
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
         if self.trains_head:
             idle["use_peft"] = "has no effect without --aligner: a head is an adapter anyway"
+            if self.teacher_prompt is None:
+                idle["cache_top_k"] = "has no effect without --aligner: a head's own layers have the proposal's rows"
         else:
             idle["keep_samples"] = "is for a head, which is trained without --aligner"
         if self.eval_dataset is not None:

@@ -263,12 +263,17 @@ class TrainOptions:
         """Which answers of which part the proposal's rows are needed on.
 
         On development's wanted ones for the diagnostics and the weight, on others where the loss needs them, or the drafter's;
-        `teacher` is the wanted ones again, behind the teacher's prompt too.
+        `teacher` is the wanted ones again, behind the teacher's prompt too. A head's own layers have the proposal's rows, so
+        that only the contrast, which compares with what the proposal gave each token, reads a cache.
         """
-        taught = self.teacher_prompt is not None
-        needed = self.trains_draft if taught else self.objective == "likelihood" and not (self.is_plain and not self.contrast)
-        wanted = [("dev", "chosen")] + [("train", "chosen")] * needed + [("dev", "teacher"), ("train", "teacher")] * taught
-        return wanted + [("dev", "rejected"), ("train", "rejected")] * bool(self.contrast)
+        taught, contrasted = self.teacher_prompt is not None, bool(self.contrast)
+        both = [("dev", "chosen"), ("train", "chosen")]
+        teachers = [("dev", "teacher"), ("train", "teacher")] * taught
+        unwanted = [("dev", "rejected"), ("train", "rejected")] * contrasted
+        if self.trains_head:
+            return both * contrasted + teachers + unwanted
+        needed = self.trains_draft if taught else self.objective == "likelihood" and not (self.is_plain and not contrasted)
+        return both[: 1 + needed] + teachers + unwanted
 
     @property
     def starts_tempered(self) -> bool:

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     logq: Tensor
     """`[n, V]` log-probabilities of the model."""
     cached: CachedRows | None
-    """Of the proposal, n rows."""
+    """Of the proposal, n rows; whole ones, where it runs here."""
     positions: Tensor
     """`[n]`, which rows of the batch's logits predict the tokens."""
     part: slice
@@ -98,6 +98,7 @@ def pieces(
     vocab_size: int,
     temperature: float,
     most: int,
+    bare: tuple[Tensor, float] | None = None,
 ) -> Iterator[Piece]:
     """Rows of a batch's answers, at most `most` at a time.
 
@@ -109,8 +110,11 @@ def pieces(
         vocab_size: V.
         temperature: of the model's rows.
         most: rows in a piece.
+        bare: the proposal's own logits `[M, W]` and its temperature, where it runs here and nothing of it is cached.
     """
     for start in range(0, len(tokens), most):
         part = slice(start, start + most)
         some = None if cached is None else CachedRows(*(column[part] for column in cached))
+        if bare is not None:
+            some = CachedRows.whole(rows_at(bare[0], positions[part], vocab_size, bare[1]), tokens[part])
         yield Piece(tokens[part], rows_at(logits, positions[part], vocab_size, temperature), some, positions[part], part)

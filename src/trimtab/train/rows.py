@@ -18,7 +18,7 @@ stop; so ends of sequence are always among the k entries.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +76,13 @@ class CachedRows(NamedTuple):
     """`[T]` log of the mass of all other tokens."""
     samples: Tensor
     """`[T, S]` int32, draws from those others, some perhaps alike; of no meaning where the tail has no mass."""
+
+    @classmethod
+    def whole(cls, rows: Tensor, tokens: Tensor) -> Self:
+        """Rows `[T, V]` on tokens `[T]`, with every entry kept."""
+        ids = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device).expand(rows.shape)
+        none = torch.full_like(rows[..., 0], -math.inf)
+        return cls(ids, rows, tokens.int(), gather(rows, tokens), none, ids[..., :0])
 
     def rebuild(self, vocab_size: int) -> Tensor:
         """Normalised rows `[T, V]`, the tail on the draws, or spread evenly where there are none."""

@@ -210,7 +210,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
     fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in this.examples),
-        "cache": caches["chosen"].facts,
+        "cache": caches["chosen"].facts if "chosen" in caches else None,
         "contrast": options.contrast,
         "equal_pairs": this.equal_pairs,
         "sft_weight": options.regulariser if options.objective == "likelihood" else 0.0,
@@ -220,7 +220,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES:
-        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl)
+        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl, head=options.trains_head)
         warn_of_weight(options, tuned)
         report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
     if this.teacher is not None:

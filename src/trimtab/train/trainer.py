@@ -5,7 +5,7 @@ token, and the same gradient however a batch is cut into micro-batches or spread
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.pieces import Passes, Piece, Room, pieces
 from trimtab.train.ranks import ALONE, Ranks
+from trimtab.train.rows import CachedRows
 from trimtab.train.tune import Losses, tune_weight
 
 __all__ = ["AlignerTrainer"]
@@ -202,10 +203,14 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         for which in ("chosen", "rejected") if pairs else ("chosen",):
             with self.compute_loss_context_manager():
                 logits, positions = answer_logits(self.model, inputs, which)
-            cached = cached_batch(inputs, which) if f"{which}_proposal_ids" in inputs else None
+            cached, bare = None, None
+            if self._options.trains_head:
+                bare = self._bare_logits(self.model, inputs, which)[0], self._options.temperatures.proposal
+            elif f"{which}_proposal_ids" in inputs:
+                cached = cached_batch(inputs, which)
             tokens = inputs[f"{which}_tokens"]
-            yield which, pieces(logits, positions, tokens, cached, self._vocab_size, self._temperature, most)
-            del logits
+            yield which, pieces(logits, positions, tokens, cached, self._vocab_size, self._temperature, most, bare)
+            del logits, bare
 
     def _loader(self, dataset: ExampleDataset, batches: Any) -> EpochLoader:
         said = {name: getattr(self.args, f"dataloader_{name}") for name in LOADER if hasattr(self.args, f"dataloader_{name}")}
@@ -229,18 +234,26 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         """The loss of each token of the `which` answers `[N]`."""
         if self._options.is_plain:
             return fused_sft(logits, positions, inputs[f"{which}_tokens"], self._vocab_size)
-        how = self._weight, self._temperature, self._vocab_size
+        tokens, how = inputs[f"{which}_tokens"], (self._weight, self._temperature, self._vocab_size)
+        if self._options.trains_head:
+            rows = rows_at(*self._bare_logits(self.model, inputs, which), self._vocab_size, self._options.temperatures.proposal)
+            return fused_likelihood(self._rule, CachedRows.whole(rows, tokens), logits, positions, *how)
         return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
+
+    @torch.no_grad()
+    def _bare_logits(self, model: Any, inputs: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
+        """The proposal's `answer_logits`: those of a head's layers without its adapter."""
+        alone = self.accelerator.unwrap_model(model)
+        with self.compute_loss_context_manager(), alone.disable_adapter():
+            return answer_logits(model if self.is_fsdp_enabled else alone, inputs, which)
 
     def _keep(self, model: Any, inputs: dict[str, Tensor], logits: Tensor, positions: Tensor, losses: Tensor) -> Tensor:
         """Losses `[N]` with KL(proposal‖head) in the place of those of what the proposal said itself."""
         kept, places = kept_of(inputs)
-        alone = self.accelerator.unwrap_model(model)  # whose layers, without the adapter, are the proposal's
-        with torch.no_grad(), alone.disable_adapter():
-            logits_alone, positions_alone = answer_logits(model if self.is_fsdp_enabled else alone, kept, "chosen")
+        bare = self._bare_logits(model, kept, "chosen")
         if "kept" not in inputs:
             return losses
-        proposal = rows_at(logits_alone, positions_alone, self._vocab_size)
+        proposal = rows_at(*bare, self._vocab_size)
         head = rows_at(logits, positions[places], self._vocab_size)
         return losses.index_copy(0, places, kl_divergence(proposal, head).to(losses.dtype))
 

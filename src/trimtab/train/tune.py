@@ -21,6 +21,10 @@ RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0)}
 
 STEPS = 8
 
+CHEAPEST, WORTH = 1.0, 0.01
+"""The weight at which a head is decoded without the proposal's own upper layers, in little more than half the time; and the
+nats a token that another one must be better by."""
+
 Losses: TypeAlias = Iterable[Callable[[float], tuple[Tensor, Tensor]]]
 """For each piece of the development data, or of this process's part: from a weight to the losses of its n tokens `[n]`, such as
 their negative log-likelihoods or the divergences from a teacher, and to KL(aligned‖p̃) there `[n]`."""
@@ -38,7 +42,9 @@ class Tuned(NamedTuple):
     """Whether a budget kept a better weight out."""
 
 
-def tune_weight(rule: Rule, losses: Callable[[], Losses], ranks: Ranks = ALONE, max_kl: float | None = None) -> Tuned:
+def tune_weight(
+    rule: Rule, losses: Callable[[], Losses], ranks: Ranks = ALONE, max_kl: float | None = None, *, head: bool = False
+) -> Tuned:
     """Search the rule's range in two passes, coarse and fine; in a third one, finer, where a budget binds.
 
     Args:
@@ -46,25 +52,28 @@ def tune_weight(rule: Rule, losses: Callable[[], Losses], ranks: Ranks = ALONE, 
         losses: makes a fresh run through the development data.
         ranks: the processes that have the parts.
         max_kl: no more KL(aligned‖p̃) than that, in nats a token; weight 0, which has none, is always among those tried.
+        head: whether the aligner is a head, for which `CHEAPEST` is taken where no other weight is clearly better.
     """
     low, high = RANGES[rule.name]
     step = (high - low) / STEPS
     found = _means([low + i * step for i in range(STEPS + 1)], losses(), ranks)
-    centre = _best(found, max_kl)
+    centre = _best(found, max_kl, head)
     fine = [centre + i * step / 4 for i in range(-3, 4) if i != 0]
     found |= _means([weight for weight in fine if low <= weight <= high], losses(), ranks)
-    best = _best(found, max_kl)
-    bound = best != _best(found, None)
+    best = _best(found, max_kl, head)
+    bound = best != _best(found, None, head)
     if bound:  # the budget ends between this weight and the next one
         beyond = min(weight for weight in found if weight > best)
         found |= _means([best + i * (beyond - best) / STEPS for i in range(1, STEPS)], losses(), ranks)
-        best = _best(found, max_kl)
+        best = _best(found, max_kl, head)
     return Tuned(best, [(weight, found[weight][0]) for weight in sorted(found)], found[best][1], bound)
 
 
-def _best(found: dict[float, tuple[float, float]], max_kl: float | None) -> float:
+def _best(found: dict[float, tuple[float, float]], max_kl: float | None, head: bool) -> float:
     allowed = [weight for weight, (_, kl) in found.items() if max_kl is None or weight == 0 or kl <= max_kl]
-    return min(allowed, key=lambda weight: found[weight][0])
+    best = min(allowed, key=lambda weight: found[weight][0])
+    cheapest = head and CHEAPEST in allowed and found[CHEAPEST][0] <= found[best][0] + WORTH
+    return CHEAPEST if cheapest else best
 
 
 def _means(weights: list[float], losses: Losses, ranks: Ranks) -> dict[float, tuple[float, float]]:
