@@ -51,6 +51,21 @@ def test_target_is_normalised_within_the_support_and_row_by_row(rule, weights):
     assert all(torch.equal(old, new) for old, new in zip(before, [logp, *logqs], strict=True)), "inputs were changed"
 
 
+@pytest.mark.parametrize("weights", [[1.0], [0.4], [0.7, 0.3], [1.5, -0.5]])
+def test_rows_of_the_proposal_that_are_not_read_change_nothing(rule, weights):
+    logqs = [rows(20 + i, 40) for i in range(len(weights))]
+    one, other = (rule(rows(seed, 40), logqs, weights) for seed in (1, 2))
+    assert torch.equal(one, other) or rule.reads_proposal(weights)
+
+
+def test_who_does_not_read_the_proposal():
+    assert not Geometric().reads_proposal([1.0])
+    assert not Geometric().reads_proposal([0.25, 0.75])
+    assert Geometric().reads_proposal([0.999])
+    assert not Nucleus().reads_proposal([0.5])
+    assert all(rule.reads_proposal([]) for rule in ROW_RULES)
+
+
 def test_weights_may_differ_by_row(rule):
     logp, logqs = rows(3, 2, 3), [rows(4, 2, 3), rows(5, 2, 3)]
     weights = torch.tensor([[[1.0, 0.5]], [[0.2, -0.1]]], dtype=torch.float64)

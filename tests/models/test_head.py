@@ -1,5 +1,6 @@
 """Heads: the rows of the upper layers, run again with an adapter, are those of PEFT's own model of the whole proposal."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,6 +188,81 @@ def test_requests_of_any_heads_get_what_they_get_alone(draft, base, folders):
         params = SamplingParams(seed=i, max_tokens=6 + i, ignore_eos=True)
         reference = alone[i % 5] if i % 5 < 4 else bare
         assert sequence.tokens == reference.generate("the quick brown fox"[: 3 + i], params)[0].tokens
+
+
+def whole_passes(model: AlignedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where passes of all of the proposal's layers will be noted."""
+    noted: list[int] = []
+    forward = model.proposal._forward
+
+    def note(state: State, tokens: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
+        noted.append(tokens.shape[1])
+        return forward(state, tokens, *args, **settings)
+
+    monkeypatch.setattr(model.proposal, "_forward", note)
+    return noted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("asked", [{}, {"weight": [0.5, 0.5]}, {"weight": [0.0, 1.0]}, {"rule": "nucleus"}])
+def test_layers_whose_rows_nobody_reads_are_not_run(asked, temperature, base, folders, monkeypatch):
+    """At weight 1 the aligned model is the head's: the proposal's own upper layers say nothing. Log-probabilities ask them."""
+    model = AlignedModel.from_pretrained(base, [folders[0], folders[2]], draft="ngram", max_num_seqs=2)
+    params = SamplingParams(**{"weight": [1.0, 0.0], "temperature": temperature, "seed": 3, "max_tokens": 12, **asked})
+    prompts = ["the quick brown", "a fox", "the"]
+    noted = whole_passes(model, monkeypatch)
+    found = model.generate(prompts, params)
+    assert not noted
+    asked_for = model.generate(prompts, dataclasses.replace(params, logprobs=True))
+    assert noted
+    assert [one.tokens for one in found] == [one.tokens for one in asked_for]
+    scores = model.score(prompts, [one.tokens for one in asked_for], params)
+    for score, one in zip(scores, asked_for, strict=True):
+        assert_close(torch.tensor(one.logprobs.proposal), torch.tensor(score.proposal), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("asked", [{"weight": 0.9}, {"weight": 0.0}, {"proposal_top_p": 0.9}, {"rule": "kl_gate"}])
+def test_rows_that_somebody_reads_are_there(asked, base, folders, monkeypatch):
+    model = AlignedModel.from_pretrained(base, folders[0])
+    noted = whole_passes(model, monkeypatch)
+    params = SamplingParams(**{"weight": 1.0, "seed": 3, "max_tokens": 8, **asked})
+    found = model.generate("the quick", params)[0]
+    assert noted
+    assert found.tokens == model.generate("the quick", dataclasses.replace(params, logprobs=True))[0].tokens
+
+
+def test_who_needs_the_whole_proposal_may_come_and_go(base, folders, monkeypatch):
+    """A request that left layers out goes on beside one that needs them, whatever those layers say of its own text."""
+    model = AlignedModel.from_pretrained(base, folders[0], draft="ngram")
+    noted = whole_passes(model, monkeypatch)
+    engine = Engine(model.proposal, model.pace, max_num_seqs=4)
+    light = model.prepare("the quick", SamplingParams(seed=1, max_tokens=40, ignore_eos=True), 0)
+    engine.submit(light)
+    for _ in range(4):
+        engine.step()
+    assert not noted
+    poisoned = engine._batch._state.layers[-1]
+    poisoned.keys, poisoned.values = torch.full([4, 2, 64, 8], torch.nan), torch.full([4, 2, 64, 8], torch.nan)
+    poisoned.is_initialized = True
+    heavy = model.prepare("a fox", SamplingParams(seed=2, max_tokens=5, ignore_eos=True, weight=0.3), 1)
+    engine.submit(heavy)
+    while engine:
+        engine.step()
+    assert noted
+    for sequence, (prompt, weight) in zip(light + heavy, (("the quick", 1.0), ("a fox", 0.3)), strict=True):
+        wanted = SamplingParams(
+            seed=sequence.seed, max_tokens=len(sequence.tokens), ignore_eos=True, weight=weight, logprobs=True
+        )
+        assert sequence.tokens == model.generate(prompt, wanted)[0].tokens
+
+
+def test_a_dead_row_is_not_blamed_on_a_proposal_that_nobody_asked(base, folders):
+    model = AlignedModel.from_pretrained(base, folders[0])
+    with torch.no_grad():
+        model.proposal.model.model.norm.weight.fill_(torch.nan)  # of both, but only the head was run
+    found = model.generate("the quick", SamplingParams(max_tokens=4))[0]
+    assert found.finish_reason == "error"
+    assert "aligner 0 gives NaN" in found.error
 
 
 def test_several_heads_multiply_their_ratios(base, folders):

@@ -97,6 +97,11 @@ class Warp(NamedTuple):
     min_p: float | Tensor | None = None
     max_top_k: int = 0
 
+    @property
+    def cuts(self) -> bool:
+        """Whether it may take a token's mass away; of a warp in plain numbers."""
+        return bool(self.top_k) or self.top_p not in (None, 1) or bool(self.min_p)
+
 
 def warp(logp: Tensor, how: Warp) -> Tensor:
     """Apply temperature, top-k, top-p and min-p to rows `[..., V]` and normalise again.

@@ -110,6 +110,10 @@ class Rule:
         """Whether `log_weights` looks at one token at a time, so that a row's log Z can be had from any of its tokens."""
         return False
 
+    def reads_proposal(self, weights: Sequence[float]) -> bool:
+        """Whether the target at these weights depends on p̃ beyond its support."""
+        return True
+
     def default_weights(self, aligners: int) -> tuple[float, ...]:
         """The weights of so many aligners when nobody says otherwise."""
         return (1.0,) * aligners
@@ -169,6 +173,12 @@ class Geometric(Rule):
         """(1 − Σw) log p̃ + Σ w_i log q_i; where p̃ is −inf the caller cuts."""
         return (1.0 - weights.sum(-1, keepdim=True)) * logp + weighted_sum(logqs, weights)
 
+    def reads_proposal(self, weights: Sequence[float]) -> bool:
+        """Not where the weights sum to 1, in the precision of any row."""
+        return not weights or any(
+            float(torch.tensor(weights, dtype=dtype).sum()) != 1 for dtype in (torch.float32, torch.float64)
+        )
+
     def default_weights(self, aligners: int) -> tuple[float, ...]:
         """Equal shares for proposal and aligners."""
         return (1.0 / (aligners + 1),) * aligners
@@ -195,6 +205,10 @@ class Nucleus(Rule):
         ends = torch.isin(best, to_device(self.eos_token_ids, logp.device))
         is_best = torch.arange(logp.shape[-1], device=logp.device) == best
         return torch.where(ends, torch.where(is_best, 0.0, -math.inf), logw)
+
+    def reads_proposal(self, weights: Sequence[float]) -> bool:
+        """Only where a row may be replaced, or where nothing else is weighed."""
+        return self.force_eos or not weights
 
     @property
     def weighs_tokens(self) -> bool:

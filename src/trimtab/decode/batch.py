@@ -116,9 +116,15 @@ class Batch:
                 tokens[mine, : draft.tokens.shape[1]] = draft.tokens
         counts = [limit + 1 for limit in limits]
         taps = {tap for group in groups for tap in taps_of(group.models.aligners)}
-        logp, tapped = extend_proposal(self._proposal, self._state, tokens.to(device), counts, taps)
+        wanted_rows = any(s.reads_proposal for s in self.sequences)
+        logp, tapped = extend_proposal(self._proposal, self._state, tokens.to(device), counts, taps, wanted=wanted_rows)
         decided = [
-            group.verify(draft, _part(logp, mine, draft), {tap: _part(h, mine, draft) for tap, h in tapped.items()}, want)
+            group.verify(
+                draft,
+                None if logp is None else _part(logp, mine, draft),
+                {tap: _part(h, mine, draft) for tap, h in tapped.items()},
+                want,
+            )
             for group, draft, mine, want in zip(groups, drafts, index, wanted, strict=True)
         ]
         numbers = torch.cat([part.flatten() for part in decided]).tolist()  # the step's only wait for the device

@@ -325,7 +325,8 @@ class _Reading:
         read = sum(map(len, chunks))
         if read:
             tokens = pad(chunks, self.models.proposal.device)
-            prefill_all(self.models.all, self.states, tokens, [len(chunk) for chunk in chunks])
+            wanted = any(s.reads_proposal for s in self.sequences)
+            prefill_all(self.models.all, self.states, tokens, [len(chunk) for chunk in chunks], wanted=wanted)
         done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] >= len(prompt) - 1]
         ready = [(sequence, i) for i in done for sequence in self._readers[i]]
         for i in done:

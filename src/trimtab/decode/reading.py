@@ -17,11 +17,16 @@ def taps_of(models: Sequence[LanguageModel]) -> set[int]:
 
 
 def extend_proposal(
-    proposal: Any, state: State, tokens: Tensor, counts: Sequence[int], taps: set[int]
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The proposal's rows `[B, K, V]`, and the inputs `[B, K, H]` of these layers."""
+    proposal: Any, state: State, tokens: Tensor, counts: Sequence[int], taps: set[int], *, wanted: bool = True
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """The proposal's rows `[B, K, V]`, and the inputs `[B, K, H]` of these layers.
+
+    Where the rows are not `wanted`, now or later, and heads take the place of the layers above, those are not run.
+    """
     if not taps:
         return proposal.extend(state, tokens, counts), {}
+    if not wanted:
+        return None, proposal.extend_below(state, tokens, counts, taps)
     rows, tapped = proposal.extend_tapped(state, tokens, counts, taps)
     return rows, tapped
 
@@ -37,6 +42,7 @@ def extend_all(models: Sequence[LanguageModel], states: Sequence[State], tokens:
     """
     device = models[0].device
     first, tapped = extend_proposal(models[0], states[0], tokens.to(device), counts, taps_of(models[1:]))
+    assert first is not None
     rest = [
         model.extend(state, input_of(model, tokens, tapped), counts).to(device)
         for model, state in zip(models[1:], states[1:], strict=True)
@@ -44,11 +50,15 @@ def extend_all(models: Sequence[LanguageModel], states: Sequence[State], tokens:
     return [first, *rest]
 
 
-def prefill_all(models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int]) -> None:
-    """`extend_all` where nobody wants the rows."""
+def prefill_all(
+    models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int], *, wanted: bool = True
+) -> None:
+    """`extend_all` where nobody wants the rows; nor any later row of the proposal's, if they are not `wanted`."""
     proposal: Any = models[0]
     taps, tapped = taps_of(models[1:]), {}
-    if taps:
+    if taps and not wanted:
+        tapped = proposal.extend_below(states[0], tokens, counts, taps)
+    elif taps:
         _, tapped = proposal.extend_tapped(states[0], tokens.to(proposal.device), counts, taps, rows=False)
     else:
         proposal.prefill(states[0], tokens.to(proposal.device), counts)

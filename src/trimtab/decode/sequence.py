@@ -87,6 +87,11 @@ class Sequence:
         return self.limit - len(self.tokens)
 
     @property
+    def reads_proposal(self) -> bool:
+        """Whether anything that comes of it depends on the proposal's rows."""
+        return self.shaping.reads_proposal or self.params.logprobs
+
+    @property
     def kind(self) -> Hashable:
         """What its acceptance depends on, as far as it can be known."""
         return id(self.models), self.shaping, self.params.temperature

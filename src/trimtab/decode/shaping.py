@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Shaping:
     proposal: Warp = NEUTRAL
     aligners: tuple[Warp, ...] = ()
     draft_temperature: float = 1.0
+
+    @cached_property
+    def reads_proposal(self) -> bool:
+        """Whether the aligned row depends on the proposal's, given that the proposal holds no token for impossible."""
+        return self.proposal.cuts or self.rule.reads_proposal(self.weights)
 
 
 class BatchShaping:
@@ -128,11 +134,14 @@ def explain_dead_row(shaping: Shaping, rows: Sequence[Tensor], where: str) -> De
     """Say who is to blame for an aligned row without a token.
 
     Args:
-        shaping: how it came about; an aligner of weight 0 is never to blame.
+        shaping: how it came about; what it does not read, and an aligner of weight 0, is never to blame.
         rows: the models' own `[V]`: the proposal's, then each aligner's. Further ones are left out.
         where: the place, for the message.
     """
-    weighed = [("the proposal", 1.0), *((f"aligner {i}", weight) for i, weight in enumerate(shaping.weights))]
+    weighed = [
+        ("the proposal", float(shaping.reads_proposal)),
+        *((f"aligner {i}", weight) for i, weight in enumerate(shaping.weights)),
+    ]
     for (name, weight), row in zip(weighed, rows, strict=False):
         if weight and not bool(is_distribution(row)):
             what = "NaN probabilities" if bool(row.isnan().any()) else "no distribution"

@@ -140,26 +140,27 @@ class Group:
             token = drafts[-1][:, None]
         return Drafts(newest, torch.stack(drafts, 1), torch.cat(drawn_from, 1), {drafter: torch.cat(own, 1)})
 
-    def verify(self, drafts: Drafts, logp: Tensor, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
+    def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
         """Decide the drafts; what `emit` needs to know, as numbers `[b, …]`.
 
         Args:
             drafts: what `draft` said.
-            logp: the proposal's rows `[b, P, V]`.
+            logp: the proposal's rows `[b, P, V]`; None where nobody reads them.
             tapped: by layer, the proposal's hidden states `[b, P, H]` that heads read.
             limits: as for `draft`.
         """
         settings = self._settings
         assert settings is not None
-        device, counts = logp.device, [limit + 1 for limit in limits]
+        device, counts = drafts.tokens.device, [limit + 1 for limit in limits]
         self._rows = [
             drafts.read[i]
             if i in drafts.read
             else model.extend(state, input_of(model, drafts.tokens, tapped), counts).to(device)
             for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1)
         ]
+        logqs = self._rows[: len(self.models.aligners)]
+        logp = settings.proposal_rows(logp, logqs)
         self._rows.insert(0, logp)
-        logqs = self._rows[1 : 1 + len(self.models.aligners)]
         inputs = settings.shaping.inputs(logp, logqs)
         aligned = settings.shaping.target(inputs)
         target = settings.sampler.rows(aligned, drafts.tokens[:, 1:].unbind(1))
@@ -251,6 +252,8 @@ class _Settings:
         self.noise = torch.empty(0)
         """Uniforms `[b, P, 3]` for the positions of this step."""
         self._logprob_columns = 2 + len(models.aligners)
+        reads = [s.reads_proposal for s in sequences]
+        self._reads = None if all(reads) else to_device(reads, device)[:, None, None]
         self._block = torch.empty(0)
         self._starts: list[int] = []
 
@@ -267,6 +270,12 @@ class _Settings:
             return
         index = to_device(offsets, self._device)[:, None] + torch.arange(width, device=self._device)
         self.noise = self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
+
+    def proposal_rows(self, logp: Tensor | None, logqs: Sequence[Tensor]) -> Tensor:
+        """The proposal's rows `[b, P, V]`; those that nobody reads, and that may mean nothing, are the first aligner's."""
+        if logp is None:
+            return logqs[0]
+        return logp if self._reads is None else torch.where(self._reads, logp, logqs[0])
 
     def rowless_noise(self, slots: Sequence[int], draws: int) -> Tensor:
         """Uniforms `[b, 1, draws]` for the next position of some sequences, whose rule samples without a row."""

@@ -181,11 +181,5 @@ class HeadPool:
             raise InvalidRequest("a head reads its proposal's hidden states [B, K, H]: it cannot be used without its proposal")
         state.check_room(hidden[..., 0], counts)
         last_position = (self.max_length or state.capacity) - 1
-        state.step = step = state.plan(counts, hidden.shape[1], last_position, self.device)
-        try:
-            deltas = self.store.deltas(state, len(counts))
-            upper = self._lean.upper(hidden, step, state.layers, deltas, first=self.tap)
-        finally:
-            state.step = None
-        state.advance(counts)
-        return upper
+        with state.stepping(counts, hidden.shape[1], last_position, self.device) as step:
+            return self._lean.upper(hidden, step, state.layers, self.store.deltas(state, len(counts)), first=self.tap)

@@ -227,6 +227,22 @@ class HuggingFaceLM:
         logits = self._forward(state, tokens, counts, last_only=not rows, tapped=tapped)
         return row_from_logits(logits, self.vocab_size) if rows else None, tapped
 
+    @torch.no_grad()
+    def extend_below(self, state: State, tokens: Tensor, counts: Sequence[int], layers: Collection[int]) -> dict[int, Tensor]:
+        """Append to every slot by as many layers as it takes to have the inputs `[B, K, H]` of these ones, for heads on them.
+
+        No later row of these slots means anything, for the layers above have not seen the tokens.
+
+        Raises:
+            UnsupportedModel: the model has no lean pass.
+        """
+        assert isinstance(state, SlotState)
+        state.check_room(tokens, counts)
+        tapped = dict.fromkeys(layers, tokens)  # placeholders
+        with state.stepping(counts, tokens.shape[1], self._last_position(state), self.device) as step:
+            self.lean.lower(tokens.to(self.device), step, state.layers, tapped)
+        return tapped
+
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot by lowering its length."""
         state.check_rollback(counts)
@@ -255,23 +271,20 @@ class HuggingFaceLM:
     ) -> Tensor:
         assert isinstance(state, SlotState)
         state.check_room(tokens, counts)
-        last_position = (self.max_length or state.capacity) - 1
+        last_position = self._last_position(state)
         tokens, deltas = tokens.to(self.device), self._deltas(state, len(counts))
-        logits = None
         if self._graphs is not None and deltas is None and not last_only and not tapped:
             logits = self._graphs.extend(state, tokens, counts, last_position)
-        if logits is None:
-            state.step = step = state.plan(counts, tokens.shape[1], last_position, self.device)
-            try:
-                logits = (
-                    self._lean(tokens, step, state.layers, last_only=last_only, deltas=deltas, tapped=tapped)
-                    if self._lean
-                    else self._stock(tokens, step, state, last_only)
-                )
-            finally:
-                state.step = None
-        state.advance(counts)
-        return logits
+            if logits is not None:
+                state.advance(counts)
+                return logits
+        with state.stepping(counts, tokens.shape[1], last_position, self.device) as step:
+            if self._lean is None:
+                return self._stock(tokens, step, state, last_only)
+            return self._lean(tokens, step, state.layers, last_only=last_only, deltas=deltas, tapped=tapped)
+
+    def _last_position(self, state: State) -> int:
+        return (self.max_length or state.capacity) - 1
 
     def _deltas(self, state: SlotState, slots: int) -> Deltas | None:
         """What the first slots add to the weights: nothing here, something in an `AdapterPool`."""

@@ -97,6 +97,11 @@ class LeanDecoder:
         hidden = self.upper(self.embed(tokens), step, cache, deltas, tapped=tapped)
         return self.logits(hidden[:, -1:] if last_only else hidden)
 
+    def lower(self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], tapped: dict[int, Tensor]) -> None:
+        """Run tokens `[B, K]` through the layers below the highest of `tapped`, and no further; it is as in `upper`."""
+        stop = max(tapped)
+        self.upper(self.embed(tokens), step, cache[:stop], stop=stop, tapped=tapped)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[B, K, W]` of hidden states `[B, K, H]`."""
         normed = F.rms_norm(hidden.flatten(0, 1), (hidden.shape[-1],), self._norm, self._eps)
@@ -114,16 +119,18 @@ class LeanDecoder:
         deltas: Deltas | None = None,
         *,
         first: int = 0,
+        stop: int | None = None,
         tapped: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states `[B, K, H]` behind the last layer.
+        """Hidden states `[B, K, H]` behind the last layer, or before layer `stop`.
 
         Args:
             hidden: the input `[B, K, H]` of layer `first`.
             step: where the tokens go.
-            cache: keys and values of the layers from `first` on.
+            cache: keys and values of these layers.
             deltas: what is added to these layers' products.
             first: the layer to begin with, counted from 0.
+            stop: the layer to end before; None runs all.
             tapped: by their numbers, the layers whose inputs `[B, K, H]` are wanted; they are put there.
         """
         batch, width = hidden.shape[:2]
@@ -132,7 +139,7 @@ class LeanDecoder:
         x = hidden.flatten(0, 1)  # [B·K, H]: products of matrices, not of batches of them
         mask = None if step.unmasked else _repeat(step.additive_mask(x.dtype), group)
         size = (x.shape[-1],)
-        for i, (layer, slots) in enumerate(zip(self._layers[first:], cache, strict=True)):
+        for i, (layer, slots) in enumerate(zip(self._layers[first:stop], cache, strict=True)):
             if tapped is not None and first + i in tapped:
                 tapped[first + i] = x.view(batch, width, -1)
             to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
@@ -151,7 +158,10 @@ class LeanDecoder:
             gate_up = _product(layer.gate_up, F.rms_norm(x, size, layer.mlp_norm, self._eps), to_gate_up)
             gate, up = gate_up.chunk(2, -1)
             x = x + _product(layer.down, F.silu(gate) * up, to_down)
-        return x.view(batch, width, -1)
+        x = x.view(batch, width, -1)
+        if tapped is not None and stop is not None and stop in tapped:
+            tapped[stop] = x
+        return x
 
     @property
     def depth(self) -> int:

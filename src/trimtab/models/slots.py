@@ -7,7 +7,8 @@ past, whatever each slot did before.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +131,16 @@ class SlotState(State):
         rows = torch.arange(len(lengths), device=lengths.device)[:, None]
         write = torch.where(column < taken, positions, self.capacity)
         return Step(positions.clamp(max=last), None, rows, write, used, last + 1, unmasked=False)
+
+    @contextmanager
+    def stepping(self, counts: Sequence[int], width: int, last_position: int, device: torch.device) -> Iterator[Step]:
+        """`plan`, in force inside the `with`; the slots are longer behind it, unless it failed."""
+        self.step = step = self.plan(counts, width, last_position, device)
+        try:
+            yield step
+        finally:
+            self.step = None
+        self.advance(counts)
 
     def wipe(self, slot: int) -> None:
         """Zero a slot's keys and values."""
