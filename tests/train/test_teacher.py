@@ -10,6 +10,7 @@ import torch
 from eval_task import called
 from tiny import CHAT_TEMPLATE, EOS, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, write_rows
+from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import kl_divergence
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError, InvalidOption
@@ -20,6 +21,7 @@ from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import encode_records
 from trimtab.train.records import Record, read_records
 from trimtab.train.run import train
+from trimtab.train.samples import LIMIT
 from trimtab.train.teacher import Teacher
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -299,10 +301,15 @@ def test_chats_get_the_teachers_messages_and_a_drafter_is_trained_as_ever(task):
     assert all(row.prompt[0]["role"] == "user" and row.chosen[0]["role"] == "assistant" for row in rows)
     before = report["metrics"]["eval_kl_teacher_proposal"]
     assert before > 0.01
-    kept = {row.chosen[0]["content"].strip() for row in read_records(str(task / "chats" / "teacher_answers" / "dev.jsonl"))}
+    drawn = read_records(str(task / "chats" / "teacher_answers" / "dev.jsonl"))
+    asked = {row.chosen[0]["content"].strip(): row.prompt for row in drawn}
     assert len(report["samples"]) == 2
-    assert {sample["wanted"] for sample in report["samples"]} <= kept
+    assert {sample["wanted"] for sample in report["samples"]} <= set(asked)
     assert not any("be brief" in sample["prompt"] for sample in report["samples"])
+    teacher = AlignedModel.from_pretrained(task / "proposal")
+    prompts = [[SYSTEM, *SHOT, *asked[sample["wanted"]]] for sample in report["samples"]]
+    greedy = teacher.generate(prompts, SamplingParams(max_tokens=LIMIT, temperature=0.0))
+    assert [sample["teacher"] for sample in report["samples"]] == [one.text.strip() for one in greedy]
 
 
 def test_prompts_that_fill_the_context_behind_the_teacher_are_left_out(tmp_path, caplog):
