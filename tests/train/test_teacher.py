@@ -289,6 +289,22 @@ def test_without_answers_the_proposal_draws_them_once_and_a_killed_run_goes_on(t
         train(dataclasses.replace(options, teacher_prompt=teacher_file(task, "abc", "other.txt")))
 
 
+@pytest.mark.parametrize(("limit", "left_out"), [(40, True), (4, False)])
+def test_drawn_answers_that_did_not_end_are_left_out_where_most_did(task, caplog, limit, left_out):
+    """They would be most of the tokens, and tell nothing of where to end."""
+    name = f"limit-{limit}"
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        report = train(options_of(task, name, {"max_steps": 2}, dataset=str(task / "prompts.jsonl"), teacher_max_tokens=limit))
+    rows = [read_records(str(task / name / "teacher_answers" / f"{part}.jsonl")) for part in ("train", "dev")]
+    cut = [[bool(row.unfinished) for row in part] for part in rows]
+    lengths = [len(row.chosen) + (not row.unfinished) for row in rows[0] if not (left_out and row.unfinished)]
+    assert report["tokens"] == sum(lengths)
+    assert 0 < len(lengths) <= len(rows[0])
+    (message,) = [record.getMessage() for record in caplog.records if "drawn behind" in record.getMessage()]
+    assert f"{sum(map(sum, cut))} of {sum(map(len, cut))} answers" in message
+    assert f"did not end within {limit} tokens, {'and are left out' if left_out else 'and hardly an end is learnt'}" in message
+
+
 def test_chats_get_the_teachers_messages_and_a_drafter_is_trained_as_ever(task):
     report = train(
         options_of(
