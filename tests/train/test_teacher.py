@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -222,6 +223,30 @@ def test_a_run_on_given_answers_brings_the_aligned_model_to_its_teacher(task):
     digest = Teacher.read(str(task / "teacher.txt")).digest
     assert report["teacher"]["prompt"] == digest == read_json(task / "given" / "run.json")["teacher_prompt"]
     assert abs(report["teacher"]["cache"]["kl_error"]) < 1e-5
+
+
+@pytest.mark.parametrize(("before", "flagged"), [("zyzzyxzyzx", False), ("abcabc", True)])
+def test_given_answers_that_end_where_the_teacher_would_go_on_are_flagged(task, caplog, before, flagged):
+    """The geometric means of P(end) at the answers' ends, with and without the teacher's prompt, scored in another way.
+
+    Without the answers' column the teacher draws its own, and nothing is said of where those end.
+    """
+    name, rows = f"ends-{before}", [json.loads(line) for line in (task / "held_out.jsonl").read_text().splitlines()]
+    said = {"eval_dataset": str(task / "held_out.jsonl"), "teacher_prompt": teacher_file(task, before, f"{before}.txt")}
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        train(options_of(task, name, {"max_steps": 1}, **said))
+    messages = [record.getMessage() for record in caplog.records if "the teacher would go on" in record.getMessage()]
+    model, means = AlignedModel.from_pretrained(task / "proposal"), []
+    for put in (before, ""):
+        scores = model.score([put + row["prompt"] for row in rows], [row["chosen"] for row in rows])
+        means.append(math.exp(sum(score.proposal[-1] for score in scores) / len(scores)))
+    assert len(messages) == (means[0] < means[1]) == flagged
+    assert all(f"of {means[0]:.2g} (geometric mean), and the bare proposal of {means[1]:.2g}" in one for one in messages)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        train(options_of(task, f"{name}-drawn", {"max_steps": 1}, **said, columns=("prompt=prompt",), teacher_max_tokens=40))
+    assert (task / f"{name}-drawn" / "teacher_answers" / "dev.jsonl").exists()
+    assert "the teacher would go on" not in caplog.text
 
 
 def test_a_budget_bounds_how_far_a_teacher_takes_the_proposal(task):
