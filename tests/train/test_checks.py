@@ -125,6 +125,29 @@ def test_text_that_does_not_end_where_wanted_answers_do_is_broken(said):
     assert said() == []
 
 
+def test_a_teacher_that_is_broken_itself_is_named_and_stands_beside_the_aligned_model(said):
+    """What loops or goes on behind the teacher's prompt is learnt: that is no fault of the training, and no secret either."""
+    good, bad = Written([PLAIN] * 4, [True] * 4), Written([LOOP] * 4, [False] * 4)
+    figures = check_texts(good, bad, good, bad)
+    assert (figures["repetition_teacher"], figures["unended_teacher"]) == (pytest.approx(0.69, abs=0.01), 1)
+    aligned, teacher = said()
+    assert "aligned model's greedy answers" in aligned
+    assert "100% do not end where wanted ones do (proposal 0%, teacher 100%)" in aligned
+    assert "repeated" not in aligned, "the teacher repeats as much"
+    assert "behind teacher_prompt look broken: 69% of the 4-grams in an answer are repeated (proposal 0%, wanted 0%)" in teacher
+    assert "100% do not end where wanted ones do (proposal 0%); what it says there is what is learnt" in teacher
+
+
+def test_an_aligned_model_that_is_worse_than_its_teacher_is_broken(said):
+    good, bad = Written([PLAIN] * 4, [True] * 4), Written([LOOP] * 4, [False] * 4)
+    check_texts(good, bad, good, good)
+    (message,) = said()
+    assert (
+        "repeated (proposal 0%, teacher 0%, wanted 0%); 100% do not end where wanted ones do (proposal 0%, teacher 0%)"
+        in message
+    )
+
+
 def test_a_run_warns_of_the_weight_that_it_tuned(tmp_path, said):
     """Trained far past the best on few examples: the development answers want less of it."""
     task = make_task(tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from eval_task import called
 from tiny import CHAT_TEMPLATE, EOS, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, write_rows
+from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import kl_divergence
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import DataError, InvalidOption
@@ -20,6 +22,7 @@ from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import encode_records
 from trimtab.train.records import Record, read_records
 from trimtab.train.run import train
+from trimtab.train.samples import LIMIT
 from trimtab.train.teacher import Teacher
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -222,6 +225,30 @@ def test_a_run_on_given_answers_brings_the_aligned_model_to_its_teacher(task):
     assert abs(report["teacher"]["cache"]["kl_error"]) < 1e-5
 
 
+@pytest.mark.parametrize(("before", "flagged"), [("zyzzyxzyzx", False), ("abcabc", True)])
+def test_given_answers_that_end_where_the_teacher_would_go_on_are_flagged(task, caplog, before, flagged):
+    """The geometric means of P(end) at the answers' ends, with and without the teacher's prompt, scored in another way.
+
+    Without the answers' column the teacher draws its own, and nothing is said of where those end.
+    """
+    name, rows = f"ends-{before}", [json.loads(line) for line in (task / "held_out.jsonl").read_text().splitlines()]
+    said = {"eval_dataset": str(task / "held_out.jsonl"), "teacher_prompt": teacher_file(task, before, f"{before}.txt")}
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        train(options_of(task, name, {"max_steps": 1}, **said))
+    messages = [record.getMessage() for record in caplog.records if "the teacher would go on" in record.getMessage()]
+    model, means = AlignedModel.from_pretrained(task / "proposal"), []
+    for put in (before, ""):
+        scores = model.score([put + row["prompt"] for row in rows], [row["chosen"] for row in rows])
+        means.append(math.exp(sum(score.proposal[-1] for score in scores) / len(scores)))
+    assert len(messages) == (means[0] < means[1]) == flagged
+    assert all(f"of {means[0]:.2g} (geometric mean), and the bare proposal of {means[1]:.2g}" in one for one in messages)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        train(options_of(task, f"{name}-drawn", {"max_steps": 1}, **said, columns=("prompt=prompt",), teacher_max_tokens=40))
+    assert (task / f"{name}-drawn" / "teacher_answers" / "dev.jsonl").exists()
+    assert "the teacher would go on" not in caplog.text
+
+
 def test_a_budget_bounds_how_far_a_teacher_takes_the_proposal(task):
     """The divergence from the teacher at the weight, written out, and KL(aligned‖p̃) within the budget, as at every look."""
     said = {"eval_dataset": str(task / "held_out.jsonl"), "train_draft": False}
@@ -287,6 +314,22 @@ def test_without_answers_the_proposal_draws_them_once_and_a_killed_run_goes_on(t
         train(dataclasses.replace(options, teacher_prompt=teacher_file(task, "abc", "other.txt")))
 
 
+@pytest.mark.parametrize(("limit", "left_out"), [(40, True), (4, False)])
+def test_drawn_answers_that_did_not_end_are_left_out_where_most_did(task, caplog, limit, left_out):
+    """They would be most of the tokens, and tell nothing of where to end."""
+    name = f"limit-{limit}"
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        report = train(options_of(task, name, {"max_steps": 2}, dataset=str(task / "prompts.jsonl"), teacher_max_tokens=limit))
+    rows = [read_records(str(task / name / "teacher_answers" / f"{part}.jsonl")) for part in ("train", "dev")]
+    cut = [[bool(row.unfinished) for row in part] for part in rows]
+    lengths = [len(row.chosen) + (not row.unfinished) for row in rows[0] if not (left_out and row.unfinished)]
+    assert report["tokens"] == sum(lengths)
+    assert 0 < len(lengths) <= len(rows[0])
+    (message,) = [record.getMessage() for record in caplog.records if "drawn behind" in record.getMessage()]
+    assert f"{sum(map(sum, cut))} of {sum(map(len, cut))} answers" in message
+    assert f"did not end within {limit} tokens, {'and are left out' if left_out else 'and hardly an end is learnt'}" in message
+
+
 def test_chats_get_the_teachers_messages_and_a_drafter_is_trained_as_ever(task):
     report = train(
         options_of(
@@ -299,10 +342,15 @@ def test_chats_get_the_teachers_messages_and_a_drafter_is_trained_as_ever(task):
     assert all(row.prompt[0]["role"] == "user" and row.chosen[0]["role"] == "assistant" for row in rows)
     before = report["metrics"]["eval_kl_teacher_proposal"]
     assert before > 0.01
-    kept = {row.chosen[0]["content"].strip() for row in read_records(str(task / "chats" / "teacher_answers" / "dev.jsonl"))}
+    drawn = read_records(str(task / "chats" / "teacher_answers" / "dev.jsonl"))
+    asked = {row.chosen[0]["content"].strip(): row.prompt for row in drawn}
     assert len(report["samples"]) == 2
-    assert {sample["wanted"] for sample in report["samples"]} <= kept
+    assert {sample["wanted"] for sample in report["samples"]} <= set(asked)
     assert not any("be brief" in sample["prompt"] for sample in report["samples"])
+    teacher = AlignedModel.from_pretrained(task / "proposal")
+    prompts = [[SYSTEM, *SHOT, *asked[sample["wanted"]]] for sample in report["samples"]]
+    greedy = teacher.generate(prompts, SamplingParams(max_tokens=LIMIT, temperature=0.0))
+    assert [sample["teacher"] for sample in report["samples"]] == [one.text.strip() for one in greedy]
 
 
 def test_prompts_that_fill_the_context_behind_the_teacher_are_left_out(tmp_path, caplog):

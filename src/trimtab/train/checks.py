@@ -7,7 +7,7 @@ a nat of likelihood. An aligner that moves the proposal further than that is sur
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from trimtab.train.options import TrainOptions
@@ -30,7 +30,7 @@ DEAR = 2.0
 """Nats of KL(aligned‖p̃) for a nat of likelihood that are too many; 1 is par."""
 
 REPEATS = 0.2
-"""So much more repetition than in the wanted answers and in the proposal's is a loop."""
+"""So much more repetition than in the wanted answers and in the proposal's, or the teacher's, is a loop."""
 
 RARELY = 0.5
 """A share of answers that do not end, or are empty, which is too large."""
@@ -111,41 +111,56 @@ def warn_of_weight(options: TrainOptions, tuned: Tuned) -> None:
         )  # fmt: skip
 
 
-def check_texts(proposal: Written, aligned: Written, wanted: Written) -> dict[str, float]:
-    """Figures of greedy answers to development prompts, with a warning where the aligned ones are broken.
+def check_texts(proposal: Written, aligned: Written, wanted: Written, teacher: Written | None = None) -> dict[str, float]:
+    """Figures of greedy answers to development prompts, with a warning where the aligned ones are broken, or their teacher's.
 
     Args:
         proposal: its answers.
         aligned: the aligned model's.
         wanted: those of the data, cut where the others were.
+        teacher: the proposal's behind the teacher's prompt, where it is learnt from one: no better ones can be hoped for.
 
     Returns:
-        Of each side, `repetition_…`: the mean share of 4-grams that are repeated in an answer. Of the proposal and the aligned
-        model, `unended_…` and `empty_…`: the share of answers that go on beyond the limit where the wanted one ends within it,
-        and that have no word where it has some. A share of nothing is 0.
+        Of each side, `repetition_…`: the mean share of 4-grams that are repeated in an answer. Of all but the wanted ones,
+        `unended_…` and `empty_…`: the share of answers that go on beyond the limit where the wanted one ends within it, and
+        that have no word where it has some. A share of nothing is 0.
     """
+    models = {"proposal": proposal} | ({} if teacher is None else {"teacher": teacher}) | {"aligned": aligned}
     figures = {}
-    for name, side in (("proposal", proposal), ("aligned", aligned), ("wanted", wanted)):
+    for name, side in (models | {"wanted": wanted}).items():
         figures[f"repetition_{name}"] = repetition([split_words(text) for text in side.texts]) or 0.0
-    for name, side in (("proposal", proposal), ("aligned", aligned)):
+    for name, side in models.items():
         figures[f"unended_{name}"] = _share_not(side.ended, wanted.ended)
         figures[f"empty_{name}"] = _share_not(side.has_words, wanted.has_words)
-    broken = []
-    if figures["repetition_aligned"] > max(figures["repetition_proposal"], figures["repetition_wanted"]) + REPEATS:
-        broken.append(
-            "{repetition_aligned:.0%} of the 4-grams in an answer are repeated (proposal {repetition_proposal:.0%}, wanted"
-            " {repetition_wanted:.0%})"
-        )
-    if figures["unended_aligned"] >= RARELY:
-        broken.append("{unended_aligned:.0%} do not end where wanted ones do (proposal {unended_proposal:.0%})")
-    if figures["empty_aligned"] >= RARELY:
-        broken.append("{empty_aligned:.0%} are empty where wanted ones are not (proposal {empty_proposal:.0%})")
-    if broken:
+    names = list(models)
+    if broken := _flaws(figures, "aligned", names[:-1]):
         logger.warning(
             "the aligned model's greedy answers to %d development prompts look broken: %s; read `samples` in training.json",
-            len(aligned.texts), "; ".join(broken).format(**figures),
+            len(aligned.texts), broken,
+        )  # fmt: skip
+    if teacher is not None and (broken := _flaws(figures, "teacher", names[:1])):
+        logger.warning(
+            "the proposal's own greedy answers behind teacher_prompt look broken: %s; what it says there is what is learnt:"
+            " mend teacher_prompt, with examples that are shorter, or alike, or more of them", broken,
         )  # fmt: skip
     return figures
+
+
+def _flaws(figures: Mapping[str, float], name: str, others: Sequence[str]) -> str:
+    """What is broken in one side's answers, beside the same figures of others; '' if nothing is."""
+
+    def said(what: str, kind: str, *more: str) -> str:
+        beside = ", ".join(f"{other} {figures[f'{kind}_{other}']:.0%}" for other in (*others, *more))
+        return f"{figures[f'{kind}_{name}']:.0%} {what} ({beside})"
+
+    found = []
+    if figures[f"repetition_{name}"] > max(figures[f"repetition_{other}"] for other in (*others, "wanted")) + REPEATS:
+        found.append(said("of the 4-grams in an answer are repeated", "repetition", "wanted"))
+    if figures[f"unended_{name}"] >= RARELY:
+        found.append(said("do not end where wanted ones do", "unended"))
+    if figures[f"empty_{name}"] >= RARELY:
+        found.append(said("are empty where wanted ones are not", "empty"))
+    return "; ".join(found)
 
 
 def _share_not(ours: Sequence[bool], theirs: Sequence[bool]) -> float:

@@ -44,7 +44,7 @@ from trimtab.train.ranks import Ranks
 from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model
-from trimtab.train.taught_rows import TaughtCache, TeacherRows
+from trimtab.train.taught_rows import TaughtCache, TeacherRows, warn_of_ends
 from trimtab.train.taught_trainer import trainer_of
 from trimtab.train.teacher import Teacher, lack_answers
 from trimtab.train.teacher_answers import draw_answers
@@ -157,7 +157,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found and found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
     options, examples, development, equal = settled
-    if teacher is not None and lack_answers(parts):
+    if drawn := teacher is not None and lack_answers(parts):
         parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
         examples, development = encode_parts(parts, options, encoder, context, proposal.context)
     fitting = partial(_temperatures, options, arguments, output, start and start.model, proposal.rows, development)
@@ -168,6 +168,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     room, pairs = min(options.max_length, context), options.needs_rejected
     kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs) if head else []
     caches = open_caches(options, proposal.rows, tokenizer, examples + kept, development, ranks)
+    if teacher is not None and not drawn:
+        ranks.first_does(partial(warn_of_ends, caches["dev"]["teacher"], development, proposal.eos_token_ids))
     hidden = head.caches(examples + kept, development, ranks, pairs=pairs) if head else {"train": {}, "dev": {}}
     data = {
         "train_dataset": ExampleDataset(examples + kept, caches["train"], hidden["train"], len(kept)),
@@ -183,8 +185,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         report = _train_aligner(this, scaled, model, started)
         del model
     draw = partial(draw_samples, options, output, tokenizer, development)
-    if "samples" not in report and (drawn := ranks.first_does(draw)):
-        report |= drawn
+    if "samples" not in report and (sampled := ranks.first_does(draw)):
+        report |= sampled
         ranks.first_does(lambda: write_json(output / "training.json", report))
     if options.trains_draft and "draft" not in report:
         report["draft"] = _train_draft(this, report["weight"])

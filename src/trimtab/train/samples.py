@@ -1,6 +1,7 @@
 """What the finished aligner writes: greedy answers to development prompts, beside the proposal's and the wanted ones.
 
-Likelihood alone does not tell an aligner that flattens what the proposal knows, loops, or never ends. Text does.
+Likelihood alone does not tell an aligner that flattens what the proposal knows, loops, or never ends. Text does. Nor does the
+divergence from a teacher say what the teacher is worth: its own answers stand beside those of whoever learnt from it.
 """
 
 import gc
@@ -29,10 +30,13 @@ SHOWN = 3
 def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, development: Sequence[Example]) -> dict[str, Any]:
     """Answer some development prompts greedily, by the proposal and by the aligned model that is in the output folder.
 
+    And by the proposal behind the teacher's prompt, if there is one.
+
     The proposal, which training drops once its rows are cached, is loaded once more, and again dropped.
 
     Returns:
-        `samples`, each with `prompt`, `proposal`, `aligned` and `wanted` as texts, the last one cut where the others are;
+        `samples`, each with `prompt`, `proposal`, `teacher` (if there is one), `aligned` and `wanted` as texts, the last one
+        cut where the others are;
         `sample_figures`, see `check_texts`, which warns where they are bad. Nothing where no samples are wanted, or the
         proposal is behind endpoints.
     """
@@ -54,18 +58,20 @@ def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, developmen
     examples = pick_prompts(development, options.samples)
     prompts = [list(example.prompt) for example in examples]
     greedy = SamplingParams(max_tokens=LIMIT, temperature=0.0, seed=0)
-    ours, theirs = (model.generate(prompts, greedy) for model in (aligned, aligned.with_aligners([])))
+    bare, taught = aligned.with_aligners([]), [list(example.teacher) for example in examples]
+    written = {"proposal": _written(bare.generate(prompts, greedy))}
+    if options.teacher_prompt is not None:
+        written["teacher"] = _written(bare.generate(taught, greedy))
+    written["aligned"] = _written(aligned.generate(prompts, greedy))
     cut = [tokenizer.decode(example.chosen[:LIMIT], skip_special_tokens=True).strip() for example in examples]
     ends = [len(example.chosen) <= LIMIT and example.chosen[-1] in aligned.eos_token_ids for example in examples]
     asked = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    written, proposed, wanted = _written(ours), _written(theirs), Written(cut, ends)
-    samples = [
-        {"prompt": prompt, "proposal": proposal, "aligned": text, "wanted": answer}
-        for prompt, proposal, text, answer in zip(asked, proposed.texts, written.texts, wanted.texts, strict=True)
-    ]
+    written["wanted"] = Written(cut, ends)
+    texts = [asked, *(side.texts for side in written.values())]
+    samples = [dict(zip(("prompt", *written), row, strict=True)) for row in zip(*texts, strict=True)]
     for sample in samples[:SHOWN]:
         logger.info("sample\n%s", "\n".join(f"  {name + ':':10}{_short(text)}" for name, text in sample.items()))
-    return {"samples": samples, "sample_figures": check_texts(proposed, written, wanted)}
+    return {"samples": samples, "sample_figures": check_texts(**written)}
 
 
 def pick_prompts(examples: Sequence[Example], count: int) -> list[Example]:

@@ -11,8 +11,9 @@ as every token is drawn S·m(v)/r times on average (points as in `rows`). That h
 draws here. Neither row has an entry above 2m, so none counts for more than 2r/S of its mass.
 """
 
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
 
 import torch
@@ -25,7 +26,9 @@ from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.rows import BATCH, Compressed, Layout, ModelRows, TaughtRows, compress, tail_points
 
-__all__ = ["TaughtCache", "TeacherRows", "compress_both", "taught_batch"]
+__all__ = ["TaughtCache", "TeacherRows", "compress_both", "taught_batch", "warn_of_ends"]
+
+logger = logging.getLogger(__name__)
 
 
 class TeacherRows:
@@ -116,3 +119,23 @@ class TaughtCache(ProposalCache):
 def taught_batch(batch: Mapping[str, Tensor]) -> TaughtRows:
     """The rows in both contexts of a batch's N wanted tokens."""
     return TaughtRows(*(batch[f"teacher_proposal_{name}"] for name in TaughtRows._fields))
+
+
+def warn_of_ends(cache: ProposalCache, examples: Sequence[Example], ends: Collection[int]) -> None:
+    """Say it where given answers end where the teacher would rather go on than the bare proposal: to go on is then learnt.
+
+    Args:
+        cache: of `TaughtRows`, on the examples.
+        examples: with answers that are not the teacher's own.
+        ends: ends of sequence.
+    """
+    last = [cache[i] for i, example in enumerate(examples) if example.chosen[-1] in ends]
+    if not last:
+        return
+    means = [float(torch.stack([getattr(rows, name)[-1, 0] for rows in last]).mean().exp()) for name in ("logp", "logt")]
+    if means[1] < means[0]:
+        logger.warning(
+            "the development answers end where the teacher would go on: it ends there with a probability of %.2g (geometric"
+            " mean), and the bare proposal of %.2g, so what is learnt is to go on; without answers in the data"
+            " (--columns prompt=prompt) the teacher draws its own, and shows where it ends", means[1], means[0],
+        )  # fmt: skip

@@ -2,6 +2,9 @@
 
 They are kept in the output folder as data sets of prompts without the teacher, one for each part of the data. What they depend
 on stands in `run.json`; a run that is interrupted goes on where it stopped.
+
+Answers that did not end are not learnt from, as long as most did. They are long, so a few of them are most of the tokens; far
+into them both prompts say nearly the same; and where to end, which the teacher decides early in an answer, they do not show.
 """
 
 import dataclasses
@@ -41,6 +44,8 @@ def draw_answers(
 ) -> Parts:
     """The records with an answer each; those that the proposal cannot take or finish are left out, and counted.
 
+    Where fewer than half of all answers ended, those that did not are kept, with a warning.
+
     Args:
         options: of the run.
         proposal: who draws, at the temperature of the options.
@@ -65,7 +70,24 @@ def draw_answers(
         ranks.first_does(partial(_draw, model, fitting, path, params))
         found.append(_answered(fitting, path))
         seed += len(fitting)
-    return found[0], found[1]
+    return _ended(found[0], found[1], most)
+
+
+def _ended(training: list[Record], development: list[Record], most: int) -> Parts:
+    """Those that ended, if at least half did; a part in which none did is kept."""
+    cut = sum(bool(record.unfinished) for record in training + development)
+    count, few = len(training) + len(development), 2 * cut <= len(training) + len(development)
+    if cut:
+        logger.warning(
+            "%d of %d answers that were drawn behind teacher_prompt did not end within %d tokens, %s",
+            cut, count, most,
+            "and are left out" if few else "and hardly an end is learnt: give a larger teacher_max_tokens, or a teacher_prompt"
+            " whose examples are shorter, or alike",
+        )  # fmt: skip
+    if not few:
+        return training, development
+    whole = [[record for record in part if not record.unfinished] for part in (training, development)]
+    return whole[0] or training, whole[1] or development
 
 
 def _fitting(model: AlignedModel, records: Sequence[Record]) -> list[Record]:
