@@ -121,6 +121,8 @@ class Loaded(NamedTuple):
     """What its weights take; for an adapter on a shared base, the adapter alone."""
     draft: Path | None = None
     """Where the drafter is that a residual or a head was saved with; it is not loaded."""
+    drafter: LanguageModel | None = None
+    """It, where somebody has loaded it."""
 
 
 class Found(NamedTuple):
@@ -183,9 +185,7 @@ class Loader:
         elif isinstance(source, Found):
             name, found = source
             if is_reduced(found.folder):
-                raise UnsupportedModel(
-                    f"'{name}' is the drafter of a head, which can draft and nothing else: give it as --draft"
-                )
+                raise UnsupportedModel(f"'{name}' is a head's drafter, which can draft and nothing else: give it as --draft")
             manifest, draft = found.manifest, found.draft
             if manifest is not None and (head := manifest.parsed_head) is not None:
                 on_proposal = self._take_head(head, found.folder, name)

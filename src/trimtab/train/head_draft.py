@@ -22,7 +22,6 @@ from trimtab.files import finite
 from trimtab.jsonlines import ResumableLines
 from trimtab.models.aligner import DRAFT_NAME
 from trimtab.models.head import Head
-from trimtab.models.layers import choose_layers
 from trimtab.models.loading import load_model
 from trimtab.models.reduced import reduce_model, save_reduced
 from trimtab.train.arguments import training_arguments
@@ -44,7 +43,7 @@ __all__ = ["Answer", "ReducedTrainer", "frequent_tokens", "train_head_draft"]
 logger = logging.getLogger(__name__)
 
 LAYERS = 2
-"""The first and the last of the proposal's: of two, those start closest to a language model (LOG.md)."""
+"""The proposal's first, which are better here than the first and the last (LOG.md)."""
 VOCABULARY = 4096
 """Tokens that a drafter says, at most."""
 PROMPTS, DEVELOPMENT = 1024, 64
@@ -102,8 +101,9 @@ def train_head_draft(
     answers, development = _read(path, len(prompts[0]) * EACH)
     whole = load_model(options.proposal, dtype=torch.float32, device="cpu")
     token_ids = frequent_tokens(answers, ends, VOCABULARY)
-    layers = choose_layers(min(LAYERS, head.layers), head.layers)
+    layers = tuple(range(min(LAYERS, head.layers)))
     model = reduce_model(whole, layers, token_ids)
+    model.get_input_embeddings().requires_grad_(False)  # it stays the proposal's
     del whole
     trainer = ReducedTrainer(
         own,
