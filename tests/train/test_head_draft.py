@@ -28,6 +28,14 @@ def options(folder, name, **settings):
     return task_options(folder, name, **(plain | settings))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_parts():
+    """Answers are written in several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_draft, "TOGETHER", 16)
+        yield
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """The task, with a head and its drafter in `head`, and the report."""

@@ -52,6 +52,8 @@ EACH = 2
 """Answers to a prompt."""
 MAX_TOKENS = 64
 """Of an answer."""
+TOGETHER = 64
+"""Prompts whose answers are written together: several times what decodes at once, for some answers are long."""
 TOP = 32
 """Tokens whose probability is kept at each position."""
 EPOCHS = 3
@@ -197,10 +199,9 @@ def _answer(
     if path.exists():
         return model.eos_token_ids
     header = {"models": model.fingerprints, "seed": seed, "prompts": len(examples)}
-    count = max(1, model.max_num_seqs // EACH)
     with ResumableLines(path, header, EACH) as lines:
-        for first in range(lines.done, len(examples), count):
-            some = examples[first : first + count]
+        for first in range(lines.done, len(examples), TOGETHER):
+            some = examples[first : first + TOGETHER]
             params = [
                 SamplingParams(seed=seed + i, n=EACH, max_tokens=MAX_TOKENS, logprobs=True, top_logprobs=TOP)
                 for i in range(first, first + len(some))
