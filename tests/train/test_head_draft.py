@@ -186,3 +186,21 @@ def test_a_batch_mixes_it_with_others(task):
         engine.step()
     expected = [models[i % 3].generate(prompts[i], params[i])[0].tokens for i in range(6)]
     assert [sequence.tokens for sequence in sequences] == expected
+
+
+def test_a_server_loads_it_unless_somebody_else_is_to_draft(task, tmp_path):
+    folder, _ = task
+    shutil.copytree(folder / "head", tmp_path / "linked")
+    (tmp_path / "linked" / "draft").rename(tmp_path / "elsewhere")
+    (tmp_path / "linked" / "draft").symlink_to(tmp_path / "elsewhere")
+    for draft, path, drafts in (
+        (None, folder / "head", True),
+        ("none", folder / "head", False),
+        (None, tmp_path / "linked", False),
+    ):
+        base = AlignedModel.from_pretrained(folder / "proposal", draft=draft)
+        registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"))
+        entry = registry.load("head", str(path))
+        drafter = registry.resident(["head"]).models.draft
+        assert (drafter is not None) == drafts
+        assert entry.loaded.num_bytes == entry.loaded.model.adapter.num_bytes + (drafter.num_bytes if drafts else 0)
