@@ -273,3 +273,11 @@ def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
         assert main(["train", *common, *data, *more]) == 2
         assert f"--{idle}" in capsys.readouterr().err
     assert not math.isnan(json.loads((folder / "cli" / "training.json").read_text())["weight"])
+
+
+def test_a_finished_head_draws_no_samples_again(task, monkeypatch):
+    """Whose last bits may differ by the number of threads: its caches would be of other data then."""
+    folder, _ = task
+    first = train(options(folder, "keeping", keep_samples=4))
+    monkeypatch.setattr("trimtab.train.head.draw_samples", lambda *_args, **_kwargs: pytest.fail("drawn again"))
+    assert train(options(folder, "keeping", keep_samples=4)) == first

@@ -85,7 +85,8 @@ class ModelOptions(RowOptions):
 
     draft: str | None = option(
         None,
-        "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual, its own drafter or none]",
+        "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual or a head, its own drafter or"
+        " none]",
         metavar="MODEL",
     )
     draft_temperature: float | None = option(

@@ -49,8 +49,8 @@ class AlignedModel:
             which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, or a `LanguageModel` of the same
             vocabulary that only drafts. Default: the first aligner if there is one, and nobody if its manifest says that it
-            is a residual (`Manifest.is_residual`): its drafts are rarely accepted. `from_pretrained` takes the drafter in a
-            residual's folder, if there is one.
+            is a residual (`Manifest.is_residual`), whose drafts are rarely accepted, or it is a head, which cannot draft.
+            `from_pretrained` takes the drafter in a residual's or a head's folder, if there is one.
         draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: 1, or
             what suits the rule if an aligner drafts.
         num_speculative_tokens: tokens to draft ahead: None adapts to what pays, 0 decodes token by token. In float32 it
@@ -250,12 +250,19 @@ class AlignedModel:
         other.pace = Pace(num_speculative_tokens)
         return other
 
-    def with_aligners(self, aligners: Sequence[LanguageModel], manifests: Sequence[Manifest | None] | None = None) -> Self:
+    def with_aligners(
+        self,
+        aligners: Sequence[LanguageModel],
+        manifests: Sequence[Manifest | None] | None = None,
+        draft: LanguageModel | None = None,
+    ) -> Self:
         """The same proposal and settings with other aligners; nothing is loaded or copied.
 
-        Whatever their manifests disagree about, each request must say. A model that drafts goes on drafting.
+        Whatever their manifests disagree about, each request must say. A model that drafts goes on drafting; `draft` is one
+        that drafts where nobody was named.
         """
         other = copy.copy(self)
+        other._draft = draft if self._draft is None else self._draft
         other._take(aligners, manifests)
         return other
 
@@ -295,6 +302,11 @@ class AlignedModel:
     def fingerprints(self) -> list[str]:
         """What tells the proposal and the aligners from others."""
         return [fingerprint_of(part) for part in (self.proposal, *self.aligners)]
+
+    @property
+    def names_drafter(self) -> bool:
+        """Whether it was said who drafts."""
+        return self._draft is not None
 
     @property
     def drafter(self) -> str:

@@ -21,6 +21,7 @@ from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
+from trimtab.models.reduced import is_reduced, load_reduced
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
 __all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts", "make_capture"]
@@ -84,7 +85,7 @@ def load_parts(
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
     if named:
-        draft = loader.load(draft).model
+        draft = loader.load_draft(draft)
     return Parts(
         backend,
         [item.model for item in loaded],
@@ -119,7 +120,9 @@ class Loaded(NamedTuple):
     num_bytes: int
     """What its weights take; for an adapter on a shared base, the adapter alone."""
     draft: Path | None = None
-    """Where the drafter is that a residual was saved with; it is not loaded."""
+    """Where the drafter is that a residual or a head was saved with; it is not loaded."""
+    drafter: LanguageModel | None = None
+    """It, where somebody has loaded it."""
 
 
 class Found(NamedTuple):
@@ -181,15 +184,29 @@ class Loader:
             source, manifest, draft = source.model, source.manifest, source.draft
         elif isinstance(source, Found):
             name, found = source
+            if is_reduced(found.folder):
+                raise UnsupportedModel(f"'{name}' is a head's drafter, which can draft and nothing else: give it as --draft")
             manifest, draft = found.manifest, found.draft
             if manifest is not None and (head := manifest.parsed_head) is not None:
                 on_proposal = self._take_head(head, found.folder, name)
-                return Loaded(on_proposal, manifest, on_proposal.adapter.num_bytes)
+                return Loaded(on_proposal, manifest, on_proposal.adapter.num_bytes, draft)
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source, files = load_files(found, dtype=self._dtype, device=self._device)
         model = _backend(source, self.vocab_size, files, self._capture)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
+
+    def load_draft(self, source: AlignerLike) -> LanguageModel:
+        """Load what drafts; a head's drafter shares the proposal's embedding.
+
+        Raises:
+            ModelError: it cannot be loaded, see `trimtab.errors`, or is the drafter of another proposal.
+            VocabularyMismatch: its tokenizer is not the proposal's.
+        """
+        source = self.find(source)
+        if isinstance(source, Found) and is_reduced(source.folder.folder):
+            return load_reduced(source.folder.folder, self.proposal, source.name)
+        return self.load(source).model
 
     def _take_head(self, head: Head, folder: Path, name: str) -> Adapted:
         """A head on the layers of the proposal, which heads of the same tap share."""
@@ -233,8 +250,8 @@ class Loader:
 
 
 def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None:
-    """The drafter beside an aligner, if it is a residual; others draft for themselves."""
-    return draft if manifest is not None and manifest.is_residual else None
+    """The drafter beside an aligner, if it is a residual or a head; others draft for themselves."""
+    return draft if manifest is not None and (manifest.is_residual or manifest.head is not None) else None
 
 
 def _backend(module: Any, vocab_size: int | None, files: Files | None, capture: CudaCapture | None) -> LanguageModel:

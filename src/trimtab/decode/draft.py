@@ -98,7 +98,10 @@ def _in_words(aligners: int, draft: str | LanguageModel | None, default: str) ->
     if not aligners:
         return "nobody: there is no aligner; --draft ngram or a model would"
     if draft is None and default == "head":
-        return "nobody: the aligner is a head, which reads what the proposal has read; --draft ngram or a model would"
+        return (
+            "nobody: the aligner is a head, which reads what the proposal has read, and came without a drafter (`trimtab train"
+            " --train_draft true` makes one); --draft ngram or a model would"
+        )
     if draft is None and default == "none":
         return (
             "nobody: the aligner is a residual, whose own drafts are rarely accepted; give its drafter, --draft FOLDER/draft"

@@ -24,6 +24,7 @@ from trimtab.models.fingerprint import Files
 from trimtab.models.head import Head
 from trimtab.models.loading import expand, load_model, load_tokenizer, readable
 from trimtab.models.peft_saving import embeddings_of, unasked
+from trimtab.models.reduced import REDUCED_NAME
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = [
@@ -41,10 +42,13 @@ __all__ = [
 
 MANIFEST_NAME = "trimtab.json"
 DRAFT_NAME = "draft"
-"""The folder in an aligner's folder that may hold its drafter, an ordinary transformers model."""
+"""The folder in an aligner's folder that may hold its drafter: an ordinary transformers model, or a head's, see `reduced`."""
 FORMAT_VERSION = 1
 OBJECTIVES = ("likelihood", "sft", "ram", "preference")
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
+_WEIGHT_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
+    REDUCED_NAME,
+)
 _TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "chat_template.*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),

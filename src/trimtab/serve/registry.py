@@ -24,6 +24,7 @@ from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, is_adapter
 from trimtab.models.aligner import is_head
+from trimtab.models.reduced import is_reduced
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
 __all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
@@ -144,7 +145,8 @@ class Registry:
             self._trust(source)
         with self._loading:
             entry = Entry(name, source, weight, pinned, created=int(time.time()))
-            self.base.with_aligners([self._bring(entry).model])  # raises where it cannot be decoded with
+            brought = self._bring(entry)
+            self.base.with_aligners([brought.model], draft=brought.drafter)  # raises where it cannot be decoded with
             with self._lock:
                 self._drop(self._entries.pop(name, None))
                 self._entries[name] = entry
@@ -153,7 +155,7 @@ class Registry:
         return entry
 
     def _who_drafts(self, entry: Entry) -> str:
-        """In words, for the operator; a residual's own drafter is not loaded, but named."""
+        """In words, for the operator; a residual's own drafter is not loaded, but named. A head's is, see `_with_drafter`."""
         model = self.resident([entry.name])
         who = "" if model is None else who_drafts(model)
         own = None if entry.loaded is None else entry.loaded.draft
@@ -199,7 +201,8 @@ class Registry:
                 ]
                 if len(self._models) >= MAX_COMBINATIONS:
                     self._models.clear()
-                self._models[key] = loaded, self.base.with_aligners([one.model for one in loaded], manifests)
+                models, drafter = [one.model for one in loaded], loaded[0].drafter
+                self._models[key] = loaded, self.base.with_aligners(models, manifests, drafter)
             return self._models[key][1]
 
     def fetch(self, names: Sequence[str]) -> AlignedModel:
@@ -248,12 +251,20 @@ class Registry:
 
     def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> Loaded:
         """Load an entry's weights and make room for them. What does not fit is dropped again: it is never kept."""
-        loaded = self._loader.load(entry.path)
+        loaded = self._with_drafter(self._loader.load(entry.path))
         with self._lock:
             if self._max_bytes is not None:
                 self._make_room(entry, loaded.num_bytes, keep, self._max_bytes)
             entry.loaded = loaded
         return loaded
+
+    def _with_drafter(self, loaded: Loaded) -> Loaded:
+        """With a head's drafter, which costs little, unless the operator has said who drafts; nothing outside of its folder."""
+        draft = loaded.draft
+        if draft is None or draft.is_symlink() or not is_reduced(draft) or self.base.names_drafter:
+            return loaded
+        drafter = self._loader.load_draft(draft)
+        return loaded._replace(drafter=drafter, num_bytes=loaded.num_bytes + getattr(drafter, "num_bytes", 0))
 
     def _make_room(self, newcomer: Entry, num_bytes: int, keep: Sequence[str], max_bytes: int) -> None:
         """Evict as few as will do, those unused longest first; none if all that may go would not be enough."""

@@ -43,8 +43,7 @@ class DistilTrainer(AlignerTrainer):
             target_of = self.target(inputs)
             for _, some in passes:
                 for piece in some:
-                    target = target_of(piece.logp, piece.positions)
-                    columns = [distillation(target, piece.logq), *self.figures(target, piece)]
+                    columns = self.measure(target_of, piece)
                     sums[2:] += torch.stack([column.double().sum() for column in columns]).cpu()
                     sums[1] += len(piece.tokens)
             sums[0] += len(inputs["chosen_ids"])
@@ -58,6 +57,11 @@ class DistilTrainer(AlignerTrainer):
     def target(self, inputs: dict[str, Tensor]) -> Target:
         """What a batch's rows should become."""
         return lambda logp, positions: logp
+
+    def measure(self, target_of: Target, piece: Piece) -> list[Tensor]:
+        """The loss and then `figures`, each `[n]`."""
+        target = target_of(piece.logp, piece.positions)
+        return [distillation(target, piece.logq), *self.figures(target, piece)]
 
     def figures(self, target: Tensor, piece: Piece) -> list[Tensor]:
         """What `figure_names` names, each `[n]`: in nats, and the chance that the proposal would accept a draft.

@@ -28,8 +28,10 @@ CHECKPOINTS = "draft_checkpoints"
 """The folder in the output folder where a drafter's training keeps its checkpoints."""
 
 
-def draft_options(options: TrainOptions, learning_rate: float) -> TrainOptions:
+def draft_options(options: TrainOptions, learning_rate: float, epochs: float | None = None) -> TrainOptions:
     """A run's options for its drafter: as many epochs over the same updates, at twice the aligner's rate, falling as a cosine.
+
+    Or so many `epochs`, where they are given: a head's drafter has other data.
 
     The best checkpoint is the one with the least loss, whatever the aligner goes by. Trackers follow the aligner alone.
     """
@@ -40,7 +42,7 @@ def draft_options(options: TrainOptions, learning_rate: float) -> TrainOptions:
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "report_to": "none",
-    }
+    } | ({} if epochs is None else {"num_train_epochs": epochs, "max_steps": -1})
     return dataclasses.replace(options, output_dir=f"{options.output_dir}/{CHECKPOINTS}", training={**options.training, **own})
 
 

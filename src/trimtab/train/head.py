@@ -140,7 +140,8 @@ class HeadStart:
         path = Path(self._options.output_dir) / KEPT
         header = {"proposal": self._proposal.rows.fingerprint, "seed": seed, "count": count, **encoder.chat_settings}
         limits = {"max_tokens": KEPT_TOKENS, "max_length": max_length}
-        ranks.first_does(lambda: draw_samples(model, None, path, header, count=count, seed=seed, **limits))
+        if not ranks.first_does(path.exists):
+            ranks.first_does(lambda: draw_samples(model, None, path, header, count=count, seed=seed, **limits))
         samples = read_samples(path)
         return [Example(sample.prompt, sample.chosen, sample.chosen) for sample in samples] if pairs else samples
 

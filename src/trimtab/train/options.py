@@ -165,8 +165,8 @@ class TrainOptions:
     teacher_max_tokens: int | None = _option(None, "longest answer that is drawn behind --teacher_prompt [default: 256]")
     train_draft: bool | None = _option(
         None,
-        "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training [default: true for likelihood with product,"
-        " unless an adapter is trained that has none]",
+        "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training; of a head, from answers that are drawn for"
+        " it [default: true for likelihood with product, unless an adapter is trained that has none]",
     )
     use_peft: bool = _option(
         False, "train a LoRA adapter instead of all weights; an --aligner that is one is trained on as it is"

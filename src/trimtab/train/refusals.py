@@ -82,8 +82,8 @@ def refuse_contradictions(options: "TrainOptions") -> None:
             "start 'tempered' fits the aligner's temperature for likelihood with product at a weight above 0:"
             " leave out --aligner_temperature, or choose another start"
         )
-    if options.train_draft and not options.trains_residual:
-        raise InvalidOption("train_draft: only a residual, which is likelihood with product, needs a drafter of its own")
+    if options.train_draft and not (options.trains_residual or options.trains_head):
+        raise InvalidOption("train_draft: only a residual, which is likelihood with product, and a head need a drafter")
     if options.keep_samples and not (options.trains_head and options.objective == "likelihood"):
         raise InvalidOption("keep_samples: only a head is kept at the proposal by its samples, under likelihood: leave it out")
     if options.keep_samples and options.teacher_prompt is not None:

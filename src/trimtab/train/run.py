@@ -1,6 +1,6 @@
 """One training run from options to a finished aligner, resumable after a kill at any point.
 
-Records → examples → cached proposal rows → trainer → tuned weight → aligner folder → its drafter, if it is a residual.
+Records → examples → cached proposal rows → trainer → tuned weight → aligner folder → its drafter, if it gets one.
 `run.json` in the output folder says what the run depends on, so that only the same run is resumed; `training.json` is its
 record.
 """
@@ -23,6 +23,7 @@ from trimtab.decode.encoding import Encoder
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
+from trimtab.models.head import Head
 from trimtab.models.loading import load_model
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.arguments import training_arguments
@@ -34,6 +35,7 @@ from trimtab.train.examples import Example, answers, fingerprint_examples
 from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
+from trimtab.train.head_draft import train_head_draft
 from trimtab.train.head_options import refuse_head
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
@@ -73,7 +75,7 @@ class _Run(NamedTuple):
     draft_start: Base | None
     """What a drafter starts from: the one that the aligner came with, otherwise the aligner itself, or an adapter's base.
 
-    None for a head, which gets none."""
+    None for a head, whose drafter starts from the proposal's layers."""
     teacher: Teacher | None
     head: HeadStart | None
 
@@ -189,7 +191,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
         report |= sampled
         ranks.first_does(lambda: write_json(output / "training.json", report))
     if options.trains_draft and "draft" not in report:
-        report["draft"] = _train_draft(this, report["weight"])
+        report["draft"] = _train_head_draft(this, head.head) if head else _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
     return report
 
@@ -260,7 +262,7 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     """Distil the finished aligner's drafter from the aligned model, and save it; returns its report."""
     started = time.monotonic()
     options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
-    assert this.draft_start is not None  # `trains_draft` is for residuals, and no head is one
+    assert this.draft_start is not None  # as for all but heads
     base, own = this.draft_start, training_arguments(draft_options(options, this.arguments.learning_rate))
     trainer = DraftTrainer(
         options,
@@ -280,6 +282,13 @@ def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     model, weights = trained(trainer)
     ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
     return dict(finite(report))
+
+
+def _train_head_draft(this: _Run, head: Head) -> dict[str, Any]:
+    """The same for a finished head."""
+    parts = this.examples, this.data["eval_dataset"].examples
+    output, rate = this.output, this.arguments.learning_rate
+    return train_head_draft(this.options, output, output / CHECKPOINTS, head, this.tokenizer, parts, this.ranks, rate)
 
 
 def _save(
