@@ -25,6 +25,7 @@ class DistilTrainer(AlignerTrainer):
     """Distil a start from the proposal on an `ExampleDataset` with cached rows; the arguments are `AlignerTrainer`'s."""
 
     figure_names: ClassVar[tuple[str, ...]] = ("nll_proposal", "nll_start", "kl_proposal_start", "acceptance_on_answers")
+    has_proposal = False
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -58,6 +58,11 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         self._rule, self._weight = options.parsed_rule, options.starting_weight
         self._temperature = options.temperatures.aligner
 
+    @property
+    def has_proposal(self) -> bool:
+        """Whether what is trained is, without its adapter, the proposal."""
+        return self._options.trains_head
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -204,7 +209,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             with self.compute_loss_context_manager():
                 logits, positions = answer_logits(self.model, inputs, which)
             cached, bare = None, None
-            if self._options.trains_head:
+            if self.has_proposal:
                 bare = self._bare_logits(self.model, inputs, which)[0], self._options.temperatures.proposal
             elif f"{which}_proposal_ids" in inputs:
                 cached = cached_batch(inputs, which)
@@ -235,7 +240,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         if self._options.is_plain:
             return fused_sft(logits, positions, inputs[f"{which}_tokens"], self._vocab_size)
         tokens, how = inputs[f"{which}_tokens"], (self._weight, self._temperature, self._vocab_size)
-        if self._options.trains_head:
+        if self.has_proposal:
             rows = rows_at(*self._bare_logits(self.model, inputs, which), self._vocab_size, self._options.temperatures.proposal)
             return fused_likelihood(self._rule, CachedRows.whole(rows, tokens), logits, positions, *how)
         return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
