@@ -210,13 +210,30 @@ def test_the_loss_of_kept_samples_is_their_divergence(task):
     torch.testing.assert_close(alone[at], whole[positions[places]], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"contrast": None}, {"keep_samples": 24}])
+def test_a_head_of_all_layers_reads_tokens(task, settings):
+    """There is nothing below it to cache."""
+    folder, _ = task
+    name = "-".join(["all", *settings])
+    report = train(options(folder, name, head_layers=None, **settings))
+    assert not list((folder / name).rglob("*hidden*"))
+    assert json.loads((folder / name / "trimtab.json").read_text())["head"]["tap"] == 0
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / name)
+    aligned, proposal = nats(model, development(folder))
+    assert aligned == pytest.approx(dict(report["weights_tried"])[report["weight"]], abs=1e-4)
+    assert aligned < proposal - 0.5
+
+
 def test_another_number_of_layers_is_another_cache(task):
     folder, _ = task
+    cache = shutil.copytree(folder / "head" / "proposal_cache", folder / "another_cache")
+    key = json.loads((cache / "dev_chosen_hidden" / "cache.json").read_text())
+    (cache / "dev_chosen_hidden" / "cache.json").write_text(json.dumps(key | {"tap": key["tap"] + 1}))
     with pytest.raises(CacheMismatch, match="another number of head_layers"):
-        train(options(folder, "deep", head_layers=2, proposal_cache=str(folder / "head" / "proposal_cache")))
+        train(options(folder, "deep", proposal_cache=str(cache)))
 
 
-@pytest.mark.parametrize(("layers", "wanted", "tap"), [(30, None, 10), (3, None, 1), (1, None, 0), (4, 4, 0), (4, 1, 3)])
+@pytest.mark.parametrize(("layers", "wanted", "tap"), [(30, None, 0), (1, None, 0), (4, 4, 0), (4, 1, 3)])
 def test_how_many_layers(layers, wanted, tap):
     assert pick_tap(layers, wanted) == tap
 

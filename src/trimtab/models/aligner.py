@@ -329,8 +329,8 @@ print(model.generate(["..."], SamplingParams(max_tokens=64, seed=0))[0].text)
 
 
 _FITS_ANY = "It works with any proposal of the same vocabulary."
-_FITS_ONE = """It is a head: a LoRA adapter of the proposal's upper layers, which Trimtab runs beside the proposal on its hidden
-states. It fits this proposal only. PEFT loads it into the proposal as an ordinary adapter: that is the aligned model at
+_FITS_ONE = """It is a head: a LoRA adapter of the proposal's layers, or of the upper ones, which Trimtab decodes together with
+the proposal. It fits this proposal only. PEFT loads it into the proposal as an ordinary adapter: that is the aligned model at
 weight 1."""
 
 

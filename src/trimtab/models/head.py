@@ -1,7 +1,8 @@
 """Heads: aligners that read the hidden states of their proposal instead of its tokens.
 
-A head runs the proposal's own upper layers a second time, from the input of one layer on (its *tap*), with a LoRA adapter of
-its own. The layers below are run once, for the proposal and for all heads. So a head is the language model that the adapter
+A head runs the proposal's own layers with a LoRA adapter, from the input of one layer on (its *tap*); at tap 0 that is the
+embedding of a token. The layers below are run once, for the proposal and for all heads; those above are run for the proposal
+itself only where somebody reads its rows (`Rule.reads_proposal`). So a head is the language model that the adapter
 would make of the proposal, at the price of the layers that it touches: no weights but the adapter's, and keys and values of
 its own for no other layers. On disk it is that adapter, which PEFT loads into the proposal, with the tap in `trimtab.json`.
 

@@ -149,8 +149,8 @@ def kept_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     if marks is None:
         marks = torch.arange(len(batch["chosen_ids"]), device=batch["chosen_ids"].device) == 0
     rows = marks.nonzero().squeeze(-1)
-    names = ("ids", "attention", "positions", "mask", "hidden")
-    some = {f"chosen_{name}": batch[f"chosen_{name}"][rows] for name in names}
+    names = [f"chosen_{name}" for name in ("ids", "attention", "positions", "mask", "hidden")]
+    some = {name: batch[name][rows] for name in names if name in batch}
     some["chosen_owner"], some["chosen_column"] = some["chosen_mask"].nonzero().unbind(1)
     return some, marks[batch["chosen_owner"]].nonzero().squeeze(-1)
 

@@ -1,4 +1,4 @@
-"""Train a head: the proposal's upper layers as a model of their own, with a LoRA adapter, on cached hidden states.
+"""Train a head: the proposal's upper layers, or all, as a model of their own, with a LoRA adapter, on cached hidden states.
 
 What is trained is a transformers model of the same class with fewer layers, which shares them with the proposal; PEFT adapts
 it. Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal.
@@ -44,12 +44,12 @@ def pick_tap(layers: int, head_layers: int | None) -> int:
 
     Args:
         layers: how many the proposal has.
-        head_layers: how many the head is to run; None for two thirds of them.
+        head_layers: how many the head is to run; None for all.
 
     Raises:
         InvalidOption: the proposal does not have so many.
     """
-    wanted = layers - layers // 3 if head_layers is None else head_layers
+    wanted = layers if head_layers is None else head_layers
     if not 1 <= wanted <= layers:
         raise InvalidOption(f"head_layers must be from 1 to {layers}, which is all that the proposal has, not {wanted}")
     return layers - wanted
@@ -111,13 +111,15 @@ class HeadStart:
     def caches(
         self, training: Sequence[Example], development: Sequence[Example], ranks: Ranks, *, pairs: bool
     ) -> dict[str, dict[str, HiddenCache]]:
-        """The hidden states on the answers of `train` and `dev`, by the kind of answer.
+        """The hidden states on the answers of `train` and `dev`, by the kind of answer; none where a head reads tokens itself.
 
         Unwanted ones are among them where every example has one: of development, for looks measure them whatever the loss;
         of training only if `pairs` are learnt from.
         """
         folder = Path(self._options.proposal_cache or Path(self._options.output_dir) / "proposal_cache")
         found: dict[str, dict[str, HiddenCache]] = {"train": {}, "dev": {}}
+        if not self.head.tap:
+            return found
         for part, examples, wants in (("train", training, pairs), ("dev", development, True)):
             for which in ("chosen", "rejected") if wants and all(e.rejected for e in examples) else ("chosen",):
                 some, tap = answers(examples, which), self.head.tap

@@ -65,9 +65,9 @@ class TrainOptions:
     aligner: str = _option(
         "",
         "the model to train, of the same vocabulary: a folder or a hub id [default: a head, which is a LoRA adapter of the"
-        " proposal's upper layers that reads the proposal's hidden states]",
+        " proposal itself, or of its upper layers]",
     )
-    head_layers: int | None = _option(None, "how many of the proposal's layers a head runs again [default: two thirds of them]")
+    head_layers: int | None = _option(None, "how many of the proposal's layers a head adapts, the upper ones [default: all]")
     keep_samples: int | None = _option(
         None,
         "likelihood, for a head: so many prompts and answers that the proposal says itself are trained on beside the data, with"

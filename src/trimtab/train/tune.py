@@ -22,7 +22,7 @@ RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0)}
 STEPS = 8
 
 CHEAPEST, WORTH = 1.0, 0.01
-"""The weight at which a head is decoded without the proposal's own upper layers, in little more than half the time; and the
+"""The weight at which a head is decoded without running the proposal's layers a second time; and the
 nats a token that another one must be better by."""
 
 Losses: TypeAlias = Iterable[Callable[[float], tuple[Tensor, Tensor]]]
