@@ -8,7 +8,17 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
-from trimtab.evaluate.speed import Stock, _generate, _two_model_loop, _weight_bytes, measure_speed, random_prompts
+from trimtab.evaluate.speed import (
+    Stock,
+    _generate,
+    _step_bytes,
+    _two_model_loop,
+    _weight_bytes,
+    load_stock,
+    measure_speed,
+    random_prompts,
+)
+from trimtab.models.head import HeadPool
 
 CONTRACT = {"proposal_hf", "two_model_hf", "aligned_tokenwise", "aligned_speculative"}
 
@@ -55,6 +65,24 @@ def test_the_report_is_consistent(folder):
 def test_weights_that_a_step_reads_leave_out_a_table_that_is_only_looked_up():
     tied, untied = (tiny_model("llama", 28, tie_word_embeddings=tie) for tie in (True, False))
     assert _weight_bytes(tied) == _weight_bytes(untied) == sum(p.numel() for p in tied.parameters()) * 4
+
+
+def test_a_step_reads_what_its_models_take(folder):
+    """The layers of a head are read once at weight 1, and twice elsewhere; whoever drafts reads its weights for each draft."""
+    stock = Stock(load_stock(str(folder / "proposal"), "auto", None), load_stock(str(folder / "aligner"), "auto", None))
+    p, q = map(_weight_bytes, (stock.proposal, stock.aligner))
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "aligner")
+    assert _step_bytes(model, stock, SamplingParams(), 2.0) == p + 3 * q
+    ngrams = AlignedModel.from_pretrained(folder / "proposal", folder / "aligner", draft="ngram")
+    assert _step_bytes(ngrams, stock, SamplingParams(), 2.0) == p + q
+    drafted = AlignedModel.from_pretrained(folder / "proposal", folder / "aligner", draft=folder / "aligner")
+    assert _step_bytes(drafted, stock, SamplingParams(), 2.0) == p + q + 3 * drafted.models.draft.num_bytes
+    pool = HeadPool(model.proposal, 1)
+    head = AlignedModel(model.proposal, [pool], model.tokenizer, rule="geometric", weight=1.0)
+    below = sum(w.numel() * w.element_size() for w in stock.proposal.model.layers[0].parameters())
+    stock = Stock(stock.proposal, stock.proposal)
+    assert _step_bytes(head, stock, SamplingParams(), 0.0) == p
+    assert _step_bytes(head, stock, SamplingParams(weight=0.5), 0.0) == 2 * p - below
 
 
 def test_bench_prints_the_contract(folder, capsys):

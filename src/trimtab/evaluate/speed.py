@@ -26,6 +26,7 @@ from trimtab.decode.request import SamplingParams
 from trimtab.errors import DeadRow
 from trimtab.hardware import describe_hardware
 from trimtab.models.aligner import Aligner
+from trimtab.models.head import tap_of
 from trimtab.models.huggingface import describe_kernels
 
 __all__ = [
@@ -121,7 +122,7 @@ def measure_speed(
         "acceptance": tally.acceptance,
         "tokens_per_proposal_call": tally.tokens_per_call,
         "draft_length": tally.drafted / tally.calls if tally.calls else 0.0,
-        "floor_ratio": _floor_ratio(model, stock, tally, speeds["aligned_speculative"], len(prompts)),
+        "floor_ratio": _floor_ratio(model, stock, params, tally, speeds["aligned_speculative"], len(prompts)),
         **stream_times(model, prompts, params),
     }
 
@@ -212,14 +213,31 @@ def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> Tensor
     return torch.cat(made, 1)
 
 
-def _floor_ratio(model: AlignedModel, stock: Stock, tally: Tally, speed: float, batch: int) -> float | None:
+def _floor_ratio(
+    model: AlignedModel, stock: Stock, params: SamplingParams, tally: Tally, speed: float, batch: int
+) -> float | None:
     """Time per token over the least time: reading every weight that a step needs once, at the measured bandwidth."""
     if not tally.calls or tally.tokens_per_call is None:
         return None
-    length = tally.drafted / tally.calls
-    read = _weight_bytes(stock.proposal) + (length + 1) * _weight_bytes(stock.aligner)
+    read = _step_bytes(model, stock, params, tally.drafted / tally.calls)
     floor = read / (read_bandwidth(stock.proposal.device) * tally.tokens_per_call * batch)
     return 1 / (speed * floor)
+
+
+def _step_bytes(model: AlignedModel, stock: Stock, params: SamplingParams, length: float) -> float:
+    """Bytes of weights that a step reads with so many drafts: whoever drafts reads its own once more than that."""
+    proposal, aligner = _weight_bytes(stock.proposal), _weight_bytes(stock.aligner)
+    tap = tap_of(model.aligners[0])
+    if tap is not None:
+        layers = sum(p.numel() * p.element_size() for p in stock.proposal.model.layers[:tap].parameters())
+        aligner -= layers
+        if not model.shaping(params).reads_proposal:
+            proposal = layers
+    drafter = model.models.drafter
+    if drafter == 1:
+        return proposal + (length + 1) * aligner
+    own = 0 if drafter is None else int(getattr(model.models.draft, "num_bytes", 0))
+    return proposal + aligner + (length + 1) * own
 
 
 def _width(module: Any) -> int:
