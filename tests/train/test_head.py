@@ -227,7 +227,6 @@ def test_how_many_layers(layers, wanted, tap):
         ({"head_layers": 3}, "head_layers must be from 1 to 2, which is all"),
         ({"head_layers": 0}, "head_layers must be from 1"),
         ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
-        ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
         ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
         ({"sft_weight": 0.3}, "the likelihood of a head is that of its own row already"),
         ({"start": "uniform"}, "a head starts at the proposal"),
@@ -239,12 +238,6 @@ def test_how_many_layers(layers, wanted, tap):
 def test_what_a_head_refuses(task, settings, message):
     with pytest.raises(InvalidOption, match=message):
         train(options(task[0], "refused", **settings))
-
-
-def test_no_second_round_starts_from_a_head(task):
-    folder, _ = task
-    with pytest.raises(InvalidOption, match="is a head, and no second round starts from one"):
-        train(options(folder, "second", aligner=str(folder / "head"), head_layers=None, keep_samples=None))
 
 
 def test_a_proposal_without_a_lean_pass_is_refused_before_any_work(tmp_path):
@@ -268,7 +261,7 @@ def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
     for idle, more in (
         ("use_peft", ["--use_peft"]),
         ("cache_top_k", ["--cache_top_k", "8"]),
-        ("keep_samples", ["--keep_samples", "0", "--aligner", "x"]),
+        ("cache_top_k", ["--cache_top_k", "8", "--aligner", str(folder / "head")]),
     ):
         assert main(["train", *common, *data, *more]) == 2
         assert f"--{idle}" in capsys.readouterr().err

@@ -6,7 +6,10 @@ from typing import Any
 from trimtab.cli.common import idle_for_files
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, in_time
 from trimtab.cli.options import UsageError, option
+from trimtab.files import expand_home
+from trimtab.models.aligner import manifest_of
 from trimtab.train.options import TrainOptions
+from trimtab.train.rounds import of_head
 
 __all__ = ["Options", "render", "run"]
 
@@ -25,20 +28,20 @@ class Options(DryRunOptions, TrainOptions):
         idle = idle_for_files(self.dataset, self.eval_dataset)
         if self.objective != "ram":
             idle["alpha"] = "is for --objective ram"
-        contrast = self.default_contrast if self.contrast is None else self.contrast
+        manifest = manifest_of(expand_home(self.aligner)) if self.aligner else None
+        known = of_head(self, manifest) if manifest is not None and manifest.head is not None else self
+        contrast = known.default_contrast if self.contrast is None else self.contrast
         if self.objective != "preference" and not contrast:
             idle["beta"] = "is for --objective preference, and for the --contrast of likelihood"
         if self.teacher_prompt is None:
             idle["teacher_max_tokens"] = "needs --teacher_prompt"
-        if not self.use_peft:
+        if not known.use_peft:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
-        if self.trains_head:
-            idle["use_peft"] = "has no effect without --aligner: a head is an adapter anyway"
+        if known.trains_head:
+            idle["use_peft"] = "has no effect on a head, which is an adapter anyway"
             if self.teacher_prompt is None:
-                idle["cache_top_k"] = "has no effect without --aligner: a head's own layers have the proposal's rows"
-        else:
-            idle["keep_samples"] = "is for a head, which is trained without --aligner"
+                idle["cache_top_k"] = "has no effect on a head, whose own layers have the proposal's rows"
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"
         return idle
@@ -54,8 +57,6 @@ def run(options: Options) -> dict[str, Any]:
     if options.assume_tflops is not None and options.assume_tflops <= 0:
         raise UsageError(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
     check_expected(options)
-    if options.dry_run and options.trains_head:
-        raise UsageError("--dry_run knows no heads: name an --aligner, or leave it out and let the run begin")
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
         return estimate(options, Expected(*known))

@@ -19,11 +19,11 @@ from transformers import TrainingArguments
 
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.template import read_chat_template
-from trimtab.errors import UnsupportedModel, VocabularyMismatch
+from trimtab.errors import InvalidOption, UnsupportedModel, VocabularyMismatch
 from trimtab.files import expand_home
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
 from trimtab.models.adapter_folder import Base, base_of
-from trimtab.models.aligner import describe
+from trimtab.models.aligner import Description, describe
 from trimtab.models.huggingface import check_supported
 from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
@@ -39,6 +39,7 @@ from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
+from trimtab.train.rounds import settle
 from trimtab.train.rows import Layout
 from trimtab.train.start import read_lora
 from trimtab.train.taught_rows import TaughtCache
@@ -88,6 +89,10 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
+    here = describe(options.aligner) if options.aligner and expand_home(options.aligner).is_dir() else None
+    options = settle(options, here)
+    if options.trains_head:
+        raise InvalidOption("--dry_run knows no heads: name another --aligner, or leave it out and let the run begin")
     warn_of_rule(options)
     if options.teacher_prompt is not None:
         Teacher.read(options.teacher_prompt)
@@ -96,7 +101,7 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
         arguments = training_arguments(options)
         refuse_foreign(Path(options.output_dir), options.overwrite_output_dir)
         arguments.output_dir = scratch
-        return _estimate(options, expected, arguments, processes)
+        return _estimate(options, here, expected, arguments, processes)
 
 
 @contextlib.contextmanager
@@ -109,9 +114,10 @@ def _alone() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
+def _estimate(
+    options: TrainOptions, here: Description | None, expected: Expected, arguments: TrainingArguments, processes: int
+) -> dict[str, Any]:
     proposal = find_config(options.proposal, expected.proposal)
-    here = describe(options.aligner) if expand_home(options.aligner).is_dir() else None
     adapter = here.folder if here and here.is_adapter else None
     start = base_of(adapter) if adapter else Base(options.aligner)
     aligner = find_config(start.source, expected.aligner, revision=start.revision)
@@ -121,8 +127,6 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest, context)
-    options = options.continuing(here.manifest) if here else options
-    options = options.of_adapter(here) if here and adapter else options
     if data.examples is not None and data.development is not None:
         options, examples, development, equal = settle_pairs(options, data.examples, data.development)
         data = data._replace(examples=examples, development=development, counts=(len(examples), len(development)), equal=equal)

@@ -1,22 +1,27 @@
 """Train a head: the proposal's upper layers as a model of their own, with a LoRA adapter, on cached hidden states.
 
 What is trained is a transformers model of the same class with fewer layers, which shares them with the proposal; PEFT adapts
-it. Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal.
+it. Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal. A later round reads
+them again (`Earlier`).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
-from trimtab.models.head import Head
+from trimtab.models.aligner import Description
+from trimtab.models.fingerprint import Files
+from trimtab.models.head import Head, HeadPool
+from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.layers import cut_config
 from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.weight_files import WEIGHTS_NAME, expand
@@ -26,9 +31,9 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.own_samples import draw_samples, read_samples
 from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import Ranks
-from trimtab.train.start import make_lora
+from trimtab.train.start import make_lora, pinned, read_lora
 
-__all__ = ["HeadStart", "TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
+__all__ = ["Earlier", "HeadStart", "TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
 
 KEPT = "kept_samples.jsonl"
 """Where they are, in the output folder."""
@@ -76,6 +81,39 @@ def adapted_upper(model: Any, tap: int, config: Any, seed: int) -> Any:
         return get_peft_model(upper_model(model, tap), config)
 
 
+class Earlier(NamedTuple):
+    """The adapter of a head that is trained on, in the numbers of `upper_model`'s layers."""
+
+    lora: Any
+    """Its configuration."""
+    weights: dict[str, Tensor]
+    files: Files
+
+    @classmethod
+    def read(cls, folder: Path, head: Head, proposal: HuggingFaceLM, base: str) -> Self:
+        """From the folder of a head.
+
+        Args:
+            folder: of the head.
+            head: what its manifest says.
+            proposal: to which it belongs.
+            base: the proposal's name.
+
+        Raises:
+            InvalidOption: an adapter that cannot be trained on.
+            ModelError: one that cannot be read, or does not fit.
+        """
+        lora = read_lora(folder)
+        if lora.rank_pattern or lora.alpha_pattern:  # they may name layers, by the numbers of the whole proposal
+            raise InvalidOption(f"aligner: '{folder}' sets a rank or a scale by patterns, and is not trained on")
+        HeadPool(proposal, head.tap).store.read(folder, str(folder))  # as it is decoded, so that all that is wrong is said
+        found, files = Files.of(partial(load_file, folder / WEIGHTS_NAME), (folder, None))
+        if lora.layers_to_transform is not None:
+            lora.layers_to_transform = [layer - head.tap for layer in _listed(lora.layers_to_transform)]
+        lora.revision = pinned(base)
+        return cls(lora, {_move(name, -head.tap): weight for name, weight in found.items()}, files)
+
+
 class HeadStart:
     """A head before it is trained.
 
@@ -83,20 +121,26 @@ class HeadStart:
         options: of the run.
         proposal: what it reads.
         head: what its manifest will say.
+        earlier: of an earlier round; None for fresh adapters.
     """
 
-    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head) -> None:
-        self._options, self._proposal, self.head = options, proposal, head
+    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head, earlier: Earlier | None = None) -> None:
+        self._options, self._proposal, self.head, self.earlier = options, proposal, head, earlier
 
     @classmethod
-    def of(cls, options: TrainOptions, proposal: Proposal) -> Self:
-        """A head as the options ask for.
+    def of(cls, options: TrainOptions, proposal: Proposal, found: Description | None) -> Self:
+        """A head as the options ask for, or the one in a folder.
 
         Raises:
             InvalidOption: the proposal has fewer layers.
-            UnsupportedModel: its layers cannot be run one by one.
+            UnsupportedModel: its layers cannot be run one by one, or the head is another proposal's.
         """
         assert proposal.model is not None  # as `settle_head` has it
+        if found is not None:
+            earlier = found.manifest and found.manifest.parsed_head
+            assert earlier  # as `settle` has it
+            model = earlier.check(proposal.model, options.aligner)
+            return cls(options, proposal, earlier, Earlier.read(found.folder, earlier, model, options.proposal))
         depth = proposal.model.lean.depth
         tap = pick_tap(depth, options.head_layers)
         if odd := set(options.lora_target_modules) - set(PROJECTIONS):
@@ -145,10 +189,16 @@ class HeadStart:
         return [Example(sample.prompt, sample.chosen, sample.chosen) for sample in samples] if pairs else samples
 
     def prepare(self, seed: int) -> Any:
-        """What is trained, with fresh adapters. The proposal is of no other use after that."""
+        """What is trained, with fresh adapters or an earlier round's. The proposal is of no other use after that."""
+        from peft import set_peft_model_state_dict
+
         assert self._proposal.model is not None
-        model = self._proposal.model.model
-        return adapted_upper(model, self.head.tap, make_lora(self._options, self._options.proposal, PROJECTIONS), seed)
+        model, earlier = self._proposal.model.model, self.earlier
+        lora = earlier.lora if earlier else make_lora(self._options, self._options.proposal, PROJECTIONS)
+        adapted = adapted_upper(model, self.head.tap, lora, seed)
+        if earlier:
+            set_peft_model_state_dict(adapted, earlier.weights)
+        return adapted
 
 
 class TrainedHead:
@@ -170,17 +220,24 @@ class TrainedHead:
 
         trained = get_peft_model_state_dict(self._model, state_dict=None if state_dict is None else dict(state_dict))
         tap, layers = self._head.tap, self._head.layers
-        renamed = {_lift(name, tap): weight.detach().contiguous().cpu() for name, weight in trained.items()}
+        renamed = {_move(name, tap): weight.detach().contiguous().cpu() for name, weight in trained.items()}
         save_file(renamed, folder / WEIGHTS_NAME, {"format": "pt"})
         config = copy.copy(self.peft_config["default"])
         config.inference_mode = True
-        config.layers_to_transform = list(range(tap, layers)) if tap else None
+        some = config.layers_to_transform
+        if tap or some is not None:
+            config.layers_to_transform = [tap + layer for layer in (range(layers - tap) if some is None else some)]
         here = Path(expand(self._proposal))  # of a GGUF file, the folder that it was converted to: PEFT reads no other
         config.base_model_name_or_path = str(here.resolve()) if here.exists() else self._proposal
         config.save_pretrained(folder)
 
 
-def _lift(name: str, tap: int) -> str:
-    """A weight's name in the whole proposal."""
+def _move(name: str, by: int) -> str:
+    """A weight's name in a model whose layers are counted from another one on."""
     number, rest = name.removeprefix(PREFIX).split(".", 1)
-    return f"{PREFIX}{int(number) + tap}.{rest}"
+    return f"{PREFIX}{int(number) + by}.{rest}"
+
+
+def _listed(layers: int | Iterable[int]) -> Iterable[int]:
+    """PEFT takes one layer, too."""
+    return [layers] if isinstance(layers, int) else layers
