@@ -16,6 +16,7 @@ from trimtab.errors import CacheMismatch, InvalidOption, UnsupportedModel
 from trimtab.evaluate.distribution import summarise, trace
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
+from trimtab.models.slots import SlotLayer
 from trimtab.train.batches import Item, answer_logits, collate, kept_of
 from trimtab.train.examples import Example
 from trimtab.train.head import adapted_upper, pick_tap, upper_model
@@ -114,6 +115,15 @@ def test_hidden_states_are_the_input_of_the_layer(task):
         with torch.no_grad():
             wanted = model(ids, output_hidden_states=True).hidden_states[1][0]
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_no_layer_above_is_run_for_the_hidden_states(task, monkeypatch):
+    folder, _ = task
+    model, run = HuggingFaceLM(load_model(folder / "proposal")), []
+    update = SlotLayer.update
+    monkeypatch.setattr(SlotLayer, "update", lambda self, *given: run.append(self) or update(self, *given))
+    hidden_states(model, [Example([3, 4, 5], [6, 7], [])], 1)
+    assert len(run) == 1
 
 
 def test_the_upper_layers_are_the_proposals_own(task):

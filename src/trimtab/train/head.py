@@ -6,7 +6,7 @@ them again (`Earlier`).
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -33,7 +33,7 @@ from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.start import make_lora, pinned, read_lora
 
-__all__ = ["Earlier", "HeadStart", "TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
+__all__ = ["Earlier", "HeadStart", "TrainedHead", "adapted_upper", "hidden_answers", "pick_tap", "plan_head", "upper_model"]
 
 KEPT = "kept_samples.jsonl"
 """Where they are, in the output folder."""
@@ -82,36 +82,59 @@ def adapted_upper(model: Any, tap: int, config: Any, seed: int) -> Any:
 
 
 class Earlier(NamedTuple):
-    """The adapter of a head that is trained on, in the numbers of `upper_model`'s layers."""
+    """The adapter of a head that is trained on."""
 
-    lora: Any
-    """Its configuration."""
     weights: dict[str, Tensor]
+    """By their names in `upper_model`."""
     files: Files
 
     @classmethod
-    def read(cls, folder: Path, head: Head, proposal: HuggingFaceLM, base: str) -> Self:
-        """From the folder of a head.
-
-        Args:
-            folder: of the head.
-            head: what its manifest says.
-            proposal: to which it belongs.
-            base: the proposal's name.
+    def read(cls, folder: Path, head: Head, proposal: HuggingFaceLM) -> Self:
+        """From the folder of a head that belongs to the proposal.
 
         Raises:
-            InvalidOption: an adapter that cannot be trained on.
-            ModelError: one that cannot be read, or does not fit.
+            ModelError: it cannot be read, or does not fit.
         """
-        lora = read_lora(folder)
-        if lora.rank_pattern or lora.alpha_pattern:  # they may name layers, by the numbers of the whole proposal
-            raise InvalidOption(f"aligner: '{folder}' sets a rank or a scale by patterns, and is not trained on")
         HeadPool(proposal, head.tap).store.read(folder, str(folder))  # as it is decoded, so that all that is wrong is said
         found, files = Files.of(partial(load_file, folder / WEIGHTS_NAME), (folder, None))
-        if lora.layers_to_transform is not None:
-            lora.layers_to_transform = [layer - head.tap for layer in _listed(lora.layers_to_transform)]
-        lora.revision = pinned(base)
-        return cls(lora, {_move(name, -head.tap): weight for name, weight in found.items()}, files)
+        return cls({_move(name, -head.tap): weight for name, weight in found.items()}, files)
+
+
+def plan_head(options: TrainOptions, depth: int, found: Description | None) -> tuple[int, Any]:
+    """The tap of a head, and the configuration of its adapter in `upper_model`: of a fresh one, or as a folder has them.
+
+    Args:
+        options: of the run.
+        depth: how many layers the proposal has.
+        found: the head that is trained on; None for a fresh one.
+
+    Raises:
+        InvalidOption: fewer layers than are asked for, a module that no head adapts, or an adapter that cannot be trained on.
+    """
+    if found is not None:
+        head = found.manifest and found.manifest.parsed_head
+        assert head  # as `settle` has it
+        lora = read_lora(found.folder)
+        if lora.rank_pattern or lora.alpha_pattern:  # they may name layers, by the numbers of the whole proposal
+            raise InvalidOption(f"aligner: '{found.folder}' sets a rank or a scale by patterns, and is not trained on")
+        if (some := lora.layers_to_transform) is not None:
+            lora.layers_to_transform = [layer - head.tap for layer in ([some] if isinstance(some, int) else some)]
+        lora.revision = pinned(options.proposal)
+        return head.tap, lora
+    if odd := set(options.lora_target_modules) - set(PROJECTIONS):
+        raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
+    return pick_tap(depth, options.head_layers), make_lora(options, options.proposal, PROJECTIONS)
+
+
+def hidden_answers(training: Sequence[Example], development: Sequence[Example], *, pairs: bool) -> list[tuple[str, str]]:
+    """Which answers of which part hidden states are needed on.
+
+    Unwanted ones are among them where every example has one: of development, for looks measure them whatever the loss;
+    of training only if `pairs` are learnt from.
+    """
+    parts = (("train", training, pairs), ("dev", development, True))
+    unwanted = [(part, "rejected") for part, examples, wants in parts if wants and all(e.rejected for e in examples)]
+    return [("train", "chosen"), ("dev", "chosen"), *unwanted]
 
 
 class HeadStart:
@@ -121,31 +144,30 @@ class HeadStart:
         options: of the run.
         proposal: what it reads.
         head: what its manifest will say.
-        earlier: of an earlier round; None for fresh adapters.
+        lora: the configuration of its adapter.
+        earlier: what an earlier round has made of it; None for fresh adapters.
     """
 
-    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head, earlier: Earlier | None = None) -> None:
-        self._options, self._proposal, self.head, self.earlier = options, proposal, head, earlier
+    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head, lora: Any, earlier: Earlier | None) -> None:
+        self._options, self._proposal, self.head, self._lora, self.earlier = options, proposal, head, lora, earlier
 
     @classmethod
     def of(cls, options: TrainOptions, proposal: Proposal, found: Description | None) -> Self:
         """A head as the options ask for, or the one in a folder.
 
         Raises:
-            InvalidOption: the proposal has fewer layers.
-            UnsupportedModel: its layers cannot be run one by one, or the head is another proposal's.
+            InvalidOption: see `plan_head`.
+            UnsupportedModel: the proposal's layers cannot be run one by one, or the head is another proposal's.
         """
-        assert proposal.model is not None  # as `settle_head` has it
-        if found is not None:
-            earlier = found.manifest and found.manifest.parsed_head
-            assert earlier  # as `settle` has it
-            model = earlier.check(proposal.model, options.aligner)
-            return cls(options, proposal, earlier, Earlier.read(found.folder, earlier, model, options.proposal))
-        depth = proposal.model.lean.depth
-        tap = pick_tap(depth, options.head_layers)
-        if odd := set(options.lora_target_modules) - set(PROJECTIONS):
-            raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
-        return cls(options, proposal, Head(tap, depth, proposal.model.digest))
+        model = proposal.model
+        assert model is not None  # as `settle_head` has it
+        known = found and found.manifest and found.manifest.parsed_head
+        if known:
+            known.check(model, options.aligner)
+        depth = model.lean.depth
+        tap, lora = plan_head(options, depth, found)
+        head = known or Head(tap, depth, model.digest)
+        return cls(options, proposal, head, lora, Earlier.read(found.folder, head, model) if found else None)
 
     @property
     def source(self) -> str:
@@ -155,18 +177,13 @@ class HeadStart:
     def caches(
         self, training: Sequence[Example], development: Sequence[Example], ranks: Ranks, *, pairs: bool
     ) -> dict[str, dict[str, HiddenCache]]:
-        """The hidden states on the answers of `train` and `dev`, by the kind of answer.
-
-        Unwanted ones are among them where every example has one: of development, for looks measure them whatever the loss;
-        of training only if `pairs` are learnt from.
-        """
+        """The hidden states on the `hidden_answers` of `train` and `dev`, by the kind of answer."""
         folder = Path(self._options.proposal_cache or Path(self._options.output_dir) / "proposal_cache")
         found: dict[str, dict[str, HiddenCache]] = {"train": {}, "dev": {}}
-        for part, examples, wants in (("train", training, pairs), ("dev", development, True)):
-            for which in ("chosen", "rejected") if wants and all(e.rejected for e in examples) else ("chosen",):
-                some, tap = answers(examples, which), self.head.tap
-                place = folder / f"{part}_{which}_hidden"
-                found[part][which] = HiddenCache.build(place, self._proposal, some, tap=tap, ranks=ranks)
+        for part, which in hidden_answers(training, development, pairs=pairs):
+            some, tap = answers(training if part == "train" else development, which), self.head.tap
+            place = folder / f"{part}_{which}_hidden"
+            found[part][which] = HiddenCache.build(place, self._proposal, some, tap=tap, ranks=ranks)
         return found
 
     def kept_samples(self, encoder: Encoder, max_length: int, seed: int, ranks: Ranks, *, pairs: bool) -> list[Example]:
@@ -193,11 +210,9 @@ class HeadStart:
         from peft import set_peft_model_state_dict
 
         assert self._proposal.model is not None
-        model, earlier = self._proposal.model.model, self.earlier
-        lora = earlier.lora if earlier else make_lora(self._options, self._options.proposal, PROJECTIONS)
-        adapted = adapted_upper(model, self.head.tap, lora, seed)
-        if earlier:
-            set_peft_model_state_dict(adapted, earlier.weights)
+        adapted = adapted_upper(self._proposal.model.model, self.head.tap, self._lora, seed)
+        if self.earlier:
+            set_peft_model_state_dict(adapted, self.earlier.weights)
         return adapted
 
 
@@ -236,8 +251,3 @@ def _move(name: str, by: int) -> str:
     """A weight's name in a model whose layers are counted from another one on."""
     number, rest = name.removeprefix(PREFIX).split(".", 1)
     return f"{PREFIX}{int(number) + by}.{rest}"
-
-
-def _listed(layers: int | Iterable[int]) -> Iterable[int]:
-    """PEFT takes one layer, too."""
-    return [layers] if isinstance(layers, int) else layers

@@ -77,7 +77,7 @@ class HiddenCache:
 
 @torch.inference_mode()
 def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -> list[Tensor]:
-    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU."""
+    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU; no layer above is run."""
     texts = [[*example.prompt, *example.chosen] for example in examples]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[Tensor] = [torch.empty(0)] * len(texts)
@@ -88,7 +88,7 @@ def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -
         for begin in range(0, longest, CHUNK):
             chunks = [texts[i][begin : begin + CHUNK] for i in batch]
             tokens, counts = pad(chunks, model.device), [len(chunk) for chunk in chunks]
-            parts.append(model.extend_tapped(state, tokens, counts, [tap], rows=False)[1][tap].cpu())
+            parts.append(model.extend_below(state, tokens, counts, [tap])[tap].cpu())
         whole = torch.cat(parts, 1)
         for i, states in zip(batch, whole, strict=True):
             found[i] = states[: len(texts[i])].clone()
