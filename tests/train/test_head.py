@@ -266,8 +266,6 @@ def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
     assert main(["train", *common, *data, *flags]) == 0
     capsys.readouterr()
     assert main(["generate", *common, "--aligner", str(folder / "cli"), "--prompt", "defg", "--max_tokens", "4"]) == 0
-    assert main(["train", *common, *data, "--dry_run"]) == 2
-    assert "--dry_run knows no heads" in capsys.readouterr().err
     for idle, more in (
         ("use_peft", ["--use_peft"]),
         ("cache_top_k", ["--cache_top_k", "8"]),

@@ -191,5 +191,3 @@ def test_the_command_trains_on(task, capsys):
     words += ["--use_cpu", "true", "--max_length", "32", "--keep_samples", "4", "--start", "pretrained", "--beta", "1"]
     assert main([*words]) == 0, capsys.readouterr().err
     assert manifest(task, "cli")["head"] == manifest(task, "first")["head"]
-    assert main([*words, "--dry_run"]) == 2
-    assert "--dry_run knows no heads" in capsys.readouterr().err

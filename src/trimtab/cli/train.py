@@ -42,6 +42,8 @@ class Options(DryRunOptions, TrainOptions):
             idle["use_peft"] = "has no effect on a head, which is an adapter anyway"
             if self.teacher_prompt is None:
                 idle["cache_top_k"] = "has no effect on a head, whose own layers have the proposal's rows"
+        if not self.aligner:
+            idle["expected_aligner"] = "is for --aligner"
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"
         return idle
@@ -81,8 +83,14 @@ def render(report: dict[str, Any]) -> str:
 
 def _render_estimate(report: dict[str, Any]) -> str:
     data, memory, aligner, caching = (report[name] for name in ("data", "memory", "aligner", "caching"))
-    lines = [f"proposal   {describe_model(report['proposal'])}", f"aligner    {describe_model(aligner)}"]
-    lines.append(f"           {aligner['parameters']:,} parameters, {aligner['trainable']:,} of them trained")
+    lines = [f"proposal   {describe_model(report['proposal'])}"]
+    if head := report["head"]:
+        again = f", trained on from {aligner['name']}" if aligner["name"] else ""
+        lines.append(f"aligner    a head, which runs {head['layers']} of the proposal's {head['of']} layers again{again}")
+    else:
+        lines.append(f"aligner    {describe_model(aligner)}")
+    with_it = ", the proposal's among them" if head else ""
+    lines.append(f"           {aligner['parameters']:,} parameters{with_it}, {aligner['trainable']:,} of them trained")
     checked = "tokenizers agree" if report["vocabulary"]["checked"] else "tokenizers are not at hand, and not compared"
     lines.append(f"vocabulary {report['vocabulary']['tokens']:,} tokens; {checked}")
     counts = "" if data["examples"] is None else f"{data['examples']:,} examples and {data['development']:,} for development"
@@ -100,6 +108,10 @@ def _render_estimate(report: dict[str, Any]) -> str:
     if data["equal_pairs"]:
         lines.append(
             f"pairs      {data['equal_pairs']:,} have two equal answers, from which no objective learns what to prefer"
+        )
+    if head and head["kept_samples"]:
+        lines.append(
+            f"kept       {head['kept_samples']:,} samples that the proposal is yet to draw, here as long as they may be"
         )
     shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
@@ -123,12 +135,15 @@ def _render_estimate(report: dict[str, Any]) -> str:
     if caching is None:
         lines += ["", "the proposal's rows come from endpoints"]
     else:
-        lines += ["", f"caching the proposal's rows on {caching['device']} in {caching['dtype']}"]
+        what = "hidden states" if head else "rows"
+        lines += ["", f"caching the proposal's {what} on {caching['device']} in {caching['dtype']}"]
         names = ("weights", "keys_and_values", "passing", "total")
         lines += [f"  {name.replace('_', ' '):28}{in_bytes(caching[name]):>12}" for name in names]
     cache = report["cache"]
     taught = f" ({cache['teacher_bytes_per_token']} of a teacher's rows)" if "teacher_bytes_per_token" in cache else ""
-    lines += ["", f"cache on disk: {cache['bytes_per_token']} bytes a token{taught}, {in_bytes(cache['bytes'])} in all"]
+    rows = f"{cache['bytes_per_token']} bytes a token{taught}, " if "bytes_per_token" in cache else ""
+    states = f"hidden states of {cache['hidden_bytes_per_token']} bytes a token, " if head else ""
+    lines += ["", f"cache on disk: {rows}{states}{in_bytes(cache['bytes'])} in all"]
     for name, seconds in report["seconds"].items():
         flops, rate = report["flops"][name], report["rate"][name] / 1e12
         amount = "not known" if flops is None else f"{flops:.3g} operations"
