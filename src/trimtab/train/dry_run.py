@@ -144,10 +144,8 @@ def _estimate(
     lora = read_lora(adapter) if adapter and not head else None
     rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, lora, head)
     parameters = rehearsal.parameters
-    longest_ones = sorted(trained, key=_length, reverse=True)[:batch_size]
-    if kept and batch_size > 1:  # a long prompt of theirs beside a long answer of the data pads both
-        longest_ones[-1] = kept[0]
-    step = rehearsal.step(longest_ones, len(kept))
+    steps = [rehearsal.step(*batch) for batch in _largest(examples, kept, batch_size)]
+    step = max(steps, key=lambda one: one.batch + one.peak)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     evaluating = rehearsal.evaluation(trained, development)
     training = weights + step.batch + step.peak
@@ -223,6 +221,17 @@ def _kept(options: TrainOptions, tokenizer: Any, longest: int) -> list[Example]:
         encoder = Encoder(tokenizer, vocabulary_size(tokenizer), (), run_date(options, tokenizer))
     one = longest_sample(encoder, KEPT_TOKENS, longest)
     return [one._replace(rejected=one.chosen if options.needs_rejected else one.rejected)] * options.kept_samples
+
+
+def _largest(examples: Sequence[Example], kept: Sequence[Example], size: int) -> list[tuple[list[Example], int]]:
+    """Micro-batches of which one takes most, each with the number of examples in it, its first ones, that are kept.
+
+    A long prompt of what is kept and a long answer of the data pad both; and what a batch of the two takes, as padded, is a
+    maximum of lines in how many are kept: so few or many of them take most.
+    """
+    longest = sorted(examples, key=_length, reverse=True)[:size]
+    few = {min(1, len(kept)), min(max(1, size - 1), len(kept))} - {0}
+    return [(longest, 0), *(([*kept[:count], *longest[: size - count]], count) for count in sorted(few))]
 
 
 def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
