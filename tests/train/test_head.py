@@ -16,6 +16,7 @@ from trimtab.errors import CacheMismatch, InvalidOption, UnsupportedModel
 from trimtab.evaluate.distribution import summarise, trace
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
+from trimtab.models.slots import SlotLayer
 from trimtab.train.batches import Item, answer_logits, collate, kept_of
 from trimtab.train.examples import Example
 from trimtab.train.head import adapted_upper, pick_tap, upper_model
@@ -114,6 +115,15 @@ def test_hidden_states_are_the_input_of_the_layer(task):
         with torch.no_grad():
             wanted = model(ids, output_hidden_states=True).hidden_states[1][0]
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_no_layer_above_is_run_for_the_hidden_states(task, monkeypatch):
+    folder, _ = task
+    model, run = HuggingFaceLM(load_model(folder / "proposal")), []
+    update = SlotLayer.update
+    monkeypatch.setattr(SlotLayer, "update", lambda self, *given: run.append(self) or update(self, *given))
+    hidden_states(model, [Example([3, 4, 5], [6, 7], [])], 1)
+    assert len(run) == 1
 
 
 def test_the_upper_layers_are_the_proposals_own(task):
@@ -244,7 +254,6 @@ def test_how_many_layers(layers, wanted, tap):
         ({"head_layers": 3}, "head_layers must be from 1 to 2, which is all"),
         ({"head_layers": 0}, "head_layers must be from 1"),
         ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
-        ({"head_layers": 1, "aligner": "x"}, "a head is trained where there is no --aligner"),
         ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
         ({"sft_weight": 0.3}, "the likelihood of a head is that of its own row already"),
         ({"start": "uniform"}, "a head starts at the proposal"),
@@ -256,12 +265,6 @@ def test_how_many_layers(layers, wanted, tap):
 def test_what_a_head_refuses(task, settings, message):
     with pytest.raises(InvalidOption, match=message):
         train(options(task[0], "refused", **settings))
-
-
-def test_no_second_round_starts_from_a_head(task):
-    folder, _ = task
-    with pytest.raises(InvalidOption, match="is a head, and no second round starts from one"):
-        train(options(folder, "second", aligner=str(folder / "head"), head_layers=None, keep_samples=None))
 
 
 def test_a_proposal_without_a_lean_pass_is_refused_before_any_work(tmp_path):
@@ -280,12 +283,10 @@ def test_the_command_trains_a_head_and_generates_with_it(task, capsys):
     assert main(["train", *common, *data, *flags]) == 0
     capsys.readouterr()
     assert main(["generate", *common, "--aligner", str(folder / "cli"), "--prompt", "defg", "--max_tokens", "4"]) == 0
-    assert main(["train", *common, *data, "--dry_run"]) == 2
-    assert "--dry_run knows no heads" in capsys.readouterr().err
     for idle, more in (
         ("use_peft", ["--use_peft"]),
         ("cache_top_k", ["--cache_top_k", "8"]),
-        ("keep_samples", ["--keep_samples", "0", "--aligner", "x"]),
+        ("cache_top_k", ["--cache_top_k", "8", "--aligner", str(folder / "head")]),
     ):
         assert main(["train", *common, *data, *more]) == 2
         assert f"--{idle}" in capsys.readouterr().err

@@ -6,7 +6,10 @@ from typing import Any
 from trimtab.cli.common import idle_for_files
 from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, in_time
 from trimtab.cli.options import UsageError, option
+from trimtab.files import expand_home
+from trimtab.models.aligner import manifest_of
 from trimtab.train.options import TrainOptions
+from trimtab.train.rounds import of_head
 
 __all__ = ["Options", "render", "run"]
 
@@ -25,20 +28,22 @@ class Options(DryRunOptions, TrainOptions):
         idle = idle_for_files(self.dataset, self.eval_dataset)
         if self.objective != "ram":
             idle["alpha"] = "is for --objective ram"
-        contrast = self.default_contrast if self.contrast is None else self.contrast
+        manifest = manifest_of(expand_home(self.aligner)) if self.aligner else None
+        known = of_head(self, manifest) if manifest is not None and manifest.head is not None else self
+        contrast = known.default_contrast if self.contrast is None else self.contrast
         if self.objective != "preference" and not contrast:
             idle["beta"] = "is for --objective preference, and for the --contrast of likelihood"
         if self.teacher_prompt is None:
             idle["teacher_max_tokens"] = "needs --teacher_prompt"
-        if not self.use_peft:
+        if not known.use_peft:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
-        if self.trains_head:
-            idle["use_peft"] = "has no effect without --aligner: a head is an adapter anyway"
+        if known.trains_head:
+            idle["use_peft"] = "has no effect on a head, which is an adapter anyway"
             if self.teacher_prompt is None:
-                idle["cache_top_k"] = "has no effect without --aligner: a head's own layers have the proposal's rows"
-        else:
-            idle["keep_samples"] = "is for a head, which is trained without --aligner"
+                idle["cache_top_k"] = "has no effect on a head, whose own layers have the proposal's rows"
+        if not self.aligner:
+            idle["expected_aligner"] = "is for --aligner"
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"
         return idle
@@ -54,8 +59,6 @@ def run(options: Options) -> dict[str, Any]:
     if options.assume_tflops is not None and options.assume_tflops <= 0:
         raise UsageError(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
     check_expected(options)
-    if options.dry_run and options.trains_head:
-        raise UsageError("--dry_run knows no heads: name an --aligner, or leave it out and let the run begin")
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
         return estimate(options, Expected(*known))
@@ -80,8 +83,14 @@ def render(report: dict[str, Any]) -> str:
 
 def _render_estimate(report: dict[str, Any]) -> str:
     data, memory, aligner, caching = (report[name] for name in ("data", "memory", "aligner", "caching"))
-    lines = [f"proposal   {describe_model(report['proposal'])}", f"aligner    {describe_model(aligner)}"]
-    lines.append(f"           {aligner['parameters']:,} parameters, {aligner['trainable']:,} of them trained")
+    lines = [f"proposal   {describe_model(report['proposal'])}"]
+    if head := report["head"]:
+        again = f", trained on from {aligner['name']}" if aligner["name"] else ""
+        lines.append(f"aligner    a head, which runs {head['layers']} of the proposal's {head['of']} layers again{again}")
+    else:
+        lines.append(f"aligner    {describe_model(aligner)}")
+    with_it = ", the proposal's among them" if head else ""
+    lines.append(f"           {aligner['parameters']:,} parameters{with_it}, {aligner['trainable']:,} of them trained")
     checked = "tokenizers agree" if report["vocabulary"]["checked"] else "tokenizers are not at hand, and not compared"
     lines.append(f"vocabulary {report['vocabulary']['tokens']:,} tokens; {checked}")
     counts = "" if data["examples"] is None else f"{data['examples']:,} examples and {data['development']:,} for development"
@@ -99,6 +108,10 @@ def _render_estimate(report: dict[str, Any]) -> str:
     if data["equal_pairs"]:
         lines.append(
             f"pairs      {data['equal_pairs']:,} have two equal answers, from which no objective learns what to prefer"
+        )
+    if head and head["kept_samples"]:
+        lines.append(
+            f"kept       {head['kept_samples']:,} samples that the proposal is yet to draw, here as long as they may be"
         )
     shared = f", shared by {report['processes']} processes; what follows is for one" if report["processes"] > 1 else ""
     steps = "not known" if report["steps"] is None else f"{report['steps']:,}"
@@ -119,15 +132,21 @@ def _render_estimate(report: dict[str, Any]) -> str:
     other = "without" if memory["activation_checkpointing"] else "with"
     lines.append(f"  in all {other} --activation_checkpointing: {in_bytes(memory['total_if_checkpointing_were_otherwise'])}")
     lines.append(f"  a look at development prompts: {in_bytes(memory['evaluation'])}; free now: {in_bytes(memory['free'])}")
+    cache = report["cache"]
     if caching is None:
-        lines += ["", "the proposal's rows come from endpoints"]
+        lines += [
+            "",
+            "nothing is cached: a head of all layers reads tokens" if head else "the proposal's rows come from endpoints",
+        ]
     else:
-        lines += ["", f"caching the proposal's rows on {caching['device']} in {caching['dtype']}"]
+        what = "hidden states" if "hidden_bytes_per_token" in cache else "rows"
+        lines += ["", f"caching the proposal's {what} on {caching['device']} in {caching['dtype']}"]
         names = ("weights", "keys_and_values", "passing", "total")
         lines += [f"  {name.replace('_', ' '):28}{in_bytes(caching[name]):>12}" for name in names]
-    cache = report["cache"]
     taught = f" ({cache['teacher_bytes_per_token']} of a teacher's rows)" if "teacher_bytes_per_token" in cache else ""
-    lines += ["", f"cache on disk: {cache['bytes_per_token']} bytes a token{taught}, {in_bytes(cache['bytes'])} in all"]
+    rows = f"{cache['bytes_per_token']} bytes a token{taught}, " if "bytes_per_token" in cache else ""
+    states = f"hidden states of {cache['hidden_bytes_per_token']} bytes a token, " if "hidden_bytes_per_token" in cache else ""
+    lines += ["", f"cache on disk: {rows}{states}{in_bytes(cache['bytes'])} in all"]
     for name, seconds in report["seconds"].items():
         flops, rate = report["flops"][name], report["rate"][name] / 1e12
         amount = "not known" if flops is None else f"{flops:.3g} operations"

@@ -37,6 +37,7 @@ __all__ = [
     "is_head",
     "load_files",
     "load_weights",
+    "manifest_of",
     "save_model",
 ]
 
@@ -152,10 +153,18 @@ def is_head(folder: Path) -> bool:
     Raises:
         ManifestError: its manifest cannot be read.
     """
+    manifest = manifest_of(folder) if (folder / "tokenizer_config.json").is_file() else None
+    return manifest is not None and manifest.head is not None
+
+
+def manifest_of(folder: Path) -> Manifest | None:
+    """What `trimtab.json` in a folder says; None where there is none.
+
+    Raises:
+        ManifestError: it cannot be read.
+    """
     path = folder / MANIFEST_NAME
-    if not path.is_file() or not (folder / "tokenizer_config.json").is_file():
-        return False
-    return _read_manifest(path, str(path)).head is not None
+    return _read_manifest(path, str(path)) if path.is_file() else None
 
 
 def _read_manifest(path: Path, source: str) -> Manifest:

@@ -16,7 +16,7 @@ from trimtab.errors import UnsupportedModel
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
-from trimtab.models.lean import LEAN, Deltas, LeanDecoder
+from trimtab.models.lean import LEAN, Deltas, LeanDecoder, no_lean_pass
 from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
@@ -208,10 +208,7 @@ class HuggingFaceLM:
             UnsupportedModel: this model has no lean pass.
         """
         if self._lean is None:
-            kind = self.model.config.model_type
-            raise UnsupportedModel(
-                f"a head runs layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules"
-            )
+            raise no_lean_pass(self.model.config.model_type)
         return self._lean
 
     def extend_tapped(

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.errors import UnsupportedModel
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
 from trimtab.models.stock import FAMILIES, is_stock
 
-__all__ = ["LEAN", "Delta", "Deltas", "LeanDecoder"]
+__all__ = ["LEAN", "Delta", "Deltas", "LeanDecoder", "no_lean_pass"]
 
 LEAN = tuple(FAMILIES)
 """`model_type` of the models that have a lean pass."""
@@ -44,6 +45,13 @@ class _Layer(NamedTuple):
     mlp_norm: Tensor
     query_key_norm: tuple[Tensor, Tensor] | None
     """Weights `[D]`, where queries and keys are normalised head by head (Qwen3)."""
+
+
+def no_lean_pass(kind: str) -> UnsupportedModel:
+    """What is wrong with a proposal of a head whose layers cannot be run one by one."""
+    return UnsupportedModel(
+        f"a head runs layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules"
+    )
 
 
 class LeanDecoder:

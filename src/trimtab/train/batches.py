@@ -81,7 +81,7 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `kept` `[B]`, `rejected_*`, `differs` `[B]`.
+    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `kept_*`, `rejected_*`, `differs` `[B]`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
     and `*_column`s and the proposal's rows, `*_proposal_*`, have no padding: the answers stand end to end.
@@ -89,9 +89,9 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
     examples = [item.example for item in items]
     prompts = [example.prompt for example in examples]
     batch = {"share": torch.tensor([item.share for item in items])}
-    if any(item.kept for item in items):
-        batch["kept"] = torch.tensor([item.kept for item in items])
     batch |= _answers("chosen", prompts, [example.chosen for example in examples])
+    if kept := [place for place, item in enumerate(items) if item.kept]:
+        batch |= _mark(batch, kept)
     if all(example.rejected for example in examples):
         batch |= _answers("rejected", prompts, [example.rejected for example in examples])
         batch["differs"] = torch.tensor([example.differs for example in examples])
@@ -145,14 +145,19 @@ def kept_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
 
     The first one of a batch in which none is.
     """
-    marks = batch.get("kept")
-    if marks is None:
-        marks = torch.arange(len(batch["chosen_ids"]), device=batch["chosen_ids"].device) == 0
-    rows = marks.nonzero().squeeze(-1)
+    marks = batch if "kept_rows" in batch else _mark(batch, [0])
     names = [f"chosen_{name}" for name in ("ids", "attention", "positions", "mask", "hidden")]
-    some = {name: batch[name][rows] for name in names if name in batch}
-    some["chosen_owner"], some["chosen_column"] = some["chosen_mask"].nonzero().unbind(1)
-    return some, marks[batch["chosen_owner"]].nonzero().squeeze(-1)
+    some = {name: batch[name].index_select(0, marks["kept_rows"]) for name in names if name in batch}
+    return some | {f"chosen_{name}": marks[f"kept_{name}"] for name in ("owner", "column")}, marks["kept_places"]
+
+
+def _mark(batch: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+    """Which rows of a batch are kept, which of the N wanted tokens are theirs, and where those are among the kept rows."""
+    mask = batch["chosen_mask"]
+    rows = torch.tensor(kept, device=mask.device)
+    owner, column = mask[rows].nonzero().unbind(1)
+    places = torch.isin(batch["chosen_owner"], rows).nonzero().squeeze(-1)
+    return {"kept_rows": rows, "kept_owner": owner, "kept_column": column, "kept_places": places}
 
 
 def _lay_out(hidden: Sequence[Tensor], prompts: Sequence[Sequence[int]], ids: Tensor) -> Tensor:

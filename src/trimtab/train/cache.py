@@ -26,7 +26,16 @@ from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource, TaughtRows
 
-__all__ = ["FORMAT_VERSION", "ProposalCache", "Shards", "bytes_per_token", "missing_shards", "shard_bytes", "sharded"]
+__all__ = [
+    "FORMAT_VERSION",
+    "ProposalCache",
+    "Shards",
+    "bytes_per_token",
+    "file_bytes",
+    "missing_shards",
+    "shard_bytes",
+    "sharded",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +201,19 @@ def shard_bytes(tokens: Sequence[int], layout: Layout, kind: type[ProposalCache]
         columns = kind.columns(layout).items()
         for dtype, letter in ((torch.float32, "F32"), (torch.int32, "I32")):  # in safetensors' order, each sorted by name
             shapes |= {name: (letter, [sum(part), *shape]) for name, (found, shape) in sorted(columns) if found == dtype}
-        end, header = 0, {"__metadata__": {"who": ""}}
-        for name, (code, sides) in shapes.items():
-            size = math.prod(sides) * (8 if code.endswith("64") else 4)
-            header[name] = {"dtype": code, "shape": sides, "data_offsets": [end, end + size]}  # type: ignore[dict-item]
-            end += size
-        text = len(json.dumps(header, separators=(",", ":")))
-        sizes.append(8 + -(-text // 8) * 8 + end)  # safetensors: the header's length, the header in whole words, the data
+        sizes.append(file_bytes(shapes))
     return sizes
+
+
+def file_bytes(shapes: Mapping[str, tuple[str, Sequence[int]]]) -> int:
+    """The size of a shard whose author needs no name, from what safetensors calls its dtypes, and shapes, in its order."""
+    end, header = 0, {"__metadata__": {"who": ""}}
+    for name, (code, sides) in shapes.items():
+        size = math.prod(sides) * int("".join(filter(str.isdigit, code))) // 8
+        header[name] = {"dtype": code, "shape": list(sides), "data_offsets": [end, end + size]}  # type: ignore[dict-item]
+        end += size
+    text = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-text // 8) * 8 + end  # the header's length, the header in whole words, the data
 
 
 def bytes_per_token(layout: Layout, kind: type[ProposalCache] = ProposalCache) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,25 +23,24 @@ from trimtab.errors import UnsupportedModel, VocabularyMismatch
 from trimtab.files import expand_home
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
 from trimtab.models.adapter_folder import Base, base_of
-from trimtab.models.aligner import describe
+from trimtab.models.aligner import Description, describe
 from trimtab.models.huggingface import check_supported
-from trimtab.models.loading import pick_device
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
-from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.checks import warn_of_rule
-from trimtab.train.examples import Example, answers
+from trimtab.train.dry_caching import Passes, proposal_dtype
+from trimtab.train.examples import Example
 from trimtab.train.folder import refuse_foreign
+from trimtab.train.head import KEPT_TOKENS, plan_head
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.own_samples import longest_sample
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
-from trimtab.train.rehearsal import Rehearsal
-from trimtab.train.rehearse_caching import rehearse_caching
-from trimtab.train.rows import Layout
+from trimtab.train.rehearsal import HeadPlan, Rehearsal
+from trimtab.train.rounds import settle
 from trimtab.train.start import read_lora
-from trimtab.train.taught_rows import TaughtCache
 from trimtab.train.teacher import Teacher, lack_answers
 
 __all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
@@ -88,6 +87,8 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
+    here = describe(options.aligner) if options.aligner and expand_home(options.aligner).is_dir() else None
+    options = settle(options, here)
     warn_of_rule(options)
     if options.teacher_prompt is not None:
         Teacher.read(options.teacher_prompt)
@@ -96,7 +97,7 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
         arguments = training_arguments(options)
         refuse_foreign(Path(options.output_dir), options.overwrite_output_dir)
         arguments.output_dir = scratch
-        return _estimate(options, expected, arguments, processes)
+        return _estimate(options, here, expected, arguments, processes)
 
 
 @contextlib.contextmanager
@@ -109,20 +110,20 @@ def _alone() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArguments, processes: int) -> dict[str, Any]:
+def _estimate(
+    options: TrainOptions, here: Description | None, expected: Expected, arguments: TrainingArguments, processes: int
+) -> dict[str, Any]:
     proposal = find_config(options.proposal, expected.proposal)
-    here = describe(options.aligner) if expand_home(options.aligner).is_dir() else None
     adapter = here.folder if here and here.is_adapter else None
+    head = _plan_head(options, here, proposal) if options.trains_head else None
     start = base_of(adapter) if adapter else Base(options.aligner)
-    aligner = find_config(start.source, expected.aligner, revision=start.revision)
+    aligner = proposal if head else find_config(start.source, expected.aligner, revision=start.revision)
     for found in (proposal, aligner):
         check_supported(found.config)
     tokenizer, vocab_size = _vocabulary(options, proposal, aligner, here.tokenizer if here else None)
     context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
     longest = min(options.max_length, aligner.config.max_position_embeddings, context)
     data = _data(options, expected, tokenizer, proposal, longest, context)
-    options = options.continuing(here.manifest) if here else options
-    options = options.of_adapter(here) if here and adapter else options
     if data.examples is not None and data.development is not None:
         options, examples, development, equal = settle_pairs(options, data.examples, data.development)
         data = data._replace(examples=examples, development=development, counts=(len(examples), len(development)), equal=equal)
@@ -137,12 +138,16 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
     examples = data.examples or [of_one] * batch_size
     development = data.development or [of_one] * arguments.eval_batch_size
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)
+    kept = _kept(options, tokenizer, longest)
+    trained = [*examples, *kept]
 
-    rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, read_lora(adapter) if adapter else None)
+    lora = read_lora(adapter) if adapter and not head else None
+    rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, lora, head)
     parameters = rehearsal.parameters
-    step = rehearsal.step(sorted(examples, key=_length, reverse=True)[:batch_size])
+    steps = [rehearsal.step(*batch) for batch in _largest(examples, kept, batch_size)]
+    step = max(steps, key=lambda one: one.batch + one.peak)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    evaluating = rehearsal.evaluation(examples, development)
+    evaluating = rehearsal.evaluation(trained, development)
     training = weights + step.batch + step.peak
     report: dict[str, Any] = {
         "dry_run": True,
@@ -152,6 +157,7 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
         "processes": processes,
         "proposal": _describe(options.proposal, proposal, None),
         "aligner": _describe(options.aligner, aligner, parameters),
+        "head": head and {"layers": head.layers, "of": proposal.config.num_hidden_layers, "kept_samples": len(kept)},
         "vocabulary": {"tokens": vocab_size, "checked": tokenizer is not None},
         "data": {
             "at_hand": data.why is None,
@@ -180,14 +186,52 @@ def _estimate(options: TrainOptions, expected: Expected, arguments: TrainingArgu
             "free": free_memory(arguments.device),
         },
     }
-    report |= _steps(rehearsal, arguments, data, processes)
+    counts = {"train": data.counts[0] + len(kept), "dev": data.counts[1]} if data.counts else None
+    report |= _steps(rehearsal, arguments, counts, processes)
     report["draft_steps"] = report["steps"] if options.trains_draft else 0
-    caching = None if options.proposal_endpoint else _caching(options, proposal, vocab_size, examples, development)
-    report["caching"] = caching
-    report["cache"] = _cache(options, data, vocab_size)
-    per_batch = _flops(rehearsal, examples, batch_size)
-    report |= _work(options, expected, arguments, data, per_batch, report["micro_batches"], caching)
-    return report
+    passes = Passes(options, proposal, vocab_size, head.tap if head else None, trained, development)
+    report["caching"] = None if options.proposal_endpoint else passes.memory()
+    report["cache"] = passes.disk(known=data.examples is not None)
+    flops: dict[str, Any] = {"micro_batch": _flops(rehearsal, examples, kept, batch_size), "at_most": data.why is not None}
+    done = report["micro_batches"]
+    flops["training"] = flops["micro_batch"] * done if done is not None else None
+    if report["caching"] is not None:
+        flops["caching"] = passes.flops(report["caching"], counts) if counts else None
+    return report | _work(expected, arguments, flops, report["caching"])
+
+
+def _plan_head(options: TrainOptions, here: Description | None, proposal: FoundConfig) -> HeadPlan:
+    """What a head is made of, if the proposal can have it."""
+    depth = proposal.config.num_hidden_layers
+    known = here and here.manifest and here.manifest.parsed_head
+    if known and known.layers != depth:
+        raise UnsupportedModel(
+            f"'{options.aligner}' is a head of another proposal: of one with {known.layers} layers, and this one has {depth}"
+        )
+    tap, lora = plan_head(options, depth, here)
+    return HeadPlan(tap, depth - tap, lora, proposal_dtype(options, proposal))
+
+
+def _kept(options: TrainOptions, tokenizer: Any, longest: int) -> list[Example]:
+    """As many examples as a head is kept at the proposal by, as long as they may be; they are yet to be drawn."""
+    if not options.kept_samples:
+        return []
+    encoder = None
+    if tokenizer is not None:
+        encoder = Encoder(tokenizer, vocabulary_size(tokenizer), (), run_date(options, tokenizer))
+    one = longest_sample(encoder, KEPT_TOKENS, longest)
+    return [one._replace(rejected=one.chosen if options.needs_rejected else one.rejected)] * options.kept_samples
+
+
+def _largest(examples: Sequence[Example], kept: Sequence[Example], size: int) -> list[tuple[list[Example], int]]:
+    """Micro-batches of which one takes most, each with the number of examples in it, its first ones, that are kept.
+
+    A long prompt of what is kept and a long answer of the data pad both; and what a batch of the two takes, as padded, is a
+    maximum of lines in how many are kept: so few or many of them take most.
+    """
+    longest = sorted(examples, key=_length, reverse=True)[:size]
+    few = {min(1, len(kept)), min(max(1, size - 1), len(kept))} - {0}
+    return [(longest, 0), *(([*kept[:count], *longest[: size - count]], count) for count in sorted(few))]
 
 
 def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
@@ -270,90 +314,36 @@ def _describe(name: str, found: FoundConfig, parameters: Sequence[torch.Tensor] 
     return described
 
 
-def _steps(rehearsal: Rehearsal, arguments: TrainingArguments, data: _Data, processes: int) -> dict[str, Any]:
+def _steps(
+    rehearsal: Rehearsal, arguments: TrainingArguments, counts: Mapping[str, int] | None, processes: int
+) -> dict[str, Any]:
     accumulation = arguments.gradient_accumulation_steps
     batch = arguments.train_batch_size * accumulation * processes
-    if data.counts is None and arguments.max_steps <= 0:
+    if counts is None and arguments.max_steps <= 0:
         return {"steps": None, "micro_batches": None, "batch": batch}
-    steps, micro = rehearsal.steps(data.counts[0] if data.counts else batch, processes)
+    steps, micro = rehearsal.steps(counts["train"] if counts else batch, processes)
     return {"steps": steps, "micro_batches": micro, "batch": batch}
 
 
-def _dtype(options: TrainOptions, proposal: FoundConfig) -> torch.dtype:
-    """The dtype that the proposal is loaded in."""
-    named = options.dtype if options.dtype != "auto" else getattr(proposal.config, "dtype", None) or torch.float32
-    return getattr(torch, named) if isinstance(named, str) else named
-
-
-def _caching(
-    options: TrainOptions,
-    proposal: FoundConfig,
-    vocab_size: int,
-    examples: Sequence[Example],
-    development: Sequence[Example],
-) -> dict[str, Any]:
-    """Memory and operations of the pass over the data."""
-    device = pick_device(None if options.device == "auto" else options.device)
-    dtype = _dtype(options, proposal)
-    layout = options.row_layout(vocab_size)
-    kinds = dict.fromkeys(which for _, which in options.cached_answers)
-    sequences = [one for which in kinds for one in _passed((*examples, *development), which)]
-    longest = max(map(_length, sequences))
-    sample = [one for which in kinds for one in _passed(examples[:: max(1, len(examples) // SAMPLED)][:SAMPLED], which)]
-    temperature = options.temperatures.proposal
-    found = rehearse_caching(proposal.config, dtype, device, vocab_size, layout, temperature, longest, sample)
-    total = found.weights + found.keys_and_values + found.passing
-    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **found._asdict(), "total": total}
-
-
-def _passed(examples: Sequence[Example], which: str) -> list[Example]:
-    """What the proposal reads for the rows on the `which` answers; for those of a teacher, the answers in both contexts."""
-    if which != "teacher":
-        return answers(examples, which)
-    return [Example([*e.prompt, *(e.teacher or e.prompt), *e.chosen], e.chosen, []) for e in examples]
-
-
-def _cache(options: TrainOptions, data: _Data, vocab_size: int) -> dict[str, Any]:
-    """What the cached rows take on disk; a token of a teacher's rows takes `teacher_bytes_per_token`."""
-    plain: tuple[Layout, type[ProposalCache]] = options.row_layout(vocab_size), ProposalCache
-    taught: tuple[Layout, type[ProposalCache]] = options.taught_layout(vocab_size), TaughtCache
-    size, tokens = None, None
-    if data.examples is not None and data.development is not None:
-        parts, size, tokens = {"train": data.examples, "dev": data.development}, 0, 0
-        for part, which in options.cached_answers:
-            name, how = ("chosen", taught) if which == "teacher" else (which, plain)
-            lengths = [len(getattr(example, name)) for example in parts[part]]
-            size, tokens = size + sum(shard_bytes(lengths, *how)), tokens + sum(lengths)
-    more = {} if options.teacher_prompt is None else {"teacher_bytes_per_token": bytes_per_token(*taught)}
-    return {"bytes_per_token": bytes_per_token(*plain), **more, "tokens": tokens, "bytes": size}
-
-
-def _flops(rehearsal: Rehearsal, examples: Sequence[Example], size: int) -> float:
-    """Of a micro-batch, the mean of a few that are spread over the data."""
+def _flops(rehearsal: Rehearsal, examples: Sequence[Example], kept: Sequence[Example], size: int) -> float:
+    """Of a micro-batch, the mean of a few that are spread over the data, and of one of what is kept, by their numbers."""
     count = min(SAMPLED, max(1, len(examples) // size))
     starts = range(0, count * (len(examples) // count), len(examples) // count)
     batches = [[examples[(start + i) % len(examples)] for i in range(size)] for start in starts]
-    return sum(map(rehearsal.flops, batches)) / count
+    found = sum(map(rehearsal.flops, batches)) / count
+    if not kept:
+        return found
+    own = rehearsal.flops([kept[0]] * size, size)
+    return (len(examples) * found + len(kept) * own) / (len(examples) + len(kept))
 
 
 def _work(
-    options: TrainOptions,
-    expected: Expected,
-    arguments: TrainingArguments,
-    data: _Data,
-    per_batch: float,
-    micro_batches: int | None,
-    caching: dict[str, Any] | None,
+    expected: Expected, arguments: TrainingArguments, flops: Mapping[str, Any], caching: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Floating-point operations, and the least time for them: of the training and of the caching pass, for this process."""
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    flops: dict[str, Any] = {"micro_batch": per_batch, "at_most": data.examples is None}
-    flops["training"] = per_batch * micro_batches if micro_batches is not None else None
     passes = {"training": (arguments.device, half)}
     if caching is not None:
-        counts = dict(zip(("train", "dev"), data.counts or (0, 0), strict=True))
-        passes_over = sum(counts[part] for part, _ in options.cached_answers)
-        flops["caching"] = caching["flops"] * passes_over if data.counts else None
         passes["caching"] = (torch.device(caching["device"]), getattr(torch, caching["dtype"]))
     rates = {
         name: measure_matmul_rate(*where) if expected.tflops is None else expected.tflops * 1e12

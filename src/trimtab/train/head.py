@@ -1,22 +1,27 @@
 """Train a head: the proposal's upper layers, or all, as a model of their own, with a LoRA adapter, on cached hidden states.
 
 What is trained is a transformers model of the same class with fewer layers, which shares them with the proposal; PEFT adapts
-it. Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal.
+it. Saved, the adapter's layers have the proposal's numbers, so that PEFT loads it into the whole proposal. A later round reads
+them again (`Earlier`).
 """
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
-from trimtab.models.head import Head
+from trimtab.models.aligner import Description
+from trimtab.models.fingerprint import Files
+from trimtab.models.head import Head, HeadPool
+from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.layers import cut_config
 from trimtab.models.lora_folder import PROJECTIONS
 from trimtab.models.weight_files import WEIGHTS_NAME, expand
@@ -26,9 +31,9 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.own_samples import draw_samples, read_samples
 from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import Ranks
-from trimtab.train.start import make_lora
+from trimtab.train.start import make_lora, pinned, read_lora
 
-__all__ = ["HeadStart", "TrainedHead", "adapted_upper", "pick_tap", "upper_model"]
+__all__ = ["Earlier", "HeadStart", "TrainedHead", "adapted_upper", "hidden_answers", "pick_tap", "plan_head", "upper_model"]
 
 KEPT = "kept_samples.jsonl"
 """Where they are, in the output folder."""
@@ -76,6 +81,66 @@ def adapted_upper(model: Any, tap: int, config: Any, seed: int) -> Any:
         return get_peft_model(upper_model(model, tap), config)
 
 
+class Earlier(NamedTuple):
+    """The adapter of a head that is trained on."""
+
+    weights: dict[str, Tensor]
+    """By their names in `upper_model`."""
+    files: Files
+
+    @classmethod
+    def read(cls, folder: Path, head: Head, proposal: HuggingFaceLM) -> Self:
+        """From the folder of a head that belongs to the proposal.
+
+        Raises:
+            ModelError: it cannot be read, or does not fit.
+        """
+        HeadPool(proposal, head.tap).store.read(folder, str(folder))  # as it is decoded, so that all that is wrong is said
+        found, files = Files.of(partial(load_file, folder / WEIGHTS_NAME), (folder, None))
+        return cls({_move(name, -head.tap): weight for name, weight in found.items()}, files)
+
+
+def plan_head(options: TrainOptions, depth: int, found: Description | None) -> tuple[int, Any]:
+    """The tap of a head, and the configuration of its adapter in `upper_model`: of a fresh one, or as a folder has them.
+
+    Args:
+        options: of the run.
+        depth: how many layers the proposal has.
+        found: the head that is trained on; None for a fresh one.
+
+    Raises:
+        InvalidOption: fewer layers than are asked for, a module that no head adapts, or an adapter that cannot be trained on.
+    """
+    if found is not None:
+        head = found.manifest and found.manifest.parsed_head
+        assert head  # as `settle` has it
+        lora = read_lora(found.folder)
+        if lora.rank_pattern or lora.alpha_pattern:  # they may name layers, by the numbers of the whole proposal
+            raise InvalidOption(f"aligner: '{found.folder}' sets a rank or a scale by patterns, and is not trained on")
+        if (some := lora.layers_to_transform) is not None:
+            lora.layers_to_transform = [layer - head.tap for layer in ([some] if isinstance(some, int) else some)]
+        lora.revision = pinned(options.proposal)
+        return head.tap, lora
+    if odd := set(options.lora_target_modules) - set(PROJECTIONS):
+        raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
+    return pick_tap(depth, options.head_layers), make_lora(options, options.proposal, PROJECTIONS)
+
+
+def hidden_answers(
+    tap: int, training: Sequence[Example], development: Sequence[Example], *, pairs: bool
+) -> list[tuple[str, str]]:
+    """Which answers of which part hidden states are needed on; none for a head of all layers, which reads tokens.
+
+    Unwanted ones are among them where every example has one: of development, for looks measure them whatever the loss;
+    of training only if `pairs` are learnt from.
+    """
+    if not tap:
+        return []
+    parts = (("train", training, pairs), ("dev", development, True))
+    unwanted = [(part, "rejected") for part, examples, wants in parts if wants and all(e.rejected for e in examples)]
+    return [("train", "chosen"), ("dev", "chosen"), *unwanted]
+
+
 class HeadStart:
     """A head before it is trained.
 
@@ -83,25 +148,30 @@ class HeadStart:
         options: of the run.
         proposal: what it reads.
         head: what its manifest will say.
+        lora: the configuration of its adapter.
+        earlier: what an earlier round has made of it; None for fresh adapters.
     """
 
-    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head) -> None:
-        self._options, self._proposal, self.head = options, proposal, head
+    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head, lora: Any, earlier: Earlier | None) -> None:
+        self._options, self._proposal, self.head, self._lora, self.earlier = options, proposal, head, lora, earlier
 
     @classmethod
-    def of(cls, options: TrainOptions, proposal: Proposal) -> Self:
-        """A head as the options ask for.
+    def of(cls, options: TrainOptions, proposal: Proposal, found: Description | None) -> Self:
+        """A head as the options ask for, or the one in a folder.
 
         Raises:
-            InvalidOption: the proposal has fewer layers.
-            UnsupportedModel: its layers cannot be run one by one.
+            InvalidOption: see `plan_head`.
+            UnsupportedModel: the proposal's layers cannot be run one by one, or the head is another proposal's.
         """
-        assert proposal.model is not None  # as `settle_head` has it
-        depth = proposal.model.lean.depth
-        tap = pick_tap(depth, options.head_layers)
-        if odd := set(options.lora_target_modules) - set(PROJECTIONS):
-            raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
-        return cls(options, proposal, Head(tap, depth, proposal.model.digest))
+        model = proposal.model
+        assert model is not None  # as `settle_head` has it
+        known = found and found.manifest and found.manifest.parsed_head
+        if known:
+            known.check(model, options.aligner)
+        depth = model.lean.depth
+        tap, lora = plan_head(options, depth, found)
+        head = known or Head(tap, depth, model.digest)
+        return cls(options, proposal, head, lora, Earlier.read(found.folder, head, model) if found else None)
 
     @property
     def source(self) -> str:
@@ -111,20 +181,13 @@ class HeadStart:
     def caches(
         self, training: Sequence[Example], development: Sequence[Example], ranks: Ranks, *, pairs: bool
     ) -> dict[str, dict[str, HiddenCache]]:
-        """The hidden states on the answers of `train` and `dev`, by the kind of answer; none where a head reads tokens itself.
-
-        Unwanted ones are among them where every example has one: of development, for looks measure them whatever the loss;
-        of training only if `pairs` are learnt from.
-        """
+        """The hidden states on the `hidden_answers` of `train` and `dev`, by the kind of answer."""
         folder = Path(self._options.proposal_cache or Path(self._options.output_dir) / "proposal_cache")
         found: dict[str, dict[str, HiddenCache]] = {"train": {}, "dev": {}}
-        if not self.head.tap:
-            return found
-        for part, examples, wants in (("train", training, pairs), ("dev", development, True)):
-            for which in ("chosen", "rejected") if wants and all(e.rejected for e in examples) else ("chosen",):
-                some, tap = answers(examples, which), self.head.tap
-                place = folder / f"{part}_{which}_hidden"
-                found[part][which] = HiddenCache.build(place, self._proposal, some, tap=tap, ranks=ranks)
+        for part, which in hidden_answers(self.head.tap, training, development, pairs=pairs):
+            some, tap = answers(training if part == "train" else development, which), self.head.tap
+            place = folder / f"{part}_{which}_hidden"
+            found[part][which] = HiddenCache.build(place, self._proposal, some, tap=tap, ranks=ranks)
         return found
 
     def kept_samples(self, encoder: Encoder, max_length: int, seed: int, ranks: Ranks, *, pairs: bool) -> list[Example]:
@@ -148,10 +211,14 @@ class HeadStart:
         return [Example(sample.prompt, sample.chosen, sample.chosen) for sample in samples] if pairs else samples
 
     def prepare(self, seed: int) -> Any:
-        """What is trained, with fresh adapters. The proposal is of no other use after that."""
+        """What is trained, with fresh adapters or an earlier round's. The proposal is of no other use after that."""
+        from peft import set_peft_model_state_dict
+
         assert self._proposal.model is not None
-        model = self._proposal.model.model
-        return adapted_upper(model, self.head.tap, make_lora(self._options, self._options.proposal, PROJECTIONS), seed)
+        adapted = adapted_upper(self._proposal.model.model, self.head.tap, self._lora, seed)
+        if self.earlier:
+            set_peft_model_state_dict(adapted, self.earlier.weights)
+        return adapted
 
 
 class TrainedHead:
@@ -173,17 +240,19 @@ class TrainedHead:
 
         trained = get_peft_model_state_dict(self._model, state_dict=None if state_dict is None else dict(state_dict))
         tap, layers = self._head.tap, self._head.layers
-        renamed = {_lift(name, tap): weight.detach().contiguous().cpu() for name, weight in trained.items()}
+        renamed = {_move(name, tap): weight.detach().contiguous().cpu() for name, weight in trained.items()}
         save_file(renamed, folder / WEIGHTS_NAME, {"format": "pt"})
         config = copy.copy(self.peft_config["default"])
         config.inference_mode = True
-        config.layers_to_transform = list(range(tap, layers)) if tap else None
+        some = config.layers_to_transform
+        if tap or some is not None:
+            config.layers_to_transform = [tap + layer for layer in (range(layers - tap) if some is None else some)]
         here = Path(expand(self._proposal))  # of a GGUF file, the folder that it was converted to: PEFT reads no other
         config.base_model_name_or_path = str(here.resolve()) if here.exists() else self._proposal
         config.save_pretrained(folder)
 
 
-def _lift(name: str, tap: int) -> str:
-    """A weight's name in the whole proposal."""
+def _move(name: str, by: int) -> str:
+    """A weight's name in a model whose layers are counted from another one on."""
     number, rest = name.removeprefix(PREFIX).split(".", 1)
-    return f"{PREFIX}{int(number) + tap}.{rest}"
+    return f"{PREFIX}{int(number) + by}.{rest}"

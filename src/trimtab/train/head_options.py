@@ -1,55 +1,37 @@
-"""What `trimtab train` does otherwise where it is told of no aligner, and trains a head of the proposal."""
+"""What `trimtab train` does otherwise where it trains a head of the proposal, a fresh one or one of an earlier round."""
 
 from typing import Any
 
 from trimtab.errors import InvalidOption
-from trimtab.models.aligner import Manifest
 
-__all__ = ["refuse_head", "settle_head"]
+__all__ = ["settle_head"]
 
 
 def settle_head(options: Any) -> None:
-    """Fill in the defaults of `TrainOptions` that depend on whether the aligner is a head, in place.
+    """Fill in the defaults of `TrainOptions` that a head has, in place; of a later round its manifest has the rule.
 
     Raises:
-        InvalidOption: an option that a head has no use for, or that only a head has.
+        InvalidOption: an option that a head has no use for.
     """
-    if options.aligner:
-        if options.head_layers is not None:
-            raise InvalidOption("head_layers: a head is trained where there is no --aligner: leave one of them out")
-        _fill(options, "rule", "product")
+    if not options.trains_head:
         return
     if options.proposal_endpoint:
+        why = "the aligner is a head" if options.aligner else "without one a head is trained"
         raise InvalidOption(
-            "aligner: without one a head is trained, which reads the proposal's hidden states, and an endpoint gives none: name"
+            f"aligner: {why}, which reads the proposal's hidden states, and an endpoint gives none: name"
             " the model to train, or leave out --proposal_endpoint"
         )
-    if options.start != "auto":
+    if options.aligner and options.start not in ("auto", "pretrained"):
+        raise InvalidOption(f"start: a head is trained on as it is: leave out --start {options.start}")
+    if not options.aligner and options.start != "auto":
         raise InvalidOption(f"start: a head starts at the proposal, and at nothing else: leave out --start {options.start}")
     if options.sft_weight:
         raise InvalidOption("sft_weight: at weight 1 the likelihood of a head is that of its own row already: leave it out")
-    _fill(options, "rule", "geometric")
-    if options.parsed_rule.name == "product":
+    if not options.aligner and not options.rule:
+        object.__setattr__(options, "rule", "geometric")
+    if options.rule and options.parsed_rule.name == "product":
         raise InvalidOption(
             "rule: a head starts as the proposal, and product would multiply the proposal with itself: leave out --rule"
             " product, for geometric"
         )
     object.__setattr__(options, "use_peft", True)
-
-
-def refuse_head(manifest: Manifest | None, name: str) -> None:
-    """Refuse to train on a head: its weights are of another proposal's layers, and fresh ones cost minutes.
-
-    Raises:
-        InvalidOption: it is one.
-    """
-    if manifest is not None and manifest.head is not None:
-        raise InvalidOption(
-            f"aligner: '{name}' is a head, and no second round starts from one: leave --aligner out for a new one"
-        )
-
-
-def _fill(options: Any, name: str, value: Any) -> None:
-    """Set a field of a frozen dataclass that was not given."""
-    if not getattr(options, name):
-        object.__setattr__(options, name, value)

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from trimtab.decode.prefill import CHUNK, pad
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.train.cache import FORMAT_VERSION, Shards, missing_shards, sharded
+from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, file_bytes, missing_shards, sharded
 from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import BATCH
 
-__all__ = ["HiddenCache", "hidden_states"]
+__all__ = ["HiddenCache", "hidden_bytes", "hidden_states"]
 
 logger = logging.getLogger(__name__)
+
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What safetensors calls dtypes."""
 
 
 class HiddenCache:
@@ -75,9 +78,21 @@ class HiddenCache:
         return cls(folder)
 
 
+def hidden_bytes(tokens: Sequence[int], width: int, dtype: torch.dtype) -> list[int]:
+    """The sizes of the shards that a cache of hidden states will have, in bytes, if their author needs no name.
+
+    Args:
+        tokens: the number of tokens in each example's prompt and answer.
+        width: H.
+        dtype: the proposal's.
+    """
+    parts = [tokens[start : start + SHARD] for start in range(0, len(tokens), SHARD)]
+    return [file_bytes({"offsets": ("I64", [len(part) + 1]), "hidden": (CODES[dtype], [sum(part), width])}) for part in parts]
+
+
 @torch.inference_mode()
 def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -> list[Tensor]:
-    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU."""
+    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU; no layer above is run."""
     texts = [[*example.prompt, *example.chosen] for example in examples]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[Tensor] = [torch.empty(0)] * len(texts)

@@ -64,8 +64,8 @@ class TrainOptions:
     proposal_id: str | None = _option(None, "what the manifest calls the proposal [default: --proposal]")
     aligner: str = _option(
         "",
-        "the model to train, of the same vocabulary: a folder or a hub id [default: a head, which is a LoRA adapter of the"
-        " proposal itself, or of its upper layers]",
+        "the model to train, of the same vocabulary, or an adapter or head to train on: a folder or a hub id [default: a fresh"
+        " head, which is a LoRA adapter of the proposal itself, or of its upper layers]",
     )
     head_layers: int | None = _option(None, "how many of the proposal's layers a head adapts, the upper ones [default: all]")
     keep_samples: int | None = _option(
@@ -77,7 +77,9 @@ class TrainOptions:
     output_dir: str = _option("", "where checkpoints and the finished aligner go", required=True)
     objective: str = _option("likelihood", "what to minimise", choices=OBJECTIVES)
     rule: str = _option(
-        "", "the decoding rule to train for; goes into the manifest [default: product, and geometric for a head]"
+        "",
+        "the decoding rule to train for; goes into the manifest [default: product; for a head geometric, or what it was trained"
+        " for]",
     )
     weight: float | None = _option(None, "the rule's weight while training [default: 1 for a head, otherwise the rule's own]")
     alpha: float = _option(1e-4, "ram: weight of the proposal's samples")
@@ -203,8 +205,8 @@ class TrainOptions:
 
     @property
     def parsed_rule(self) -> Rule:
-        """The rule as an object."""
-        return parse_rule(self.rule)
+        """The rule as an object; where none is given, that of what is trained."""
+        return parse_rule(self.rule or ("geometric" if self.trains_head else "product"))
 
     @property
     def no_tail_samples(self) -> str | None:
@@ -239,8 +241,11 @@ class TrainOptions:
 
     @property
     def trains_head(self) -> bool:
-        """Whether the aligner is a head of the proposal (`trimtab.models.head`)."""
-        return not self.aligner
+        """Whether the aligner is a head of the proposal (`trimtab.models.head`).
+
+        One that is trained on has its number of layers here as soon as its folder has been read (`trimtab.train.rounds`).
+        """
+        return not self.aligner or self.head_layers is not None
 
     @property
     def kept_samples(self) -> int:
@@ -325,11 +330,9 @@ class TrainOptions:
         Raises:
             InvalidOption: they cannot be had here.
         """
-        if (
-            manifest is None
-            or self.start != "pretrained"
-            or (manifest.objective, self.objective) != ("likelihood", "likelihood")
-        ):
+        if manifest is None or (manifest.objective, self.objective) != ("likelihood", "likelihood"):
+            return self
+        if self.start != "pretrained" and not self.trains_head:
             return self
         if parse_rule(manifest.rule) != self.parsed_rule:
             return self

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.encoding import MARK
+from trimtab.decode.encoding import MARK, Encoder
 from trimtab.decode.prompts import Chat
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.decode.template import render_chat
@@ -22,7 +22,7 @@ from trimtab.jsonlines import ResumableLines
 from trimtab.train.examples import Example
 from trimtab.train.records import Record
 
-__all__ = ["draw_samples", "read_samples"]
+__all__ = ["draw_samples", "longest_sample", "read_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,24 @@ def read_samples(path: Path) -> list[Example]:
     if len(examples) < 2:
         raise DataError(f"{path}: of {len(rows)} samples {len(examples)} are left, and two are needed")
     return examples
+
+
+def longest_sample(encoder: Encoder | None, max_tokens: int, max_length: int) -> Example:
+    """An example with the longest prompt and the longest answer that those without given prompts may have; ids mean nothing.
+
+    Together they may be longer than `max_length`: so a batch of such samples is padded.
+
+    Args:
+        encoder: the proposal's; None where it is not at hand: then prompts count as a chat model's, without its template.
+        max_tokens: most tokens of the answer.
+        max_length: most tokens of prompt and answer.
+    """
+    prompt = min(QUESTION, max_length // 4)
+    if encoder is not None:
+        chat = bool(encoder.tokenizer.chat_template)
+        prompt = prompt + len(encoder.prompt([{"role": "user", "content": "x"}])) if chat else 1
+    most = max_length - 1
+    return Example([0] * min(prompt, most), [0] * min(max_tokens, most), [])
 
 
 def _row(prompt: Sequence[int], completion: Completion) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def refuse_contradictions(options: "TrainOptions") -> None:
         )
     if options.train_draft and not (options.trains_residual or options.trains_head):
         raise InvalidOption("train_draft: only a residual, which is likelihood with product, and a head need a drafter")
-    if options.keep_samples and not (options.trains_head and options.objective == "likelihood"):
+    if options.keep_samples and options.objective != "likelihood":  # whether it is a head, its folder says
         raise InvalidOption("keep_samples: only a head is kept at the proposal by its samples, under likelihood: leave it out")
     if options.keep_samples and options.teacher_prompt is not None:
         raise InvalidOption("keep_samples: with --teacher_prompt every row is learnt from the proposal: leave it out")

@@ -1,7 +1,8 @@
 """A training step on a model without weights: what it takes of memory and arithmetic.
 
 The model is made from its configuration, of torch's fake tensors, and the trainer takes its own step on it: the loss, the
-autocast, the checkpointing and the optimizer are those of the run.
+autocast, the checkpointing and the optimizer are those of the run. Of a head the model is the proposal's upper layers; the
+others are only held.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,13 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
+from trimtab.models.lean import no_lean_pass
+from trimtab.models.stock import is_stock
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.head import adapted_upper
 from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import shape
 from trimtab.train.ranks import Ranks
@@ -26,7 +30,19 @@ from trimtab.train.start import prepare_model
 from trimtab.train.taught_rows import TaughtCache
 from trimtab.train.taught_trainer import trainer_of
 
-__all__ = ["Rehearsal", "Step"]
+__all__ = ["HeadPlan", "Rehearsal", "Step"]
+
+
+class HeadPlan(NamedTuple):
+    """What a head is made of, beside its proposal's configuration."""
+
+    tap: int
+    layers: int
+    """How many it runs."""
+    lora: Any
+    """The configuration of its adapter."""
+    dtype: torch.dtype
+    """The proposal's."""
 
 
 class Step(NamedTuple):
@@ -54,10 +70,14 @@ class Rehearsal:
     Args:
         options: of the run.
         arguments: transformers' part of them; `output_dir` must be a folder that may be written to.
-        config: the aligner's configuration.
+        config: the aligner's configuration; of a head its proposal's.
         vocab_size: V.
         mean_length: mean number of tokens in the training answers.
         lora: of an aligner that is an adapter on a model of that configuration.
+        head: of an aligner that is a head.
+
+    Raises:
+        UnsupportedModel: a head of a proposal whose layers cannot be run one by one.
     """
 
     def __init__(
@@ -68,13 +88,24 @@ class Rehearsal:
         vocab_size: int,
         mean_length: float,
         lora: Any = None,
+        head: HeadPlan | None = None,
     ) -> None:
         self._options, self._arguments, self._vocab_size = options, arguments, vocab_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            model = prepare_model(model, options, arguments.seed, lora)
+            dtype = head.dtype if head else torch.float32
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            below: list[Tensor] = []
+            if head:
+                if not is_stock(model):
+                    raise no_lean_pass(config.model_type)
+                below = list(model.model.layers[: head.tap].parameters())
+                model = adapted_upper(model, head.tap, head.lora, arguments.seed)
+            else:
+                model = prepare_model(model, options, arguments.seed, lora)
+        self._hidden = (config.hidden_size, dtype) if head and head.tap else None
         with self._making():
+            self._below = [torch.empty(parameter.shape, dtype=dtype) for parameter in below]
             _give_devices(model)
             model.to = lambda *args, **kwargs: model  # it was made where it belongs, and torch cannot move it
             self.trainer = trainer_of(options)(
@@ -106,8 +137,8 @@ class Rehearsal:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The aligner's, frozen ones too."""
-        return list(self.model.parameters())
+        """The aligner's, frozen ones too; with a head, all of its proposal's, which stays in memory."""
+        return [*self.model.parameters(), *self._below]
 
     def steps(self, examples: int, processes: int) -> tuple[int, int]:
         """Optimizer steps of a run over so many examples, and the micro-batches of one of the `processes` that share it."""
@@ -117,9 +148,12 @@ class Rehearsal:
         _, updates, _, _, _, batches, steps = self.trainer.set_initial_training_values(self._arguments, loader)
         return int(steps), round(steps / updates * batches)
 
-    def step(self, examples: Sequence[Example]) -> Step:
-        """Take two optimizer steps on a micro-batch: the second finds gradients, if it adds to some, and optimizer state."""
-        lengths = collate([Item(example) for example in examples])
+    def step(self, examples: Sequence[Example], kept: int = 0) -> Step:
+        """Take two optimizer steps on a micro-batch: the second finds gradients, if it adds to some, and optimizer state.
+
+        The first `kept` examples are what the proposal said itself.
+        """
+        lengths = collate([Item(example, kept=i < kept) for i, example in enumerate(examples)])
         with self._making(), Ledger((self._vocab_size, self._columns)) as ledger:
             batch = self._batch(lengths)
             held = ledger.live
@@ -139,8 +173,11 @@ class Rehearsal:
             self.checkpoint(not self._checkpointing)
             self.model.zero_grad()
             self.trainer.optimizer.state.clear()
-        rows = len(batch["chosen_tokens"])
-        rebuilt = 4 * rows * self._vocab_size if "chosen_proposal_ids" in batch else 0
+        rebuilds = "chosen_proposal_ids" in batch
+        if self._options.trains_head:  # whose own layers have them
+            rebuilds = self._options.objective == "likelihood" and not self._options.is_plain
+            rebuilds = rebuilds and self._options.teacher_prompt is None
+        rebuilt = 4 * len(batch["chosen_tokens"]) * self._vocab_size * rebuilds
         return Step(held, saved, peak - held, ledger.peak - held, wide, gradients, optimizer, rebuilt)
 
     def _step(self, batch: dict[str, Tensor]) -> None:
@@ -149,9 +186,9 @@ class Rehearsal:
         self.trainer.training_step(self.model, batch)
         self._update()
 
-    def flops(self, examples: Sequence[Example]) -> int:
-        """Of one micro-batch, forwards and backwards."""
-        lengths = collate([Item(example) for example in examples])
+    def flops(self, examples: Sequence[Example], kept: int = 0) -> int:
+        """Of one micro-batch, forwards and backwards; the first `kept` examples are what the proposal said itself."""
+        lengths = collate([Item(example, kept=i < kept) for i, example in enumerate(examples)])
         with self._making(), count_flops() as flops:
             self.trainer.training_step(self.model, self._batch(lengths))
             self.model.zero_grad()
@@ -175,13 +212,21 @@ class Rehearsal:
         lengths = collate([Item(example) for example in examples])
         with self._making(), torch.no_grad(), Ledger() as ledger:
             self.model.eval()
-            batch = self._batch(lengths, rows=True)
+            batch = self._batch(lengths, rows=True, pairs=pairs)
             self.trainer.look(batch, self.trainer.passes(batch, most, pairs=pairs))
         return int(ledger.peak)
 
-    def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False) -> dict[str, Tensor]:
-        """A batch of these shapes, with the proposal's rows where the loss or `rows` want them."""
+    def _batch(self, lengths: Mapping[str, Tensor], *, rows: bool = False, pairs: bool | None = None) -> dict[str, Tensor]:
+        """A batch of these shapes, with the proposal's rows where the loss or `rows` want them, and a head's hidden states.
+
+        Of unwanted answers the latter are there if `pairs` are looked at: where the loss needs them, unless it is said.
+        """
         batch = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in lengths.items()}
+        if self._hidden is not None:
+            width, dtype = self._hidden
+            both = self._options.needs_rejected if pairs is None else pairs
+            for which in ("chosen", "rejected") if both else ("chosen",):
+                batch[f"{which}_hidden"] = torch.empty(*batch[f"{which}_ids"].shape, width, dtype=dtype)
         kinds = {which for part, which in self._options.cached_answers if rows or part == "train"}
         for which in sorted(kinds):
             taught, options = which == "teacher", self._options

@@ -15,11 +15,11 @@ from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rows import BATCH, Layout, compress_each
 
-__all__ = ["Caching", "rehearse_caching"]
+__all__ = ["Caching", "rehearse_caching", "rehearse_hidden"]
 
 
 class Caching(NamedTuple):
-    """What the proposal takes while its rows are cached, in bytes."""
+    """What the proposal takes while its rows or its hidden states are cached, in bytes."""
 
     parameters: int
     weights: int
@@ -66,11 +66,43 @@ def rehearse_caching(
         with count_flops() as flops:
             for example in examples:
                 _logits(model, 1, len(example.prompt) + len(example.chosen) - 1, len(example.chosen))
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize * BATCH * longest
+    cached = _keys_and_values(config, config.num_hidden_layers, dtype, longest)
     passing = max(prefill.peak, scoring.peak)
     return Caching(sum(map(Tensor.numel, parameters)), nbytes(parameters), cached, passing, flops() / len(examples))
+
+
+def rehearse_hidden(
+    config: Any, dtype: torch.dtype, device: torch.device, tap: int, longest: int, examples: Sequence[Example]
+) -> Caching:
+    """The pieces in which `hidden_states` takes a batch.
+
+    Args:
+        config: the proposal's.
+        dtype: what it is loaded in.
+        device: where.
+        tap: the layer that the pass stops before.
+        longest: tokens of the longest example.
+        examples: some that stand for all where operations are counted.
+    """
+    width = min(CHUNK, longest)
+    with FakeTensorMode(), torch.device(device), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        parameters = list(model.parameters())
+        below = model.get_decoder()
+        below.layers = below.layers[:tap]
+        with Ledger() as prefill:
+            below(input_ids=torch.empty(BATCH, width, dtype=torch.long), use_cache=False)
+        with count_flops() as flops:
+            for example in examples:
+                below(input_ids=torch.empty(1, len(example.prompt) + len(example.chosen), dtype=torch.long), use_cache=False)
+    cached = _keys_and_values(config, tap, dtype, longest)
+    return Caching(sum(map(Tensor.numel, parameters)), nbytes(parameters), cached, prefill.peak, flops() / len(examples))
+
+
+def _keys_and_values(config: Any, layers: int, dtype: torch.dtype, longest: int) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * layers * heads * head_dim * dtype.itemsize * BATCH * longest)
 
 
 def _logits(model: Any, batch: int, length: int, keep: int) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from trimtab.decode.encoding import Encoder
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, describe, save_model
 from trimtab.models.head import Head
 from trimtab.models.loading import load_model
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
@@ -36,13 +36,13 @@ from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
 from trimtab.train.head_draft import train_head_draft
-from trimtab.train.head_options import refuse_head
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
+from trimtab.train.rounds import settle
 from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model
@@ -101,6 +101,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
+    found = describe(options.aligner) if options.aligner else None
+    options = settle(options, found)
     warn_of_rule(options)
     output = Path(options.output_dir)
     arguments = training_arguments(options)
@@ -108,7 +110,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         ranks.first_does(lambda: _take(stack, output, options.overwrite_output_dir))
         stack.enter_context(named_errors(output))
-        return _train(options, output, arguments, ranks)
+        return _train(options, found, output, arguments, ranks)
 
 
 def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
@@ -125,18 +127,17 @@ def _open(output: Path, run: dict[str, Any], drafting: dict[str, Any] | None, ov
         open_run(output / CHECKPOINTS, drafting, overwrite)
 
 
-def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
+def _train(
+    options: TrainOptions, found: Description | None, output: Path, arguments: TrainingArguments, ranks: Ranks
+) -> dict[str, Any]:
     started = time.monotonic()
     teacher = Teacher.read(options.teacher_prompt) if options.teacher_prompt is not None else None
-    tokenizer, found = open_tokenizer(options, options.proposal), describe(options.aligner) if options.aligner else None
+    tokenizer = open_tokenizer(options, options.proposal)
     if found is not None:
         check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
-        refuse_head(found.manifest, options.aligner)
-        options = options.continuing(found.manifest)
-        options = options.of_adapter(found) if found.is_adapter else options
-    start = None if found is None else load_start(options, found)
+    start = None if found is None or options.trains_head else load_start(options, found)
     proposal = open_proposal(options, tokenizer)
-    head = None if start else HeadStart.of(options, proposal)
+    head = None if start else HeadStart.of(options, proposal, found)
     context = min(start.model.config.max_position_embeddings if start else proposal.context, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
@@ -147,8 +148,8 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
     run["teacher_prompt"] = teacher and teacher.digest
     run |= {"proposal_weights": proposal.rows.fingerprint}
-    if start is not None:
-        run["aligner_weights"] = start.files.fingerprint
+    if began := start or (head and head.earlier):
+        run["aligner_weights"] = began.files.fingerprint
     if found is not None and found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
             "lora": describe_lora(found.folder)
@@ -156,7 +157,7 @@ def _train(options: TrainOptions, output: Path, arguments: TrainingArguments, ra
     drafting: dict[str, Any] | None = None
     if options.trains_draft:
         needs = vocabulary_size(tokenizer), min(options.max_length, context)
-        drafting = {"draft_weights": check_draft_start(found.draft, *needs) if found and found.draft else None}
+        drafting = {"draft_weights": check_draft_start(found.draft, *needs) if start and found and found.draft else None}
     ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
     options, examples, development, equal = settled
     if drawn := teacher is not None and lack_answers(parts):

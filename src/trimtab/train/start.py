@@ -19,7 +19,7 @@ from trimtab.models.weight_files import commit_of, folder_of
 from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
-__all__ = ["Start", "describe_lora", "load_start", "make_lora", "prepare_model", "read_lora"]
+__all__ = ["Start", "describe_lora", "load_start", "make_lora", "pinned", "prepare_model", "read_lora"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,13 @@ def make_lora(options: TrainOptions, base: str, modules: Sequence[str] | str = "
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=list(options.lora_target_modules) or modules,
-        revision=commit_of(folder_of(base)) if is_here(base) else None,
+        revision=pinned(base),
     )
+
+
+def pinned(base: str) -> str | None:
+    """The state of a base on the hub that an adapter of it belongs to; None for a folder."""
+    return commit_of(folder_of(base)) if is_here(base) else None
 
 
 def _add_lora(model: Any, config: Any, seed: int) -> Any:

@@ -227,7 +227,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
         found = {which: answer_logits(model, inputs, which) for which in kinds}
         losses = {which: self._fused(inputs, which, *logits) for which, logits in found.items()}
-        if "kept" in inputs or (options.kept_samples and self.is_fsdp_enabled):  # where all processes make the same passes
+        if "kept_rows" in inputs or (options.kept_samples and self.is_fsdp_enabled):  # where all processes make the same passes
             losses["chosen"] = self._keep(model, inputs, *found["chosen"], losses["chosen"])
         loss = self._contrasted(inputs, losses)
         if options.regulariser:
@@ -256,7 +256,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         """Losses `[N]` with KL(proposal‖head) in the place of those of what the proposal said itself."""
         kept, places = kept_of(inputs)
         bare = self._bare_logits(model, kept, "chosen")
-        if "kept" not in inputs:
+        if "kept_rows" not in inputs:
             return losses
         proposal = rows_at(*bare, self._vocab_size)
         head = rows_at(logits, positions[places], self._vocab_size)
