@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from trimtab import __version__
@@ -123,7 +124,8 @@ def _log_to_stderr() -> None:
 
 
 def quiet_loading() -> None:
-    """Hide transformers' bar for each checkpoint it loads."""
+    """Hide transformers' bar for each checkpoint it loads, and what it says to PEFT, which no user can mend."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
