@@ -5,13 +5,12 @@ parts      by test set: `prompts` (their names), `nll` and `tokens` of the wante
            where a program can tell
 kl         divergence from the proposal on own samples of the test prompts, and their tokens; a bound for best-of-n
 outside    NLL of the proposal's own greedy answers to prompts outside the task: the loss against the proposal is harm
-speed      tokens a second of greedy answers, one at a time, and as a ratio to transformers' `generate` of the proposal
+speed      tokens a second of greedy answers, one at a time; the ratio to transformers' `generate` of the proposal
 training   seconds and bytes; null if nothing is trained
 """
 
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ __all__ = ["measure", "measure_part", "measure_speed"]
 
 PARTS = ("test", "transfer")
 OUTSIDE_TOKENS = 64
-SPEED_PROMPTS = 5
+SPEED_PROMPTS, WARM_UP = 12, 3
 SPEED_TOKENS = 48
 
 
@@ -127,21 +126,20 @@ def _measure_outside(cell: Cell, system: System, bare: System, texts: Sequence[s
 def measure_speed(proposal: Path, system: System, chats: Sequence[Any]) -> dict[str, float]:
     """Tokens a second, and as a ratio to transformers' `generate` of the proposal in float32.
 
-    Both contestants take turns, one prompt at a time, after one to warm up; medians over the prompts.
+    Both contestants take turns, one prompt at a time: ours answers it greedily to the end, theirs writes as many tokens to it.
+    The first prompts warm up; what counts is all tokens of the others over all of their time, prompts included.
     """
     stock = load_model(str(proposal), dtype=torch.float32, device=None)
-    params = SamplingParams(max_tokens=SPEED_TOKENS, temperature=0.0, seed=0, ignore_eos=True)
-    length = {"max_new_tokens": SPEED_TOKENS, "min_new_tokens": SPEED_TOKENS, "do_sample": False, "pad_token_id": 0}
-    ours, theirs = [], []
-    for chat in [chats[0], *chats]:
+    params = SamplingParams(max_tokens=SPEED_TOKENS, temperature=0.0, seed=0)
+    tokens, ours, theirs = 0, 0.0, 0.0
+    for turn, chat in enumerate([*(first := chats[:WARM_UP]), *chats]):
+        started = time.perf_counter()
+        count = len(system.answers([chat], params)[0].tokens)
+        own = time.perf_counter() - started
         ids = torch.tensor([system.model.encoder.prompt(chat, "prompt")], device=stock.device)
-        ours.append(_seconds(lambda chat=chat: system.answers([chat], params)))
-        theirs.append(_seconds(lambda ids=ids: stock.generate(ids, attention_mask=torch.ones_like(ids), **length)))
-    own, other = (SPEED_TOKENS / statistics.median(seconds[1:]) for seconds in (ours, theirs))
-    return {"tokens_per_second": own, "ratio_to_transformers": own / other}
-
-
-def _seconds(run: Any) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+        length = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        started = time.perf_counter()
+        stock.generate(ids, attention_mask=torch.ones_like(ids), **length)
+        if turn >= len(first):
+            tokens, ours, theirs = tokens + count, ours + own, theirs + time.perf_counter() - started
+    return {"tokens_per_second": tokens / ours, "ratio_to_transformers": theirs / ours}

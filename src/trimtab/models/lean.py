@@ -238,6 +238,8 @@ def _product(linear: Linear, x: Tensor, delta: Delta | None) -> Tensor:
     product = linear(x)
     if delta is not None:
         down, up = delta
+        if len(down) == 1:  # a batch of products of one is several times as slow as the product
+            return product.addmm_(torch.mm(x, down[0].mT), up[0])
         rows = x.view(len(down), -1, x.shape[-1])
         # On a CPU each is the faster way round for its dtype: with the first, oneDNN would copy bfloat16 weights every time.
         narrow = torch.bmm(rows, down.mT) if x.dtype == torch.float32 else torch.bmm(down, rows.mT).mT
