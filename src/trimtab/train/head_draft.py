@@ -233,7 +233,9 @@ def _read(path: Path, training: int) -> tuple[list[Answer], list[Answer]]:
     for i, row in enumerate(rows):
         if "error" not in row:
             example = Example(row["prompt"], row["answer"], [])
-            parts[i >= training].append(Answer(example, torch.tensor(row["ids"]), torch.tensor(row["logp"])))
+            some = (("ids", 0), ("logp", -torch.inf))  # where top-p or top-k leaves fewer tokens, others of no mass
+            ids, logp = (torch.tensor([[*r, *[pad] * (TOP - len(r))] for r in row[name]]) for name, pad in some)
+            parts[i >= training].append(Answer(example, ids, logp))
     if not all(parts):
         raise DataError(f"{path}: no answer of the aligned model could go on: a drafter has nothing to learn from")
     return parts
