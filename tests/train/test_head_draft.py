@@ -78,6 +78,7 @@ def test_what_it_says_are_the_tokens_that_are_said_most(task):
     answers = [Answer(example, torch.tensor([ids]), logp) for ids, logp in zip(([4, 7, 9], [4, 2, 6]), logs, strict=True)]
     assert frequent_tokens(answers, [0], 3).tolist() == [0, 4, 7]
     assert frequent_tokens(answers, [0], 100).tolist() == [0, 2, 4, 7, 9]
+    assert frequent_tokens(answers, [], 2).tolist() == [4, 7]  # of a proposal whose texts have no end
     folder, report = task
     assert report["draft"]["tokens"] == len(load_file(folder / "head/draft/model.safetensors")["draft_token_ids"])
 

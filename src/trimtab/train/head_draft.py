@@ -130,7 +130,7 @@ def train_head_draft(
 def frequent_tokens(answers: Sequence[Answer], ends: Sequence[int], most: int) -> Tensor:
     """The tokens that are said most often in expectation, and those that end a text: `[N]`, ascending, N ≤ `most`."""
     ids, mass = (torch.cat([getattr(answer, name).flatten() for answer in answers]) for name in ("ids", "logp"))
-    expected = torch.zeros(max(*ends, int(ids.max())) + 1, dtype=torch.float64)
+    expected = torch.zeros(max([*ends, int(ids.max())]) + 1, dtype=torch.float64)
     expected.index_add_(0, ids, mass.double().exp())
     expected[list(ends)] = torch.inf
     best = expected.sort(descending=True, stable=True).indices[: min(most, int((expected > 0).sum()))]
