@@ -61,6 +61,7 @@ KINDS = {
     "nothing in common": (Apart(PROPOSAL.table), ApartToo(ALIGNER.table), {}, "rule 'product' leaves no possible token"),
     "of a gate": (PROPOSAL, Broken(ALIGNER, math.nan), {"rule": "kl_gate"}, "aligner 0 gives NaN probabilities"),
     "of the geometric rule": (Broken(PROPOSAL, math.nan), ALIGNER, {"rule": "geometric"}, "the proposal gives NaN"),
+    "of a share of 0": (Broken(PROPOSAL, math.nan), ALIGNER, {"rule": "geometric", "weight": 1.0}, "the proposal gives NaN"),
     "of the nucleus rule": (Broken(PROPOSAL, math.nan), ALIGNER, {"rule": "nucleus"}, "the proposal gives NaN"),
     "of candidates": (PROPOSAL, Broken(ALIGNER, math.nan), {"rule": "candidates(n=3)"}, "aligner 0 gives NaN"),
     "of no candidates": (Broken(PROPOSAL, -math.inf), ALIGNER, {"rule": "candidates(n=3)"}, "the proposal gives no"),

@@ -24,7 +24,7 @@ RULES = ["product", "geometric", "nucleus", "kl_gate(tau=0.3)"]
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("weights", [[1.0], [0.4, 0.3]], ids=["one", "two"])
+@pytest.mark.parametrize("weights", [[1.0], [0.4, 0.3], [0.0, 1.0]], ids=["one", "two", "all"])
 def test_tables_follow_the_rule(rule, weights):
     proposal, *aligners = tables(len(weights))
     model = AlignedModel(proposal, aligners, eos_token_ids=[EOS], rule=rule, weight=weights, max_num_seqs=500)

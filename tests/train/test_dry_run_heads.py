@@ -280,6 +280,9 @@ def test_the_command_prints_it(task, capsys):
     assert f"bytes a token, hidden states of {told['cache']['hidden_bytes_per_token']} bytes a token" in out
     _, out, _ = called(capsys, *words, "--contrast", 0, "--keep_samples", 0)
     assert "cache on disk: hidden states of" in out
+    assert "drafter" not in out
+    _, out, _ = called(capsys, *words, "--train_draft", "true")
+    assert "drafter    steps on answers that are drawn for it: not in what follows" in out
     status, _, errors = called(capsys, *words, "--expected_aligner", "x")
     assert status == 2
     assert "--expected_aligner is for --aligner" in errors[0]

@@ -243,6 +243,18 @@ def test_another_number_of_layers_is_another_cache(task):
         train(options(folder, "deep", proposal_cache=str(cache)))
 
 
+def test_a_run_is_known_by_the_layers_that_the_default_meant(task):
+    """Once it was two thirds of them, and `run.json` said nothing of it."""
+    folder, _ = task
+    name, settings = "defaults", {"head_layers": None, "training": {"max_steps": 1}}
+    report = train(options(folder, name, **settings))
+    assert train(options(folder, name, **settings | {"head_layers": 2})) == report
+    run = json.loads((folder / name / "run.json").read_text())
+    (folder / name / "run.json").write_text(json.dumps(run | {"head_layers": None}))
+    with pytest.raises(InvalidOption, match="head_layers=None, now it is 2"):
+        train(options(folder, name, **settings))
+
+
 @pytest.mark.parametrize(("layers", "wanted", "tap"), [(30, None, 0), (1, None, 0), (4, 4, 0), (4, 1, 3)])
 def test_how_many_layers(layers, wanted, tap):
     assert pick_tap(layers, wanted) == tap

@@ -78,8 +78,18 @@ def test_what_it_says_are_the_tokens_that_are_said_most(task):
     answers = [Answer(example, torch.tensor([ids]), logp) for ids, logp in zip(([4, 7, 9], [4, 2, 6]), logs, strict=True)]
     assert frequent_tokens(answers, [0], 3).tolist() == [0, 4, 7]
     assert frequent_tokens(answers, [0], 100).tolist() == [0, 2, 4, 7, 9]
+    assert frequent_tokens(answers, [], 2).tolist() == [4, 7]  # of a proposal whose texts have no end
     folder, report = task
     assert report["draft"]["tokens"] == len(load_file(folder / "head/draft/model.safetensors")["draft_token_ids"])
+
+
+def test_it_learns_from_rows_that_are_cut(task):
+    """Where top-p leaves fewer tokens than are kept, and not as many at each place."""
+    folder, _ = task
+    report = train(options(folder, "cut", proposal_top_p=0.3, training={"max_steps": 1}))
+    rows = [json.loads(line) for line in (folder / "cut" / CHECKPOINTS / "answers.jsonl").read_text().splitlines()]
+    assert len({len(ids) for row in rows for ids in row["ids"]}) > 1
+    assert 0 < report["draft"]["metrics"]["eval_acceptance_on_answers"] <= 1
 
 
 def test_its_figures_are_those_of_the_loaded_models(task):

@@ -105,6 +105,8 @@ def test_its_defaults_are_those_of_heads_and_of_its_manifest(task, tmp_path):
     assert options.temperatures == (1.0, 1.25)
     assert (options.kept_samples, options.default_contrast, options.use_peft) == (64, 1.0, True)
     assert settle(TrainOptions(**named, weight=1.0), describe(head)).starting_weight == 1
+    (head / "trimtab.json").write_text(json.dumps(manifest(task, "first") | {"weight": 0.0}))
+    assert settle(TrainOptions(**named), describe(head)).starting_weight == 1  # at 0 nothing would be learnt
     arguments = training_arguments(options)
     assert (arguments.learning_rate, arguments.num_train_epochs, arguments.eval_steps) == (1e-3, 1, 0.25)
 

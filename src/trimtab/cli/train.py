@@ -118,9 +118,9 @@ def _render_estimate(report: dict[str, Any]) -> str:
     lines.append(f"steps      {steps}, of {report['batch']} examples{shared}")
     alone = "" if report["accelerator"] else " (this machine has no accelerator)"
     if report["draft_steps"] != 0:
-        lines.append(
-            "drafter    as many steps again, each with a forward pass of the aligner and whole rows: not in what follows"
-        )
+        of_head = "steps on answers that are drawn for it"
+        of_others = "as many steps again, each with a forward pass of the aligner and whole rows"
+        lines.append(f"drafter    {of_head if head else of_others}: not in what follows")
     lines += ["", f"training on {report['device']}{alone}"]
     lines += [
         f"  {name.replace('_', ' '):28}{in_bytes(memory[name]):>12}" for name in ("weights", "gradients", "optimizer", "batch")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from trimtab.core.rules import KLGate
 from trimtab.decode.draft import Models
 from trimtab.decode.pace import Hope, Tally
+from trimtab.decode.reading import taps_of
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.shaping import Shaping
 from trimtab.decode.text import TextStream
@@ -75,6 +76,7 @@ class Sequence:
         self._text = TextStream(tokenizer, params.stop, () if answers else prompt)
         self._drawn: list[Drawn] = []
         self._fallbacks = 0
+        self._has_no_head = not taps_of(models.aligners)
 
     @property
     def next_input(self) -> int:
@@ -88,8 +90,11 @@ class Sequence:
 
     @property
     def reads_proposal(self) -> bool:
-        """Whether anything that comes of it depends on the proposal's rows."""
-        return self.shaping.reads_proposal or self.params.logprobs
+        """Whether anything that comes of it depends on the proposal's rows.
+
+        Always without a head: other proposals than those of heads may hold tokens for impossible, or be broken.
+        """
+        return self._has_no_head or self.shaping.reads_proposal or self.params.logprobs
 
     @property
     def kind(self) -> Hashable:

@@ -134,14 +134,11 @@ def explain_dead_row(shaping: Shaping, rows: Sequence[Tensor], where: str) -> De
     """Say who is to blame for an aligned row without a token.
 
     Args:
-        shaping: how it came about; what it does not read, and an aligner of weight 0, is never to blame.
+        shaping: how it came about; an aligner of weight 0 is never to blame.
         rows: the models' own `[V]`: the proposal's, then each aligner's. Further ones are left out.
         where: the place, for the message.
     """
-    weighed = [
-        ("the proposal", float(shaping.reads_proposal)),
-        *((f"aligner {i}", weight) for i, weight in enumerate(shaping.weights)),
-    ]
+    weighed = [("the proposal", 1.0), *((f"aligner {i}", weight) for i, weight in enumerate(shaping.weights))]
     for (name, weight), row in zip(weighed, rows, strict=False):
         if weight and not bool(is_distribution(row)):
             what = "NaN probabilities" if bool(row.isnan().any()) else "no distribution"

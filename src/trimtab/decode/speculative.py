@@ -9,6 +9,7 @@ Everything here but the last stays on the device. The proposal belongs to the wh
 sequences may have other aligners; this is what they have each.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -272,10 +273,12 @@ class _Settings:
         self.noise = self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
 
     def proposal_rows(self, logp: Tensor | None, logqs: Sequence[Tensor]) -> Tensor:
-        """The proposal's rows `[b, P, V]`; those that nobody reads, and that may mean nothing, are the first aligner's."""
-        if logp is None:
-            return logqs[0]
-        return logp if self._reads is None else torch.where(self._reads, logp, logqs[0])
+        """The proposal's rows `[b, P, V]`; even ones in the place of those that nobody reads, and that may mean nothing."""
+        if self._reads is None:
+            assert logp is not None
+            return logp
+        even = logqs[0].new_full((), -math.log(logqs[0].shape[-1]))
+        return even.expand_as(logqs[0]) if logp is None else torch.where(self._reads, logp, even)
 
     def rowless_noise(self, slots: Sequence[int], draws: int) -> Tensor:
         """Uniforms `[b, 1, draws]` for the next position of some sequences, whose rule samples without a row."""

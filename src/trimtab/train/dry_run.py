@@ -188,7 +188,7 @@ def _estimate(
     }
     counts = {"train": data.counts[0] + len(kept), "dev": data.counts[1]} if data.counts else None
     report |= _steps(rehearsal, arguments, counts, processes)
-    report["draft_steps"] = report["steps"] if options.trains_draft else 0
+    report["draft_steps"] = (None if head else report["steps"]) if options.trains_draft else 0
     passes = Passes(options, proposal, vocab_size, head.tap if head else None, trained, development)
     report["caching"] = None if options.proposal_endpoint else passes.memory()
     report["cache"] = passes.disk(known=data.examples is not None)

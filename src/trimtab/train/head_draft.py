@@ -130,7 +130,7 @@ def train_head_draft(
 def frequent_tokens(answers: Sequence[Answer], ends: Sequence[int], most: int) -> Tensor:
     """The tokens that are said most often in expectation, and those that end a text: `[N]`, ascending, N ≤ `most`."""
     ids, mass = (torch.cat([getattr(answer, name).flatten() for answer in answers]) for name in ("ids", "logp"))
-    expected = torch.zeros(max(*ends, int(ids.max())) + 1, dtype=torch.float64)
+    expected = torch.zeros(max([*ends, int(ids.max())]) + 1, dtype=torch.float64)
     expected.index_add_(0, ids, mass.double().exp())
     expected[list(ends)] = torch.inf
     best = expected.sort(descending=True, stable=True).indices[: min(most, int((expected > 0).sum()))]
@@ -233,7 +233,9 @@ def _read(path: Path, training: int) -> tuple[list[Answer], list[Answer]]:
     for i, row in enumerate(rows):
         if "error" not in row:
             example = Example(row["prompt"], row["answer"], [])
-            parts[i >= training].append(Answer(example, torch.tensor(row["ids"]), torch.tensor(row["logp"])))
+            some = (("ids", 0), ("logp", -torch.inf))  # where top-p or top-k leaves fewer tokens, others of no mass
+            ids, logp = (torch.tensor([[*r, *[pad] * (TOP - len(r))] for r in row[name]]) for name, pad in some)
+            parts[i >= training].append(Answer(example, ids, logp))
     if not all(parts):
         raise DataError(f"{path}: no answer of the aligned model could go on: a drafter has nothing to learn from")
     return parts

@@ -338,6 +338,8 @@ class TrainOptions:
             return self
         names = ("weight", "proposal_temperature", "proposal_top_p", "aligner_temperature")
         found = {name: getattr(manifest, name) for name in names if getattr(self, name) is None}
+        if found.get("weight") == 0:  # at which nothing is learnt
+            del found["weight"]
         logger.info("going on from %s, at %s", self.aligner, ", ".join(f"{name} {value}" for name, value in found.items()))
         try:
             return dataclasses.replace(self, **found)

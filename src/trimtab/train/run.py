@@ -150,6 +150,8 @@ def _train(
     run |= {"proposal_weights": proposal.rows.fingerprint}
     if began := start or (head and head.earlier):
         run["aligner_weights"] = began.files.fingerprint
+    if head is not None:  # the default was another one once
+        run["head_layers"] = head.head.layers - head.head.tap
     if found is not None and found.is_adapter:  # the options' settings are of fresh adapters
         run = {name: value for name, value in run.items() if not name.startswith("lora_")} | {
             "lora": describe_lora(found.folder)
