@@ -37,7 +37,16 @@ FORMAT_VERSION = 1
 TOKENS = "draft_token_ids"
 WEIGHTS = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
-_FILES = (REDUCED_NAME, "config.json", WEIGHTS, "tokenizer*.json", "chat_template.*", "special_tokens_map.json")
+_FILES = (
+    REDUCED_NAME,
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "chat_template.*",
+    "special_tokens_map.json",
+)
 
 
 class ReducedLM(HuggingFaceLM):

@@ -107,7 +107,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         if (most := self._options.max_kl) is not None:
             weight = self._weight
             if metrics[f"{metric_key_prefix}_kl_aligned_proposal"] > most:
-                weight = tune_weight(self._rule, partial(self.losses_at, eval_dataset), self._ranks, most).weight
+                looks = partial(self.losses_at, eval_dataset)
+                weight = tune_weight(self._rule, looks, self._ranks, most, head=self.has_proposal).weight
                 metrics = self._figures(eval_dataset, metric_key_prefix, weight)
             metrics[f"{metric_key_prefix}_weight"] = weight
         self.log(metrics)
