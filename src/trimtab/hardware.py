@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_hardware", "free_memory", "keep_freed_memory", "measure_matmul_rate"]
+__all__ = ["describe_hardware", "free_memory", "in_bytes", "keep_freed_memory", "measure_matmul_rate"]
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 """Options of glibc's `mallopt`, from its malloc.h."""
@@ -49,6 +49,16 @@ def free_memory(device: Any) -> int | None:
     lines = info.read_text(encoding="utf-8").splitlines() if device.type == "cpu" and info.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return found[0] if found else None
+
+
+def in_bytes(count: float | None) -> str:
+    """As people read it, in powers of ten."""
+    if count is None:
+        return "not known"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def measure_matmul_rate(device: Any, dtype: Any) -> float:

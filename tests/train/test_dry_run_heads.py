@@ -16,10 +16,10 @@ from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
-from trimtab.train.head import adapted_upper, plan_head
+from trimtab.train.head import HeadPlan, adapted_upper, plan_head
 from trimtab.train.hidden import hidden_states
 from trimtab.train.pieces import Room
-from trimtab.train.rehearsal import HeadPlan, Rehearsal
+from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_hidden
 from trimtab.train.rows import compress, tail_points
 from trimtab.train.run import train

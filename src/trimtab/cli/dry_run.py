@@ -6,6 +6,7 @@ from typing import Any
 
 from trimtab.cli.options import UsageError, option
 from trimtab.files import expand_home
+from trimtab.hardware import in_bytes
 
 __all__ = [
     "DryRunOptions",
@@ -13,7 +14,6 @@ __all__ = [
     "check_expected",
     "describe_model",
     "describe_size",
-    "in_bytes",
     "in_time",
     "model_weights",
 ]
@@ -41,16 +41,6 @@ def check_expected(options: DryRunOptions) -> None:
     """Refuse a number of records that no data set has."""
     if options.expected_examples is not None and options.expected_examples < 2:
         raise UsageError(f"--expected_examples must be at least 2, not {options.expected_examples}")
-
-
-def in_bytes(count: float | None) -> str:
-    """As people read it, in powers of ten."""
-    if count is None:
-        return "not known"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def in_time(seconds: float | None) -> str:

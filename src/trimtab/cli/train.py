@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.cli.common import idle_for_files
-from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_bytes, in_time
+from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_time
 from trimtab.cli.options import UsageError, option
 from trimtab.files import expand_home
+from trimtab.hardware import in_bytes
 from trimtab.models.aligner import manifest_of
 from trimtab.train.options import TrainOptions
 from trimtab.train.rounds import of_head

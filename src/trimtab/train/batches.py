@@ -77,7 +77,7 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each prompt with the longer of its answers."""
-        return [len(e.prompt) + max(len(e.chosen), len(e.rejected)) for e in self.examples]
+        return [example.length for example in self.examples]
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:

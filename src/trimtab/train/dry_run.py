@@ -32,13 +32,13 @@ from trimtab.train.checks import warn_of_rule
 from trimtab.train.dry_caching import Passes, proposal_dtype
 from trimtab.train.examples import Example
 from trimtab.train.folder import refuse_foreign
-from trimtab.train.head import KEPT_TOKENS, plan_head
+from trimtab.train.head import KEPT_TOKENS, HeadPlan, plan_head
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.own_samples import longest_sample
 from trimtab.train.pairs import settle_pairs
 from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
-from trimtab.train.rehearsal import HeadPlan, Rehearsal
+from trimtab.train.rehearsal import Rehearsal, largest_step
 from trimtab.train.rounds import settle
 from trimtab.train.start import read_lora
 from trimtab.train.teacher import Teacher, lack_answers
@@ -144,8 +144,7 @@ def _estimate(
     lora = read_lora(adapter) if adapter and not head else None
     rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, lora, head)
     parameters = rehearsal.parameters
-    steps = [rehearsal.step(*batch) for batch in _largest(examples, kept, batch_size)]
-    step = max(steps, key=lambda one: one.batch + one.peak)
+    step = largest_step(rehearsal, examples, kept, batch_size)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     evaluating = rehearsal.evaluation(trained, development)
     training = weights + step.batch + step.peak
@@ -165,7 +164,7 @@ def _estimate(
             "examples": data.counts and data.counts[0],
             "development": data.counts and data.counts[1],
             "tokens": sum(len(e.chosen) for e in data.examples) if data.examples else None,
-            "longest": max(map(_length, examples)),
+            "longest": max(example.length for example in examples),
             "equal_pairs": data.equal,
         },
         "contrast": options.contrast,
@@ -221,17 +220,6 @@ def _kept(options: TrainOptions, tokenizer: Any, longest: int) -> list[Example]:
         encoder = Encoder(tokenizer, vocabulary_size(tokenizer), (), run_date(options, tokenizer))
     one = longest_sample(encoder, KEPT_TOKENS, longest)
     return [one._replace(rejected=one.chosen if options.needs_rejected else one.rejected)] * options.kept_samples
-
-
-def _largest(examples: Sequence[Example], kept: Sequence[Example], size: int) -> list[tuple[list[Example], int]]:
-    """Micro-batches of which one takes most, each with the number of examples in it, its first ones, that are kept.
-
-    A long prompt of what is kept and a long answer of the data pad both; and what a batch of the two takes, as padded, is a
-    maximum of lines in how many are kept: so few or many of them take most.
-    """
-    longest = sorted(examples, key=_length, reverse=True)[:size]
-    few = {min(1, len(kept)), min(max(1, size - 1), len(kept))} - {0}
-    return [(longest, 0), *(([*kept[:count], *longest[: size - count]], count) for count in sorted(few))]
 
 
 def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
@@ -300,10 +288,6 @@ def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | Non
     records = min(records, options.max_examples or records)
     kept = max(1, round(options.dev_fraction * records)) if options.eval_dataset is None else 0
     return records - kept, kept
-
-
-def _length(example: Example) -> int:
-    return len(example.prompt) + max(len(example.chosen), len(example.rejected))
 
 
 def _describe(name: str, found: FoundConfig, parameters: Sequence[torch.Tensor] | None) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Example(_Ids):
         """Whether it is no pair of two equal answers."""
         return not self.rejected or self.chosen != self.rejected
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longer of the answers."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 def answers(examples: Sequence[Example], which: str) -> list[Example]:
     """The examples with their `chosen` or `rejected` answers as the only ones."""

@@ -33,7 +33,17 @@ from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.start import make_lora, pinned, read_lora
 
-__all__ = ["Earlier", "HeadStart", "TrainedHead", "adapted_upper", "hidden_answers", "pick_tap", "plan_head", "upper_model"]
+__all__ = [
+    "Earlier",
+    "HeadPlan",
+    "HeadStart",
+    "TrainedHead",
+    "adapted_upper",
+    "hidden_answers",
+    "pick_tap",
+    "plan_head",
+    "upper_model",
+]
 
 KEPT = "kept_samples.jsonl"
 """Where they are, in the output folder."""
@@ -79,6 +89,18 @@ def adapted_upper(model: Any, tap: int, config: Any, seed: int) -> Any:
     with torch.random.fork_rng():  # adapters are initialised from the global generator: lend it a seed, put it back
         torch.default_generator.manual_seed(seed)
         return get_peft_model(upper_model(model, tap), config)
+
+
+class HeadPlan(NamedTuple):
+    """What a head is made of, beside its proposal's configuration."""
+
+    tap: int
+    layers: int
+    """How many it runs."""
+    lora: Any
+    """The configuration of its adapter."""
+    dtype: torch.dtype
+    """The proposal's."""
 
 
 class Earlier(NamedTuple):
@@ -174,6 +196,17 @@ class HeadStart:
         return cls(options, proposal, head, lora, Earlier.read(found.folder, head, model) if found else None)
 
     @property
+    def plan(self) -> HeadPlan:
+        """What it is made of."""
+        return HeadPlan(self.head.tap, self.head.layers - self.head.tap, self._lora, self.model.dtype)
+
+    @property
+    def model(self) -> Any:
+        """The proposal, as a transformers model."""
+        assert self._proposal.model is not None
+        return self._proposal.model.model
+
+    @property
     def source(self) -> str:
         """The proposal's name."""
         return self._options.proposal
@@ -214,8 +247,7 @@ class HeadStart:
         """What is trained, with fresh adapters or an earlier round's. The proposal is of no other use after that."""
         from peft import set_peft_model_state_dict
 
-        assert self._proposal.model is not None
-        adapted = adapted_upper(self._proposal.model.model, self.head.tap, self._lora, seed)
+        adapted = adapted_upper(self.model, self.head.tap, self._lora, seed)
         if self.earlier:
             set_peft_model_state_dict(adapted, self.earlier.weights)
         return adapted

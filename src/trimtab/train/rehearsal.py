@@ -22,7 +22,7 @@ from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
-from trimtab.train.head import adapted_upper
+from trimtab.train.head import HeadPlan, adapted_upper
 from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import shape
 from trimtab.train.ranks import Ranks
@@ -30,19 +30,7 @@ from trimtab.train.start import prepare_model
 from trimtab.train.taught_rows import TaughtCache
 from trimtab.train.taught_trainer import trainer_of
 
-__all__ = ["HeadPlan", "Rehearsal", "Step"]
-
-
-class HeadPlan(NamedTuple):
-    """What a head is made of, beside its proposal's configuration."""
-
-    tap: int
-    layers: int
-    """How many it runs."""
-    lora: Any
-    """The configuration of its adapter."""
-    dtype: torch.dtype
-    """The proposal's."""
+__all__ = ["Rehearsal", "Step", "largest_step"]
 
 
 class Step(NamedTuple):
@@ -250,6 +238,22 @@ class Rehearsal:
         """Tensors that are made here have no values. They are on the trainer's device, or on the one that is named."""
         with self._mode, torch.device(device or self._arguments.device):
             yield
+
+
+def largest_step(rehearsal: Rehearsal, examples: Sequence[Example], kept: Sequence[Example], size: int) -> Step:
+    """What the micro-batch of `size` examples takes that takes most, of the data and of what the proposal said itself."""
+    return max((rehearsal.step(*batch) for batch in _largest(examples, kept, size)), key=lambda step: step.batch + step.peak)
+
+
+def _largest(examples: Sequence[Example], kept: Sequence[Example], size: int) -> list[tuple[list[Example], int]]:
+    """Micro-batches of which one takes most, each with the number of examples in it, its first ones, that are kept.
+
+    A long prompt of what is kept and a long answer of the data pad both; and what a batch of the two takes, as padded, is a
+    maximum of lines in how many are kept: so few or many of them take most.
+    """
+    longest = sorted(examples, key=lambda example: example.length, reverse=True)[:size]
+    few = {min(1, len(kept)), min(max(1, size - 1), len(kept))} - {0}
+    return [(longest, 0), *(([*kept[:count], *longest[: size - count]], count) for count in sorted(few))]
 
 
 def _give_devices(model: Any) -> None:

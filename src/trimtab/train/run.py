@@ -36,6 +36,7 @@ from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
 from trimtab.train.head_draft import train_head_draft
+from trimtab.train.headroom import warn_of_memory
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
 from trimtab.train.pairs import settle_pairs
@@ -45,7 +46,7 @@ from trimtab.train.ranks import Ranks
 from trimtab.train.rounds import settle
 from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.samples import draw_samples
-from trimtab.train.start import describe_lora, load_start, prepare_model
+from trimtab.train.start import describe_lora, load_start, prepare_model, read_lora
 from trimtab.train.taught_rows import TaughtCache, TeacherRows, warn_of_ends
 from trimtab.train.taught_trainer import trainer_of
 from trimtab.train.teacher import Teacher, lack_answers
@@ -172,6 +173,11 @@ def _train(
     options = options.at(fitted)
     room, pairs = min(options.max_length, context), options.needs_rejected
     kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs) if head else []
+    if ranks.count == 1 and not is_finished(output):
+        model = start.model if start else head and head.model
+        plan = None if head is None else head.plan
+        lora = read_lora(found.folder) if start and found and found.is_adapter else None
+        warn_of_memory(options, arguments, model, vocabulary_size(tokenizer), plan, lora, examples, kept)
     caches = open_caches(options, proposal.rows, tokenizer, examples + kept, development, ranks)
     if teacher is not None and not drawn:
         ranks.first_does(partial(warn_of_ends, caches["dev"]["teacher"], development, proposal.eos_token_ids))
