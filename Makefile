@@ -14,7 +14,7 @@ demo-real: $(VENV)/.real real-model
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/real/demo.py
 
 test: lint browser
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # The playground's tests drive a real browser.
 browser:
