@@ -19,7 +19,7 @@ from trimtab.core.draw import NO_TOKEN, inverse_cdf
 from trimtab.core.logprobs import Warp, in_nucleus, warp
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import Nucleus
-from trimtab.core.speculation import draft_tokens, verify
+from trimtab.core.speculation import draft_tokens, verify, verify_greedy
 
 V = 4
 GRID = torch.tensor(
@@ -54,6 +54,31 @@ def test_the_law_of_a_coupled_draw_is_the_target(p, q):
 @given(sixths, st.integers(NO_TOKEN, V - 1))
 def test_the_law_of_a_certain_draft_is_the_target(p, lookup):
     assert_close(law(p, None, lookup), p, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("drafting", ["by a model", "looked up", "nobody"])
+def test_greedy_verdicts_need_no_rows(drafting):
+    """`verify_greedy` of the best tokens is `verify` of rows with all mass on them, missing drafts and dead rows included."""
+    draw = torch.Generator().manual_seed(3)
+    batch, width = 500, 1 if drafting == "nobody" else 3
+    best = torch.randint(NO_TOKEN, 2, (batch, width), generator=draw)
+    drafts = torch.randint(NO_TOKEN if drafting == "looked up" else 0, 2, (batch, width), generator=draw)
+    limits = torch.randint(0, width, (batch,), generator=draw)
+
+    def one_hot(tokens: torch.Tensor) -> torch.Tensor:
+        rows = torch.full((batch, width, V), -math.inf)
+        rows.scatter_(-1, tokens.clamp(min=0)[..., None], 0.0)
+        return rows.masked_fill(tokens[..., None] == NO_TOKEN, -math.inf)
+
+    noise = torch.rand(batch, width, 3, generator=draw, dtype=torch.float64)
+    said = None if drafting == "nobody" else drafts
+    expected = verify(one_hot(best), said, one_hot(drafts) if drafting == "by a model" else None, limits, noise)
+    found = verify_greedy(best, said, limits)
+    assert_close(found.accepted, expected.accepted)
+    assert_close(found.kept, expected.kept)
+    for j in range(width):  # what stands behind the decided position means nothing
+        counts = expected.accepted >= j
+        assert_close(found.tokens[counts, j], expected.tokens[counts, j])
 
 
 def test_a_wrong_residual_is_seen(monkeypatch):

@@ -131,14 +131,14 @@ def test_completions_of_a_request_read_their_prompt_once():
     class Counting(TableLM):
         def prefill(self, state, tokens, counts):
             read.append(sum(counts))
-            super().prefill(state, tokens, counts)
+            return super().prefill(state, tokens, counts)
 
     counting = AlignedModel(Counting(MODEL.proposal.table), MODEL.aligners, num_speculative_tokens=2)
     group = sequences([1, 2, 3, 4, 5], counting, n=7, max_tokens=9)
     running = engine(counting, max_num_seqs=3)
     running.submit(group)
     finish(running)
-    assert sum(read) == 4
+    assert sum(read) == 5
     assert texts(group) == alone([1, 2, 3, 4, 5], n=7, max_tokens=9)
 
 
@@ -336,7 +336,7 @@ def test_who_has_read_its_prompt_costs_the_others_nothing():
     class Counting(TableLM):
         def prefill(self, state, tokens, counts):
             passes.append(tokens.numel())
-            super().prefill(state, tokens, counts)
+            return super().prefill(state, tokens, counts)
 
     model = AlignedModel(Counting(MODEL.proposal.table), eos_token_ids=[EOS])
     short = [s for i in range(30) for s in sequences([1, 2, 3], model, seed=i, max_tokens=2)]
@@ -347,6 +347,73 @@ def test_who_has_read_its_prompt_costs_the_others_nothing():
     assert max(passes) <= 2 * 64
     assert sum(passes) <= 400 + 30 * 3 + 2 * 64
     assert long.tokens == model.generate([[4] * 400], SamplingParams(ignore_eos=True, seed=0, max_tokens=2))[0].tokens
+
+
+@pytest.mark.parametrize("draft", ["none", "aligner", "ngram"])
+def test_the_pass_that_reads_a_prompt_gives_the_first_token(draft):
+    """A request alone has its first token before anything is decoded, and each later one takes a pass of the proposal."""
+    passes = []
+
+    class Counting(TableLM):
+        def extend(self, state, tokens, counts):
+            passes.append(sum(counts))
+            return super().extend(state, tokens, counts)
+
+        def prefill(self, state, tokens, counts):
+            rows = super().prefill(state, tokens, counts)
+            passes.pop()  # the extend that this one is
+            return rows
+
+    settings = {"eos_token_ids": [EOS], "draft": draft}
+    model = AlignedModel(Counting(MODEL.proposal.table), MODEL.aligners, num_speculative_tokens=0, **settings)
+    (one,) = sequences([1, 2, 3], model, max_tokens=5)
+    running = engine(model)
+    running.submit([one])
+    (event,) = running.step()
+    assert (event.token, event.index, passes) == (one.tokens[0], 0, [])
+    finish(running)
+    assert passes == [1] * 4
+    speculative = AlignedModel(MODEL.proposal, MODEL.aligners, num_speculative_tokens=3, **settings)
+    assert one.tokens == speculative.generate([1, 2, 3], one.params)[0].tokens
+
+
+def test_a_failure_loses_nobody_who_ends_with_the_first_token(monkeypatch):
+    """One prompt is answered by one token; the state of another cannot be taken over: the first has its answer."""
+    other = MODEL.with_aligners([TableLM.random(V, order=2, seed=2)])
+    (short,), (sick,) = sequences([1], max_tokens=1), sequences([6], other, max_tokens=2)
+
+    def failing(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TableLM, "copy", failing)
+    running = engine()
+    running.submit([short, sick])
+    (event,) = running.step()
+    assert event.completion is not None
+    assert event.completion.tokens == short.tokens
+    assert (running.failed, len(running)) == ([sick], 0)
+
+
+def test_a_failure_of_decoding_takes_first_tokens_along():
+    """Nobody waits for an answer that was decided in a step that then failed."""
+
+    class Failing(TableLM):
+        def extend(self, state, tokens, counts):
+            if broken and max(state.lengths) > 2:
+                raise RuntimeError("out of memory")
+            return super().extend(state, tokens, counts)
+
+    broken: list[bool] = []
+    model = AlignedModel(Failing(MODEL.proposal.table), eos_token_ids=[EOS])
+    (old,), (new,) = sequences([1, 2, 3], model, max_tokens=5), sequences([1], model, max_tokens=1)
+    running = engine(model)
+    running.submit([old])
+    running.step()
+    running.submit([new])
+    broken.append(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        running.step()
+    assert set(running.failed) == {old, new}
 
 
 def test_a_prompt_whose_readers_are_gone_is_not_kept():
@@ -366,7 +433,7 @@ def test_the_budget_of_a_step_holds_across_all_that_read():
     class Counting(TableLM):
         def prefill(self, state, tokens, counts):
             passes.append(sum(counts))
-            super().prefill(state, tokens, counts)
+            return super().prefill(state, tokens, counts)
 
     model = AlignedModel(Counting(MODEL.proposal.table), eos_token_ids=[EOS])
     lineups = [model, *(model.with_aligners([TableLM.random(V, seed=seed)]) for seed in range(3))]

@@ -128,11 +128,11 @@ def test_log_probabilities_do_not_depend_on_the_draft_length():
 
 
 def test_a_draft_that_is_the_target_is_always_accepted():
-    """The proposal aligned by nobody, drafted for by itself: every draft stays, and tokens come in runs of k + 1."""
+    """The proposal aligned by nobody, drafted for by itself: every draft stays; after the first token, k + 1 come at a time."""
     same = AlignedModel(PROPOSAL, [], draft=PROPOSAL, num_speculative_tokens=3)
-    same.generate([[1]], SamplingParams(max_tokens=20, seed=0))
+    same.generate([[1]], SamplingParams(max_tokens=1 + 5 * 4, seed=0))
     assert same.pace.tally.acceptance == 1.0
-    assert same.pace.tally.tokens_per_call == 4.0
+    assert (same.pace.tally.calls, same.pace.tally.tokens) == (1 + 5, 1 + 5 * 4)
     worse = AlignedModel(PROPOSAL, [], draft=DRAFT, num_speculative_tokens=3)
     worse.generate([[1]], SamplingParams(max_tokens=200, seed=0))
     assert 0.2 < worse.pace.tally.acceptance < 0.9

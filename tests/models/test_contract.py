@@ -89,6 +89,23 @@ def test_stepwise_is_chunked(case):
     assert_close(model.extend(state, ids[:, 3:], [5]), expected[:, 3:], atol=atol, rtol=0)
 
 
+def test_prefill_gives_the_row_after_each_last_token(case):
+    model, atol = case
+    ids = tokens(9, seed=11, rows=4)
+    state, same = model.new_state(4, 9), model.new_state(4, 9)
+    for counts in ([3, 3, 3, 3], [1, 4, 0, 2]):
+        start = [state.lengths[slot] for slot in range(4)]
+        step = torch.zeros(4, max(counts), dtype=torch.long)
+        for slot, count in enumerate(counts):
+            step[slot, :count] = ids[slot, start[slot] : start[slot] + count]
+        rows, last = model.extend(same, step, counts), model.prefill(state, step, counts)
+        assert last.shape == (4, 1, V)
+        assert state.lengths == same.lengths
+        for slot, count in enumerate(counts):
+            if count:
+                assert_close(last[slot, 0], rows[slot, count - 1], atol=atol, rtol=0)
+
+
 def test_ragged_batch_is_each_alone(case):
     model, atol = case
     ids = tokens(9, seed=3, rows=4)

@@ -61,13 +61,13 @@ class Whole:
 
     def extend(self, state: Both, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         tap = self.head.pool.tap
-        _, tapped = self.proposal.extend_tapped(state.proposal, tokens, counts, [tap], rows=False)
+        _, tapped = self.proposal.extend_tapped(state.proposal, tokens, counts, [tap], last_only=True)
         return self.head.extend(state.head, tapped[tap], counts)
 
-    def prefill(self, state: Both, tokens: torch.Tensor, counts: Sequence[int]) -> None:
+    def prefill(self, state: Both, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         tap = self.head.pool.tap
-        _, tapped = self.proposal.extend_tapped(state.proposal, tokens, counts, [tap], rows=False)
-        self.head.prefill(state.head, tapped[tap], counts)
+        _, tapped = self.proposal.extend_tapped(state.proposal, tokens, counts, [tap], last_only=True)
+        return self.head.prefill(state.head, tapped[tap], counts)
 
     def rollback(self, state: Both, counts: Sequence[int]) -> None:
         self.proposal.rollback(state.proposal, counts)

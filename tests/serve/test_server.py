@@ -453,7 +453,7 @@ def test_a_newcomer_for_whom_there_is_no_memory_is_told_and_the_others_go_on():
         def prefill(self, state, tokens, counts):
             if tokens.shape[1] > 5:
                 raise RuntimeError("out of memory")
-            super().prefill(state, tokens, counts)
+            return super().prefill(state, tokens, counts)
 
     with running(table_service([Full(TABLES[0].table)])) as server, ThreadPoolExecutor(1) as pool:
         asked = {"model": "base", "prompt": "ab", "max_tokens": 60, "ignore_eos": True, "seed": 1}

@@ -233,9 +233,9 @@ def passes(model, monkeypatch) -> list[list[int]]:
     seen: list[list[int]] = []
     theirs = model.prefill
 
-    def prefill(state: Any, tokens: torch.Tensor, counts: Sequence[int]) -> None:
+    def prefill(state: Any, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         seen.append(list(counts))
-        theirs(state, tokens, counts)
+        return theirs(state, tokens, counts)
 
     monkeypatch.setattr(model, "prefill", prefill)
     return seen

@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.core.draw import NO_TOKEN, draw_by_mass, inverse_cdf
 from trimtab.core.logprobs import gather
 
-__all__ = ["DRAWS", "Verdict", "draft_tokens", "verify"]
+__all__ = ["DRAWS", "Verdict", "draft_tokens", "verify", "verify_greedy"]
 
 DRAWS = 3
 """Uniforms that a position takes."""
@@ -71,6 +71,21 @@ def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Ten
     recovered = draw_by_mass(_excess(p, q), uniforms[..., 2].gather(-1, last))
     token = torch.where(keep.gather(-1, last), drafts.gather(-1, last), recovered)
     return Verdict(drafts.scatter(-1, last, token), accepted, torch.minimum(kept, limits + 1))
+
+
+def verify_greedy(best: Tensor, drafts: Tensor | None, limits: Tensor) -> Verdict:
+    """`verify` where each target row has all its mass on one token, and each draft row, too: no rows are needed then.
+
+    Args:
+        best: `[B, P]` those tokens of the target rows; `NO_TOKEN` where there is none.
+        drafts: as for `verify`.
+        limits: as for `verify`.
+    """
+    if drafts is None:
+        none = torch.zeros_like(limits)
+        return Verdict(best, none, none)
+    kept = ((drafts == best) & (drafts != NO_TOKEN)).long().cumprod(-1).sum(-1)
+    return Verdict(best, torch.minimum(kept, limits), torch.minimum(kept, limits + 1))
 
 
 def _row(rows: Tensor, position: Tensor) -> Tensor:

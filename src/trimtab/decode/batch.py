@@ -63,8 +63,22 @@ class Batch:
         for group in self._groups.values():
             group.make_room(len(group.sequences), capacity, slots)
 
+    def begin(self, new: Sequence[tuple[Models, Sequence[Growing], Sequence[Tensor | None]]]) -> list[list[TokenEvent]]:
+        """Decide the first tokens of sequences that are to be added after it, if they go on.
+
+        Args:
+            new: those of the same models, and all models' rows after their prompts; see `Group.begin`.
+        """
+        groups, decided = [], []
+        for models, sequences, rows in new:
+            group = Group(models, self._pace, log_z_every=self._log_z_every)
+            group.sequences = list(sequences)
+            groups.append(group)
+            decided.append(group.begin(rows))
+        return [group.emit(values, [0] * len(values)) for group, values in zip(groups, _fetch(decided), strict=True)]
+
     def add(self, models: Models, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
-        """Take over sequences of these models, whose prompts, all but the last token, are in slots of other states."""
+        """Take over sequences of these models, of which slots of other states have read all but the newest token."""
         places = range(len(self.sequences), len(self.sequences) + len(sequences))
         self._proposal.copy(states[0], slots, self._state, places)
         group = self._group(models, len(sequences))
@@ -127,14 +141,12 @@ class Batch:
             )
             for group, draft, mine, want in zip(groups, drafts, index, wanted, strict=True)
         ]
-        numbers = torch.cat([part.flatten() for part in decided]).tolist()  # the step's only wait for the device
-        events, start, unread = [], 0, [0] * len(place)
-        for group, part, slots, want in zip(groups, decided, places, wanted, strict=True):
-            width = part.shape[1]
-            rows = [numbers[start + i * width : start + (i + 1) * width] for i in range(len(slots))]
-            start += len(slots) * width
-            for i, limit, row in zip(slots, want, rows, strict=True):
-                unread[i] = limit - int(row[0])
+        events, unread = [], [0] * len(place)
+        for group, rows, slots, want in zip(groups, _fetch(decided), places, wanted, strict=True):
+            rejected = [limit - int(row[0]) for limit, row in zip(want, rows, strict=True)]
+            for i, count in zip(slots, rejected, strict=True):
+                unread[i] = count
+            group.rollback(rejected)
             events += group.emit(rows, want)
         self._proposal.rollback(self._state, unread)
         return events
@@ -152,3 +164,13 @@ class Batch:
 def _part(values: Tensor, mine: Tensor | None, draft: Drafts) -> Tensor:
     """Of values `[B, K, …]` of the batch a group's own, `[b, P, …]`: those of its slots, or all where there is one group."""
     return values if mine is None else values[mine, : draft.tokens.shape[1]]
+
+
+def _fetch(decided: Sequence[Tensor]) -> list[list[list[float]]]:
+    """The numbers `[b, …]` of several groups, in one wait for the device."""
+    numbers, start, found = torch.cat([part.flatten() for part in decided]).tolist(), 0, []
+    for part in decided:
+        count, width = part.shape
+        found.append([numbers[start + i * width : start + (i + 1) * width] for i in range(count)])
+        start += count * width
+    return found

@@ -3,7 +3,8 @@
 Each `step` is schedule → run → postprocess:
 
     schedule   waiting sequences are admitted in order while there is room, and begin to read their prompts
-    run        one chunk of prompts is read, so that a long one does not hold up the rest; then every sequence that has read
+    run        one chunk of prompts is read, so that a long one does not hold up the rest; the pass that reads a prompt's last
+               token gives the first one of its answer; then, if somebody was decoding before, every sequence that has read
                its prompt decodes for one draft-and-verify step (trimtab.decode.batch)
     postprocess  finished sequences leave at once, and their slots are free for the next step
 
@@ -17,7 +18,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
+from trimtab.core.transfer import to_device
 from trimtab.decode.batch import Batch
 from trimtab.decode.draft import Models
 from trimtab.decode.memory import Size, reading_bytes
@@ -76,6 +79,8 @@ class Engine:
         self._batch = self._empty_batch()
         self._moving: list[Growing] = []
         """Sequences on their way from one of these to the next."""
+        self._first: list[tuple[Growing, TokenEvent]] = []
+        """Those whose prompts this step has read, and their first tokens."""
         self.failed: list[Growing] = []
         """Sequences that the last step lost to a failure of the machine, each with its `error`."""
 
@@ -134,7 +139,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Read some of the prompts, and decode at least one token for each sequence that has read its own.
+        """Read some of the prompts; at least one token for each sequence that has read its own.
 
         A sequence without a next token ends with the `finish_reason` `"error"`, and nobody else notices. If the machine fails
         (memory, say) while newcomers are admitted or read, they are in `failed`, and those that decode go on. Otherwise all
@@ -143,17 +148,22 @@ class Engine:
         self.failed = []
         decoding: list[Growing] = []
         try:
+            ongoing = bool(self._batch.sequences)
             self._take_in()
             decoding = list(self._batch.sequences)
-            events = self._decode() if decoding else []
+            events = [event for _, event in self._first]
+            if decoding and (ongoing or not events):  # or first tokens would wait for second ones
+                events += self._decode()
             self._batch.remove([s for s in decoding if s.finish_reason])
+            self._first = []
         except Exception as error:
             reading = [s for reading in self._reading for s in reading.sequences]
-            self.failed = list(dict.fromkeys([*decoding, *self._batch.sequences, *reading, *self._moving]))
+            begun = [sequence for sequence, _ in self._first]
+            self.failed = list(dict.fromkeys([*decoding, *self._batch.sequences, *begun, *reading, *self._moving]))
             for sequence in self.failed:
                 sequence.error = error
             self._reading.clear()
-            self._moving = []
+            self._moving, self._first = [], []
             self._batch = self._empty_batch()
             raise
         return events
@@ -165,7 +175,7 @@ class Engine:
             self._read()
         except Exception as error:
             newcomers = list(dict.fromkeys([*self._moving, *(s for reading in self._reading for s in reading.sequences)]))
-            if set(self._batch.sequences) <= set(newcomers):
+            if not self._first and set(self._batch.sequences) <= set(newcomers):
                 raise
             logger.exception("%d sequences could not be taken in", len(newcomers))
             for sequence in newcomers:
@@ -239,22 +249,30 @@ class Engine:
     def _read(self) -> None:
         """Read chunks of prompts, of those first that have waited longest since their last, until the budget is spent."""
         budget = self._max_tokens
+        through = []
         for reading in list(self._reading):
             if budget <= 0:
                 break
-            read, self._moving, slots = reading.step(budget)
+            read, slots, rows = reading.step(budget)
             budget -= read
-            if self._moving:
-                self._batch.add(reading.models, self._moving, reading.states, slots)
-            self._moving = []
+            if slots:
+                through.append((reading, slots, rows))
+                self._moving += slots
             self._reading.rotate(-1)
             if not len(reading):
                 self._reading.remove(reading)
+        if not through:
+            return
+        first = self._batch.begin([(reading.models, list(slots), rows) for reading, slots, rows in through])
+        for (reading, slots, _), events in zip(through, first, strict=True):
+            if going := [sequence for sequence in slots if not sequence.finish_reason]:
+                self._batch.add(reading.models, going, reading.states, [slots[sequence] for sequence in going])
+            self._first += zip(slots, events, strict=True)
+            self._moving = [sequence for sequence in self._moving if sequence not in slots]
 
     def _decode(self) -> list[TokenEvent]:
-        """One step. Unless the draft length is fixed, a first token is not kept waiting for drafts."""
         sequences = self._batch.sequences
-        drafting = [can_draft(s) and (bool(s.tokens) or self.pace.fixed is not None) for s in sequences]
+        drafting = [can_draft(s) for s in sequences]
         hopes = [
             s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s, may in zip(sequences, drafting, strict=True) if may
         ]
@@ -268,7 +286,7 @@ class Engine:
 
 
 class _Reading:
-    """Sequences of the same models that were admitted together and read their prompts, all but the last token of each."""
+    """Sequences of the same models that were admitted together and read their prompts."""
 
     def __init__(self, models: Models, sequences: Sequence[Growing]) -> None:
         self._prompts: list[list[int]] = []
@@ -311,27 +329,29 @@ class _Reading:
         """Forget cancelled sequences; a prompt without readers is read no further."""
         self._readers = [[s for s in readers if s not in gone] for readers in self._readers]
 
-    def step(self, budget: int) -> tuple[int, list[Growing], list[int]]:
+    def step(self, budget: int) -> tuple[int, dict[Growing, int], list[Tensor | None]]:
         """Read up to `budget` tokens, the same share of each prompt.
 
         Returns:
-            How many tokens were read; the sequences that are through, and the slot of each.
+            How many tokens were read; the sequences that are through, with the slot of each; and all models' rows `[b, 1, V]`
+            after their prompts, None in the place of the proposal's if nobody wants them.
         """
         self._close_ranks()
         lengths = self.states[0].lengths[: len(self._prompts)]
-        left = [len(p) - 1 - n for p, n in zip(self._prompts, lengths, strict=True)]
-        share = max(1, budget // max(1, sum(n > 0 for n in left)))
+        left = [len(p) - n for p, n in zip(self._prompts, lengths, strict=True)]
+        share = max(1, budget // len(left))
         chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
-        read = sum(map(len, chunks))
-        if read:
-            tokens = pad(chunks, self.models.proposal.device)
-            wanted = any(s.reads_proposal for s in self.sequences)
-            prefill_all(self.models.all, self.states, tokens, [len(chunk) for chunk in chunks], wanted=wanted)
-        done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] >= len(prompt) - 1]
-        ready = [(sequence, i) for i in done for sequence in self._readers[i]]
+        tokens = pad(chunks, self.models.proposal.device)
+        wanted = any(s.reads_proposal for s in self.sequences)
+        rows = prefill_all(self.models.all, self.states, tokens, [len(chunk) for chunk in chunks], wanted=wanted)
+        done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] == len(prompt)]
+        slots = {sequence: i for i in done for sequence in self._readers[i]}
         for i in done:
             self._readers[i] = []
-        return read, [sequence for sequence, _ in ready], [i for _, i in ready]
+        if slots:
+            index = to_device(list(slots.values()), self.models.proposal.device)
+            rows = [row if row is None else row[index] for row in rows]
+        return sum(map(len, chunks)), slots, rows
 
     def _close_ranks(self) -> None:
         """Give up the slots of prompts that nobody reads any more, so that no pass is made for them."""

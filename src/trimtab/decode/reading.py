@@ -17,17 +17,24 @@ def taps_of(models: Sequence[LanguageModel]) -> set[int]:
 
 
 def extend_proposal(
-    proposal: Any, state: State, tokens: Tensor, counts: Sequence[int], taps: set[int], *, wanted: bool = True
+    proposal: Any,
+    state: State,
+    tokens: Tensor,
+    counts: Sequence[int],
+    taps: set[int],
+    *,
+    wanted: bool = True,
+    last_only: bool = False,
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """The proposal's rows `[B, K, V]`, and the inputs `[B, K, H]` of these layers.
+    """The proposal's rows `[B, K, V]`, or `[B, 1, V]` after each slot's last token, and the inputs `[B, K, H]` of these layers.
 
     Where the rows are not `wanted`, now or later, and heads take the place of the layers above, those are not run.
     """
     if not taps:
-        return proposal.extend(state, tokens, counts), {}
+        return (proposal.prefill if last_only else proposal.extend)(state, tokens, counts), {}
     if not wanted:
         return None, proposal.extend_below(state, tokens, counts, taps)
-    rows, tapped = proposal.extend_tapped(state, tokens, counts, taps)
+    rows, tapped = proposal.extend_tapped(state, tokens, counts, taps, last_only=last_only)
     return rows, tapped
 
 
@@ -52,18 +59,18 @@ def extend_all(models: Sequence[LanguageModel], states: Sequence[State], tokens:
 
 def prefill_all(
     models: Sequence[LanguageModel], states: Sequence[State], tokens: Tensor, counts: Sequence[int], *, wanted: bool = True
-) -> None:
-    """`extend_all` where nobody wants the rows; nor any later row of the proposal's, if they are not `wanted`."""
-    proposal: Any = models[0]
-    taps, tapped = taps_of(models[1:]), {}
-    if taps and not wanted:
-        tapped = proposal.extend_below(states[0], tokens, counts, taps)
-    elif taps:
-        _, tapped = proposal.extend_tapped(states[0], tokens.to(proposal.device), counts, taps, rows=False)
-    else:
-        proposal.prefill(states[0], tokens.to(proposal.device), counts)
-    for model, state in zip(models[1:], states[1:], strict=True):
-        model.prefill(state, input_of(model, tokens, tapped), counts)
+) -> list[Tensor | None]:
+    """`extend_all` where only the rows `[B, 1, V]` after each slot's last token count.
+
+    None stands for the proposal's, where they are not `wanted`, now or later, and heads take its place.
+    """
+    device, taps = models[0].device, taps_of(models[1:])
+    first, tapped = extend_proposal(models[0], states[0], tokens.to(device), counts, taps, wanted=wanted, last_only=True)
+    rest = [
+        model.prefill(state, input_of(model, tokens, tapped), counts).to(device)
+        for model, state in zip(models[1:], states[1:], strict=True)
+    ]
+    return [first, *rest]
 
 
 def input_of(model: LanguageModel, tokens: Tensor, tapped: dict[int, Tensor]) -> Tensor:

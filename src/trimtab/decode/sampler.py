@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import Warp, log_normalize, warp
 from trimtab.core.transfer import to_device
 from trimtab.decode.request import SamplingParams
@@ -26,6 +27,9 @@ class Sampler:
         vocab_size: V.
         device: where the rows are.
         draft_temperatures: one for each request, on top of its own, for the rows that drafts are drawn from.
+
+    Attributes:
+        greedy: whether all requests take the best token, so that `best` is all they need.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Sampler:
         )
         self._greedy = to_device([[[p.temperature == 0]] for p in params], device)
         self._any_greedy = any(p.temperature == 0 for p in params)
-        self._all_greedy = all(p.temperature == 0 for p in params)
+        self.greedy = all(p.temperature == 0 for p in params)
         self._penalty: Tensor | None = None
         self._bias: Tensor | None = None
         if any(p.repetition_penalty != 1 for p in params):
@@ -78,10 +82,13 @@ class Sampler:
 
     def _apply(self, how: Warp, logp: Tensor, drafts: Sequence[Tensor]) -> Tensor:
         logp = self._adjust(logp, drafts)
-        if self._all_greedy:
-            return _only_best(logp)
         warped = warp(logp, how)
         return torch.where(self._greedy, _only_best(logp), warped) if self._any_greedy else warped
+
+    def best(self, logp: Tensor, drafts: Sequence[Tensor] = ()) -> Tensor:
+        """The best token `[B, P]` of each row after penalty and bias, the lowest id among ties; `NO_TOKEN` without mass."""
+        logp = self._adjust(logp, drafts)
+        return torch.where(torch.isfinite(logp.amax(-1)), logp.argmax(-1), NO_TOKEN)
 
     def note(self, tokens: Tensor, accepted: Tensor) -> None:
         """Remember that each request just got the first `accepted + 1` `[B]` of its tokens `[B, K]`."""

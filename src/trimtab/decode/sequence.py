@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trimtab.core.rules import KLGate
-from trimtab.decode.draft import Models
+from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.pace import Hope, Tally
 from trimtab.decode.reading import taps_of
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
@@ -68,6 +68,8 @@ class Sequence:
         self.finish_reason: str | None = None
         self.hope = Hope()
         self.tally = Tally()
+        self.lookup: Lookup | None = None
+        """What drafts from its own text, if that is wanted."""
         self.log_z: list[float] = []
         """Observed log Z, if the engine tracks it."""
         self.error: Exception | None = None

@@ -53,9 +53,10 @@ class BatchShaping:
     Args:
         shapings: one for each request, all with the same number of aligners.
         device: where the rows are.
+        alone: whether nobody reads the proposal's rows, which then may be any.
     """
 
-    def __init__(self, shapings: Sequence[Shaping], device: torch.device) -> None:
+    def __init__(self, shapings: Sequence[Shaping], device: torch.device, *, alone: bool = False) -> None:
         self._proposal = stack_warps([s.proposal for s in shapings], device)
         self._aligners = [stack_warps(warps, device) for warps in zip(*(s.aligners for s in shapings), strict=True)]
         self._weights = to_device([s.weights for s in shapings], device, torch.float64)[:, None, :]
@@ -63,6 +64,8 @@ class BatchShaping:
         for row, shaping in enumerate(shapings):
             members.setdefault(shaping.rule, []).append(row)
         self._groups = [(rule, to_device(rows, device)) for rule, rows in members.items()]
+        self._own = alone and all(s.weights == (1.0,) for s in shapings)
+        """Whether each aligned row is the only aligner's own, bit for bit."""
         self._rowless = [(rule, rows) for rule, rows in members.items() if not rule.has_row]
 
     def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:
@@ -71,7 +74,9 @@ class BatchShaping:
 
     def target(self, inputs: Inputs) -> Tensor:
         """The aligned rows; rows of a rule without a closed form keep log p̃, and rows without mass are NaN."""
-        logp, _ = inputs
+        logp, logqs = inputs
+        if self._own:
+            return logqs[0]
         if len(self._groups) == 1 and self._groups[0][0].has_row:
             return self._groups[0][0].target(*self._part(inputs, None))
         rows = logp.clone()

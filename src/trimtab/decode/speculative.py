@@ -1,5 +1,6 @@
 """Draft and verify for the sequences that share their models. A draft length of 0 is decoding token by token.
 
+    begin    the first token comes out of the pass that reads the prompt
     draft    the drafter reads the newest token, then its own drafts one by one; each is drawn from its row
     verify   the other models read the newest token and all drafts in one pass; the rule makes the target rows; every position
              is decided by its coupled draw (trimtab.core.speculation)
@@ -18,7 +19,7 @@ from torch import Tensor
 from trimtab.core.logprobs import gather
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import KLGate
-from trimtab.core.speculation import DRAWS, draft_tokens, verify
+from trimtab.core.speculation import DRAWS, Verdict, draft_tokens, verify, verify_greedy
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.memory import Size
@@ -44,7 +45,7 @@ class Drafts:
     Attributes:
         tokens: `[b, P]` what the models read: the newest token of each sequence, then its drafts but the last.
         drafts: `[b, P]` one for each position, the bonus position included; None where nobody drafts.
-        drawn_from: the rows `[b, P, V]` they were drawn from, if there are any.
+        drawn_from: the rows `[b, P, V]` they were drawn from, if there are any and not all are the best ones.
         read: rows of models that have read `tokens` already, by their place in `Models.all`.
     """
 
@@ -73,7 +74,6 @@ class Group:
         self.sequences: list[Growing] = []
         self._pace, self._log_z_every, self._steps = pace, log_z_every if models.aligners else 0, 0
         self._states = [model.new_state(0, 0) for model in models.all[1:]]
-        self._lookups: dict[Growing, Lookup] = {}
         self._settings: _Settings | None = None
         self._rows: list[Tensor] = []
 
@@ -92,7 +92,7 @@ class Group:
                 self._states[i] = new  # not before: memory may not suffice
 
     def add(self, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
-        """Take over sequences whose prompts, all but the last token, are in slots of other states."""
+        """Take over sequences, of which slots of other states have read all but the newest token."""
         places = range(len(self.sequences), len(self.sequences) + len(sequences))
         for model, source, state in zip(self.models.all[1:], states, self._states, strict=True):
             model.copy(source, slots, state, places)
@@ -103,8 +103,7 @@ class Group:
         """Take over a further completion of a prompt, from one that is being decoded."""
         self.add([sequence], self._states, [self.sequences.index(sibling)])
         counts = [0] * (len(self.sequences) - 1) + [len(sibling.tokens)]
-        for model, state in zip(self.models.all[1:], self._states, strict=True):
-            model.rollback(state, counts)
+        self.rollback(counts)
 
     def remove(self, sequence: Growing) -> None:
         """Let a sequence go; the last one moves into its place."""
@@ -115,16 +114,27 @@ class Group:
             vacate(model, state, slot, len(self.sequences) - 1)
         self.sequences[slot] = self.sequences[-1]
         self.sequences.pop()
-        self._lookups.pop(sequence, None)
         self._settings = None
+
+    def begin(self, rows: Sequence[Tensor | None]) -> Tensor:
+        """Decide the first tokens of sequences that are in no slot yet; what `emit` needs to know, as `verify` gives it.
+
+        Args:
+            rows: those `[b, 1, V]` of all models after the prompts; None in the place of the proposal's if nobody reads them.
+        """
+        limits = [0] * len(self.sequences)
+        settings, newest = self._lay_out(1)
+        read = {i: row for i, row in enumerate(rows) if i and row is not None}
+        drafts = Drafts(newest, self._look_up(1, newest.device) if self.models.lookup else None, read=read)
+        if self.models.drafter is not None:
+            drafts = Drafts(newest, *settings.draw(read[self.models.drafter], []), read)
+        return self.verify(drafts, rows[0], {}, limits)
 
     def draft(self, limits: Sequence[int]) -> Drafts:
         """Draft up to `limits[j]` tokens for sequence j."""
-        settings = self._settings = self._settings or _Settings(self.sequences, self.models)
         width = max(limits) + 1
-        device = self.models.proposal.device
-        newest = to_device([[s.next_input] for s in self.sequences], device)
-        settings.start(width)
+        settings, newest = self._lay_out(width)
+        device = newest.device
         drafter = self.models.drafter
         if drafter is None:
             return Drafts(newest, self._look_up(width, device) if self.models.lookup else None)
@@ -134,12 +144,13 @@ class Group:
         drawn_from: list[Tensor] = []
         own: list[Tensor] = []
         for j in range(width):
-            row = model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(device)
-            own.append(row)
-            drawn_from.append(settings.sampler.draft_rows(row, drafts))
-            drafts.append(draft_tokens(drawn_from[-1], settings.noise[:, j : j + 1]).squeeze(1).clamp(min=0))
-            token = drafts[-1][:, None]
-        return Drafts(newest, torch.stack(drafts, 1), torch.cat(drawn_from, 1), {drafter: torch.cat(own, 1)})
+            own.append(model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(device))
+            token, row = settings.draw(own[-1], drafts)
+            drafts.append(token.squeeze(1))
+            if row is not None:
+                drawn_from.append(row)
+        rows = torch.cat(drawn_from, 1) if drawn_from else None
+        return Drafts(newest, torch.stack(drafts, 1), rows, {drafter: torch.cat(own, 1)})
 
     def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
         """Decide the drafts; what `emit` needs to know, as numbers `[b, …]`.
@@ -164,8 +175,7 @@ class Group:
         self._rows.insert(0, logp)
         inputs = settings.shaping.inputs(logp, logqs)
         aligned = settings.shaping.target(inputs)
-        target = settings.sampler.rows(aligned, drafts.tokens[:, 1:].unbind(1))
-        verdict = verify(target, drafts.drafts, drafts.drawn_from, to_device(limits, device), settings.noise)
+        verdict = settings.decide(aligned, drafts, to_device(limits, device))
         tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
         settings.sampler.note(tokens, verdict.accepted)
         columns = [verdict.accepted[:, None], verdict.kept[:, None]]
@@ -180,6 +190,11 @@ class Group:
             columns += [part.flatten(1) for part in row.topk(settings.top, dim=-1)]
         return torch.cat([column.double() for column in columns], dim=-1)
 
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Forget the last `counts[j]` tokens of sequence j, which were read and not accepted."""
+        for model, state in zip(self.models.all[1:], self._states, strict=True):
+            model.rollback(state, counts)
+
     def emit(self, values: Sequence[Sequence[float]], limits: Sequence[int]) -> list[TokenEvent]:
         """Hand what was decided to the sequences; a stop inside an accepted run discards the rest of the run.
 
@@ -188,11 +203,9 @@ class Group:
         events = []
         settings = self._settings
         assert settings is not None
-        accepted = [int(row[0]) for row in values]
-        for model, state in zip(self.models.all[1:], self._states, strict=True):
-            model.rollback(state, [limit - count for limit, count in zip(limits, accepted, strict=True)])
         for slot, (sequence, limit, row) in enumerate(zip(self.sequences, limits, values, strict=True)):
-            kept, drawn = int(row[1]), settings.read(row[2 + self._observes :], accepted[slot] + 1, max(limits) + 1)
+            accepted, kept = int(row[0]), int(row[1])
+            drawn = settings.read(row[2 + self._observes :], accepted + 1, max(limits) + 1)
             if self._observes:
                 sequence.observe_log_z(row[2])
             for j, one in enumerate(drawn):
@@ -200,15 +213,15 @@ class Group:
                     events.append(sequence.fail(self._explain(slot, j)))
                     break
                 events.append(sequence.accept(one))
-                if sequence in self._lookups:
-                    self._lookups[sequence].extend([one.token])
+                if sequence.lookup is not None:
+                    sequence.lookup.extend([one.token])
                 if sequence.finish_reason:
                     break
             if can_draft(sequence):
                 for hope in (sequence.hope, self._pace.kind(sequence.kind)):
                     hope.observe(kept, min(kept, limit) + 1)
-            sequence.tally.observe(accepted[slot], limit)
-            self._pace.tally.observe(accepted[slot], limit)
+            sequence.tally.observe(accepted, limit)
+            self._pace.tally.observe(accepted, limit)
         self._rows = []
         self._steps += 1
         return events
@@ -218,11 +231,16 @@ class Group:
         """Whether this step observes log Z."""
         return self._log_z_every > 0 and self._steps % self._log_z_every == 0
 
+    def _lay_out(self, width: int) -> tuple["_Settings", Tensor]:
+        """What the sequences want, for the next `width` positions, and the newest token of each, `[b, 1]`."""
+        settings = self._settings = self._settings or _Settings(self.sequences, self.models)
+        settings.start(width)
+        return settings, to_device([[s.next_input] for s in self.sequences], self.models.proposal.device)
+
     def _look_up(self, width: int, device: torch.device) -> Tensor:
         for s in self.sequences:
-            if s not in self._lookups:
-                self._lookups[s] = Lookup([*s.prompt, *s.tokens])
-        return to_device([self._lookups[s].drafts(width) for s in self.sequences], device)
+            s.lookup = s.lookup or Lookup([*s.prompt, *s.tokens])
+        return to_device([s.lookup.drafts(width) for s in self.sequences if s.lookup], device)
 
     def _explain(self, slot: int, position: int) -> DeadRow:
         """Say who is to blame for a row without a token."""
@@ -242,7 +260,9 @@ class _Settings:
     def __init__(self, sequences: Sequence[Growing], models: Models) -> None:
         device = models.proposal.device
         self._sequences, self._device = list(sequences), device
-        self.shaping = BatchShaping([s.shaping for s in sequences], device)
+        reads = [s.reads_proposal for s in sequences]
+        self._reads = None if all(reads) else to_device(reads, device)[:, None, None]
+        self.shaping = BatchShaping([s.shaping for s in sequences], device, alone=not any(reads))
         contexts = [[*s.prompt, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in sequences]
         drafting = [s.shaping.draft_temperature for s in sequences]
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
@@ -253,8 +273,6 @@ class _Settings:
         self.noise = torch.empty(0)
         """Uniforms `[b, P, 3]` for the positions of this step."""
         self._logprob_columns = 2 + len(models.aligners)
-        reads = [s.reads_proposal for s in sequences]
-        self._reads = None if all(reads) else to_device(reads, device)[:, None, None]
         self._block = torch.empty(0)
         self._starts: list[int] = []
 
@@ -271,6 +289,26 @@ class _Settings:
             return
         index = to_device(offsets, self._device)[:, None] + torch.arange(width, device=self._device)
         self.noise = self._block.gather(1, index[..., None].expand(-1, -1, DRAWS))
+
+    def draw(self, row: Tensor, drafts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The next draft `[b, 1]`, and the row `[b, 1, V]` that it is drawn from; None where all take the best token.
+
+        Args:
+            row: the drafter's.
+            drafts: those `[b]` before it.
+        """
+        if self.sampler.greedy:
+            return self.sampler.best(row, drafts).clamp(min=0), None
+        row = self.sampler.draft_rows(row, drafts)
+        at = len(drafts)
+        return draft_tokens(row, self.noise[:, at : at + 1]).clamp(min=0), row
+
+    def decide(self, aligned: Tensor, drafts: Drafts, limits: Tensor) -> Verdict:
+        """What becomes of the drafts, by the aligned rows `[b, P, V]`."""
+        before = drafts.tokens[:, 1:].unbind(1)
+        if self.sampler.greedy:
+            return verify_greedy(self.sampler.best(aligned, before), drafts.drafts, limits)
+        return verify(self.sampler.rows(aligned, before), drafts.drafts, drafts.drawn_from, limits, self.noise)
 
     def proposal_rows(self, logp: Tensor | None, logqs: Sequence[Tensor]) -> Tensor:
         """The proposal's rows `[b, P, V]`; even ones in the place of those that nobody reads, and that may mean nothing."""

@@ -373,9 +373,9 @@ class Adapted:
         """Append to every slot; rows `[B, K, V]`, each by its slot's own adapter."""
         return self.pool.extend(state, tokens, counts)
 
-    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append to every slot without rows."""
-        self.pool.prefill(state, tokens, counts)
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append to every slot; the row `[B, 1, V]` after its last token."""
+        return self.pool.prefill(state, tokens, counts)
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot."""

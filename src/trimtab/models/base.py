@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import to_device
 from trimtab.errors import InvalidRequest
 
-__all__ = ["LanguageModel", "State", "vacate"]
+__all__ = ["LanguageModel", "State", "last_of", "vacate"]
 
 
 class State:
@@ -102,8 +103,8 @@ class LanguageModel(Protocol):
             Log-probabilities `[B, K, V]`; what stands at `[b, j]` with j ≥ `counts[b]` means nothing.
         """
 
-    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
-        """`extend` where nobody wants the rows."""
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """`extend` where only the row `[B, 1, V]` after each slot's last token is wanted; it means nothing if there is none."""
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last `counts[b]` tokens of each of the first slots, in place."""
@@ -121,3 +122,11 @@ def vacate(model: LanguageModel, state: State, slot: int, last: int) -> None:
         model.copy(state, [last], state, [slot])
     state.lengths[last] = 0
     state.adapters[last] = None
+
+
+def last_of(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Of values `[B, K, …]` those `[B, 1, …]` of each slot's last token, of `counts[b]`; where it has none, any."""
+    if all(count == values.shape[1] for count in counts):
+        return values[:, -1:]
+    last = to_device([max(count, 1) - 1 for count in counts], values.device)
+    return values[torch.arange(len(values), device=values.device), last].unsqueeze(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import InvalidOption, InvalidRequest, ManifestError, UnsupportedModel
 from trimtab.models.adapters import AdapterStore
-from trimtab.models.base import LanguageModel, State
+from trimtab.models.base import LanguageModel, State, last_of
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import LeanDecoder
 from trimtab.models.slots import SlotState
@@ -159,9 +159,10 @@ class HeadPool:
         """Append hidden states `[B, K, H]` to every slot; log-probabilities `[B, K, V]` in float32 or better."""
         return row_from_logits(self._lean.logits(self._run(state, tokens, counts)), self.vocab_size)
 
-    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append hidden states without rows."""
-        self._run(state, tokens, counts)
+    @torch.no_grad()
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append hidden states to every slot; log-probabilities `[B, 1, V]` after its last one."""
+        return row_from_logits(self._lean.logits(last_of(self._run(state, tokens, counts), counts)), self.vocab_size)
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot by lowering its length."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
+from trimtab.core.transfer import to_device
 from trimtab.errors import UnsupportedModel
-from trimtab.models.base import LanguageModel, State
+from trimtab.models.base import LanguageModel, State, last_of
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.lean import LEAN, Deltas, LeanDecoder, no_lean_pass
@@ -194,11 +195,11 @@ class HuggingFaceLM:
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot; log-probabilities `[B, K, V]`, float32 (float64 for a float64 model)."""
-        return row_from_logits(self._forward(state, tokens, counts, last_only=False), self.vocab_size)
+        return self._rows(self._forward(state, tokens, counts, last_only=False))
 
-    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append to every slot without computing K rows of logits."""
-        self._forward(state, tokens, counts, last_only=True)
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append to every slot; log-probabilities `[B, 1, V]` after its last token, without computing K rows of logits."""
+        return self._rows(self._forward(state, tokens, counts, last_only=True))
 
     @property
     def lean(self) -> LeanDecoder:
@@ -212,17 +213,16 @@ class HuggingFaceLM:
         return self._lean
 
     def extend_tapped(
-        self, state: State, tokens: Tensor, counts: Sequence[int], layers: Collection[int], *, rows: bool = True
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """`extend`, or `prefill` without `rows`, which also gives the inputs `[B, K, H]` of these layers, for heads on them.
+        self, state: State, tokens: Tensor, counts: Sequence[int], layers: Collection[int], *, last_only: bool = False
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """`extend`, or with `last_only` `prefill`, which also gives the inputs `[B, K, H]` of these layers, for heads on them.
 
         Raises:
             UnsupportedModel: the model has no lean pass.
         """
         _ = self.lean
         tapped = dict.fromkeys(layers, tokens)  # placeholders
-        logits = self._forward(state, tokens, counts, last_only=not rows, tapped=tapped)
-        return row_from_logits(logits, self.vocab_size) if rows else None, tapped
+        return self._rows(self._forward(state, tokens, counts, last_only=last_only, tapped=tapped)), tapped
 
     @torch.no_grad()
     def extend_below(self, state: State, tokens: Tensor, counts: Sequence[int], layers: Collection[int]) -> dict[int, Tensor]:
@@ -276,9 +276,13 @@ class HuggingFaceLM:
                 state.advance(counts)
                 return logits
         with state.stepping(counts, tokens.shape[1], last_position, self.device) as step:
+            last = counts if last_only else None
             if self._lean is None:
-                return self._stock(tokens, step, state, last_only)
-            return self._lean(tokens, step, state.layers, last_only=last_only, deltas=deltas, tapped=tapped)
+                return self._stock(tokens, step, state, last)
+            return self._lean(tokens, step, state.layers, last=last, deltas=deltas, tapped=tapped)
+
+    def _rows(self, logits: Tensor) -> Tensor:
+        return row_from_logits(logits, self.vocab_size)
 
     def _last_position(self, state: State) -> int:
         return (self.max_length or state.capacity) - 1
@@ -287,16 +291,18 @@ class HuggingFaceLM:
         """What the first slots add to the weights: nothing here, something in an `AdapterPool`."""
         return None
 
-    def _stock(self, tokens: Tensor, step: Step, state: SlotState, last_only: bool) -> Tensor:
+    def _stock(self, tokens: Tensor, step: Step, state: SlotState, last: Sequence[int] | None) -> Tensor:
+        """Logits `[B, K, W]`, or `[B, 1, W]` of each slot's last token of so many."""
+        kept = sorted({max(count, 1) - 1 for count in last}) if last is not None else []
         logits: Tensor = self.model(
             input_ids=tokens,
             attention_mask=self._mask(step),
             position_ids=step.position_ids,
             past_key_values=state.cache,
             use_cache=True,
-            logits_to_keep=int(last_only),
+            logits_to_keep=to_device(kept, self.device) if kept else 0,
         ).logits
-        return logits
+        return logits if last is None else last_of(logits, [kept.index(max(count, 1) - 1) + 1 for count in last])
 
     def _mask(self, step: Step) -> Tensor:
         """What this attention wants: SDPA takes booleans, the eager one adds its mask to the scores."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.errors import UnsupportedModel
+from trimtab.models.base import last_of
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
 from trimtab.models.stock import FAMILIES, is_stock
@@ -97,13 +98,13 @@ class LeanDecoder:
         step: Step,
         cache: Sequence[SlotLayer],
         *,
-        last_only: bool,
+        last: Sequence[int] | None = None,
         deltas: Deltas | None = None,
         tapped: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of the last column alone; `tapped` is as in `upper`."""
+        """Logits `[B, K, W]` of tokens `[B, K]`, or `[B, 1, W]` of each slot's last of so many; `tapped` is as in `upper`."""
         hidden = self.upper(self.embed(tokens), step, cache, deltas, tapped=tapped)
-        return self.logits(hidden[:, -1:] if last_only else hidden)
+        return self.logits(hidden if last is None else last_of(hidden, last))
 
     def lower(self, tokens: Tensor, step: Step, cache: Sequence[SlotLayer], tapped: dict[int, Tensor]) -> None:
         """Run tokens `[B, K]` through the layers below the highest of `tapped`, and no further; it is as in `upper`."""

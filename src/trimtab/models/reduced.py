@@ -23,7 +23,7 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import CheckpointError, ManifestError, UnsupportedModel
 from trimtab.files import atomic_folder, read_json, write_json
-from trimtab.models.base import LanguageModel, State
+from trimtab.models.base import LanguageModel
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.layers import cut_config
@@ -68,9 +68,9 @@ class ReducedLM(HuggingFaceLM):
         self.token_ids = token_ids.to(self.device)
         self.vocab_size = vocab_size
 
-    def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-        """Append to every slot; log-probabilities `[B, K, V]`, −inf for what it does not say."""
-        said = row_from_logits(self._forward(state, tokens, counts, last_only=False), len(self.token_ids))
+    def _rows(self, logits: Tensor) -> Tensor:
+        """Log-probabilities `[B, K, V]`, −inf for what it does not say."""
+        said = row_from_logits(logits, len(self.token_ids))
         rows = said.new_full((*said.shape[:-1], self.vocab_size), -torch.inf)
         return rows.index_copy_(-1, self.token_ids, said)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import log_normalize
 from trimtab.core.noise import uniforms
-from trimtab.models.base import State
+from trimtab.models.base import State, last_of
 
 __all__ = ["TableLM", "enumerate_sequences"]
 
@@ -82,9 +82,9 @@ class TableLM:
         state.advance(counts)
         return rows
 
-    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append to every slot."""
-        self.extend(state, tokens, counts)
+    def prefill(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Append to every slot; the row `[B, 1, V]` after its last token."""
+        return last_of(self.extend(state, tokens, counts), counts)
 
     def rollback(self, state: State, counts: Sequence[int]) -> None:
         """Forget the last tokens of each slot."""
