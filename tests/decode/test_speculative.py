@@ -120,6 +120,41 @@ def test_every_knob_gives_the_same_tokens_at_every_draft_length_in_any_batch(dra
         assert alone == expected, length
 
 
+@pytest.mark.parametrize("draft", DRAFTS, ids=IDS)
+def test_greedy_requests_alone_get_the_same_tokens_at_every_draft_length(draft):
+    """Among themselves they need no rows and no draft for the bonus position; beside one that samples they do."""
+    settings: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.6}, {"logit_bias": {2: 1.5}, "rule": "nucleus"}]
+    params = [
+        SamplingParams(seed=i, max_tokens=15 + i, n=2, temperature=0, ignore_eos=True, **s) for i, s in enumerate(settings)
+    ]
+    prompts = [[1], [2, 3], [6, 5, 4, 6, 5]]
+    samples, prompt = SamplingParams(seed=7, max_tokens=9, ignore_eos=True), [4, 4]
+    expected = [reference(prompts[0], 0, 15, "product", draft, temperature=1e-9)] * 2
+    for length in (0, 1, 2, 5, None):
+        found = [c.tokens for c in model(length, draft, max_num_seqs=4).generate(prompts, params)]
+        assert found[:2] == expected
+        beside = [c.tokens for c in model(length, draft).generate([*prompts, prompt], [*params, samples])]
+        assert beside[:-1] == found, length
+
+
+def test_a_drafter_reads_a_draft_that_stayed_with_the_next_one():
+    """Greedily it drafts for no bonus position, and so has not read its last draft; without drafts it reads nothing at all."""
+    read: list[int] = []
+
+    class Counting(TableLM):
+        def extend(self, state, tokens, counts):
+            read.append(sum(counts))
+            return super().extend(state, tokens, counts)
+
+    for length, passes in ((0, []), (1, [1, 2, 2]), (3, [1, 1, 1, 2, 1, 1, 2, 1, 1])):
+        drafter = Counting(PROPOSAL.table)
+        same = AlignedModel(PROPOSAL, [], draft=drafter, num_speculative_tokens=length)
+        same.generate([[1, 2]], SamplingParams(max_tokens=1 + 3 * (length + 1), temperature=0, ignore_eos=True))
+        assert same.pace.tally.acceptance == (1.0 if length else None)
+        assert read == [2, *passes], "the prompt, then a pass for each draft"
+        read.clear()
+
+
 def test_log_probabilities_do_not_depend_on_the_draft_length():
     params = SamplingParams(seed=3, max_tokens=25, ignore_eos=True, logprobs=True, rule="kl_gate(tau=0.5)")
     stepwise, drafted = (model(length).generate([[1]], params)[0] for length in (0, 4))

@@ -78,13 +78,14 @@ def verify_greedy(best: Tensor, drafts: Tensor | None, limits: Tensor) -> Verdic
 
     Args:
         best: `[B, P]` those tokens of the target rows; `NO_TOKEN` where there is none.
-        drafts: as for `verify`.
+        drafts: as for `verify`, or `[B, P − 1]`: the bonus position has none.
         limits: as for `verify`.
     """
     if drafts is None:
         none = torch.zeros_like(limits)
         return Verdict(best, none, none)
-    kept = ((drafts == best) & (drafts != NO_TOKEN)).long().cumprod(-1).sum(-1)
+    right = (drafts == best[:, : drafts.shape[1]]) & (drafts != NO_TOKEN)
+    kept = right.long().cumprod(-1).sum(-1)
     return Verdict(best, torch.minimum(kept, limits), torch.minimum(kept, limits + 1))
 
 

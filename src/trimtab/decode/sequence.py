@@ -85,6 +85,11 @@ class Sequence:
         """The newest token, which the models have not read yet."""
         return self.tokens[-1] if self.tokens else self.prompt[-1]
 
+    def behind(self, length: int) -> list[int]:
+        """The tokens of prompt and completion behind the first `length`."""
+        start = length - len(self.prompt)
+        return self.tokens[start:] if start >= 0 else [*self.prompt[length:], *self.tokens]
+
     @property
     def room(self) -> int:
         """Tokens that it may still get."""

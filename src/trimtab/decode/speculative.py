@@ -24,6 +24,7 @@ from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.memory import Size
 from trimtab.decode.pace import Pace
+from trimtab.decode.prefill import pad
 from trimtab.decode.reading import input_of
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sampler import Sampler
@@ -31,7 +32,7 @@ from trimtab.decode.sequence import Drawn
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import BatchShaping, explain_dead_row
 from trimtab.errors import DeadRow
-from trimtab.models.base import State, vacate
+from trimtab.models.base import LanguageModel, State, vacate
 
 __all__ = ["Drafts", "Group", "can_draft"]
 
@@ -43,8 +44,8 @@ class Drafts:
     """What a group proposes to verify in one step.
 
     Attributes:
-        tokens: `[b, P]` what the models read: the newest token of each sequence, then its drafts but the last.
-        drafts: `[b, P]` one for each position, the bonus position included; None where nobody drafts.
+        tokens: `[b, P]` what the models read: the newest token of each sequence, then its drafts, but for the bonus position's.
+        drafts: `[b, P]` one for each position, or `[b, P − 1]`, none for the bonus position; None where nobody drafts.
         drawn_from: the rows `[b, P, V]` they were drawn from, if there are any and not all are the best ones.
         read: rows of models that have read `tokens` already, by their place in `Models.all`.
     """
@@ -55,8 +56,10 @@ class Drafts:
         drafts: Tensor | None = None,
         drawn_from: Tensor | None = None,
         read: dict[int, Tensor] | None = None,
+        *,
+        bonus: bool = True,
     ) -> None:
-        self.tokens = newest if drafts is None else torch.cat([newest, drafts[:, :-1].clamp(min=0)], dim=1)
+        self.tokens = newest if drafts is None else torch.cat([newest, drafts[:, : -1 if bonus else None].clamp(min=0)], dim=1)
         self.drafts, self.drawn_from, self.read = drafts, drawn_from, read or {}
 
 
@@ -102,8 +105,9 @@ class Group:
     def add_sibling(self, sequence: Growing, sibling: Growing) -> None:
         """Take over a further completion of a prompt, from one that is being decoded."""
         self.add([sequence], self._states, [self.sequences.index(sibling)])
-        counts = [0] * (len(self.sequences) - 1) + [len(sibling.tokens)]
-        self.rollback(counts)
+        for model, state in zip(self.models.all[1:], self._states, strict=True):
+            excess = max(0, state.lengths[len(self.sequences) - 1] - (len(sequence.prompt) - 1))
+            model.rollback(state, [0] * (len(self.sequences) - 1) + [excess])
 
     def remove(self, sequence: Growing) -> None:
         """Let a sequence go; the last one moves into its place."""
@@ -126,7 +130,7 @@ class Group:
         settings, newest = self._lay_out(1)
         read = {i: row for i, row in enumerate(rows) if i and row is not None}
         drafts = Drafts(newest, self._look_up(1, newest.device) if self.models.lookup else None, read=read)
-        if self.models.drafter is not None:
+        if self.models.drafter is not None and self._drafts_bonus:
             drafts = Drafts(newest, *settings.draw(read[self.models.drafter], []), read)
         return self.verify(drafts, rows[0], {}, limits)
 
@@ -138,19 +142,23 @@ class Group:
         drafter = self.models.drafter
         if drafter is None:
             return Drafts(newest, self._look_up(width, device) if self.models.lookup else None)
-        model, state = self.models.all[drafter], self._states[drafter - 1]
+        model, state, bonus = self.models.all[drafter], self._states[drafter - 1], self._drafts_bonus
         token = newest
         drafts: list[Tensor] = []
         drawn_from: list[Tensor] = []
         own: list[Tensor] = []
-        for j in range(width):
-            own.append(model.extend(state, token.to(model.device), [int(j <= limit) for limit in limits]).to(device))
-            token, row = settings.draw(own[-1], drafts)
+        for j in range(width - 1 + bonus):
+            counts = [int(j < limit + bonus) for limit in limits]
+            own.append(self._catch_up(model, state, counts) if j == 0 else model.extend(state, token.to(model.device), counts))
+            token, row = settings.draw(own[-1].to(device), drafts)
             drafts.append(token.squeeze(1))
             if row is not None:
                 drawn_from.append(row)
+        if not drafts:
+            return Drafts(newest)
         rows = torch.cat(drawn_from, 1) if drawn_from else None
-        return Drafts(newest, torch.stack(drafts, 1), rows, {drafter: torch.cat(own, 1)})
+        read = {} if self.models.draft is not None else {drafter: torch.cat(own, 1).to(device)}
+        return Drafts(newest, torch.stack(drafts, 1), rows, read, bonus=bonus)
 
     def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
         """Decide the drafts; what `emit` needs to know, as numbers `[b, …]`.
@@ -168,9 +176,9 @@ class Group:
             drafts.read[i]
             if i in drafts.read
             else model.extend(state, input_of(model, drafts.tokens, tapped), counts).to(device)
-            for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1)
+            for i, (model, state) in enumerate(zip(self.models.aligners, self._states, strict=False), start=1)
         ]
-        logqs = self._rows[: len(self.models.aligners)]
+        logqs = list(self._rows)
         logp = settings.proposal_rows(logp, logqs)
         self._rows.insert(0, logp)
         inputs = settings.shaping.inputs(logp, logqs)
@@ -192,8 +200,9 @@ class Group:
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Forget the last `counts[j]` tokens of sequence j, which were read and not accepted."""
-        for model, state in zip(self.models.all[1:], self._states, strict=True):
-            model.rollback(state, counts)
+        for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1):
+            unread = i == self.models.drafter and not self._drafts_bonus  # the last draft, by the drafter
+            model.rollback(state, [max(0, count - unread) for count in counts])
 
     def emit(self, values: Sequence[Sequence[float]], limits: Sequence[int]) -> list[TokenEvent]:
         """Hand what was decided to the sequences; a stop inside an accepted run discards the rest of the run.
@@ -218,13 +227,23 @@ class Group:
                 if sequence.finish_reason:
                     break
             if can_draft(sequence):
+                drafted = limit + self._drafts_bonus
                 for hope in (sequence.hope, self._pace.kind(sequence.kind)):
-                    hope.observe(kept, min(kept, limit) + 1)
+                    hope.observe(min(kept, drafted), min(kept + 1, drafted))
             sequence.tally.observe(accepted, limit)
             self._pace.tally.observe(accepted, limit)
         self._rows = []
         self._steps += 1
         return events
+
+    @property
+    def _drafts_bonus(self) -> bool:
+        """Whether the drafter drafts for the bonus position, too.
+
+        A coupled draw needs its row there; so does the rule where the drafter is an aligner. The best token needs neither.
+        """
+        assert self._settings is not None
+        return self.models.draft is None or not self._settings.sampler.greedy
 
     @property
     def _observes(self) -> bool:
@@ -236,6 +255,14 @@ class Group:
         settings = self._settings = self._settings or _Settings(self.sequences, self.models)
         settings.start(width)
         return settings, to_device([[s.next_input] for s in self.sequences], self.models.proposal.device)
+
+    def _catch_up(self, model: LanguageModel, state: State, counts: Sequence[int]) -> Tensor:
+        """Rows `[b, 1, V]` of the drafter after all tokens that it has not read yet; where a count is 0 they stay unread."""
+        known = zip(self.sequences, state.lengths, counts, strict=False)
+        unread = [sequence.behind(length) if count else [] for sequence, length, count in known]
+        tokens = pad(unread, model.device)
+        read = model.extend if tokens.shape[1] == 1 else model.prefill
+        return read(state, tokens, [len(ids) for ids in unread])
 
     def _look_up(self, width: int, device: torch.device) -> Tensor:
         for s in self.sequences:
