@@ -18,7 +18,7 @@ import torch
 
 from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
-from trimtab.files import atomic_folder, write_json
+from trimtab.files import atomic_folder, atomic_write, write_json
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
 from trimtab.models.head import Head
@@ -38,6 +38,7 @@ __all__ = [
     "load_files",
     "load_weights",
     "manifest_of",
+    "rewrite_manifest",
     "save_model",
 ]
 
@@ -165,6 +166,21 @@ def manifest_of(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST_NAME
     return _read_manifest(path, str(path)) if path.is_file() else None
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Change what `trimtab.json` of an aligner's folder says, and its card, which says it in words.
+
+    Args:
+        folder: that has a manifest.
+        changes: its attributes.
+    """
+    old = manifest_of(folder)
+    assert old is not None
+    new = dataclasses.replace(old, **changes)
+    with atomic_write(folder / "README.md") as stream:
+        stream.write(model_card(new))
+    write_json(folder / MANIFEST_NAME, new.to_dict())
 
 
 def _read_manifest(path: Path, source: str) -> Manifest:

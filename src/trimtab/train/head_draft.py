@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.errors import DataError
 from trimtab.files import finite
@@ -36,7 +35,7 @@ from trimtab.train.pieces import Piece
 from trimtab.train.progress import CompactProgress
 from trimtab.train.ranks import Ranks
 from trimtab.train.rows import CachedRows
-from trimtab.train.samples import pick_prompts
+from trimtab.train.samples import open_aligned, pick_prompts
 
 __all__ = ["Answer", "ReducedTrainer", "frequent_tokens", "train_head_draft"]
 
@@ -193,9 +192,7 @@ def _answer(
     options: TrainOptions, output: Path, tokenizer: Any, examples: Sequence[Example], path: Path, seed: int
 ) -> Sequence[int]:
     """Let the aligned model answer prompts, going on where a killed run stopped; the ends of sequence."""
-    model = AlignedModel.from_pretrained(
-        options.proposal, output, tokenizer=tokenizer, dtype=options.dtype, device=options.device, draft="none"
-    )
+    model = open_aligned(options, output, tokenizer)
     if path.exists():
         return model.eos_token_ids
     header = {"models": model.fingerprints, "seed": seed, "prompts": len(examples)}

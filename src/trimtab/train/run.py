@@ -54,6 +54,7 @@ from trimtab.train.teacher_answers import draw_answers
 from trimtab.train.temper import TOP_K, fit_temperatures
 from trimtab.train.trainer import AlignerTrainer
 from trimtab.train.tune import RANGES, tune_weight
+from trimtab.train.whole_rows import tune_on_whole_rows, wants_whole_rows
 
 __all__ = ["open_caches", "train", "training_of_effect"]
 
@@ -96,8 +97,9 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     Returns:
         What `training.json` holds: `tokens`, `cache`, `contrast`, `equal_pairs`, `sft_weight`, `learning_rate`, `weight`,
-        `weights_tried`, `kl` at the weight, `metrics` at the end, `history`, `seconds`; `samples` and `sample_figures`;
-        of a drafter, `draft` with its own `metrics`, `history` and `seconds`.
+        `weights_tried`, `kl` at the weight, `tuned_on` whole rows if those of the cache did not do, `metrics` at the end,
+        `history`, `seconds`; `samples` and `sample_figures`; of a drafter, `draft` with its own `metrics`, `history` and
+        `seconds`.
 
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
@@ -195,6 +197,9 @@ def _train(
         model = prepare_model(start.model, options, arguments.seed) if start else head and head.prepare(arguments.seed)
         report = _train_aligner(this, scaled, model, started)
         del model
+    if wants_whole_rows(options) and "tuned_on" not in report:
+        report |= ranks.first_does(partial(tune_on_whole_rows, options, output, tokenizer, development))
+        ranks.first_does(lambda: write_json(output / "training.json", report))
     draw = partial(draw_samples, options, output, tokenizer, development)
     if "samples" not in report and (sampled := ranks.first_does(draw)):
         report |= sampled
@@ -232,7 +237,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weight": options.starting_weight,
         "weights_tried": [],
     }
-    if options.parsed_rule.name in RANGES:
+    if options.parsed_rule.name in RANGES and not wants_whole_rows(options):
         tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl, head=options.trains_head)
         warn_of_weight(options, tuned)
         report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}

@@ -16,7 +16,7 @@ from trimtab.train.checks import Written, check_texts
 from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
 
-__all__ = ["LIMIT", "draw_samples", "pick_prompts"]
+__all__ = ["LIMIT", "draw_samples", "open_aligned", "pick_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,7 @@ def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, developmen
         return {}
     gc.collect()  # a trainer is a ring of references, and holds its optimizer's state until it is collected
     logger.info("answering %d development prompts, by the proposal and aligned", options.samples)
-    aligned = AlignedModel.from_pretrained(
-        options.proposal,
-        output,
-        tokenizer=tokenizer,
-        dtype=options.dtype,
-        device=options.device,
-        draft="none",
-        num_speculative_tokens=0,
-    )
+    aligned = open_aligned(options, output, tokenizer)
     examples = pick_prompts(development, options.samples)
     prompts = [list(example.prompt) for example in examples]
     greedy = SamplingParams(max_tokens=LIMIT, temperature=0.0, seed=0)
@@ -72,6 +64,19 @@ def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, developmen
     for sample in samples[:SHOWN]:
         logger.info("sample\n%s", "\n".join(f"  {name + ':':10}{_short(text)}" for name, text in sample.items()))
     return {"samples": samples, "sample_figures": check_texts(**written)}
+
+
+def open_aligned(options: TrainOptions, output: Path, tokenizer: Any) -> AlignedModel:
+    """The aligned model of a finished output folder, without a drafter."""
+    return AlignedModel.from_pretrained(
+        options.proposal,
+        output,
+        tokenizer=tokenizer,
+        dtype=options.dtype,
+        device=options.device,
+        draft="none",
+        num_speculative_tokens=0,
+    )
 
 
 def pick_prompts(examples: Sequence[Example], count: int) -> list[Example]:

@@ -1,0 +1,77 @@
+"""The weight of a finished aligner under `geometric`, tuned on whole rows of proposal and aligner.
+
+Cached rows spread what is behind their best entries evenly. Σ p^(1−w)·q^w over such a tail is far too small where q prefers
+the tail tokens that p prefers, so weights between 0 and 1 look better than they are. The proposal is loaded once more for it,
+as for the samples, after the trainer is gone.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.logprobs import Warp, kl_divergence, warp
+from trimtab.core.objectives import likelihood
+from trimtab.decode.scoring import completion_rows
+from trimtab.models.aligner import rewrite_manifest
+from trimtab.train.checks import warn_of_weight
+from trimtab.train.examples import Example
+from trimtab.train.options import TrainOptions
+from trimtab.train.samples import open_aligned
+from trimtab.train.tune import tune_weight
+
+__all__ = ["tune_on_whole_rows", "wants_whole_rows"]
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8
+"""Examples of like length whose rows are made together."""
+
+
+def wants_whole_rows(options: TrainOptions) -> bool:
+    """Whether the tuned weight needs more than cached rows, and more can be had: a head has had them all along."""
+    alone = options.trains_head or options.proposal_endpoint or options.teacher_prompt is not None
+    return options.parsed_rule.name == "geometric" and options.cache_top_k != 0 and not alone
+
+
+@torch.inference_mode()
+def tune_on_whole_rows(options: TrainOptions, output: Path, tokenizer: Any, development: Sequence[Example]) -> dict[str, Any]:
+    """Tune the weight of the aligner in the output folder, and write it into its manifest.
+
+    Returns:
+        What `training.json` says of it: `weight`, `weights_tried`, `kl` at the weight, and `tuned_on`.
+    """
+    gc.collect()  # a trainer is a ring of references, and holds its optimizer's state until it is collected
+    logger.info("tuning the weight on whole rows of the proposal")
+    model = open_aligned(options, output, tokenizer)
+    pairs = sorted(((example.prompt, example.chosen) for example in development), key=lambda pair: sum(map(len, pair)))
+
+    both = [model.proposal, *model.aligners]
+
+    def losses() -> Iterator[Callable[[float], tuple[Tensor, Tensor]]]:
+        for start in range(0, len(pairs), BATCH):
+            for rows, tokens, counts in completion_rows(both, pairs[start : start + BATCH]):
+                there = torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]
+                index = there.flatten().nonzero().squeeze(-1).to(tokens.device)
+                logp, logq = (
+                    warp(one.flatten(0, 1).index_select(0, index), Warp(temperature))
+                    for one, temperature in zip(rows, options.temperatures, strict=True)
+                )
+                yield partial(_at, options, logp, logq, tokens.flatten().index_select(0, index))
+
+    tuned = tune_weight(options.parsed_rule, losses, max_kl=options.max_kl)
+    warn_of_weight(options, tuned)
+    rewrite_manifest(output, weight=tuned.weight)
+    return {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl, "tuned_on": "whole rows"}
+
+
+def _at(options: TrainOptions, logp: Tensor, logq: Tensor, tokens: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """What `tune_weight` asks of rows `[n, V]`, at a weight."""
+    rule = options.parsed_rule
+    aligned = rule.target(logp, [logq], logp.new_tensor([weight]))
+    return likelihood(rule, logp, logq, weight, tokens), kl_divergence(aligned, logp)
