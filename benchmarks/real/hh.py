@@ -18,7 +18,7 @@ from chats import Record, Task, answer, place
 
 __all__ = ["TASK", "messages", "split"]
 
-SIZES = {"train": 1200, "dev": 100, "test": 300}
+SIZES = {"train": 600, "dev": 100, "test": 300}
 LONGEST = 2200
 """Characters of a transcript with its longer answer."""
 

@@ -25,14 +25,19 @@ DEFAULT = "toy default"
 SFT = "SFT, geometric"
 
 TRAINED = {
-    HEAD: "--train_draft true",
+    HEAD: "",
+    "head, drafter": "--train_draft true",
     "head, no kept samples": "--keep_samples 0",
     "head of 20 layers": "--head_layers 20",
     DEFAULT: "--aligner {start}",
     SFT: "--aligner {start} --objective sft --rule geometric",
 }
 
-COMMON = "--proposal {proposal} --dataset {train} --eval_dataset {dev} --output_dir {out} --seed {seed} --report_to none"
+COMMON = (
+    "--proposal {proposal} --dataset {train} --eval_dataset {dev} --output_dir {out} --seed {seed} --report_to none"
+    " --per_device_train_batch_size 2 --gradient_accumulation_steps 4"
+)
+"""An update is what eight examples at once would give; two at a time are what memory has room for, as in lora.py."""
 
 LAYERS = 2
 """Of the proposal, that its aligners start from."""

@@ -416,6 +416,42 @@ def test_a_failure_of_decoding_takes_first_tokens_along():
     assert set(running.failed) == {old, new}
 
 
+def test_who_has_read_its_prompt_is_spared_when_another_pass_fails():
+    class Failing(TableLM):
+        def prefill(self, state, tokens, counts):
+            raise RuntimeError("out of memory")
+
+    sick = MODEL.with_aligners([Failing(MODEL.proposal.table)])
+    (well,), (lost,) = sequences([1, 2], max_tokens=4), sequences([3], sick, max_tokens=4)
+    running = engine()
+    running.submit([well, lost])
+    running.step()
+    assert running.failed == [lost]
+    finish(running)
+    assert [well.tokens] == alone([1, 2], max_tokens=4)
+
+
+def test_nobody_is_forgotten_where_reading_and_decoding_fail_in_one_step():
+    class Failing(TableLM):
+        def extend(self, state, tokens, counts):
+            if broken:
+                raise RuntimeError(broken[0])
+            return super().extend(state, tokens, counts)
+
+    broken: list[str] = []
+    model = AlignedModel(Failing(MODEL.proposal.table), eos_token_ids=[EOS])
+    (old,), (new,) = sequences([1, 2, 3], model, max_tokens=5), sequences([1], model, max_tokens=5)
+    running = engine(model)
+    running.submit([old])
+    running.step()
+    running.submit([new])
+    broken.append("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        running.step()
+    assert set(running.failed) == {old, new}
+    assert len(running) == 0
+
+
 def test_a_prompt_whose_readers_are_gone_is_not_kept():
     running = engine(max_num_batched_tokens=4)
     group = sequences([1] * 50, max_tokens=3)

@@ -138,7 +138,7 @@ def test_greedy_requests_alone_get_the_same_tokens_at_every_draft_length(draft):
 
 
 def test_a_drafter_reads_a_draft_that_stayed_with_the_next_one():
-    """Greedily it drafts for no bonus position, and so has not read its last draft; without drafts it reads nothing at all."""
+    """Greedily it drafts for no bonus position, and so has not read its last draft. Where nothing else is drafted, it does."""
     read: list[int] = []
 
     class Counting(TableLM):
@@ -146,7 +146,7 @@ def test_a_drafter_reads_a_draft_that_stayed_with_the_next_one():
             read.append(sum(counts))
             return super().extend(state, tokens, counts)
 
-    for length, passes in ((0, []), (1, [1, 2, 2]), (3, [1, 1, 1, 2, 1, 1, 2, 1, 1])):
+    for length, passes in ((0, [1, 1, 1]), (1, [1, 2, 2]), (3, [1, 1, 1, 2, 1, 1, 2, 1, 1])):
         drafter = Counting(PROPOSAL.table)
         same = AlignedModel(PROPOSAL, [], draft=drafter, num_speculative_tokens=length)
         same.generate([[1, 2]], SamplingParams(max_tokens=1 + 3 * (length + 1), temperature=0, ignore_eos=True))

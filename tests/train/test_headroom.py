@@ -1,11 +1,14 @@
 """A run says before it begins that its largest micro-batch will not fit, with the figures of the dry run."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from tiny_task import make_task, task_options
+from trimtab.errors import InvalidOption
 from trimtab.hardware import in_bytes
+from trimtab.models.loading import load_model
 from trimtab.train import headroom
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.run import train
@@ -34,21 +37,36 @@ def said(caplog, monkeypatch):
     return run
 
 
+def held(folder, options):
+    """Bytes of the models that are in memory when a run looks: the proposal, and the aligner if that is another one."""
+    names = {"proposal", Path(options.aligner or folder / "proposal").name}
+    return sum(p.nbytes for name in names for p in load_model(folder / name, dtype="float32", device="cpu").parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_micro_batch_that_does_not_fit_is_said_before_anything_is_cached(folder, said, kind):
+def test_training_that_does_not_fit_is_said_before_anything_is_cached(folder, said, kind):
     options = task_options(folder, f"short {kind}", {"max_steps": 1}, **KINDS[kind])
-    memory = estimate(options, Expected())["memory"]
-    takes = memory["total"] - memory["weights"]
-    messages = said(options, takes - 1)
+    memory, there = estimate(options, Expected())["memory"], held(folder, options)
+    messages = said(options, memory["total"] - there - 1)
     (place,) = (i for i, message in enumerate(messages) if "the largest micro-batch, of " in message)
-    otherwise = memory["total_if_checkpointing_were_otherwise"] - memory["weights"]
-    assert f"takes {in_bytes(takes)}, and {in_bytes(takes - 1)} are free" in messages[place]
-    assert f"with --activation_checkpointing it takes {in_bytes(otherwise)}" in messages[place]
+    figures = [in_bytes(memory[name]) for name in ("total", "total_if_checkpointing_were_otherwise")]
+    assert f"takes {figures[0]} with all that training holds, and there are {in_bytes(memory['total'] - 1)}" in messages[place]
+    assert f"with --activation_checkpointing it takes {figures[1]}" in messages[place]
     assert not any("cach" in message for message in messages[:place])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_that_fits_is_no_cause_for_words(folder, said, kind):
+def test_what_fits_is_no_cause_for_words(folder, said, kind):
     options = task_options(folder, f"enough {kind}", {"max_steps": 1}, **KINDS[kind])
     memory = estimate(options, Expected())["memory"]
-    assert not any("micro-batch" in message for message in said(options, memory["total"] - memory["weights"]))
+    assert not any("micro-batch" in message for message in said(options, memory["total"] - held(folder, options)))
+
+
+def test_a_look_that_fails_is_said_and_ends_no_run(folder, said, monkeypatch):
+    def failing(*_):
+        raise InvalidOption("optim: 'odd' cannot be tried without weights")
+
+    monkeypatch.setattr(headroom, "largest_step", failing)
+    messages = said(task_options(folder, "odd", {"max_steps": 1}), 0)
+    assert "whether training fits into memory is not known: optim: 'odd' cannot be tried without weights" in messages
+    assert (folder / "odd" / "trimtab.json").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from tiny_task import make_task, task_options, task_rows
 from trimtab import AlignedModel, SamplingParams
+from trimtab.files import read_json
 from trimtab.models.aligner import manifest_of
 from trimtab.train.run import train
 from trimtab.train.whole_rows import wants_whole_rows
@@ -44,6 +45,23 @@ def test_the_losses_are_what_score_says(task):
         scores = model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows], SamplingParams(weight=weight))
         assert loss == pytest.approx(-sum(sum(s.aligned) for s in scores) / sum(len(s.tokens) for s in scores), abs=1e-4)
     assert model.defaults.weight is None or model.defaults.weight == report["weight"]
+
+
+def test_an_aligner_that_broke_is_given_no_weight(task):
+    """A diverged aligner has an infinite loss at every weight but 0: that is said in words, for JSON has no number for it."""
+    folder, _ = task
+    report = train(options(folder, "broke", training={"learning_rate": 1e3, "max_steps": 2}))
+    assert report["weight"] == manifest_of(folder / "broke").weight == 0
+    assert read_json(folder / "broke" / "training.json")["weights_tried"] == json.loads(json.dumps(report))["weights_tried"]
+
+
+def test_a_weight_that_was_tuned_before_stays(task):
+    """By an earlier version on cached rows, say; its samples were drawn at it."""
+    folder, _ = task
+    old = train(options(folder, "old"))
+    path = folder / "old" / "training.json"
+    path.write_text(json.dumps({name: value for name, value in old.items() if name != "tuned_on"} | {"weight": 0.25}))
+    assert train(options(folder, "old"))["weight"] == 0.25
 
 
 def test_a_run_that_was_killed_before_it_tunes_then(task):

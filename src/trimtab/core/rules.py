@@ -114,6 +114,10 @@ class Rule:
         """Whether the target at these weights depends on p̃ beyond its support."""
         return True
 
+    def is_aligner(self, weights: Sequence[float]) -> bool:
+        """Whether the target at these weights is the only aligner's row, where p̃ holds no token for impossible."""
+        return False
+
     def default_weights(self, aligners: int) -> tuple[float, ...]:
         """The weights of so many aligners when nobody says otherwise."""
         return (1.0,) * aligners
@@ -179,6 +183,10 @@ class Geometric(Rule):
             float(torch.tensor(weights, dtype=dtype).sum()) != 1 for dtype in (torch.float32, torch.float64)
         )
 
+    def is_aligner(self, weights: Sequence[float]) -> bool:
+        """At weight 1."""
+        return tuple(weights) == (1.0,)
+
     def default_weights(self, aligners: int) -> tuple[float, ...]:
         """Equal shares for proposal and aligners."""
         return (1.0 / (aligners + 1),) * aligners
@@ -209,6 +217,10 @@ class Nucleus(Rule):
     def reads_proposal(self, weights: Sequence[float]) -> bool:
         """Only where a row may be replaced, or where nothing else is weighed."""
         return self.force_eos or not weights
+
+    def is_aligner(self, weights: Sequence[float]) -> bool:
+        """At weight 1, where no row may be replaced."""
+        return tuple(weights) == (1.0,) and not self.force_eos
 
     @property
     def weighs_tokens(self) -> bool:

@@ -74,7 +74,10 @@ def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Ten
 
 
 def verify_greedy(best: Tensor, drafts: Tensor | None, limits: Tensor) -> Verdict:
-    """`verify` where each target row has all its mass on one token, and each draft row, too: no rows are needed then.
+    """`verify` where each target row has all its mass on one token, and each draft row, too: no rows and no draws are needed.
+
+    A draft stays if it is that token. The verdict's `tokens` are the best ones throughout, and where the bonus position has no
+    draft, `kept` does not count it.
 
     Args:
         best: `[B, P]` those tokens of the target rows; `NO_TOKEN` where there is none.

@@ -38,6 +38,7 @@ class Batch:
         self._proposal, self._pace, self._log_z_every = proposal, pace, log_z_every
         self._state = proposal.new_state(0, 0)
         self._groups: dict[Models, Group] = {}
+        self._begun = 0
 
     @property
     def size(self) -> Size:
@@ -71,7 +72,8 @@ class Batch:
         """
         groups, decided = [], []
         for models, sequences, rows in new:
-            group = Group(models, self._pace, log_z_every=self._log_z_every)
+            group = Group(models, self._pace, log_z_every=self._log_z_every, steps=self._begun)
+            self._begun += 1
             group.sequences = list(sequences)
             groups.append(group)
             decided.append(group.begin(rows))

@@ -159,9 +159,10 @@ class Engine:
         except Exception as error:
             reading = [s for reading in self._reading for s in reading.sequences]
             begun = [sequence for sequence, _ in self._first]
-            self.failed = list(dict.fromkeys([*decoding, *self._batch.sequences, *begun, *reading, *self._moving]))
+            lost = [*self.failed, *decoding, *self._batch.sequences, *begun, *reading, *self._moving]
+            self.failed = list(dict.fromkeys(lost))
             for sequence in self.failed:
-                sequence.error = error
+                sequence.error = sequence.error or error
             self._reading.clear()
             self._moving, self._first = [], []
             self._batch = self._empty_batch()
@@ -174,7 +175,9 @@ class Engine:
             self._admit()
             self._read()
         except Exception as error:
-            newcomers = list(dict.fromkeys([*self._moving, *(s for reading in self._reading for s in reading.sequences)]))
+            begun = {sequence for sequence, _ in self._first}
+            reading = [s for reading in self._reading for s in reading.sequences]
+            newcomers = [s for s in dict.fromkeys([*self._moving, *reading]) if s not in begun]
             if not self._first and set(self._batch.sequences) <= set(newcomers):
                 raise
             logger.exception("%d sequences could not be taken in", len(newcomers))
@@ -249,25 +252,32 @@ class Engine:
     def _read(self) -> None:
         """Read chunks of prompts, of those first that have waited longest since their last, until the budget is spent."""
         budget = self._max_tokens
-        through = []
-        for reading in list(self._reading):
-            if budget <= 0:
-                break
-            read, slots, rows = reading.step(budget)
-            budget -= read
-            if slots:
-                through.append((reading, slots, rows))
-                self._moving += slots
-            self._reading.rotate(-1)
-            if not len(reading):
-                self._reading.remove(reading)
-        if not through:
-            return
+        through: list[_Through] = []
+        try:
+            for reading in list(self._reading):
+                if budget <= 0:
+                    break
+                read, slots, rows = reading.step(budget)
+                budget -= read
+                if slots:
+                    through.append((reading, slots, rows))
+                    self._moving += slots
+                self._reading.rotate(-1)
+                if not len(reading):
+                    self._reading.remove(reading)
+        finally:  # who has read its prompt does not share what befalls the others
+            if through:
+                self._begin(through)
+
+    def _begin(self, through: Sequence["_Through"]) -> None:
+        """Decide first tokens, and let those who go on decode."""
         first = self._batch.begin([(reading.models, list(slots), rows) for reading, slots, rows in through])
         for (reading, slots, _), events in zip(through, first, strict=True):
+            begun = list(zip(slots, events, strict=True))
+            self._first += [one for one in begun if one[0].finish_reason]
             if going := [sequence for sequence in slots if not sequence.finish_reason]:
                 self._batch.add(reading.models, going, reading.states, [slots[sequence] for sequence in going])
-            self._first += zip(slots, events, strict=True)
+            self._first += [one for one in begun if not one[0].finish_reason]
             self._moving = [sequence for sequence in self._moving if sequence not in slots]
 
     def _decode(self) -> list[TokenEvent]:
@@ -362,6 +372,10 @@ class _Reading:
                 for items in (self._prompts, self._readers):
                     items[i] = items[-1]  # type: ignore[assignment]
                     items.pop()
+
+
+_Through = tuple[_Reading, dict[Growing, int], list[Tensor | None]]
+"""Who has read a prompt: the reading, the slot of each sequence, and all models' rows `[b, 1, V]` for them."""
 
 
 def _need(sequence: Growing) -> int:

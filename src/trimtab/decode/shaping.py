@@ -64,8 +64,8 @@ class BatchShaping:
         for row, shaping in enumerate(shapings):
             members.setdefault(shaping.rule, []).append(row)
         self._groups = [(rule, to_device(rows, device)) for rule, rows in members.items()]
-        self._own = alone and all(s.weights == (1.0,) for s in shapings)
-        """Whether each aligned row is the only aligner's own, bit for bit."""
+        self._own = alone and all(s.rule.is_aligner(s.weights) for s in shapings)
+        """Whether each aligned row is the only aligner's."""
         self._rowless = [(rule, rows) for rule, rows in members.items() if not rule.has_row]
 
     def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:

@@ -1,7 +1,7 @@
 """Draft and verify for the sequences that share their models. A draft length of 0 is decoding token by token.
 
     begin    the first token comes out of the pass that reads the prompt
-    draft    the drafter reads the newest token, then its own drafts one by one; each is drawn from its row
+    draft    the drafter reads what it has not read, then its own drafts one by one; each is drawn from its row
     verify   the other models read the newest token and all drafts in one pass; the rule makes the target rows; every position
              is decided by its coupled draw (trimtab.core.speculation)
     emit     what was decided goes to the sequences; what was not accepted is rolled back
@@ -32,7 +32,7 @@ from trimtab.decode.sequence import Drawn
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import BatchShaping, explain_dead_row
 from trimtab.errors import DeadRow
-from trimtab.models.base import LanguageModel, State, vacate
+from trimtab.models.base import LanguageModel, State, last_of, vacate
 
 __all__ = ["Drafts", "Group", "can_draft"]
 
@@ -70,14 +70,20 @@ class Group:
         models: what they are decoded with.
         pace: told what became of drafts.
         log_z_every: also observe log Z, once in so many steps, for rules that have one; 0 for never.
+        steps: how many steps like its own were made before.
     """
 
-    def __init__(self, models: Models, pace: Pace, *, log_z_every: int) -> None:
+    def __init__(self, models: Models, pace: Pace, *, log_z_every: int, steps: int = 0) -> None:
         self.models = models
         self.sequences: list[Growing] = []
-        self._pace, self._log_z_every, self._steps = pace, log_z_every if models.aligners else 0, 0
+        self._pace, self._log_z_every, self._steps = pace, log_z_every if models.aligners else 0, steps
         self._states = [model.new_state(0, 0) for model in models.all[1:]]
         self._settings: _Settings | None = None
+        self._bonus = True
+        """Whether this step has drafts for bonus positions.
+
+        A coupled draw needs their rows. Best tokens do not; but where nothing else is drafted, they tell whether it would pay.
+        """
         self._rows: list[Tensor] = []
 
     @property
@@ -130,7 +136,7 @@ class Group:
         settings, newest = self._lay_out(1)
         read = {i: row for i, row in enumerate(rows) if i and row is not None}
         drafts = Drafts(newest, self._look_up(1, newest.device) if self.models.lookup else None, read=read)
-        if self.models.drafter is not None and self._drafts_bonus:
+        if self.models.drafter is not None:
             drafts = Drafts(newest, *settings.draw(read[self.models.drafter], []), read)
         return self.verify(drafts, rows[0], {}, limits)
 
@@ -142,22 +148,25 @@ class Group:
         drafter = self.models.drafter
         if drafter is None:
             return Drafts(newest, self._look_up(width, device) if self.models.lookup else None)
-        model, state, bonus = self.models.all[drafter], self._states[drafter - 1], self._drafts_bonus
+        only_drafts = self.models.draft is not None  # and is no aligner, whose rows the rule needs at every position
+        self._bonus = bonus = not (only_drafts and settings.sampler.greedy and width > 1)
+        may = [not only_drafts or can_draft(sequence) for sequence in self.sequences]
+        if not any(may):
+            return Drafts(newest)
+        model, state = self.models.all[drafter], self._states[drafter - 1]
         token = newest
         drafts: list[Tensor] = []
         drawn_from: list[Tensor] = []
         own: list[Tensor] = []
         for j in range(width - 1 + bonus):
-            counts = [int(j < limit + bonus) for limit in limits]
+            counts = [int(able and j < limit + bonus) for able, limit in zip(may, limits, strict=True)]
             own.append(self._catch_up(model, state, counts) if j == 0 else model.extend(state, token.to(model.device), counts))
             token, row = settings.draw(own[-1].to(device), drafts)
             drafts.append(token.squeeze(1))
             if row is not None:
                 drawn_from.append(row)
-        if not drafts:
-            return Drafts(newest)
         rows = torch.cat(drawn_from, 1) if drawn_from else None
-        read = {} if self.models.draft is not None else {drafter: torch.cat(own, 1).to(device)}
+        read = {} if only_drafts else {drafter: torch.cat(own, 1).to(device)}
         return Drafts(newest, torch.stack(drafts, 1), rows, read, bonus=bonus)
 
     def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
@@ -201,7 +210,7 @@ class Group:
     def rollback(self, counts: Sequence[int]) -> None:
         """Forget the last `counts[j]` tokens of sequence j, which were read and not accepted."""
         for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1):
-            unread = i == self.models.drafter and not self._drafts_bonus  # the last draft, by the drafter
+            unread = i == self.models.drafter and not self._bonus  # the last draft, by the drafter
             model.rollback(state, [max(0, count - unread) for count in counts])
 
     def emit(self, values: Sequence[Sequence[float]], limits: Sequence[int]) -> list[TokenEvent]:
@@ -227,7 +236,7 @@ class Group:
                 if sequence.finish_reason:
                     break
             if can_draft(sequence):
-                drafted = limit + self._drafts_bonus
+                drafted = limit + self._bonus
                 for hope in (sequence.hope, self._pace.kind(sequence.kind)):
                     hope.observe(min(kept, drafted), min(kept + 1, drafted))
             sequence.tally.observe(accepted, limit)
@@ -235,15 +244,6 @@ class Group:
         self._rows = []
         self._steps += 1
         return events
-
-    @property
-    def _drafts_bonus(self) -> bool:
-        """Whether the drafter drafts for the bonus position, too.
-
-        A coupled draw needs its row there; so does the rule where the drafter is an aligner. The best token needs neither.
-        """
-        assert self._settings is not None
-        return self.models.draft is None or not self._settings.sampler.greedy
 
     @property
     def _observes(self) -> bool:
@@ -257,12 +257,11 @@ class Group:
         return settings, to_device([[s.next_input] for s in self.sequences], self.models.proposal.device)
 
     def _catch_up(self, model: LanguageModel, state: State, counts: Sequence[int]) -> Tensor:
-        """Rows `[b, 1, V]` of the drafter after all tokens that it has not read yet; where a count is 0 they stay unread."""
+        """Rows `[b, 1, V]` of the drafter after the one or two tokens that it has not read yet; not where a count is 0."""
         known = zip(self.sequences, state.lengths, counts, strict=False)
         unread = [sequence.behind(length) if count else [] for sequence, length, count in known]
-        tokens = pad(unread, model.device)
-        read = model.extend if tokens.shape[1] == 1 else model.prefill
-        return read(state, tokens, [len(ids) for ids in unread])
+        read = [len(ids) for ids in unread]
+        return last_of(model.extend(state, pad(unread, model.device), read), read)
 
     def _look_up(self, width: int, device: torch.device) -> Tensor:
         for s in self.sequences:

@@ -225,7 +225,10 @@ def _floor_ratio(
 
 
 def _step_bytes(model: AlignedModel, stock: Stock, params: SamplingParams, length: float) -> float:
-    """Bytes of weights that a step reads with so many drafts: whoever drafts reads its own once more than that."""
+    """Bytes of weights that a step reads with so many drafts.
+
+    An aligner that drafts reads its own once more than that, and so does a drafter, unless all is greedy.
+    """
     proposal, aligner = _weight_bytes(stock.proposal), _weight_bytes(stock.aligner)
     tap = tap_of(model.aligners[0])
     if tap is not None:
@@ -237,7 +240,7 @@ def _step_bytes(model: AlignedModel, stock: Stock, params: SamplingParams, lengt
     if drafter == 1:
         return proposal + (length + 1) * aligner
     own = 0 if drafter is None else int(getattr(model.models.draft, "num_bytes", 0))
-    return proposal + aligner + (length + 1) * own
+    return proposal + aligner + (length + (params.temperature != 0)) * own
 
 
 def _width(module: Any) -> int:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
-from trimtab.core.transfer import to_device
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import LanguageModel, State, last_of
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
@@ -300,7 +299,7 @@ class HuggingFaceLM:
             position_ids=step.position_ids,
             past_key_values=state.cache,
             use_cache=True,
-            logits_to_keep=to_device(kept, self.device) if kept else 0,
+            logits_to_keep=1 if kept == [tokens.shape[1] - 1] else kept or 0,  # a list, for the last layer may be elsewhere
         ).logits
         return logits if last is None else last_of(logits, [kept.index(max(count, 1) - 1) + 1 for count in last])
 

@@ -198,13 +198,8 @@ class HeadStart:
     @property
     def plan(self) -> HeadPlan:
         """What it is made of."""
-        return HeadPlan(self.head.tap, self.head.layers - self.head.tap, self._lora, self.model.dtype)
-
-    @property
-    def model(self) -> Any:
-        """The proposal, as a transformers model."""
         assert self._proposal.model is not None
-        return self._proposal.model.model
+        return HeadPlan(self.head.tap, self.head.layers - self.head.tap, self._lora, self._proposal.model.model.dtype)
 
     @property
     def source(self) -> str:
@@ -247,7 +242,8 @@ class HeadStart:
         """What is trained, with fresh adapters or an earlier round's. The proposal is of no other use after that."""
         from peft import set_peft_model_state_dict
 
-        adapted = adapted_upper(self.model, self.head.tap, self._lora, seed)
+        assert self._proposal.model is not None
+        adapted = adapted_upper(self._proposal.model.model, self.head.tap, self._lora, seed)
         if self.earlier:
             set_peft_model_state_dict(adapted, self.earlier.weights)
         return adapted

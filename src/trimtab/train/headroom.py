@@ -12,7 +12,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trimtab.hardware import free_memory, in_bytes
+from trimtab.reasons import reason_of
 from trimtab.train.examples import Example
+from trimtab.train.footprint import nbytes
 from trimtab.train.head import HeadPlan
 from trimtab.train.options import TrainOptions
 from trimtab.train.rehearsal import Rehearsal, largest_step
@@ -28,20 +30,22 @@ SMALL = 10_000_000
 def warn_of_memory(
     options: TrainOptions,
     arguments: TrainingArguments,
-    model: Any,
     vocab_size: int,
+    model: Any,
+    proposal: Any,
     head: HeadPlan | None,
     lora: Any,
     examples: Sequence[Example],
     kept: Sequence[Example],
 ) -> None:
-    """Say it where a micro-batch will take more than is free.
+    """Say it where training will take more than is free. Where it cannot be known, that is said, and the run goes on.
 
     Args:
         options: of the run.
         arguments: of the run.
-        model: what is trained, or of a head its proposal; it is in memory already.
         vocab_size: V.
+        model: what is trained, or of a head its proposal.
+        proposal: the proposal, if it is in memory; it is given up before training, unless a head is trained.
         head: as for `Rehearsal`.
         lora: as for `Rehearsal`.
         examples: of the data.
@@ -51,17 +55,25 @@ def warn_of_memory(
     if free is None or model.num_parameters() < SMALL:
         return
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)
-    with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder
-        own = copy.copy(arguments)
-        own.output_dir = scratch
-        rehearsal = Rehearsal(options, own, model.config, vocab_size, mean_length, lora, head)
-        step = largest_step(rehearsal, examples, kept, own.train_batch_size)
-    if step.batch + step.peak <= free:
+    try:
+        with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder
+            own = copy.copy(arguments)
+            own.output_dir = scratch
+            rehearsal = Rehearsal(options, own, model.config, vocab_size, mean_length, lora, head)
+            step = largest_step(rehearsal, examples, kept, own.train_batch_size)
+    except Exception as error:  # whatever it is, training may do without it
+        logger.warning("whether training fits into memory is not known: %s", reason_of(error))
         return
-    otherwise = "without" if arguments.activation_checkpointing else "with"
-    takes, there, then = map(in_bytes, (step.batch + step.peak, free, step.batch + step.peak_otherwise))
+    models = [one for one in (model, proposal) if one is not None]
+    here = {id(p): p for one in models for p in one.parameters() if p.device == arguments.device}
+    room, weights = free + nbytes(list(here.values())), nbytes(rehearsal.parameters)
+    takes, otherwise = (weights + step.batch + peak for peak in (step.peak, step.peak_otherwise))
+    if takes <= room:
+        return
     logger.warning(
-        "the largest micro-batch, of %d examples, takes %s, and %s are free: a smaller --per_device_train_batch_size"
-        " with as much more --gradient_accumulation_steps learns the same; %s --activation_checkpointing it takes %s",
-        own.train_batch_size, takes, there, otherwise, then,
+        "the largest micro-batch, of %d examples, takes %s with all that training holds, and there are %s: a smaller"
+        " --per_device_train_batch_size with as much more --gradient_accumulation_steps learns the same; %s"
+        " --activation_checkpointing it takes %s",
+        own.train_batch_size, in_bytes(takes), in_bytes(room), "without" if arguments.activation_checkpointing else "with",
+        in_bytes(otherwise),
     )  # fmt: skip

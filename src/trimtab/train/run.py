@@ -176,10 +176,10 @@ def _train(
     room, pairs = min(options.max_length, context), options.needs_rejected
     kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs) if head else []
     if ranks.count == 1 and not is_finished(output):
-        model = start.model if start else head and head.model
-        plan = None if head is None else head.plan
+        whole = proposal.model and proposal.model.model
+        model, plan = (start.model, None) if start else (whole, head.plan if head else None)
         lora = read_lora(found.folder) if start and found and found.is_adapter else None
-        warn_of_memory(options, arguments, model, vocabulary_size(tokenizer), plan, lora, examples, kept)
+        warn_of_memory(options, arguments, vocabulary_size(tokenizer), model, whole, plan, lora, examples, kept)
     caches = open_caches(options, proposal.rows, tokenizer, examples + kept, development, ranks)
     if teacher is not None and not drawn:
         ranks.first_does(partial(warn_of_ends, caches["dev"]["teacher"], development, proposal.eos_token_ids))
@@ -197,7 +197,7 @@ def _train(
         model = prepare_model(start.model, options, arguments.seed) if start else head and head.prepare(arguments.seed)
         report = _train_aligner(this, scaled, model, started)
         del model
-    if wants_whole_rows(options) and "tuned_on" not in report:
+    if wants_whole_rows(options) and not report["weights_tried"]:
         report |= ranks.first_does(partial(tune_on_whole_rows, options, output, tokenizer, development))
         ranks.first_does(lambda: write_json(output / "training.json", report))
     draw = partial(draw_samples, options, output, tokenizer, development)

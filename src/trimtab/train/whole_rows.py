@@ -18,6 +18,7 @@ from torch import Tensor
 from trimtab.core.logprobs import Warp, kl_divergence, warp
 from trimtab.core.objectives import likelihood
 from trimtab.decode.scoring import completion_rows
+from trimtab.files import finite
 from trimtab.models.aligner import rewrite_manifest
 from trimtab.train.checks import warn_of_weight
 from trimtab.train.examples import Example
@@ -67,7 +68,7 @@ def tune_on_whole_rows(options: TrainOptions, output: Path, tokenizer: Any, deve
     tuned = tune_weight(options.parsed_rule, losses, max_kl=options.max_kl)
     warn_of_weight(options, tuned)
     rewrite_manifest(output, weight=tuned.weight)
-    return {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl, "tuned_on": "whole rows"}
+    return dict(finite({"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl, "tuned_on": "whole rows"}))
 
 
 def _at(options: TrainOptions, logp: Tensor, logq: Tensor, tokens: Tensor, weight: float) -> tuple[Tensor, Tensor]:
