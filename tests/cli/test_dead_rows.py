@@ -9,6 +9,7 @@ from eval_task import called, make_eval_task, read
 from tiny import tiny_tokenizer
 from tiny_task import write_rows
 from trimtab import AlignedModel
+from trimtab.models.base import last_of
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train.records import read_records
 
@@ -29,15 +30,19 @@ def task(tmp_path_factory):
 def sick(monkeypatch):
     """A model gives NaN after a 'z', and never says one by itself."""
     z = tiny_tokenizer().convert_tokens_to_ids("z")
-    extend = HuggingFaceLM.extend
+    extend, prefill = HuggingFaceLM.extend, HuggingFaceLM.prefill
 
-    def sick_extend(self, state, tokens, counts):
-        rows = extend(self, state, tokens, counts).clone()
+    def sick_rows(rows, tokens):
+        rows = rows.clone()
         rows[..., z] = -torch.inf
         rows[tokens == z] = torch.nan
         return rows
 
-    monkeypatch.setattr(HuggingFaceLM, "extend", sick_extend)
+    def sick_prefill(self, state, tokens, counts):
+        return sick_rows(prefill(self, state, tokens, counts), last_of(tokens, counts))
+
+    monkeypatch.setattr(HuggingFaceLM, "extend", lambda *given: sick_rows(extend(*given), given[2]))
+    monkeypatch.setattr(HuggingFaceLM, "prefill", sick_prefill)
 
 
 def pair(task):
@@ -161,8 +166,8 @@ def test_score_leaves_out_what_has_no_likelihood_and_names_it(task, tmp_path, ca
 
 
 def test_bench_times_nothing_that_cannot_go_on(task, capsys, monkeypatch):
-    extend = HuggingFaceLM.extend
-    monkeypatch.setattr(HuggingFaceLM, "extend", lambda self, *rest: extend(self, *rest) * torch.nan)
+    prefill = HuggingFaceLM.prefill
+    monkeypatch.setattr(HuggingFaceLM, "prefill", lambda self, *rest: prefill(self, *rest) * torch.nan)
     words = "bench", *pair(task), "--context", 4, "--max_tokens", 3, "--repeats", 1
     status, _, errors = called(capsys, *words)
     assert status == 1
