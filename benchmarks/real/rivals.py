@@ -133,7 +133,8 @@ RIVALS: dict[str, Rival] = {
     f"best of {OF}": Rival(_best_of),
 }
 for _name in trained.TRAINED:
-    RIVALS |= _both(_name, Rival(_aligned(_name), cost=_cost(trained.cost_of, _name)))
+    _rival = Rival(_aligned(_name), needs_pairs=trained.learns_pairs(_name), cost=_cost(trained.cost_of, _name))
+    RIVALS |= _both(_name, _rival)
 RIVALS["proxy-tuning"] = Rival(_proxy_tuning, cost=_cost(trained.cost_of, trained.SFT))
 for _name, (_method, _) in lora.CEILINGS.items():
     _rival = Rival(_tuned(_name), needs_pairs=_method == "DPO", needs_trl=True, cost=_cost(lora.cost_of, _name))

@@ -18,7 +18,7 @@ from trimtab.files import atomic_folder, read_json
 from trimtab.models.layers import pick_layers
 from trimtab.models.loading import load_model, load_tokenizer
 
-__all__ = ["DEFAULT", "HEAD", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "start_of", "train"]
+__all__ = ["DEFAULT", "HEAD", "LAYERS", "SFT", "TRAINED", "command", "cost_of", "learns_pairs", "start_of", "train"]
 
 HEAD = "head"
 DEFAULT = "toy default"
@@ -27,6 +27,7 @@ SFT = "SFT, geometric"
 TRAINED = {
     HEAD: "",
     "head, drafter": "--train_draft true",
+    "head, preference": "--objective preference",
     "head, no kept samples": "--keep_samples 0",
     "head of 20 layers": "--head_layers 20",
     DEFAULT: "--aligner {start}",
@@ -65,6 +66,11 @@ def command(name: str, cell: Cell) -> list[str]:
     if "{start}" in line:
         places["start"] = start_of(cell)
     return [word.format(out=cell.model(name), **places) for word in line.split()]
+
+
+def learns_pairs(name: str) -> bool:
+    """Whether a system needs unwanted answers."""
+    return "--objective preference" in TRAINED[name]
 
 
 def start_of(cell: Cell) -> Path:

@@ -163,6 +163,21 @@ def test_pairs_are_learnt_from_by_contrast(task):
         assert found["eval_nll_rejected"] > found["eval_nll_aligned"] + 1
 
 
+def test_preference_is_dpo_of_the_head_against_the_proposal(task, caplog):
+    """The loss of the development pairs, from the log-probabilities of the finished head and its proposal, by the formula."""
+    folder, _ = task
+    beta, rows = 0.3, development(folder)
+    report = train(options(folder, "dpo", objective="preference", contrast=None, beta=beta, keep_samples=None))
+    model, rewards = AlignedModel.from_pretrained(folder / "proposal", folder / "dpo"), []
+    for name in ("chosen", "rejected"):
+        scores = model.score([row["prompt"] for row in rows], [row[name] for row in rows], SamplingParams(weight=1.0))
+        rewards.append([sum(score.aligned) - sum(score.proposal) for score in scores])
+    losses = [math.log1p(math.exp(-beta * (wanted - unwanted))) for wanted, unwanted in zip(*rewards, strict=True)]
+    assert report["metrics"]["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert report["metrics"]["eval_loss"] < 0.9 * math.log(2)
+    assert "does not train" not in caplog.text
+
+
 def test_a_head_of_a_model_on_the_hub_names_its_commit(task, tmp_path, monkeypatch):
     """The proposal in the hub's cache, by its id; the head loads again by that id, and PEFT finds the base."""
     folder, _ = task

@@ -51,10 +51,11 @@ class Written(NamedTuple):
 
 def warn_of_rule(options: TrainOptions) -> None:
     """Say it where objective and rule do not fit."""
-    if options.parsed_rule.name not in MATCHES[options.objective]:
+    fitting = ("geometric",) if options.has_reference else MATCHES[options.objective]
+    if options.parsed_rule.name not in fitting:
         logger.warning(
             "objective '%s' does not train what rule '%s' decodes; it fits %s",
-            options.objective, options.rule, " or ".join(MATCHES[options.objective]),
+            options.objective, options.rule, " or ".join(fitting),
         )  # fmt: skip
 
 

@@ -264,14 +264,19 @@ class TrainOptions:
         return self.objective == "preference" or (self.objective == "ram" and self.alpha > 0) or bool(self.contrast)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether `preference` compares with the proposal: a head's reward is log Q − log P, of a residual P cancels."""
+        return self.trains_head and self.objective == "preference"
+
+    @property
     def cached_answers(self) -> list[tuple[str, str]]:
         """Which answers of which part the proposal's rows are needed on.
 
         On development's wanted ones for the diagnostics and the weight, on others where the loss needs them, or the drafter's;
         `teacher` is the wanted ones again, behind the teacher's prompt too. A head's own layers have the proposal's rows, so
-        that only the contrast, which compares with what the proposal gave each token, reads a cache.
+        that only what compares with what the proposal gave each token reads a cache: the contrast, and its `preference`.
         """
-        taught, contrasted = self.teacher_prompt is not None, bool(self.contrast)
+        taught, contrasted = self.teacher_prompt is not None, bool(self.contrast) or self.has_reference
         both = [("dev", "chosen"), ("train", "chosen")]
         teachers = [("dev", "teacher"), ("train", "teacher")] * taught
         unwanted = [("dev", "rejected"), ("train", "rejected")] * contrasted
@@ -310,7 +315,8 @@ class TrainOptions:
     @property
     def default_contrast(self) -> float:
         """Of pairs, where none is given."""
-        return CONTRAST if (self.trains_residual or self.trains_head) and self.teacher_prompt is None else 0.0
+        heads = self.trains_head and self.objective == "likelihood"
+        return CONTRAST if (self.trains_residual or heads) and self.teacher_prompt is None else 0.0
 
     def with_contrast_for(self, examples: int, *, lacking: int) -> "TrainOptions":
         """The same with the contrast settled, for so many examples of which some may lack a rejected answer."""

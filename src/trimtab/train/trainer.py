@@ -273,9 +273,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             return loss
         gains = {}  # log P_θ − log p̃ in nats a token: sums would be won by length
         for which in ("chosen", "rejected"):
-            values = losses[which]
-            lengths = self._sum(torch.ones_like(values), inputs, which)
-            gains[which] = -self._sum(values + cached_batch(inputs, which).token_logp, inputs, which) / lengths
+            lengths = self._sum(torch.ones_like(losses[which]), inputs, which)
+            gains[which] = self._gain(inputs, which, losses[which]) / lengths
         contrast = preference(gains["chosen"], gains["rejected"], self._options.inverse_temperature)
         return loss + self._options.contrast * torch.where(inputs["differs"], contrast, 0.0)
 
@@ -287,6 +286,9 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         o = self._options
         if o.objective == "likelihood":
             return self._contrasted(inputs, tokens)
+        if o.has_reference:
+            wanted, unwanted = (self._gain(inputs, which, tokens[which]) for which in ("chosen", "rejected"))
+            return preference(wanted, unwanted, o.inverse_temperature)
         chosen = self._sum(tokens["chosen"], inputs, "chosen")
         if not o.needs_rejected:
             return chosen / self._mean_length
@@ -294,6 +296,10 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         if o.objective == "ram":
             return ram(-chosen, -rejected, o.alpha) / self._mean_length
         return preference(-chosen, -rejected, o.inverse_temperature)
+
+    def _gain(self, inputs: dict[str, Tensor], which: str, losses: Tensor) -> Tensor:
+        """By how much the `which` answers' log-probabilities `[B]` are above the proposal's, from each token's negative one."""
+        return -self._sum(losses + cached_batch(inputs, which).token_logp, inputs, which)
 
     def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
         """Log q at the decoding temperature `[N, V]`."""
