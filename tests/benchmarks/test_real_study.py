@@ -138,7 +138,8 @@ def test_a_missing_trl_is_said_before_any_work(tmp_path: Path, proposal: Path, m
 def test_command_lines_are_what_train_takes(tmp_path: Path, proposal: Path, capsys: pytest.CaptureFixture[str]):
     """Every line of the table passes the command's own dry run."""
     for name in trained.TRAINED:
-        cell = cell_of(tmp_path, proposal, name)
+        pairs = trained.learns_pairs(name)
+        cell = cell_of(tmp_path / ("pairs" if pairs else "answers"), proposal, name, pairs=pairs)
         words = ["1" if word == "20" else word for word in trained.command(name, cell)]  # layers: this model has fewer
         assert trimtab([*words, "--dry_run", "--json", "--assume_tflops", "1"]) == 0
         assert json.loads(capsys.readouterr().out)["data"]["examples"] == 12
@@ -161,10 +162,10 @@ def test_cells_are_those_that_make_sense(tmp_path: Path, proposal: Path):
     for pairs in (False, True):
         base = cells.Cell(tmp_path, proposal, make_task(pairs)._replace(name=f"pairs {pairs}"), "", 0)
         base.task.prepare(base.data, None)
-        names = [rivals.PROPOSAL, rivals.SIX, "LoRA-DPO"]
+        names = [rivals.PROPOSAL, rivals.SIX, "head, preference", "LoRA-DPO"]
         found = [(one.system, one.seed) for one in study.cells(base, [base.task], names, [3, 4])]
         expected = [(rivals.PROPOSAL, 3), (rivals.SIX, 3), (rivals.SIX, 4)]
-        assert found == expected + [("LoRA-DPO", 3), ("LoRA-DPO", 4)] * pairs
+        assert found == expected + [(name, seed) for name in names[2:] for seed in (3, 4)] * pairs
 
 
 def test_a_study_goes_on_and_is_not_mixed(tmp_path: Path, proposal: Path, monkeypatch: pytest.MonkeyPatch):
