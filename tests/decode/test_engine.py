@@ -394,28 +394,6 @@ def test_a_failure_loses_nobody_who_ends_with_the_first_token(monkeypatch):
     assert (running.failed, len(running)) == ([sick], 0)
 
 
-def test_a_failure_of_decoding_takes_first_tokens_along():
-    """Nobody waits for an answer that was decided in a step that then failed."""
-
-    class Failing(TableLM):
-        def extend(self, state, tokens, counts):
-            if broken and max(state.lengths) > 2:
-                raise RuntimeError("out of memory")
-            return super().extend(state, tokens, counts)
-
-    broken: list[bool] = []
-    model = AlignedModel(Failing(MODEL.proposal.table), eos_token_ids=[EOS])
-    (old,), (new,) = sequences([1, 2, 3], model, max_tokens=5), sequences([1], model, max_tokens=1)
-    running = engine(model)
-    running.submit([old])
-    running.step()
-    running.submit([new])
-    broken.append(True)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        running.step()
-    assert set(running.failed) == {old, new}
-
-
 def test_who_has_read_its_prompt_is_spared_when_another_pass_fails():
     class Failing(TableLM):
         def prefill(self, state, tokens, counts):
@@ -431,21 +409,24 @@ def test_who_has_read_its_prompt_is_spared_when_another_pass_fails():
     assert [well.tokens] == alone([1, 2], max_tokens=4)
 
 
-def test_nobody_is_forgotten_where_reading_and_decoding_fail_in_one_step():
+@pytest.mark.parametrize(("longer_than", "max_tokens"), [(2, 1), (-1, 5)], ids=["decoding", "reading and decoding"])
+def test_nobody_is_forgotten_where_a_step_fails(longer_than, max_tokens):
+    """Nor who has its whole answer from a pass of that step, nor who had failed in it before."""
+
     class Failing(TableLM):
         def extend(self, state, tokens, counts):
-            if broken:
-                raise RuntimeError(broken[0])
+            if broken and max(state.lengths) > longer_than:
+                raise RuntimeError("out of memory")
             return super().extend(state, tokens, counts)
 
-    broken: list[str] = []
+    broken: list[bool] = []
     model = AlignedModel(Failing(MODEL.proposal.table), eos_token_ids=[EOS])
-    (old,), (new,) = sequences([1, 2, 3], model, max_tokens=5), sequences([1], model, max_tokens=5)
+    (old,), (new,) = sequences([1, 2, 3], model, max_tokens=5), sequences([1], model, max_tokens=max_tokens)
     running = engine(model)
     running.submit([old])
     running.step()
     running.submit([new])
-    broken.append("out of memory")
+    broken.append(True)
     with pytest.raises(RuntimeError, match="out of memory"):
         running.step()
     assert set(running.failed) == {old, new}
