@@ -1,6 +1,7 @@
 """A completion that cannot go on ends there and says why; nobody else notices, at any draft length."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import log_normalize
 from trimtab.errors import DeadRow
+from trimtab.evaluate.distribution import trace
 from trimtab.models.table import TableLM
 
 V, EOS, SICK = 7, 0, 6
@@ -175,3 +177,15 @@ def test_a_score_says_where_the_row_is_that_has_no_token():
     assert [s.aligned for s in broken.score([[1]] * 3, [[2, 3]] * 3)] == [s.aligned for s in sound]
     with pytest.raises(DeadRow, match=r"the proposal gives NaN probabilities after 2 tokens of completions\[2\]"):
         broken.score([[1]] * 3, [[2, 3], [2, 3], [2, SICK, 3]])
+    for scores in (broken.score, partial(trace, broken)):  # whatever goes first: batches are of like length
+        with pytest.raises(DeadRow, match=r"after 2 tokens of completions\[1\]"):
+            scores([[1]] * 4, [[2], [2, SICK, 3], [2, 3, 4, 5], [2, 3, 4, 5]])
+
+
+def test_scores_are_in_the_order_of_the_texts_which_share_batches_by_their_length():
+    prompts, answers = [[1], [2, 3, 4, 5], [4, 2], [5], [1, 2]], [[2], [3, 4], [1, 2, 3, 4, 5], [2, 2], [0]]
+    batched = model(PROPOSAL, ALIGNER, max_num_seqs=2)
+    alone = [batched.score([prompt], [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert batched.score(prompts, answers) == alone
+    assert [one.tokens for one in alone] == answers
+    assert trace(batched, prompts, answers) == [trace(batched, [p], [a])[0] for p, a in zip(prompts, answers, strict=True)]

@@ -24,7 +24,7 @@ from trimtab.decode.request import (
     check_shaping,
     refuse_row_settings,
 )
-from trimtab.decode.scoring import Score, score_tokens
+from trimtab.decode.scoring import Score, by_length, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.settings import settle
 from trimtab.decode.shaping import Shaping
@@ -224,15 +224,14 @@ class AlignedModel:
             _check_params(params)
         pairs = self.encode_pairs(prompts, completions)
         shaping = self.shaping(params or self.defaults)
-        scores = []
-        for start in range(0, len(pairs), self.max_num_seqs):
-            batch = pairs[start : start + self.max_num_seqs]
-            ids = [(prompt, completion) for prompt, completion, _ in batch]
-            for (_, completion, num_bytes), row in zip(
-                batch, score_tokens(self.proposal, self.aligners, shaping, ids, start), strict=True
-            ):
-                scores.append(Score(row.proposal, row.aligner, row.aligned, tokens=completion, num_bytes=num_bytes))
-        return scores
+        scores: dict[int, Score] = {}
+        for batch in by_length([len(prompt) + len(completion) for prompt, completion, _ in pairs], self.max_num_seqs):
+            ids = [pairs[i][:2] for i in batch]
+            rows = score_tokens(self.proposal, self.aligners, shaping, ids, batch)
+            for i, row in zip(batch, rows, strict=True):
+                _, completion, num_bytes = pairs[i]
+                scores[i] = Score(row.proposal, row.aligner, row.aligned, tokens=completion, num_bytes=num_bytes)
+        return [scores[i] for i in range(len(pairs))]
 
     def encode_pairs(
         self, prompts: Prompt | Iterable[Prompt], completions: Any

@@ -15,7 +15,7 @@ from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
 from trimtab.errors import InvalidOption
 from trimtab.models.base import LanguageModel
 
-__all__ = ["Score", "completion_rows", "score_in_steps", "score_tokens"]
+__all__ = ["Score", "by_length", "completion_rows", "score_in_steps", "score_tokens"]
 
 ROW_BUDGET = 2**26
 """Numbers in the rows that one step may make for one model (256 MiB in float32)."""
@@ -39,10 +39,10 @@ def score_tokens(
     aligners: Sequence[LanguageModel],
     shaping: Shaping,
     pairs: Sequence[tuple[list[int], list[int]]],
-    first: int = 0,
+    places: Sequence[int],
 ) -> list[TokenLogprobs]:
     """Score completions after their prompts, all in one batch; see `score_in_steps`."""
-    steps = score_in_steps(proposal, aligners, shaping, pairs, first=first)
+    steps = score_in_steps(proposal, aligners, shaping, pairs, places=places)
     while True:
         try:
             next(steps)
@@ -58,7 +58,7 @@ def score_in_steps(
     *,
     top: int = 0,
     step: int | None = None,
-    first: int | None = 0,
+    places: Sequence[int] | None = None,
 ) -> Generator[None, None, list[TokenLogprobs]]:
     """Score completions after their prompts, all in one batch, piece by piece: the scores are the generator's return value.
 
@@ -69,7 +69,7 @@ def score_in_steps(
         pairs: prompt and completion, neither empty.
         top: how many of the best tokens to return for each position.
         step: the most tokens of a completion to score before yielding.
-        first: the number of the first completion, for errors; None where the user knows of none.
+        places: the completions' numbers, for errors; None where the user knows of none.
 
     Raises:
         InvalidOption: the rule has no row.
@@ -87,7 +87,7 @@ def score_in_steps(
             dead = [j for j in range(count) if any(math.isnan(numbers[j]) for numbers in value)]
             if dead:
                 where = f"after {len(column[0]) + dead[0]} tokens"
-                where += "" if first is None else f" of completions[{first + i}]"
+                where += "" if places is None else f" of completions[{places[i]}]"
                 raise explain_dead_row(shaping, [row[i, dead[0]] for row in rows], where)
             for numbers, new in zip(column, value, strict=True):
                 numbers += new[:count]
@@ -100,6 +100,16 @@ def score_in_steps(
         TokenLogprobs(p, q[0] if len(aligners) == 1 else q, aligned, *(best if top else ()))
         for (p, *q, aligned), best in zip(columns, tops, strict=True)
     ]
+
+
+def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The places of texts in batches of at most so many, alike in length: a batch is padded to its longest.
+
+    The longest come first, for what is too large then fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), most):
+        yield order[start : start + most]
 
 
 def completion_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.core.logprobs import entropy, gather, kl_divergence
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Prompt, SamplingParams
-from trimtab.decode.scoring import completion_rows
+from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
 from trimtab.decode.text import TextStream
 from trimtab.errors import InvalidOption, InvalidRequest
@@ -77,8 +77,10 @@ def trace(
     shaping = model.shaping(params or model.defaults)
     if not shaping.rule.has_row:
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
-    size = model.max_num_seqs
-    return [one for i in range(0, len(pairs), size) for one in _trace_batch(model, shaping, pairs[i : i + size], i)]
+    traces: dict[int, Trace] = {}
+    for batch in by_length([len(prompt) + len(completion) for prompt, completion in pairs], model.max_num_seqs):
+        traces |= zip(batch, _trace_batch(model, shaping, [pairs[i] for i in batch], batch), strict=True)
+    return [traces[i] for i in range(len(pairs))]
 
 
 def summarise(traces: Sequence[Trace]) -> dict[str, Any]:
@@ -140,9 +142,9 @@ def pieces(
 
 
 def _trace_batch(
-    model: AlignedModel, shaping: Shaping, pairs: Sequence[tuple[list[int], list[int]]], first: int
+    model: AlignedModel, shaping: Shaping, pairs: Sequence[tuple[list[int], list[int]]], places: Sequence[int]
 ) -> list[Trace]:
-    """Traces of completions that fit into one batch; the device is waited for once in each piece of the rows."""
+    """Traces of completions that fit into one batch; errors name them by their places. It waits for the device once a piece."""
     device = model.proposal.device
     batch = BatchShaping([shaping] * len(pairs), device)
     weights = torch.tensor(shaping.weights, dtype=torch.float64, device=device)
@@ -165,7 +167,7 @@ def _trace_batch(
             for name, numbers in zip(names, mine, strict=True):
                 dead = [j for j in range(count) if math.isnan(numbers[j])]
                 if dead:
-                    where = f"after {len(column[name]) + dead[0]} tokens of completions[{first + i}]"
+                    where = f"after {len(column[name]) + dead[0]} tokens of completions[{places[i]}]"
                     raise explain_dead_row(shaping, [row[i, dead[0]] for row in rows], where)
                 column[name] += numbers[:count]
     return [

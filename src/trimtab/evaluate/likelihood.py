@@ -17,6 +17,9 @@ __all__ = ["held_out"]
 
 logger = logging.getLogger(__name__)
 
+BATCHES = 8
+"""Scored together: texts of like length share one, so that there is little padding."""
+
 
 def held_out(
     model: AlignedModel,
@@ -52,8 +55,9 @@ def held_out(
     sizes: list[int] = []
     num_bytes = impossible = 0
     dead: list[DeadRow] = []
-    for start in range(0, len(prompts), model.max_num_seqs):
-        part = slice(start, start + model.max_num_seqs)
+    size = BATCHES * model.max_num_seqs
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
         scores, died = _score(model, prompts[part], completions[part], sources[part], params)
         dead += died
         for score in scores:
@@ -63,7 +67,7 @@ def held_out(
             sizes.append(len(score.tokens))
             num_bytes += score.num_bytes or 0
             impossible += sum(value == -math.inf for value in score.aligned)
-        logger.info("scored %d of %d", min(start + model.max_num_seqs, len(prompts)), len(prompts))
+        logger.info("scored %d of %d", min(start + size, len(prompts)), len(prompts))
     if not sums and dead:
         raise dead[0]
     columns = [list(column) for column in zip(*sums, strict=True)]

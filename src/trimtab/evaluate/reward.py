@@ -31,6 +31,7 @@ from torch import Tensor
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
+from trimtab.decode.scoring import by_length
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.fingerprint import Files, fingerprint_model
 from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, quietly_reported, readable
@@ -173,10 +174,8 @@ class RewardModel:
             )
         self.truncated += cut
         scores = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # longest first: what is too large fails at once
         size = min(self.batch_size, max(1, len(self._embeddings) - 1))  # see `_padding`
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
+        for chosen in by_length([len(row.ids) for row in rows], size):
             for i, value in zip(chosen, self._forward([rows[i] for i in chosen]), strict=True):
                 if not math.isfinite(value):
                     raise ModelError(f"the reward of prompts[{i}] and answers[{i}] is {value}")

@@ -198,7 +198,7 @@ async def _echo(exchange: _Exchange) -> list[_Echo]:
             pair = (mine[:1], mine[1:])
             shaping = model.shaping(params)
             models, top = (model.proposal, model.aligners), params.top_logprobs
-            steps = score_in_steps(*models, shaping, [pair], top=top, step=ECHO_STEP, first=None)
+            steps = score_in_steps(*models, shaping, [pair], top=top, step=ECHO_STEP)
             try:
                 async with asyncio.timeout(exchange.service.remaining(exchange.job)):
                     (scores,) = await exchange.service.worker.score(steps)

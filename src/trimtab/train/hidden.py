@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.decode.prefill import CHUNK, pad
+from trimtab.decode.scoring import by_length
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, file_bytes, missing_shards, sharded
 from trimtab.train.examples import Example, fingerprint_examples
@@ -94,11 +95,9 @@ def hidden_bytes(tokens: Sequence[int], width: int, dtype: torch.dtype) -> list[
 def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -> list[Tensor]:
     """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU; no layer above is run."""
     texts = [[*example.prompt, *example.chosen] for example in examples]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[Tensor] = [torch.empty(0)] * len(texts)
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        longest = len(texts[batch[-1]])
+    for batch in by_length([len(text) for text in texts], BATCH):
+        longest = len(texts[batch[0]])
         state, parts = model.new_state(len(batch), longest), []
         for begin in range(0, longest, CHUNK):
             chunks = [texts[i][begin : begin + CHUNK] for i in batch]

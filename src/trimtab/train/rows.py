@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, gather, kl_divergence, warp
 from trimtab.core.noise import uniforms
-from trimtab.decode.scoring import completion_rows
+from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.models.base import LanguageModel
 from trimtab.train.examples import Example
 
@@ -178,9 +178,7 @@ class ModelRows:
         """Examples of like length go through the model together."""
         parts: list[list[CachedRows]] = [[] for _ in examples]
         losses = []
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].chosen))
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
+        for batch in by_length([len(example.prompt) + len(example.chosen) for example in examples], BATCH):
             points = [tail_points(examples[i], layout.samples) for i in batch]
             pairs = [(examples[i].prompt, examples[i].chosen) for i in batch]
             done = 0

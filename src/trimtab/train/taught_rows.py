@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, kl_divergence, warp
 from trimtab.core.objectives import sampled_distillation
-from trimtab.decode.scoring import completion_rows
+from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.train.cache import ProposalCache
 from trimtab.train.examples import Example
 from trimtab.train.rows import BATCH, Compressed, Layout, ModelRows, TaughtRows, compress, tail_points
@@ -45,9 +45,7 @@ class TeacherRows:
         """Examples of like length go through the model together; what all teacher's prompts begin with, it reads once."""
         parts: list[list[TaughtRows]] = [[] for _ in examples]
         errors = []
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].teacher) + len(examples[i].chosen))
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
+        for batch in by_length([len(example.teacher) + len(example.chosen) for example in examples], BATCH):
             points = [tail_points(examples[i], layout.samples) for i in batch]
             done = 0
             for bare, taught, tokens, counts in self._pairs([examples[i] for i in batch]):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, kl_divergence, warp
 from trimtab.core.objectives import likelihood
-from trimtab.decode.scoring import completion_rows
+from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.files import finite
 from trimtab.models.aligner import rewrite_manifest
 from trimtab.train.checks import warn_of_weight
@@ -50,13 +50,12 @@ def tune_on_whole_rows(options: TrainOptions, output: Path, tokenizer: Any, deve
     gc.collect()  # a trainer is a ring of references, and holds its optimizer's state until it is collected
     logger.info("tuning the weight on whole rows of the proposal")
     model = open_aligned(options, output, tokenizer)
-    pairs = sorted(((example.prompt, example.chosen) for example in development), key=lambda pair: sum(map(len, pair)))
-
+    pairs = [(example.prompt, example.chosen) for example in development]
     both = [model.proposal, *model.aligners]
 
     def losses() -> Iterator[Callable[[float], tuple[Tensor, Tensor]]]:
-        for start in range(0, len(pairs), BATCH):
-            for rows, tokens, counts in completion_rows(both, pairs[start : start + BATCH]):
+        for batch in by_length([len(prompt) + len(answer) for prompt, answer in pairs], BATCH):
+            for rows, tokens, counts in completion_rows(both, [pairs[i] for i in batch]):
                 there = torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]
                 index = there.flatten().nonzero().squeeze(-1).to(tokens.device)
                 logp, logq = (
