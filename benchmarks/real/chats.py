@@ -33,6 +33,7 @@ class Task(NamedTuple):
         max_tokens: of an answer.
         file: what it needs in the folder of `--data`; None if nothing.
         sources: packages that its texts come from, whose versions belong to the record.
+        answered: how many prompts of a test set are answered, the first ones; None for all. Likelihoods are of all.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Task(NamedTuple):
     max_tokens: int
     file: str | None = None
     sources: tuple[str, ...] = ()
+    answered: int | None = None
 
     def prepare(self, folder: Path, data: Path | None, limit: int | None = None) -> None:
         """Write `train.jsonl` and the other parts into `folder`, all of them at once, unless they are there.

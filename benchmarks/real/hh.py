@@ -66,4 +66,4 @@ def messages(transcript: str) -> list[dict[str, str]] | None:
     return [{"role": ROLES[role], "content": text} for role, text in zip(roles[:-1], texts[:-1], strict=True)]
 
 
-TASK = Task("hh", make, SYSTEM_PROMPT, 64, file="hh_harmless.jsonl.gz")
+TASK = Task("hh", make, SYSTEM_PROMPT, 64, file="hh_harmless.jsonl.gz", answered=100)

@@ -1,8 +1,8 @@
 """What is measured of a system in a cell, as one object of JSON: lists hold a value for each prompt.
 
 parts      by test set: `prompts` (their names), `nll` and `tokens` of the wanted answers, of unwanted ones too where there
-           are pairs, greedy `answers` and why they ended, `rougeL` and `chrf` against the wanted answers, `obeyed` and `right`
-           where a program can tell
+           are pairs; greedy `answers`, of HH to the first prompts alone, and why they ended; `rougeL` and `chrf` against the
+           wanted answers; `obeyed` and `right` where a program can tell
 kl         divergence from the proposal on own samples of the test prompts, and their tokens; a bound for best-of-n
 outside    NLL of the proposal's own greedy answers to prompts outside the task: the loss against the proposal is harm
 speed      tokens a second of greedy answers, one at a time; the ratio to transformers' `generate` of the proposal
@@ -42,7 +42,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     rival = RIVALS[cell.system]
     system, bare = rival.open(cell), open_proposal(cell)
     test = cell.read("test")
-    chats = [chat for chat, _ in _by_prompt(test)]
+    chats = [chat for chat, _ in _by_prompt(test)][: cell.task.answered]
     sampling = SamplingParams(max_tokens=cell.task.max_tokens, temperature=1.0, seed=cell.seed)
     divergence = system.divergence(bare, chats, sampling)
     return {
@@ -62,7 +62,7 @@ def measure_part(cell: Cell, system: System, records: Sequence[Record]) -> dict[
     """One test set: as the module's docstring has it."""
     grouped = _by_prompt(records)
     greedy = SamplingParams(max_tokens=cell.task.max_tokens, temperature=0.0, seed=cell.seed)
-    completions = system.answers([chat for chat, _ in grouped], greedy)
+    completions = system.answers([chat for chat, _ in grouped[: cell.task.answered]], greedy)
     answers = [one.text for one in completions]
     found: dict[str, Any] = {
         "prompts": [hashlib.sha256(same[0]["group"].encode()).hexdigest()[:12] for _, same in grouped],

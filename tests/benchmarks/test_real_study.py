@@ -101,6 +101,14 @@ def test_a_cell_holds_what_its_docstring_says(tmp_path: Path, proposal: Path):
     assert json.loads(json.dumps(found)) == found
 
 
+def test_of_long_tasks_some_prompts_are_answered_and_all_have_a_likelihood(tmp_path: Path, proposal: Path):
+    cell = cell_of(tmp_path, proposal, rivals.PROPOSAL, pairs=True)
+    found = measuring.measure(cell._replace(task=cell.task._replace(answered=2)))
+    part = found["parts"]["test"]
+    assert len(part["answers"]) == len(part["finish_reasons"]) == len(found["kl"]["kl"]) == 2
+    assert len(part["prompts"]) == len(part["nll"]) == len(part["rejected"]) == 3
+
+
 def test_answers_to_one_prompt_are_summed(proposal: Path, tmp_path: Path):
     cell = cell_of(tmp_path, proposal, rivals.PROPOSAL)
     bare, (first, second, _) = rivals.open_proposal(cell), cell.read("test")
