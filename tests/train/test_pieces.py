@@ -99,9 +99,9 @@ def test_the_figures_are_those_of_whole_rows(task, name, pairs):
 
     options, model = trainer._options, trainer.model
     rule, weight, temperature = options.parsed_rule, options.starting_weight, options.temperatures.aligner
-    sums, losses, rejected = [], [], []
+    sums, losses, rejected, won = [], [], [], []
     for i, example in enumerate(development):
-        alone, decoded, gains = {}, {}, {}
+        alone, decoded, gains, rewards = {}, {}, {}, {}
         for which in ("chosen", "rejected"):
             answer = torch.tensor(getattr(example, which), dtype=torch.long)
             if not len(answer):
@@ -112,7 +112,8 @@ def test_the_figures_are_those_of_whole_rows(task, name, pairs):
                 kept = trainer.eval_dataset.caches[which][i]
                 logp = kept.rebuild(V)
                 decoded[which] = likelihood(rule, logp, logq, weight, answer)
-                gains[which] = (-decoded[which] - gather(logp, answer)).mean()
+                rewards[which] = (-decoded[which] - gather(logp, answer)).sum()
+                gains[which] = rewards[which] / len(answer)
             if which == "chosen":
                 even = kept.evenly().rebuild(V)
                 aligned = rule.target(logp, [logq], torch.tensor([weight]))
@@ -139,6 +140,8 @@ def test_the_figures_are_those_of_whole_rows(task, name, pairs):
         else:
             loss = alone["chosen"].sum() / 4
         losses.append(loss)
+        if len(rewards) == 2:
+            won.append(float(rewards["chosen"] > rewards["rejected"]))
     p, q, aligned_nll, z, z2, moved, apart, inside = torch.cat(sums).double().mean(0).tolist()
     expected = {
         "eval_nll_proposal": p, "eval_nll_aligner": q, "eval_nll_aligned": aligned_nll, "eval_log_z_mean": z,
@@ -147,6 +150,8 @@ def test_the_figures_are_those_of_whole_rows(task, name, pairs):
     }  # fmt: skip
     if rejected:
         expected["eval_nll_rejected"] = float(torch.cat(rejected).mean())
+    if won:
+        expected["eval_rewards/accuracies"] = sum(won) / len(won)
     assert got == pytest.approx(expected | {"epoch": 0}, rel=2e-4, abs=2e-5)
 
 

@@ -29,7 +29,7 @@ from trimtab.files import expand_home
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.lean import LEAN, Deltas
+from trimtab.models.lean import LEAN, Delta, Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, read_plain
 from trimtab.models.slots import SlotState
@@ -108,15 +108,18 @@ class Layout:
         return views
 
     def deltas(self, flat: Tensor, shape: Shape) -> Deltas:
-        """The pairs of every layer and product in flat tensors `[G, size]`, as views."""
+        """The pairs of every layer and product in flat tensors `[G, size]`, as views; of one, those without G.
+
+        A batch of products of one is several times as slow as the product.
+        """
         stacked = {product: region.flatten(1, 2) for product, region in self.regions(flat, shape).items()}
-        return [
-            [
-                (stacked[i][:, :, start:middle], stacked[i][:, :, middle:end]) if i in stacked else None
-                for i, (start, middle, end) in enumerate(spans)
-            ]
-            for spans in self._spans
-        ]
+
+        def pair(region: Tensor, start: int, middle: int, end: int) -> Delta:
+            if len(region) == 1:
+                return region[0, :, start:middle].mT, region[0, :, middle:end]
+            return region[:, :, start:middle], region[:, :, middle:end]
+
+        return [[pair(stacked[i], *span) if i in stacked else None for i, span in enumerate(spans)] for spans in self._spans]
 
 
 class Adapter:
@@ -126,7 +129,7 @@ class Adapter:
         name: what to call it in messages.
         flat: `[size]` all its weights, in the base's dtype and on its device.
         shape: how they are laid out.
-        deltas: the same as pairs for the lean pass, for one group.
+        deltas: the same as pairs for the lean pass, where all slots use it.
     """
 
     def __init__(self, name: str, flat: Tensor, shape: Shape, layout: Layout) -> None:

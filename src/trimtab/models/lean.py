@@ -29,7 +29,8 @@ LEAN = tuple(FAMILIES)
 """`model_type` of the models that have a lean pass."""
 
 Delta = tuple[Tensor, Tensor]
-"""`[G, r, in]` and `[G, r, out]`: what is added to a product of rows `[B·K, in]`, by G groups of as many slots each."""
+"""What is added to a product of rows `[B·K, in]`: `[in, r]` and `[r, out]` by all slots, or `[G, r, in]` and `[G, r, out]` by G
+groups of as many slots each."""
 Deltas = Sequence[Sequence[Delta | None]]
 """For each layer those of its four products, in the order of `_Layer`."""
 
@@ -239,8 +240,8 @@ def _product(linear: Linear, x: Tensor, delta: Delta | None) -> Tensor:
     product = linear(x)
     if delta is not None:
         down, up = delta
-        if len(down) == 1:  # a batch of products of one is several times as slow as the product
-            return product.addmm_(torch.mm(x, down[0].mT), up[0])
+        if down.ndim == 2:
+            return product.addmm_(torch.mm(x, down), up)
         rows = x.view(len(down), -1, x.shape[-1])
         # On a CPU each is the faster way round for its dtype: with the first, oneDNN would copy bfloat16 weights every time.
         narrow = torch.bmm(rows, down.mT) if x.dtype == torch.float32 else torch.bmm(down, rows.mT).mT

@@ -21,6 +21,7 @@ SHOWN = {
     "eval_kl_proposal_start": "KL",
     "eval_log_z_mean": "log Z",
     "eval_acceptance_on_answers": "drafts accepted",
+    "eval_rewards/accuracies": "reward accuracy",
     "grad_norm": "gradient",
 }
 

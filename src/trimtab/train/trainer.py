@@ -30,6 +30,9 @@ from trimtab.train.tune import Losses, tune_weight
 
 __all__ = ["AlignerTrainer"]
 
+LOSSES = 6
+"""How many sums `AlignerTrainer.look` gives beside its diagnostics."""
+
 LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
 """What `TrainingArguments` says of loaders, as `dataloader_…`; not every version has all."""
 
@@ -117,7 +120,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
 
     def _figures(self, dataset: Any, prefix: str, weight: float) -> dict[str, float]:
         sums = torch.zeros(self.measures, dtype=torch.float64)
-        losses = torch.zeros(4, dtype=torch.float64)  # their sum, over so many examples; of rejected tokens, over so many
+        losses = torch.zeros(LOSSES, dtype=torch.float64)
         dataset = self.eval_dataset if dataset is None else dataset
         for inputs, passes in self.development(dataset, pairs=all(example.rejected for example in dataset.examples)):
             found = self.look(inputs, passes, weight)
@@ -127,13 +130,16 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         metrics[f"{prefix}_loss"] = float(losses[0] / losses[1])
         if losses[3]:
             metrics[f"{prefix}_nll_rejected"] = float(losses[2] / losses[3])
+        if losses[5]:
+            metrics[f"{prefix}_rewards/accuracies"] = float(losses[4] / losses[5])
         return metrics
 
     def look(self, inputs: dict[str, Tensor], passes: Passes, weight: float | None = None) -> tuple[Tensor, Tensor]:
         """What `evaluate` adds up of one development batch, at a weight or the trained one.
 
         Returns:
-            Diagnostics `[measures]` and losses `[4]`.
+            Diagnostics `[measures]`, and sums with what to divide them by `[LOSSES]`: of losses, of rejected tokens' ones, and of
+            pairs whose implicit reward is higher for the chosen answer.
         """
         weight = self._weight if weight is None else weight
         sums, alone, decoded = torch.zeros(self.measures, dtype=torch.float64), {}, {}
@@ -151,7 +157,19 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         loss = self._losses(inputs, decoded).sum()
         rejected = alone.get("rejected", loss.new_zeros(0))
         losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
-        return sums, torch.stack(losses).double().cpu()
+        return sums, torch.stack([*losses, *self._won(inputs, decoded)]).double().cpu()
+
+    def _won(self, inputs: dict[str, Tensor], decoded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """How many pairs have a higher log P_θ − log P_M of the chosen answer, as TRL counts it, and how many pairs there are.
+
+        None where no cache has what the proposal gave both answers; pairs of two equal answers do not count.
+        """
+        known = [which for which in decoded if f"{which}_proposal_token_logp" in inputs]
+        if len(known) < 2:
+            none = decoded["chosen"].new_zeros(())
+            return none, none
+        wanted, unwanted = (self._gain(inputs, which, decoded[which]) for which in known)
+        return ((wanted > unwanted) & inputs["differs"]).sum(), inputs["differs"].sum()
 
     def losses_at(self, dataset: Any = None) -> Losses:
         """What `tune_weight` reads of the wanted development answers."""
