@@ -175,6 +175,9 @@ def test_preference_is_dpo_of_the_head_against_the_proposal(task, caplog):
     losses = [math.log1p(math.exp(-beta * (wanted - unwanted))) for wanted, unwanted in zip(*rewards, strict=True)]
     assert report["metrics"]["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert report["metrics"]["eval_loss"] < 0.9 * math.log(2)
+    won = [wanted > unwanted for wanted, unwanted in zip(*rewards, strict=True)]
+    assert report["metrics"]["eval_rewards/accuracies"] == sum(won) / len(won) > 0.9
+    assert report["weight"] == 1.0
     assert "does not train" not in caplog.text
 
 

@@ -10,7 +10,7 @@ from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Geometric, KLGate, Product
 from trimtab.models.table import TableLM
 from trimtab.train.diagnostics import measure, summarise
-from trimtab.train.tune import RANGES, tune_weight
+from trimtab.train.tune import CHEAPEST, RANGES, Stay, tune_weight
 
 
 def looks_of(rule, logp, logq, tokens):
@@ -82,13 +82,29 @@ def test_a_head_is_decoded_at_weight_one_unless_another_is_clearly_better():
         look = looks_of(Geometric(), logp, logq, tokens)
         plain = tune_weight(Geometric(), lambda: [look])  # noqa: B023
         assert plain.weight == pytest.approx(best, abs=1 / 32)
-        assert tune_weight(Geometric(), lambda: [look], head=True).weight == pytest.approx(weight, abs=1 / 32)  # noqa: B023
+        assert tune_weight(Geometric(), lambda: [look], stay=CHEAPEST).weight == pytest.approx(weight, abs=1 / 32)  # noqa: B023
+
+
+def test_likelihood_is_no_reason_to_leave_the_weight_that_learnt_preferences():
+    """It is a weight that no grid has; beyond the budget, the nearest one within it is the best."""
+    logp, logq = rows(1), rows(2)
+    tokens = torch.tensor([1, 3] * 20)  # neither model's own
+    look = looks_of(Geometric(), logp, logq, tokens)
+    plain = tune_weight(Geometric(), lambda: [look])
+    free = tune_weight(Geometric(), lambda: [look], stay=Stay(0.77, math.inf))
+    assert free.weight == 0.77
+    assert dict(free.tried)[0.77] > dict(plain.tried)[plain.weight] + 0.01
+    budget = (plain.kl + free.kl) / 2
+    bound = tune_weight(Geometric(), lambda: [look], max_kl=budget, stay=Stay(0.77, math.inf))
+    assert bound.bound
+    assert plain.weight < bound.weight < 0.77
+    assert 0.95 * budget < bound.kl <= budget
 
 
 def test_a_budget_keeps_a_head_from_weight_one():
     logp, logq = rows(1), rows(2)
     look = looks_of(Geometric(), logp, logq, logq.argmax(-1))
-    free, bound = (tune_weight(Geometric(), lambda: [look], max_kl=most, head=True) for most in (10.0, 0.1))
+    free, bound = (tune_weight(Geometric(), lambda: [look], max_kl=most, stay=CHEAPEST) for most in (10.0, 0.1))
     assert free.weight == 1
     assert 0 < bound.weight < 1
     assert bound.kl <= 0.1

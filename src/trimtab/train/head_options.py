@@ -1,10 +1,12 @@
 """What `trimtab train` does otherwise where it trains a head of the proposal, a fresh one or one of an earlier round."""
 
+import math
 from typing import Any
 
 from trimtab.errors import InvalidOption
+from trimtab.train.tune import CHEAPEST, Stay
 
-__all__ = ["settle_head"]
+__all__ = ["settle_head", "stay_of"]
 
 
 def settle_head(options: Any) -> None:
@@ -35,3 +37,10 @@ def settle_head(options: Any) -> None:
             " product, for geometric"
         )
     object.__setattr__(options, "use_peft", True)
+
+
+def stay_of(options: Any) -> Stay | None:
+    """Where the weight of a run of `TrainOptions` stays: a head's at 1, and at the trained one if it learnt preferences."""
+    if options.has_reference:
+        return Stay(options.starting_weight, math.inf)
+    return CHEAPEST if options.trains_head else None

@@ -36,6 +36,7 @@ from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
 from trimtab.train.head_draft import train_head_draft
+from trimtab.train.head_options import stay_of
 from trimtab.train.headroom import warn_of_memory
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
@@ -238,7 +239,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         "weights_tried": [],
     }
     if options.parsed_rule.name in RANGES and not wants_whole_rows(options):
-        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl, head=options.trains_head)
+        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl, stay=stay_of(options))
         warn_of_weight(options, tuned)
         report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
     if this.teacher is not None:

@@ -21,6 +21,7 @@ from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, ca
 from trimtab.train.diagnostics import measure, summarise
 from trimtab.train.examples import answers
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
+from trimtab.train.head_options import stay_of
 from trimtab.train.options import TrainOptions
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.pieces import Passes, Piece, Room, pieces
@@ -111,7 +112,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             weight = self._weight
             if metrics[f"{metric_key_prefix}_kl_aligned_proposal"] > most:
                 looks = partial(self.losses_at, eval_dataset)
-                weight = tune_weight(self._rule, looks, self._ranks, most, head=self.has_proposal).weight
+                weight = tune_weight(self._rule, looks, self._ranks, most, stay=stay_of(self._options)).weight
                 metrics = self._figures(eval_dataset, metric_key_prefix, weight)
             metrics[f"{metric_key_prefix}_weight"] = weight
         self.log(metrics)
@@ -138,8 +139,8 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         """What `evaluate` adds up of one development batch, at a weight or the trained one.
 
         Returns:
-            Diagnostics `[measures]`, and sums with what to divide them by `[LOSSES]`: of losses, of rejected tokens' ones, and of
-            pairs whose implicit reward is higher for the chosen answer.
+            Diagnostics `[measures]`, and sums with what to divide them by `[LOSSES]`: of losses, of rejected tokens' ones, and
+            of pairs whose implicit reward is higher for the chosen answer.
         """
         weight = self._weight if weight is None else weight
         sums, alone, decoded = torch.zeros(self.measures, dtype=torch.float64), {}, {}

@@ -5,6 +5,7 @@ A budget in nats a token bounds how far the aligned model may be from the propos
 weight; so where that one is beyond the budget, the largest weight within it is the best.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
@@ -14,16 +15,24 @@ from torch import Tensor
 from trimtab.core.rules import Rule
 from trimtab.train.ranks import ALONE, Ranks
 
-__all__ = ["RANGES", "Losses", "Tuned", "tune_weight"]
+__all__ = ["CHEAPEST", "RANGES", "Losses", "Stay", "Tuned", "tune_weight"]
 
 RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0)}
 """Where to look, for the rules whose likelihood, or divergence from a teacher, has one best weight: both are convex in it."""
 
 STEPS = 8
 
-CHEAPEST, WORTH = 1.0, 0.01
-"""The weight at which a head is decoded without running the proposal's layers a second time; and the
-nats a token that another one must be better by."""
+
+class Stay(NamedTuple):
+    """A weight to stay at."""
+
+    weight: float
+    worth: float
+    """Nats a token that another one must be better by; infinite where likelihood is no reason to leave it."""
+
+
+CHEAPEST = Stay(1.0, 0.01)
+"""Where a head is decoded without running the proposal's layers a second time."""
 
 Losses: TypeAlias = Iterable[Callable[[float], tuple[Tensor, Tensor]]]
 """For each piece of the development data, or of this process's part: from a weight to the losses of its n tokens `[n]`, such as
@@ -43,7 +52,12 @@ class Tuned(NamedTuple):
 
 
 def tune_weight(
-    rule: Rule, losses: Callable[[], Losses], ranks: Ranks = ALONE, max_kl: float | None = None, *, head: bool = False
+    rule: Rule,
+    losses: Callable[[], Losses],
+    ranks: Ranks = ALONE,
+    max_kl: float | None = None,
+    *,
+    stay: Stay | None = None,
 ) -> Tuned:
     """Search the rule's range in two passes, coarse and fine; in a third one, finer, where a budget binds.
 
@@ -52,28 +66,32 @@ def tune_weight(
         losses: makes a fresh run through the development data.
         ranks: the processes that have the parts.
         max_kl: no more KL(aligned‖p̃) than that, in nats a token; weight 0, which has none, is always among those tried.
-        head: whether the aligner is a head, for which `CHEAPEST` is taken where no other weight is clearly better.
+        stay: the weight to stay at; where it is beyond the budget and likelihood is no reason, the nearest one within it.
     """
     low, high = RANGES[rule.name]
     step = (high - low) / STEPS
-    found = _means([low + i * step for i in range(STEPS + 1)], losses(), ranks)
-    centre = _best(found, max_kl, head)
+    found = _means(sorted({low + i * step for i in range(STEPS + 1)} | ({stay.weight} if stay else set())), losses(), ranks)
+    centre = _best(found, max_kl, stay)
     fine = [centre + i * step / 4 for i in range(-3, 4) if i != 0]
     found |= _means([weight for weight in fine if low <= weight <= high], losses(), ranks)
-    best = _best(found, max_kl, head)
-    bound = best != _best(found, None, head)
+    best = _best(found, max_kl, stay)
+    bound = best != _best(found, None, stay)
     if bound:  # the budget ends between this weight and the next one
         beyond = min(weight for weight in found if weight > best)
         found |= _means([best + i * (beyond - best) / STEPS for i in range(1, STEPS)], losses(), ranks)
-        best = _best(found, max_kl, head)
+        best = _best(found, max_kl, stay)
     return Tuned(best, [(weight, found[weight][0]) for weight in sorted(found)], found[best][1], bound)
 
 
-def _best(found: dict[float, tuple[float, float]], max_kl: float | None, head: bool) -> float:
+def _best(found: dict[float, tuple[float, float]], max_kl: float | None, stay: Stay | None) -> float:
     allowed = [weight for weight, (_, kl) in found.items() if max_kl is None or weight == 0 or kl <= max_kl]
     best = min(allowed, key=lambda weight: found[weight][0])
-    cheapest = head and CHEAPEST in allowed and found[CHEAPEST][0] <= found[best][0] + WORTH
-    return CHEAPEST if cheapest else best
+    if stay is None:
+        return best
+    near = min(allowed, key=lambda weight: abs(weight - stay.weight))
+    if near == stay.weight:
+        return near if found[near][0] <= found[best][0] + stay.worth else best
+    return near if stay.worth == math.inf else best
 
 
 def _means(weights: list[float], losses: Losses, ranks: Ranks) -> dict[float, tuple[float, float]]:
