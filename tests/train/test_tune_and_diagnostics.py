@@ -94,6 +94,7 @@ def test_likelihood_is_no_reason_to_leave_the_weight_that_learnt_preferences():
     free = tune_weight(Geometric(), lambda: [look], stay=Stay(0.77, math.inf))
     assert free.weight == 0.77
     assert dict(free.tried)[0.77] > dict(plain.tried)[plain.weight] + 0.01
+    assert [weight for weight, _ in free.tried] == [0, 0.77]
     budget = (plain.kl + free.kl) / 2
     bound = tune_weight(Geometric(), lambda: [look], max_kl=budget, stay=Stay(0.77, math.inf))
     assert bound.bound

@@ -69,6 +69,9 @@ def tune_weight(
         stay: the weight to stay at; where it is beyond the budget and likelihood is no reason, the nearest one within it.
     """
     low, high = RANGES[rule.name]
+    if stay and stay.worth == math.inf and max_kl is None:  # nothing to look for
+        found = _means([low, stay.weight], losses(), ranks)
+        return Tuned(stay.weight, [(weight, loss) for weight, (loss, _) in found.items()], found[stay.weight][1], False)
     step = (high - low) / STEPS
     found = _means(sorted({low + i * step for i in range(STEPS + 1)} | ({stay.weight} if stay else set())), losses(), ranks)
     centre = _best(found, max_kl, stay)
