@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,80 @@ _SHAPE = {
     "max_position_embeddings": 64,
 }
 _GPT2_SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-SHAPES: dict[str, dict[str, Any]] = {
-    "gemma": _SHAPE,
-    "gpt2": _GPT2_SHAPE,
-    "gpt_neox": {k: v for k, v in _SHAPE.items() if k not in ("num_key_value_heads", "head_dim")},
-    "granite": {k: v for k, v in _SHAPE.items() if k != "head_dim"},
-    "llama": _SHAPE,
-    "mistral": _SHAPE | {"sliding_window": None},
-    "olmo2": {k: v for k, v in _SHAPE.items() if k != "head_dim"},
-    "qwen2": {k: v for k, v in _SHAPE.items() if k != "head_dim"},
-    "qwen3": _SHAPE,
+_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
 }
+_MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def _but(*names: str, shape: dict[str, Any] = _SHAPE) -> dict[str, Any]:
+    return {name: value for name, value in shape.items() if name not in names}
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "apertus": _SHAPE,
+    "arcee": _SHAPE,
+    "cohere": _but("head_dim"),
+    "cohere2": _SHAPE | _MIXED,
+    "cwm": _SHAPE | _MIXED,
+    "deepseek_v3": _but("head_dim", "num_key_value_heads")
+    | _EXPERTS
+    | {
+        "num_key_value_heads": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+    }
+    | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "ernie4_5": _SHAPE,
+    "exaone4": _SHAPE | _MIXED,
+    "falcon": _but("intermediate_size", "num_key_value_heads", "head_dim")
+    | {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+    "gemma": _SHAPE,
+    "gemma2": _SHAPE | _MIXED | {"query_pre_attn_scalar": 8},
+    "gemma3_text": _SHAPE | _MIXED | {"query_pre_attn_scalar": 8},
+    "glm": _SHAPE,
+    "glm4": _SHAPE,
+    "glm4_moe": _SHAPE | _EXPERTS | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "gpt2": _GPT2_SHAPE,
+    "gpt_bigcode": _GPT2_SHAPE,
+    "gpt_neox": _but("num_key_value_heads", "head_dim"),
+    "gpt_oss": _SHAPE | _EXPERTS | _MIXED,
+    "gptj": _GPT2_SHAPE | {"rotary_dim": 4},
+    "granite": _but("head_dim"),
+    "granitemoe": _but("head_dim") | _EXPERTS,
+    "helium": _SHAPE,
+    "hunyuan_v1_dense": _SHAPE,
+    "llama": _SHAPE,
+    "llama4_text": _SHAPE
+    | _EXPERTS
+    | {"attention_chunk_size": 5, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
+    "ministral": _SHAPE | _MIXED,
+    "mistral": _SHAPE | {"sliding_window": None},
+    "mixtral": _SHAPE | _EXPERTS | {"sliding_window": 5},
+    "nemotron": _SHAPE,
+    "olmo": _but("head_dim"),
+    "olmo2": _but("head_dim"),
+    "olmo3": _but("head_dim") | _MIXED,
+    "olmoe": _but("head_dim") | _EXPERTS,
+    "phi": _but("head_dim"),
+    "phi3": _but("head_dim") | {"sliding_window": 5},
+    "qwen2": _but("head_dim"),
+    "qwen2_moe": _but("head_dim") | _EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3": _SHAPE,
+    "qwen3_moe": _SHAPE | _EXPERTS,
+    "seed_oss": _SHAPE,
+    "smollm3": _but("head_dim") | {"no_rope_layers": [1, 0]},
+    "stablelm": _but("head_dim"),
+    "starcoder2": _but("head_dim") | {"sliding_window": 5},
+}
+"""Sizes of a tiny model of each architecture. A list has a value for each layer, and goes round where there are more."""
 EOS = 0
 """The id of `<eos>` in every tiny tokenizer."""
 CHAT_TEMPLATE = (
@@ -47,9 +111,10 @@ CHAT_TEMPLATE = (
 
 def tiny_model(kind: str = "llama", vocab_size: int = 32, *, seed: int = 0, spread: float = 0.5, **settings: Any) -> Any:
     """A random model of an architecture, whose rows are far from uniform."""
-    config = CONFIG_MAPPING[kind](
-        vocab_size=vocab_size, **{**SHAPES[kind], "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": None, **settings}
-    )
+    fields = {**SHAPES[kind], "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": None, **settings}
+    layers = fields.get("num_hidden_layers", fields.get("n_layer"))
+    going_round = {name: list(islice(cycle(fields[name]), layers)) for name in SHAPES[kind] if isinstance(fields[name], list)}
+    config = CONFIG_MAPPING[kind](vocab_size=vocab_size, **fields | going_round)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -6,7 +6,7 @@
     ├── DataError               a data set, record or file that cannot be read as what it should be
     ├── ModelError              a model folder or object that cannot be used
     │   ├── CheckpointError     missing, corrupt, pickled or NaN weights
-    │   ├── UnsupportedModel    an architecture that has not passed the contract suite
+    │   ├── UnsupportedModel    an architecture that our engine would decode wrongly
     │   ├── VocabularyMismatch  two models that do not share a vocabulary
     │   └── ManifestError       a `trimtab.json` that says something we do not understand
     ├── CacheMismatch           cached proposal log-probabilities that belong to something else
@@ -59,7 +59,7 @@ class CheckpointError(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """An architecture, or a setting of one, that has not passed the contract suite of `LanguageModel`."""
+    """An architecture, or a setting of one, that our engine would decode wrongly, or cannot decode."""
 
 
 class VocabularyMismatch(ModelError):

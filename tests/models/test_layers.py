@@ -15,7 +15,7 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
 def deep_model(kind="llama", **settings):
-    return tiny_model(kind, **{"n_layer" if kind == "gpt2" else "num_hidden_layers": 5, **settings})
+    return tiny_model(kind, **{"n_layer" if "n_layer" in SHAPES[kind] else "num_hidden_layers": 5, **settings})
 
 
 def without_other_layers(model, layers):
@@ -29,6 +29,9 @@ def without_other_layers(model, layers):
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
     model.config.num_hidden_layers = len(layers)
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if values := getattr(model.config, name, None):
+            setattr(model.config, name, [values[i] for i in layers])
     return model
 
 

@@ -1,11 +1,12 @@
 """The transformers backend: a stock causal language model as a `LanguageModel` over ragged slots.
 
-The model is used as it is: we pass a cache, positions and a ready 4-D mask, which transformers hands on untouched. That is
-right only for plain full attention with positions that do not depend on the batch, so an architecture is accepted when it is
-known to be of that kind and passes the contract suite, and refused otherwise.
+The model is used as it is: we pass a cache, positions and ready 4-D masks, which transformers hands on untouched. That is
+right only for attention with positions that do not depend on the batch. `SUPPORTED` architectures are known to be of that kind,
+by the contract suite; a model of another one is tried when it is loaded (`trimtab.models.trial`), and refused if it fails.
 """
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from trimtab.models.base import LanguageModel, State, last_of
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.lean import LEAN, Deltas, LeanDecoder, no_lean_pass
+from trimtab.models.masks import MIXED, WHOLE, WINDOWED, sights_of
 from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
 from trimtab.models.slots import SlotState, Step
 from trimtab.models.stock import is_stock
+from trimtab.models.trial import WAY_OUT, narrowed, try_out
 
 __all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported", "describe_kernels"]
 
-SUPPORTED = ("gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+SUPPORTED = tuple(sorted((*WHOLE, *WINDOWED, *MIXED)))
 """`model_type` of the architectures that pass the contract suite; tests/models/test_contract.py runs each of them."""
 
 
@@ -32,49 +35,21 @@ def check_supported(config: Any) -> None:
     """Refuse a configuration that ragged slots would decode wrongly.
 
     Raises:
-        UnsupportedModel: the architecture is not on the list, or a setting takes it off plain full attention.
+        UnsupportedModel: it is no decoder with attention of positions alone, or a setting takes it off that.
     """
     name = config.model_type
-    if name not in SUPPORTED:
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "max_position_embeddings", None) is None:
         raise UnsupportedModel(
-            f"model type '{name}' has not passed Trimtab's contract suite; supported are {', '.join(SUPPORTED)}. "
-            "See docs/models.md for how to add one"
+            f"a '{name}' model is no decoder of attention layers with a context of max_position_embeddings; {WAY_OUT}"
         )
     if getattr(config, "is_heterogeneous", False):
         raise UnsupportedModel("per_layer_config: layers that are not all alike are not supported")
-    _check_attention(config)
+    sights_of(config)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise UnsupportedModel(f"rope type '{rope}' makes positions depend on the rest of the batch; it is not supported")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(f"this '{name}' model has cross-attention; only decoders are supported")
-
-
-def _check_attention(config: Any) -> None:
-    """Refuse layers that do not see the whole text, by the fields that transformers' own code reads.
-
-    `layer_types` decides, or `sliding_window` where there is none: in the modules of Qwen2 and Qwen3, and for every family in
-    transformers' cache, which looks at `attention_chunk_size` last. Mistral's modules read `sliding_window` alone.
-    `use_sliding_window` is a field of Qwen2 and Qwen3, whose configurations drop the window where it is false; other families
-    do not know it.
-    """
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    layers = set(getattr(config, "layer_types", None) or ())
-    if window is not None and (not layers or config.model_type == "mistral"):
-        layers.add("sliding_attention")
-    if odd := layers - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only full attention")
-    limit = config.max_position_embeddings
-    if "sliding_attention" in layers and (window is None or window < limit):
-        raise UnsupportedModel(
-            f"this '{config.model_type}' model uses a sliding attention window (sliding_window {window}, context {limit}); "
-            "only full attention is supported, or a window as long as the context"
-        )
-    if chunk is not None and not layers and chunk < limit:
-        raise UnsupportedModel(
-            f"this '{config.model_type}' model attends in chunks (attention_chunk_size {chunk}, context {limit}); only full"
-            " attention is supported, or a chunk as long as the context"
-        )
 
 
 def describe_kernels(model: LanguageModel) -> str | None:
@@ -99,8 +74,8 @@ class HuggingFaceLM:
             pass.
 
     Raises:
-        UnsupportedModel: an architecture that ragged slots would decode wrongly; adapters of which a part would be left out; or
-            a model without a lean pass, with `capture`.
+        UnsupportedModel: an architecture that ragged slots would decode wrongly, or that fails its trial; adapters of which a
+            part would be left out; or a model without a lean pass, with `capture`.
     """
 
     def __init__(
@@ -116,7 +91,7 @@ class HuggingFaceLM:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
         check_adapters(getattr(model, "peft_config", {}), f"this '{inner.config.model_type}' model")
-        self._attention = inner.config._attn_implementation
+        self._attention, self._sights = inner.config._attn_implementation, sights_of(inner.config)
         if self._attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")
         self.model = inner.eval()
@@ -146,6 +121,11 @@ class HuggingFaceLM:
             raise UnsupportedModel(
                 f"cuda_graphs: only {plain} can be captured, without adapters of their own; this is a '{kind}'"
             )
+        if inner.config.model_type not in SUPPORTED:
+            with narrowed(inner.config):
+                self._sights = sights_of(inner.config)
+                try_out(self, inner, keep=owned)
+            self._sights = sights_of(inner.config)
 
     @property
     def kernels(self) -> str:
@@ -173,13 +153,13 @@ class HuggingFaceLM:
         """`sha256:…` of what tells it from others in every dtype, see `digest_model`; of a lent model as it is now."""
         return self._digest or digest_model(self.model)
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def cache_bytes_per_token(self) -> int:
-        """What a token of a slot takes in the key/value cache."""
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize)
+        """What a token of a slot takes in the key/value cache: looked up in one, for families keep different things there."""
+        state = SlotState([0], 1, self.model.config.num_hidden_layers)
+        self._forward(state, torch.zeros(1, 1, dtype=torch.long), [1], last_only=True)
+        return sum(part.nbytes for layer in state.layers for part in (layer.keys, layer.values)) // (state.capacity + 1)
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
@@ -295,7 +275,7 @@ class HuggingFaceLM:
         kept = sorted({max(count, 1) - 1 for count in last}) if last is not None else []
         logits: Tensor = self.model(
             input_ids=tokens,
-            attention_mask=self._mask(step),
+            attention_mask=self._masks(step),
             position_ids=step.position_ids,
             past_key_values=state.cache,
             use_cache=True,
@@ -303,6 +283,10 @@ class HuggingFaceLM:
         ).logits
         return logits if last is None else last_of(logits, [kept.index(max(count, 1) - 1) + 1 for count in last])
 
-    def _mask(self, step: Step) -> Tensor:
-        """What this attention wants: SDPA takes booleans, the eager one adds its mask to the scores."""
-        return step.mask() if self._attention == "sdpa" else step.additive_mask(self.model.dtype)
+    def _masks(self, step: Step) -> Tensor | dict[str, Tensor]:
+        """A mask, or one for each kind of layer: SDPA takes booleans, the eager attention adds its mask to the scores."""
+        boolean, dtype = self._attention == "sdpa", self.model.dtype
+        masks = {
+            name: step.mask(sight) if boolean else step.additive_mask(dtype, sight) for name, sight in self._sights.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -13,7 +13,10 @@ import torch
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.huggingface import check_supported
 
-__all__ = ["choose_layers", "cut_config", "parse_layers", "pick_layers"]
+__all__ = ["OF_LAYERS", "choose_layers", "cut_config", "parse_layers", "pick_layers"]
+
+OF_LAYERS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields of configurations that have a value for each layer."""
 
 
 def choose_layers(count: int, total: int) -> tuple[int, ...]:
@@ -59,8 +62,9 @@ def cut_config(config: Any, layers: Sequence[int]) -> Any:
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel("a start is trained, and quantised weights cannot be: name the original model")
     small = copy.deepcopy(config)
-    if types := getattr(config, "layer_types", None):
-        small.layer_types = [types[i] for i in layers]
+    for name in OF_LAYERS:
+        if values := getattr(config, name, None):
+            setattr(small, name, [values[i] for i in layers])
     small.num_hidden_layers = len(layers)
     small.dtype = torch.float32
     return small
@@ -90,7 +94,7 @@ def pick_layers(model: Any, layers: Sequence[int]) -> Any:
             name = f"{blocks}{places[layer]}.{rest}"
         weights[name] = weight
     with torch.random.fork_rng(devices=[]):  # what is drawn from the global generator is overwritten, and put back
-        small = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     small.load_state_dict(weights, strict=True)
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
@@ -98,12 +102,13 @@ def pick_layers(model: Any, layers: Sequence[int]) -> Any:
 
 def _blocks(model: Any) -> str:
     """The name of the list of a model's layers."""
-    total, base = model.config.num_hidden_layers, model.base_model_prefix
+    total = model.config.num_hidden_layers
     lists = [
-        name
-        for name, module in getattr(model, base).named_children()
+        f"{body}.{name}"
+        for body, inner in model.named_children()
+        for name, module in inner.named_children()
         if isinstance(module, torch.nn.ModuleList) and len(module) == total
     ]
     if len(lists) != 1:
         raise UnsupportedModel(f"this '{model.config.model_type}' model does not keep its {total} layers in one list")
-    return f"{base}.{lists[0]}"
+    return lists[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import last_of
+from trimtab.models.masks import Sight, layer_sights
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
 from trimtab.models.stock import FAMILIES, is_stock
@@ -73,6 +74,7 @@ class LeanDecoder:
         self._norm: Tensor = body.norm.weight
         self._head = Linear.of(model.lm_head)
         self._layers = [self._read_layer(layer) for layer in body.layers]
+        self._sights = layer_sights(config)
         self._unfused = _unfused(model)
         self._rotary = body.rotary_emb
         self._cos = self._sin = self._embedding.new_empty(0, self._head_dim)
@@ -147,9 +149,9 @@ class LeanDecoder:
         heads, keys, group = self._heads, self._heads + self._key_heads, self._heads // self._key_heads
         cos, sin = self._rotations(step)
         x = hidden.flatten(0, 1)  # [B·K, H]: products of matrices, not of batches of them
-        mask = None if step.unmasked else _repeat(step.additive_mask(x.dtype), group)
+        masks = {sight: self._mask(sight, step, x.dtype, group) for sight in set(self._sights[first:stop])}
         size = (x.shape[-1],)
-        for i, (layer, slots) in enumerate(zip(self._layers[first:stop], cache, strict=True)):
+        for i, (layer, sight, slots) in enumerate(zip(self._layers[first:stop], self._sights[first:stop], cache, strict=True)):
             if tapped is not None and first + i in tapped:
                 tapped[first + i] = x.view(batch, width, -1)
             to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
@@ -163,7 +165,7 @@ class LeanDecoder:
             qk = torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, -1), sin)
             past_keys, past_values = slots.update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
             queries = _fold(qk[:, :, :heads], group)
-            mixed = F.scaled_dot_product_attention(queries, past_keys, past_values, attn_mask=mask, scale=self._scaling)
+            mixed = F.scaled_dot_product_attention(queries, past_keys, past_values, attn_mask=masks[sight], scale=self._scaling)
             x = x + _product(layer.out, _unfold(mixed, group).reshape(batch * width, -1), to_out)
             gate_up = _product(layer.gate_up, F.rms_norm(x, size, layer.mlp_norm, self._eps), to_gate_up)
             gate, up = gate_up.chunk(2, -1)
@@ -172,6 +174,11 @@ class LeanDecoder:
         if tapped is not None and stop is not None and stop in tapped:
             tapped[stop] = x
         return x
+
+    def _mask(self, sight: Sight, step: Step, dtype: torch.dtype, group: int) -> Tensor | None:
+        """What is added to the scores of folded queries; None where all see everything."""
+        unmasked = step.unmasked and sight.sees_all(step.used)
+        return None if unmasked else _repeat(step.additive_mask(dtype, sight), group)
 
     @property
     def depth(self) -> int:

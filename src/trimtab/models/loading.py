@@ -61,7 +61,7 @@ def load_model(
 
     Raises:
         CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights, or codes, see `trimtab.models.stored`.
-        UnsupportedModel: an architecture that has not passed the contract suite.
+        UnsupportedModel: an architecture that ragged slots cannot decode.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def load_model(
         check_supported(config)
         _check_size(config, source)
         with quietly_reported():
-            model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **how)
+            model, report = AutoModelForCausalLM.from_pretrained(source, **how)
     check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model.eval()

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from trimtab.core.transfer import to_device
 from trimtab.models.base import State
+from trimtab.models.masks import FULL, Sight
 
 __all__ = ["SlotState", "Step"]
 
@@ -37,15 +38,15 @@ class Step(NamedTuple):
     reach: int
     """All positions are below this."""
     unmasked: bool
-    """Whether every query may look at every column."""
+    """Whether every query may look at every column, as far as its layer sees."""
 
-    def mask(self) -> Tensor:
-        """`[B, 1, K, used]` True where a query may look."""
-        return torch.arange(self.used, device=self.position_ids.device) <= self.position_ids[:, None, :, None]
+    def mask(self, sight: Sight = FULL) -> Tensor:
+        """`[B, 1, K, used]` True where a query looks, in layers that see so much."""
+        return sight.mask(self.position_ids, self.used)
 
-    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+    def additive_mask(self, dtype: torch.dtype, sight: Sight = FULL) -> Tensor:
         """The mask as something to add to attention scores."""
-        mask = self.mask()
+        mask = self.mask(sight)
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 

@@ -82,7 +82,7 @@ class Rehearsal:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             dtype = head.dtype if head else torch.float32
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             below: list[Tensor] = []
             if head:
                 if not is_stock(model):

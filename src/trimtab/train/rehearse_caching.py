@@ -54,7 +54,7 @@ def rehearse_caching(
     """
     width = min(max(1, ROW_BUDGET // (BATCH * vocab_size)), longest)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         parameters = list(model.parameters())
         with Ledger() as prefill:
             _logits(model, BATCH, min(CHUNK, longest), 1)
@@ -86,7 +86,7 @@ def rehearse_hidden(
     """
     width = min(CHUNK, longest)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         parameters = list(model.parameters())
         below = model.get_decoder()
         below.layers = below.layers[:tap]
