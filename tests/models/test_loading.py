@@ -326,7 +326,10 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "t5"}, "'t5' model is no decoder of attention layers"),
     ({"model_type": "mamba"}, "'mamba' model is no decoder of attention layers"),
     ({"model_type": "qwen3_next"}, "layer_types: linear_attention is not supported"),
-    ({"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, "all layers have"),
+    (
+        {"model_type": "starcoder2", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+        "all layers have",
+    ),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be at least 1"),
     (
         {"model_type": "llama", "sliding_window": 8, "use_sliding_window": False},
