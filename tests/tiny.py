@@ -79,7 +79,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": _SHAPE,
     "llama4_text": _SHAPE
     | _EXPERTS
-    | {"attention_chunk_size": 5, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
+    | {"attention_chunk_size": 5, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48}
+    | {"attn_temperature_tuning": False},
     "ministral": _SHAPE | _MIXED,
     "mistral": _SHAPE | {"sliding_window": None},
     "mixtral": _SHAPE | _EXPERTS | {"sliding_window": 5},

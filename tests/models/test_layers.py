@@ -123,3 +123,11 @@ def test_quantised_weights_are_refused():
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(UnsupportedModel, match="quantised weights cannot be"):
         pick_layers(model, [0])
+
+
+def test_layers_that_do_not_fit_their_new_places_are_refused():
+    """DeepSeek's first layer is dense, the others are mixtures of experts."""
+    with pytest.raises(
+        UnsupportedModel, match=r"'deepseek_v3' model is goes by its place, and \[1, 3\] do not fit the first 2"
+    ):
+        pick_layers(deep_model("deepseek_v3"), [1, 3])

@@ -343,6 +343,21 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
         "per_layer_config: layers that are not all alike",
     ),
     ({"model_type": "gpt2", "add_cross_attention": True}, "'gpt2' model has cross-attention"),
+    ({"model_type": "llama", "is_causal": False}, "is_causal is False in this 'llama' model"),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ({"model_type": "falcon", "alibi": True}, "alibi is True in this 'falcon' model"),
+    ({"model_type": "llama4_text", "attn_temperature_tuning": True}, "attn_temperature_tuning is True"),
+    ({"model_type": "gemma3"}, "'gemma3' model holds a text model and others; only text models run"),
+    (
+        {
+            "model_type": "gemma3_text",
+            "rope_parameters": {
+                "full_attention": {"rope_type": "dynamic", **LLAMA_ROPE},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        "rope type 'dynamic'",
+    ),
 ]
 
 
@@ -427,6 +442,25 @@ def test_a_window_is_what_the_stock_model_makes_of_it(kind, settings):
             state, starts = ours.new_state(1, 20), [sum(sizes[:i]) for i in range(len(sizes))]
             rows = [ours.extend(state, ids[:, i : i + size], [size]) for i, size in zip(starts, sizes, strict=True)]
             assert_close(torch.cat(rows, 1), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2", "flex_attention"])
+def test_the_attention_is_ours_to_choose(attention, tmp_path):
+    """Whatever the files say; a class that has no SDPA gets the eager one."""
+    for kind, taken in (("llama", "sdpa"), ("gpt_oss", "eager")):
+        folder = save_tiny(tmp_path / kind, tiny_model(kind, V), tiny_tokenizer())
+        edit(folder / "config.json", attn_implementation=attention)
+        assert load_model(folder).config._attn_implementation == taken
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_router_logits_that_a_configuration_asks_for_are_not_in_the_way(kind):
+    ids, model = torch.arange(1, 10)[None], tiny_model(kind, V)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits.log_softmax(-1)
+    model.config.output_router_logits = True
+    ours = HuggingFaceLM(model)
+    assert_close(ours.extend(ours.new_state(1, 9), ids, [9]), expected, atol=5e-5, rtol=0)
 
 
 def test_an_attention_that_takes_no_mask_is_refused():

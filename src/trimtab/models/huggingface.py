@@ -27,6 +27,14 @@ from trimtab.models.trial import WAY_OUT, narrowed, try_out
 
 __all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported", "describe_kernels"]
 
+UNLIKE = {
+    "is_causal": (True, "it sees what comes later"),
+    "use_bidirectional_attention": (False, "it sees what comes later"),
+    "alibi": (False, "its positions are biases, which are not passed on"),
+    "attn_temperature_tuning": (False, "it scales queries by the longest sequence of a batch"),
+}
+"""Settings that take a family off attention by positions, with the value that does not, and why."""
+
 SUPPORTED = tuple(sorted((*WHOLE, *WINDOWED, *MIXED)))
 """`model_type` of the architectures that pass the contract suite; tests/models/test_contract.py runs each of them."""
 
@@ -39,15 +47,22 @@ def check_supported(config: Any) -> None:
     """
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "max_position_embeddings", None) is None:
+        if getattr(config, "text_config", None) is not None:
+            raise UnsupportedModel(f"a '{name}' model holds a text model and others; only text models run: name one; {WAY_OUT}")
         raise UnsupportedModel(
             f"a '{name}' model is no decoder of attention layers with a context of max_position_embeddings; {WAY_OUT}"
         )
     if getattr(config, "is_heterogeneous", False):
         raise UnsupportedModel("per_layer_config: layers that are not all alike are not supported")
     sights_of(config)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise UnsupportedModel(f"rope type '{rope}' makes positions depend on the rest of the batch; it is not supported")
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # there may be one for each kind of layer
+    kinds = {str(one.get("rope_type")) for one in each}
+    if wrong := sorted(kinds & {"dynamic", "longrope"}):
+        raise UnsupportedModel(f"rope type '{wrong[0]}' makes positions depend on the rest of the batch; it is not supported")
+    for field, (plain, why) in UNLIKE.items():
+        if (said := getattr(config, field, None)) not in (plain, None):
+            raise UnsupportedModel(f"{field} is {said} in this '{name}' model, which is not supported: {why}")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(f"this '{name}' model has cross-attention; only decoders are supported")
 
@@ -91,6 +106,8 @@ class HuggingFaceLM:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
         check_adapters(getattr(model, "peft_config", {}), f"this '{inner.config.model_type}' model")
+        self._plain = {"output_router_logits": False} if hasattr(inner.config, "output_router_logits") else {}
+        """Passed beside the inputs, for what is done with them does not take masks like ours."""
         self._attention, self._sights = inner.config._attn_implementation, sights_of(inner.config)
         if self._attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")
@@ -124,7 +141,7 @@ class HuggingFaceLM:
         if inner.config.model_type not in SUPPORTED:
             with narrowed(inner.config):
                 self._sights = sights_of(inner.config)
-                try_out(self, inner, keep=owned)
+                try_out(self)
             self._sights = sights_of(inner.config)
 
     @property
@@ -159,7 +176,8 @@ class HuggingFaceLM:
         """What a token of a slot takes in the key/value cache: looked up in one, for families keep different things there."""
         state = SlotState([0], 1, self.model.config.num_hidden_layers)
         self._forward(state, torch.zeros(1, 1, dtype=torch.long), [1], last_only=True)
-        return sum(part.nbytes for layer in state.layers for part in (layer.keys, layer.values)) // (state.capacity + 1)
+        written = [layer for layer in state.layers if layer.is_initialized]  # some families' layers share those of others
+        return sum(part.nbytes for layer in written for part in (layer.keys, layer.values)) // (state.capacity + 1)
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
@@ -279,6 +297,7 @@ class HuggingFaceLM:
             position_ids=step.position_ids,
             past_key_values=state.cache,
             use_cache=True,
+            **self._plain,
             logits_to_keep=1 if kept == [tokens.shape[1] - 1] else kept or 0,  # a list, for the last layer may be elsewhere
         ).logits
         return logits if last is None else last_of(logits, [kept.index(max(count, 1) - 1) + 1 for count in last])

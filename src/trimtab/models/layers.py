@@ -12,6 +12,7 @@ import torch
 
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.huggingface import check_supported
+from trimtab.reasons import reason_of
 
 __all__ = ["OF_LAYERS", "choose_layers", "cut_config", "parse_layers", "pick_layers"]
 
@@ -94,8 +95,15 @@ def pick_layers(model: Any, layers: Sequence[int]) -> Any:
             name = f"{blocks}{places[layer]}.{rest}"
         weights[name] = weight
     with torch.random.fork_rng(devices=[]):  # what is drawn from the global generator is overwritten, and put back
-        small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    small.load_state_dict(weights, strict=True)
+        attention = model.config._attn_implementation
+        small = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    try:
+        small.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            f"layers: what a layer of this '{model.config.model_type}' model is goes by its place, and"
+            f" {list(layers)} do not fit the first {len(layers)} places: choose others ({reason_of(error)})"
+        ) from error
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
 

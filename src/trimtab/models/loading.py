@@ -72,10 +72,18 @@ def load_model(
         check_supported(config)
         _check_size(config, source)
         with quietly_reported():
-            model, report = AutoModelForCausalLM.from_pretrained(source, **how)
+            model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention_for(config), **how)
     check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model.eval()
+
+
+def attention_for(config: Any) -> str:
+    """The attention to load a model with, whatever its files say: SDPA, or the eager one where its class has no other."""
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(found, "_supports_sdpa", True) else "eager"
 
 
 def loading_arguments(dtype: str | torch.dtype, device: str | torch.device | None, revision: str | None) -> dict[str, Any]:
@@ -139,7 +147,10 @@ def _check_size(config: Any, source: str | Path) -> None:
     if not Path(source).is_dir() or getattr(config, "quantization_config", None):
         return
     with torch.device("meta"):
-        wanted = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        wanted = sum(
+            parameter.numel()
+            for parameter in AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config)).parameters()
+        )
     held = sum(tensor.size for tensor in stored_tensors(Path(source)).values())
     if wanted > 2 * held:  # what lacks only some is loaded, and then refused by the name of what is missing
         raise CheckpointError(

@@ -75,8 +75,13 @@ def sights_of(config: Any) -> dict[str, Sight]:
         if len(layers) > 1:
             raise _contradiction(config, "sliding_window", "all layers have the window, and layer_types say that some do not")
         return {"sliding_attention": _sight("sliding_attention", config)}
+    listed = config.model_type in (*WHOLE, *WINDOWED, *MIXED)
+    if "chunked_attention" in layers and listed and config.model_type != "llama4_text":
+        raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no chunked_attention")
     if layers and config.model_type not in (*WHOLE, *WINDOWED):
         return {name: _sight(name, config) for name in layers}
+    if not listed and any(getattr(config, field or "", None) is not None for field in SIZES.values()):  # its trial will show
+        return {"sliding_attention": _sight("sliding_attention" if window is not None else "chunked_attention", config)}
     for name, field in SIZES.items():
         forgotten = name in layers or (not layers and getattr(config, field or "", None) is not None)
         if field is not None and forgotten and _sight(name, config) != FULL:
