@@ -59,14 +59,19 @@ def model_weights(name: str, expected: str | None, dtype: str, *, revision: str 
     from transformers import AutoModelForCausalLM
 
     from trimtab.models.huggingface import check_supported
-    from trimtab.models.loading import loading_arguments
+    from trimtab.models.loading import attention_for, loading_arguments
     from trimtab.models.shapes import find_config
 
     loading_arguments(dtype, "cpu", None)
     found = find_config(name, expected, revision=revision)
     check_supported(found.config)
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(found.config).parameters())
+        parameters = sum(
+            parameter.numel()
+            for parameter in AutoModelForCausalLM.from_config(
+                found.config, attn_implementation=attention_for(found.config)
+            ).parameters()
+        )
     own = getattr(found.config, "dtype", None) or torch.float32
     named = own if dtype == "auto" else dtype
     loaded = getattr(torch, named) if isinstance(named, str) else named

@@ -22,6 +22,7 @@ from trimtab.models.weight_files import expand, folder_of
 from trimtab.reasons import reason_of
 
 __all__ = [
+    "attention_for",
     "check_finite",
     "expand",
     "load_configs",

@@ -54,8 +54,8 @@ MIXED = (
 )  # fmt: skip
 """Those that go layer by layer, by `layer_types`; so does a family that is in none of these, if its configuration has them."""
 
-SIZES = {"full_attention": None, "sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""The field that says how much a kind of layer sees."""
+SIZES = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""By the kinds of layers that do not see all, the field that says how much."""
 
 
 def sights_of(config: Any) -> dict[str, Sight]:
@@ -68,8 +68,8 @@ def sights_of(config: Any) -> dict[str, Sight]:
         UnsupportedModel: that, a kind of layer that is not attention, or a size that is missing or below 1.
     """
     layers = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    if odd := set(layers) - set(SIZES):
-        raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only {', '.join(SIZES)}")
+    if odd := set(layers) - {"full_attention", *SIZES}:
+        raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only full_attention, {', '.join(SIZES)}")
     window = getattr(config, "sliding_window", None)
     if config.model_type in WINDOWED and window is not None:
         if len(layers) > 1:
@@ -80,23 +80,25 @@ def sights_of(config: Any) -> dict[str, Sight]:
         raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no chunked_attention")
     if layers and config.model_type not in (*WHOLE, *WINDOWED):
         return {name: _sight(name, config) for name in layers}
-    if not listed and any(getattr(config, field or "", None) is not None for field in SIZES.values()):  # its trial will show
-        return {"sliding_attention": _sight("sliding_attention" if window is not None else "chunked_attention", config)}
     for name, field in SIZES.items():
-        forgotten = name in layers or (not layers and getattr(config, field or "", None) is not None)
-        if field is not None and forgotten and _sight(name, config) != FULL:
+        said = getattr(config, field, None) is not None
+        if said and not listed:  # its trial will show
+            return {name: _sight(name, config)}
+        if (name in layers or (said and not layers)) and _sight(name, config) != FULL:
             raise _contradiction(config, field, "the layers see the whole text, which transformers' cache would forget")
     return {"full_attention": FULL}
 
 
 def _sight(name: str, config: Any) -> Sight:
-    field = SIZES[name]
-    if field is None:
+    if name not in SIZES:
         return FULL
+    field = SIZES[name]
     size = getattr(config, field, None)
     if size is None or size < 1:
         raise UnsupportedModel(f"{field} must be at least 1 for layers of {name}, not {size}")
-    return FULL if size >= config.max_position_embeddings else Sight(**{"window" if "window" in field else "chunk": size})
+    if size >= config.max_position_embeddings:
+        return FULL
+    return Sight(window=size) if name == "sliding_attention" else Sight(chunk=size)
 
 
 def _contradiction(config: Any, field: str, why: str) -> UnsupportedModel:

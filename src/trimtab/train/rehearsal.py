@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
 from trimtab.models.lean import no_lean_pass
+from trimtab.models.loading import attention_for
 from trimtab.models.stock import is_stock
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
@@ -82,7 +83,7 @@ class Rehearsal:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             dtype = head.dtype if head else torch.float32
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config))
             below: list[Tensor] = []
             if head:
                 if not is_stock(model):

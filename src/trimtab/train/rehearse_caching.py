@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from trimtab.core.logprobs import row_from_logits
 from trimtab.decode.prefill import CHUNK
 from trimtab.decode.scoring import ROW_BUDGET
+from trimtab.models.loading import attention_for
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.rows import BATCH, Layout, compress_each
@@ -54,7 +55,7 @@ def rehearse_caching(
     """
     width = min(max(1, ROW_BUDGET // (BATCH * vocab_size)), longest)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config)).eval()
         parameters = list(model.parameters())
         with Ledger() as prefill:
             _logits(model, BATCH, min(CHUNK, longest), 1)
@@ -86,7 +87,7 @@ def rehearse_hidden(
     """
     width = min(CHUNK, longest)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config)).eval()
         parameters = list(model.parameters())
         below = model.get_decoder()
         below.layers = below.layers[:tap]
