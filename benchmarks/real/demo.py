@@ -21,7 +21,7 @@ from chats import Record, Task
 from demo_report import write_report
 from docstrings import TASK
 from fetch import FILE
-from measure import measure_part, measure_speed
+from measure import WARM_UP, measure_part, measure_speed
 from rivals import PROPOSAL, SIX, examples
 from systems import System
 from trained import cost_of
@@ -124,7 +124,7 @@ def run_demo(out: Path, proposal: Path, scale: Scale | None = None, task: Task =
         history = parts.do("train the head", lambda: _train(cell, scale))
         systems = _open(cell)
         judged = {name: parts.do(f"judge {name}", lambda s=s: _judge(cell, s, records)) for name, s in systems.items()}
-        chats = [record["prompt"] for record in records[: scale.speed]]
+        chats = [record["prompt"] for record in records[: scale.speed + WARM_UP]]
         speed = parts.do("measure the speed", lambda: measure_speed(cell.proposal, systems[ALIGNED], chats))
         report = {
             "model": cell.proposal.name,

@@ -5,7 +5,8 @@ parts      by test set: `prompts` (their names), `nll` and `tokens` of the wante
            wanted answers; `obeyed` and `right` where a program can tell
 kl         divergence from the proposal on own samples of the test prompts, and their tokens; a bound for best-of-n
 outside    NLL of the proposal's own greedy answers to prompts outside the task: the loss against the proposal is harm
-speed      tokens a second of greedy answers, one at a time; the ratio to transformers' `generate` of the proposal
+speed      tokens a second of greedy answers, one at a time; the ratio to transformers' `generate` of the proposal, and that
+           ratio where nothing is kept of earlier prompts
 training   seconds and bytes; null if nothing is trained
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,20 @@ from outside import PROMPTS
 from rivals import RIVALS, open_proposal, wanted
 from systems import System
 
+from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS
 from trimtab.decode.request import SamplingParams
 from trimtab.evaluate.references import ReferenceMetric
 from trimtab.files import read_json, write_json
 from trimtab.models.loading import load_model
 
-__all__ = ["measure", "measure_part", "measure_speed"]
+__all__ = ["WARM_UP", "measure", "measure_part", "measure_speed"]
 
 PARTS = ("test", "transfer")
 OUTSIDE_TOKENS = 64
 SPEED_PROMPTS, WARM_UP = 12, 3
 SPEED_TOKENS = 48
+PREFIX_CACHES = {"kept": PREFIX_CACHE_TOKENS, "read whole": 0}
+"""Tokens of earlier prompts that are kept."""
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def measure(cell: Cell) -> dict[str, Any]:
             "bound": system.referee is not None,
         },
         "outside": _measure_outside(cell, system, bare, PROMPTS[: cell.max_examples]),
-        "speed": measure_speed(cell.proposal, system, chats[:SPEED_PROMPTS]),
+        "speed": measure_speed(cell.proposal, system, chats[: SPEED_PROMPTS + WARM_UP]),
         "training": rival.cost(cell) if rival.cost else None,
     }
 
@@ -126,20 +131,30 @@ def _measure_outside(cell: Cell, system: System, bare: System, texts: Sequence[s
 def measure_speed(proposal: Path, system: System, chats: Sequence[Any]) -> dict[str, float]:
     """Tokens a second, and as a ratio to transformers' `generate` of the proposal in float32.
 
-    Both contestants take turns, one prompt at a time: ours answers it greedily to the end, theirs writes as many tokens to it.
-    The first prompts warm up; what counts is all tokens of the others over all of their time, prompts included.
+    The contestants take turns, one prompt at a time: ours answers it greedily to the end, theirs writes as many tokens to it.
+    The last prompts come first and warm up; what counts is all tokens of the others over all of their time, prompts included.
+    What prompts begin with alike, ours reads once, as it does by default; `ratio_prompts_read_whole` is without that.
     """
     stock = load_model(str(proposal), dtype=torch.float32, device=None)
     params = SamplingParams(max_tokens=SPEED_TOKENS, temperature=0.0, seed=0)
-    tokens, ours, theirs = 0, 0.0, 0.0
-    for turn, chat in enumerate([*(first := chats[:WARM_UP]), *chats]):
-        started = time.perf_counter()
-        count = len(system.answers([chat], params)[0].tokens)
-        own = time.perf_counter() - started
+    fresh = {name: replace(system, model=system.model.with_prefix_cache(size)) for name, size in PREFIX_CACHES.items()}
+    tokens, seconds = 0, dict.fromkeys([*fresh, "stock"], 0.0)
+    for turn, chat in enumerate([*chats[-WARM_UP:], *chats[:-WARM_UP]]):
+        spent = {}
+        for name, one in fresh.items():
+            started = time.perf_counter()
+            count = len(one.answers([chat], params)[0].tokens)
+            spent[name] = time.perf_counter() - started
         ids = torch.tensor([system.model.encoder.prompt(chat, "prompt")], device=stock.device)
         length = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         started = time.perf_counter()
         stock.generate(ids, attention_mask=torch.ones_like(ids), **length)
-        if turn >= len(first):
-            tokens, ours, theirs = tokens + count, ours + own, theirs + time.perf_counter() - started
-    return {"tokens_per_second": tokens / ours, "ratio_to_transformers": theirs / ours}
+        spent["stock"] = time.perf_counter() - started
+        if turn >= WARM_UP:
+            tokens += count
+            seconds = {name: seconds[name] + spent[name] for name in seconds}
+    return {
+        "tokens_per_second": tokens / seconds["kept"],
+        "ratio_to_transformers": seconds["stock"] / seconds["kept"],
+        "ratio_prompts_read_whole": seconds["stock"] / seconds["read whole"],
+    }

@@ -118,6 +118,8 @@ def _likelihood(results: Results, systems: Sequence[str], part: str) -> str:
     return _table(head, rows) if rows else ""
 
 
+SPEED = ("tokens_per_second", "ratio_to_transformers", "ratio_prompts_read_whole")
+"""Columns of speed."""
 MEASURES = {"rougeL": "ROUGE-L", "chrf": "chrF", "obeyed": "obeyed", "right": "right"}
 
 
@@ -188,7 +190,7 @@ def _costs(results: Results, systems: Sequence[str]) -> str:
         return f"{sum(values) / len(values):{form}}" if values else "–"
 
     head = ["system", "KL, nats a token", "outside the task, nats lost", "seconds of training", "of its drafter", "MB"]
-    head += ["tokens a second", "ratio to `generate`"]
+    head += ["tokens a second", "ratio to `generate`", "prompts read whole"]
     rows = []
     for name in systems:
         cells = results.by_system[name].values()
@@ -196,7 +198,7 @@ def _costs(results: Results, systems: Sequence[str]) -> str:
         harm = pooled(dict(_harm(cell["outside"])) for cell in cells if cell["outside"])
         training = [mean(name, lambda c, k=k: c["training"] and c["training"][k], ".0f") for k in ("seconds", "draft_seconds")]
         size = mean(name, lambda c: c["training"] and c["training"]["bytes"] / 1e6, ".1f")
-        speed = [mean(name, lambda c, k=k: c["speed"][k], ".2f") for k in ("tokens_per_second", "ratio_to_transformers")]
+        speed = [mean(name, lambda c, k=k: c["speed"][k], ".2f") for k in SPEED]
         bound = "≤ " * any(cell["kl"]["bound"] for cell in cells)
         rows.append([name, bound + _cell(kl), _cell(harm, "+.3f"), *training, size, *speed])
     return _table(head, rows)

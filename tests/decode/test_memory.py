@@ -11,9 +11,11 @@ from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loader
 from trimtab.decode.engine import Engine
+from trimtab.decode.prefixes import Prefixes
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidRequest
 from trimtab.models.adapters import Gathered
+from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.slots import SlotLayer, SlotState
 
 V = 28
@@ -56,7 +58,7 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AlignedModel]:
     """A bare proposal, with an aligner, with two, with a drafter, and with each of two adapters over one base."""
     root, tokenizer = tmp_path_factory.mktemp("memory"), tiny_tokenizer()
-    loaded = [tiny_model("llama", V, seed=seed, spread=0.3) for seed in range(4)]
+    loaded = [HuggingFaceLM(tiny_model("llama", V, seed=seed, spread=0.3), owned=True) for seed in range(4)]
     bare = AlignedModel.from_pretrained(loaded[0], tokenizer=tokenizer, draft=loaded[3], eos_token_ids=[0])
     plain = AlignedModel.from_pretrained(loaded[0], tokenizer=tokenizer, eos_token_ids=[0])
     base = save_tiny(root / "base", tiny_model("llama", V, seed=9), tokenizer)
@@ -94,16 +96,16 @@ MIXES = [["bare"], ["one"], ["two"], ["drafted"], ["red", "blue"], ["bare", "one
 
 
 @pytest.mark.parametrize("names", MIXES, ids="+".join)
-@pytest.mark.parametrize("share", [1.0, 3.0])
-def test_what_is_allocated_stays_within_the_budget_and_the_text_is_the_same(models, names, share, meter):
-    """With just enough for the largest request, and with room for some at a time."""
+@pytest.mark.parametrize(("share", "prefixes"), [(1.0, None), (3.0, None), (1.0, 500), (3.0, 500)])
+def test_what_is_allocated_stays_within_the_budget_and_the_text_is_the_same(models, names, share, prefixes, meter):
+    """With just enough for the largest request, and with room for some at a time; prefixes are kept in what is left."""
     engine = Engine(models["bare"].proposal, models["bare"].pace)
     largest = [models[name].prepare([1] * 24, SamplingParams(max_tokens=31), 0) for name in names]
     alone = max(least_bytes(engine, group[0]) for group in largest)
     _, free = run(models, names)
     meter.peak = meter.alive
     before, budget = meter.alive, int(share * alone)
-    _, kept = run(models, names, max_cache_bytes=budget)
+    _, kept = run(models, names, max_cache_bytes=budget, prefixes=None if prefixes is None else Prefixes(prefixes))
     assert 0.4 * budget < meter.peak - before <= budget
     assert [s.tokens for s in kept] == [s.tokens for s in free]
 
@@ -185,3 +187,21 @@ def test_memory_that_newcomers_lack_ends_them_alone(models, where, monkeypatch):
         engine.step()
         assert not engine.failed
     assert [first.tokens] == expected
+
+
+def test_prefixes_go_before_a_request_has_to_wait_for_their_memory(models, meter):
+    model = models["bare"]
+    (large,) = model.prepare([1] * 40, SamplingParams(max_tokens=20, seed=0, ignore_eos=True))
+    budget = least_bytes(Engine(model.proposal, model.pace), large)
+    before, prefixes = meter.alive, Prefixes(500)
+    engine = Engine(model.proposal, model.pace, max_cache_bytes=budget, prefixes=prefixes)
+    for i in range(5):
+        engine.submit(model.prepare([i] * 20, SamplingParams(max_tokens=2, seed=0, ignore_eos=True)))
+        while engine:
+            engine.step()
+    assert prefixes.num_bytes > 0.3 * budget
+    engine.submit([large])
+    while engine:
+        engine.step()
+    assert large.finish_reason == "length"
+    assert meter.peak - before <= budget

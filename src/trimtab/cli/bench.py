@@ -42,7 +42,7 @@ def run(options: Options) -> dict[str, Any]:
     model = load_aligned_model(options)
     try:
         for context in options.context:
-            model.check_prompt([0] * (context + options.max_tokens - 1), params)
+            model.prepare([0] * (context + options.max_tokens - 1), params)
     except InvalidRequest as error:
         raise UsageError(str(error)) from error
     stock = Stock(*(load_stock(source, options.dtype, options.device) for source in (options.proposal, options.aligner[0])))

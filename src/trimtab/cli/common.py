@@ -301,7 +301,7 @@ def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:
     """Refuse a prompt that cannot be decoded before any is, naming where it stands."""
     for record in records:
         try:
-            model.check_prompt(record.prompt, params)
+            model.prepare(record.prompt, params)
         except InvalidRequest as error:
             raise DataError(f"{record.source}: {error}") from error
 

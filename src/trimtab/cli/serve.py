@@ -68,6 +68,9 @@ class Options(TemplateOptions, ModelOptions):
     max_cache_tokens: int | None = option(
         None, "tokens that all sequences together may hold in the cache [default: what half of the free memory holds]"
     )
+    prefix_cache_tokens: int = option(
+        8192, "tokens of finished requests to keep for prompts that begin alike, within the memory for caches; 0 for none"
+    )
     max_waiting: int = option(256, "sequences that may wait for a slot; more are refused with 429")
     max_prompt_tokens: int | None = option(None, "longest prompt [default: what fits the context]")
     max_tokens: int | None = option(
@@ -167,7 +170,7 @@ def _settings(options: Options) -> "Settings":
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be above 0, not {value}")
-    for name in ("shutdown_timeout", "stream_interval"):
+    for name in ("shutdown_timeout", "stream_interval", "prefix_cache_tokens"):
         if not getattr(options, name) >= 0:
             raise UsageError(f"--{name} must be at least 0, not {getattr(options, name)}")
     if not 0 <= options.port <= 65535:
@@ -254,6 +257,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         num_speculative_tokens=options.num_speculative_tokens,
         cuda_graphs=options.cuda_graphs,
         max_num_seqs=options.max_num_seqs,
+        prefix_cache_tokens=options.prefix_cache_tokens,
         date=options.date,
     )
     memory, root = options.max_aligner_memory, options.aligner_root
@@ -272,6 +276,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_cache_tokens=options.max_cache_tokens,
         max_cache_bytes=None if options.max_cache_tokens else _cache_bytes(base.proposal.device, registry),
+        prefixes=base.prefixes,
         log_z_every=LOG_Z_EVERY,
     )
     return Opened(registry, engine)

@@ -14,6 +14,7 @@ from trimtab.decode.draft import choose_drafter
 from trimtab.decode.encoding import Encoder
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
+from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS, Prefixes
 from trimtab.decode.prompts import are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.request import (
     Completion,
@@ -21,6 +22,7 @@ from trimtab.decode.request import (
     SamplingParams,
     TokenEvent,
     check_number,
+    check_params,
     check_shaping,
     refuse_row_settings,
 )
@@ -56,6 +58,8 @@ class AlignedModel:
         num_speculative_tokens: tokens to draft ahead: None adapts to what pays, 0 decodes token by token. In float32 it
             changes no token.
         max_num_seqs: the most completions decoded at once.
+        prefix_cache_tokens: tokens of finished requests to keep for prompts that begin alike; 0 for none. Models that were lent
+            are not kept for, for their owners may train them.
         date: what chat templates that write the date take for today, `YYYY-MM-DD`; None takes the clock's.
     """
 
@@ -77,6 +81,7 @@ class AlignedModel:
         draft_temperature: float | None = None,
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
+        prefix_cache_tokens: int = PREFIX_CACHE_TOKENS,
         date: str | None = None,
     ) -> None:
         if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
@@ -89,6 +94,7 @@ class AlignedModel:
         self._take(aligners, manifests)
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
+        self.prefixes = Prefixes(prefix_cache_tokens)
         self.encoder = Encoder(tokenizer, proposal.vocab_size, self.eos_token_ids, date)
         self.pace = Pace(num_speculative_tokens)
         check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
@@ -144,7 +150,7 @@ class AlignedModel:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        unknown = set(settings) - {*SHAPING_NAMES, "draft_temperature", "num_speculative_tokens", "max_num_seqs", "date"}
+        unknown = set(settings) - SETTINGS
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         parts = load_parts(
@@ -221,7 +227,7 @@ class AlignedModel:
             DeadRow: a distribution on the way is NaN or has no mass, so that there is nothing to score with.
         """
         if params is not None:
-            _check_params(params)
+            check_params(params)
         pairs = self.encode_pairs(prompts, completions)
         shaping = self.shaping(params or self.defaults)
         scores: dict[int, Score] = {}
@@ -247,6 +253,12 @@ class AlignedModel:
         """The same models and settings with another draft length, and with nothing learned about speed yet."""
         other = copy.copy(self)
         other.pace = Pace(num_speculative_tokens)
+        return other
+
+    def with_prefix_cache(self, prefix_cache_tokens: int) -> Self:
+        """The same models and settings with another cache of prefixes, which is empty."""
+        other = copy.copy(self)
+        other.prefixes = Prefixes(prefix_cache_tokens)
         return other
 
     def with_aligners(
@@ -276,10 +288,6 @@ class AlignedModel:
                 sizes = f"{model.vocab_size} tokens, the proposal {self.proposal.vocab_size}"
                 raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
         self.max_length = min((m.max_length for m in self.models.all if m.max_length is not None), default=None)
-
-    def check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
-        """Raise the `InvalidRequest` that `generate` would raise for this prompt, if any."""
-        self.prepare(prompt, params)
 
     def fits(self, prompt: Prompt, completion: Any) -> bool:
         """Whether a prompt with its completion is short enough for the context; None stands for one more token.
@@ -330,7 +338,7 @@ class AlignedModel:
         items = as_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(items)
         for one in each:
-            _check_params(one)
+            check_params(one)
         if len(each) != len(items):
             raise InvalidRequest(f"there are {len(items)} prompts, but {len(each)} sampling parameters")
         return [sequence for i, (item, p) in enumerate(zip(items, each, strict=True)) for sequence in self.prepare(item, p, i)]
@@ -368,7 +376,7 @@ class AlignedModel:
         return [Growing(i, index, ids, *how, answers=is_chat(prompt)) for index in range(params.n)]
 
     def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
-        engine = Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs)
+        engine = Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs, prefixes=self.prefixes)
         engine.submit(sequences)
         while engine:
             yield from engine.step()
@@ -388,9 +396,6 @@ class AlignedModel:
         return prompt, completion, num_bytes
 
 
-SHAPING_NAMES = ("proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
-
-
-def _check_params(params: Any) -> None:
-    if not isinstance(params, SamplingParams):
-        raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
+SETTINGS = {f"proposal_{warp}" for warp in ("temperature", "top_k", "top_p")} | {"aligner_temperature", "draft_temperature"}
+SETTINGS |= {"num_speculative_tokens", "max_num_seqs", "prefix_cache_tokens", "date"}
+"""What `from_pretrained` passes on."""

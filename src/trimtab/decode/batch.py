@@ -96,6 +96,10 @@ class Batch:
         self._group(sequence.models, 1).add_sibling(sequence, sibling)
         self.sequences.append(sequence)
 
+    def parts(self, sequence: Growing) -> list[tuple[State, int]]:
+        """The state of each of a sequence's models, and its slot there."""
+        return [(self._state, self.sequences.index(sequence)), *self._groups[sequence.models].parts(sequence)]
+
     def remove(self, gone: Sequence[Growing]) -> None:
         """Let sequences go; a group that is empty goes, too, and with it its hold on its models."""
         for sequence in gone:

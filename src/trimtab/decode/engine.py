@@ -20,18 +20,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.core.transfer import to_device
 from trimtab.decode.batch import Batch
 from trimtab.decode.draft import Models
 from trimtab.decode.memory import Size, reading_bytes
 from trimtab.decode.pace import Load, Pace
-from trimtab.decode.prefill import pad
-from trimtab.decode.reading import prefill_all
+from trimtab.decode.prefill import Reading
+from trimtab.decode.prefixes import Prefixes
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.speculative import can_draft
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.models.base import LanguageModel, vacate
+from trimtab.models.base import LanguageModel, State
 
 __all__ = ["Engine"]
 
@@ -53,6 +52,7 @@ class Engine:
             length need. A long request then means fewer at a time. Prompts that are being read are on top.
         max_cache_bytes: the most memory that all caches may take together: those of the proposal, of aligners and of drafters,
             prompts that are being read, and what is there twice while a cache grows. None for no limit.
+        prefixes: what was read before, by this engine or another; None for an engine that keeps nothing.
         log_z_every: also observe each sequence's log Z, once in so many steps; 0 for never.
     """
 
@@ -65,6 +65,7 @@ class Engine:
         max_num_batched_tokens: int = 512,
         max_cache_tokens: int | None = None,
         max_cache_bytes: int | None = None,
+        prefixes: Prefixes | None = None,
         log_z_every: int = 0,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -74,8 +75,9 @@ class Engine:
         self._proposal, self._log_z_every = proposal, log_z_every
         self.max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
         self._cache_tokens, self._cache_bytes = max_cache_tokens, max_cache_bytes
+        self.prefixes = prefixes or Prefixes(0)
         self._waiting: deque[Growing] = deque()
-        self._reading: deque[_Reading] = deque()
+        self._reading: deque[Reading] = deque()
         self._batch = self._empty_batch()
         self._moving: list[Growing] = []
         """Sequences on their way from one of these to the next."""
@@ -135,7 +137,7 @@ class Engine:
         for reading in self._reading:
             reading.drop(gone)
         self._reading = deque(reading for reading in self._reading if len(reading))
-        self._batch.remove([s for s in self._batch.sequences if s in gone])
+        self._let_go([s for s in self._batch.sequences if s in gone])
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -154,7 +156,7 @@ class Engine:
             events = [event for _, event in self._first]
             if decoding and (ongoing or not events):  # or first tokens would wait for second ones
                 events += self._decode()
-            self._batch.remove([s for s in decoding if s.finish_reason])
+            self._let_go([s for s in decoding if s.finish_reason])
             self._first = []
         except Exception as error:
             reading = [s for reading in self._reading for s in reading.sequences]
@@ -203,6 +205,8 @@ class Engine:
         while self._waiting and len(live) + len(new) < self.max_num_seqs:
             fits = self._size_for(live, [*new, self._waiting[0]])
             if fits is None:
+                if self._cache_bytes is not None and self.prefixes.drop_oldest():  # before anybody waits for memory
+                    continue
                 break
             new.append(self._waiting.popleft())
             size = fits
@@ -218,7 +222,7 @@ class Engine:
                 self._batch.add_sibling(sequence, sibling)
             elif not any(reading.join(sequence) for reading in self._reading):
                 begin.setdefault(sequence.models, []).append(sequence)
-        self._reading.extend(_Reading(models, sequences) for models, sequences in begin.items())
+        self._reading.extend(Reading(models, members, self.prefixes) for models, members in begin.items())
         self._moving = []
 
     def _size_for(self, live: Sequence[Growing], new: Sequence[Growing]) -> Size | None:
@@ -247,7 +251,7 @@ class Engine:
         reading = [sequence for reading in self._reading for sequence in reading.sequences]
         begin = [sequence for sequence in new if id(sequence.prompt) not in prompts]
         beside = sum(reading.num_bytes for reading in self._reading) + reading_bytes(begin)
-        return self._batch.most_bytes(size, [*reading, *new]) + beside <= self._cache_bytes
+        return self._batch.most_bytes(size, [*reading, *new]) + beside + self.prefixes.num_bytes <= self._cache_bytes
 
     def _read(self) -> None:
         """Read chunks of prompts, of those first that have waited longest since their last, until the budget is spent."""
@@ -275,10 +279,38 @@ class Engine:
         for (reading, slots, _), events in zip(through, first, strict=True):
             begun = list(zip(slots, events, strict=True))
             self._first += [one for one in begun if one[0].finish_reason]
+            for sequence, _ in begun:
+                if sequence.finish_reason:
+                    self._keep(sequence, [(state, slots[sequence]) for state in reading.states])
             if going := [sequence for sequence in slots if not sequence.finish_reason]:
                 self._batch.add(reading.models, going, reading.states, [slots[sequence] for sequence in going])
             self._first += [one for one in begun if not one[0].finish_reason]
             self._moving = [sequence for sequence in self._moving if sequence not in slots]
+
+    def _let_go(self, gone: Sequence[Growing]) -> None:
+        """Take sequences out of the batch, and keep what they have read."""
+        for sequence in gone:
+            self._keep(sequence, self._batch.parts(sequence))
+        self._batch.remove(gone)
+
+    def _keep(self, sequence: Growing, parts: Sequence[tuple[State, int]]) -> None:
+        """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's."""
+        if sequence.error is None and sequence.index == 0:
+            try:
+                self.prefixes.keep(sequence, parts, self._spare_bytes)
+            except (MemoryError, RuntimeError):  # what may come of use later is no reason to lose what is here
+                logger.exception("a prefix could not be kept; those that were are dropped")
+                self.prefixes.clear()
+
+    @property
+    def _spare_bytes(self) -> int | None:
+        """What the limit leaves for prefixes beside the sequences that are here; None without a limit."""
+        if self._cache_bytes is None:
+            return None
+        live = sum(reading.num_bytes for reading in self._reading)
+        if self._batch.sequences:
+            live += self._batch.most_bytes(self._batch.size, [])
+        return self._cache_bytes - live
 
     def _decode(self) -> list[TokenEvent]:
         sequences = self._batch.sequences
@@ -295,86 +327,7 @@ class Engine:
         return events
 
 
-class _Reading:
-    """Sequences of the same models that were admitted together and read their prompts."""
-
-    def __init__(self, models: Models, sequences: Sequence[Growing]) -> None:
-        self._prompts: list[list[int]] = []
-        self._readers: list[list[Growing]] = []
-        self.models = models
-        for sequence in sequences:
-            if not self.join(sequence):
-                self._prompts.append(sequence.prompt)
-                self._readers.append([sequence])
-        longest = max(map(len, self._prompts))
-        self.states = [model.new_state(len(self._prompts), longest) for model in models.all]
-        for i, state in enumerate(self.states):
-            state.adapters = [readers[0].models.adapters[i] for readers in self._readers]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._readers))
-
-    @property
-    def sequences(self) -> list[Growing]:
-        """Those that are still reading."""
-        return [sequence for readers in self._readers for sequence in readers]
-
-    @property
-    def num_bytes(self) -> int:
-        """What the states take, until the last prompt is read."""
-        return sum(
-            model.state_bytes(len(state), state.capacity, set(state.adapters[: len(self._prompts)]))
-            for model, state in zip(self.models.all, self.states, strict=True)
-        )
-
-    def join(self, sequence: Growing) -> bool:
-        """Read along with a sibling, if one is here."""
-        for prompt, readers in zip(self._prompts, self._readers, strict=True):
-            if prompt is sequence.prompt and readers:
-                readers.append(sequence)
-                return True
-        return False
-
-    def drop(self, gone: set[Growing]) -> None:
-        """Forget cancelled sequences; a prompt without readers is read no further."""
-        self._readers = [[s for s in readers if s not in gone] for readers in self._readers]
-
-    def step(self, budget: int) -> tuple[int, dict[Growing, int], list[Tensor | None]]:
-        """Read up to `budget` tokens, the same share of each prompt.
-
-        Returns:
-            How many tokens were read; the sequences that are through, with the slot of each; and all models' rows `[b, 1, V]`
-            after their prompts, None in the place of the proposal's if nobody wants them.
-        """
-        self._close_ranks()
-        lengths = self.states[0].lengths[: len(self._prompts)]
-        left = [len(p) - n for p, n in zip(self._prompts, lengths, strict=True)]
-        share = max(1, budget // len(left))
-        chunks = [p[n : n + min(share, k)] for p, n, k in zip(self._prompts, lengths, left, strict=True)]
-        tokens = pad(chunks, self.models.proposal.device)
-        wanted = any(s.reads_proposal for s in self.sequences)
-        rows = prefill_all(self.models.all, self.states, tokens, [len(chunk) for chunk in chunks], wanted=wanted)
-        done = [i for i, prompt in enumerate(self._prompts) if self.states[0].lengths[i] == len(prompt)]
-        slots = {sequence: i for i in done for sequence in self._readers[i]}
-        for i in done:
-            self._readers[i] = []
-        if slots:
-            index = to_device(list(slots.values()), self.models.proposal.device)
-            rows = [row if row is None else row[index] for row in rows]
-        return sum(map(len, chunks)), slots, rows
-
-    def _close_ranks(self) -> None:
-        """Give up the slots of prompts that nobody reads any more, so that no pass is made for them."""
-        for i in reversed(range(len(self._prompts))):
-            if not self._readers[i]:
-                for model, state in zip(self.models.all, self.states, strict=True):
-                    vacate(model, state, i, len(self._prompts) - 1)
-                for items in (self._prompts, self._readers):
-                    items[i] = items[-1]  # type: ignore[assignment]
-                    items.pop()
-
-
-_Through = tuple[_Reading, dict[Growing, int], list[Tensor | None]]
+_Through = tuple[Reading, dict[Growing, int], list[Tensor | None]]
 """Who has read a prompt: the reading, the slot of each sequence, and all models' rows `[b, 1, V]` for them."""
 
 

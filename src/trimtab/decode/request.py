@@ -18,6 +18,7 @@ __all__ = [
     "TokenEvent",
     "TokenLogprobs",
     "check_number",
+    "check_params",
     "check_shaping",
     "refuse_row_settings",
 ]
@@ -201,6 +202,12 @@ class TokenEvent:
 
 MAX_FACTOR = 1e6
 """The largest weight or bias: far beyond any use, and far from where float32 ends."""
+
+
+def check_params(params: Any) -> None:
+    """Refuse what is no `SamplingParams`."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
 
 
 def check_shaping(

@@ -70,6 +70,8 @@ class Sequence:
         self.tally = Tally()
         self.lookup: Lookup | None = None
         """What drafts from its own text, if that is wanted."""
+        self.cached_tokens = 0
+        """Tokens of its prompt that were not read for it, but taken over (`trimtab.decode.prefixes`)."""
         self.log_z: list[float] = []
         """Observed log Z, if the engine tracks it."""
         self.error: Exception | None = None

@@ -115,6 +115,10 @@ class Group:
             excess = max(0, state.lengths[len(self.sequences) - 1] - (len(sequence.prompt) - 1))
             model.rollback(state, [0] * (len(self.sequences) - 1) + [excess])
 
+    def parts(self, sequence: Growing) -> list[tuple[State, int]]:
+        """The state of each of its models but the proposal, and its slot there."""
+        return [(state, self.sequences.index(sequence)) for state in self._states]
+
     def remove(self, sequence: Growing) -> None:
         """Let a sequence go; the last one moves into its place."""
         slot = self.sequences.index(sequence)

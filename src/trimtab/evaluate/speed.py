@@ -97,7 +97,7 @@ def measure_speed(
         `draft_length` of speculation; `floor_ratio`, its time over the time in which memory could be read; `first_token_ms` and
         `next_token_ms`.
     """
-    params = replace(params, ignore_eos=True)
+    params, model = replace(params, ignore_eos=True), model.with_prefix_cache(0)  # every run reads its prompts
     ids = torch.tensor([list(prompt) for prompt in prompts], device=stock.proposal.device)
     contestants = _contestants(model, stock, ids, params)
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -165,6 +165,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def _contestants(model: AlignedModel, stock: Stock, ids: Tensor, params: SamplingParams) -> dict[str, Callable[[], object]]:
     prompts = ids.tolist()
     alone = AlignedModel(model.proposal, (), model.tokenizer, model.eos_token_ids, max_num_seqs=model.max_num_seqs)
+    alone = alone.with_prefix_cache(0)
     tokenwise = model.with_draft_length(0)
     contestants: dict[str, Callable[[], object]] = {
         "proposal_hf": lambda: _generate(stock.proposal, ids, params),

@@ -168,7 +168,7 @@ def check_answerable(model: AlignedModel, prompts: Prompts, params: SamplingPara
     """
     for prompt, source in zip(prompts.prompts, prompts.sources, strict=True):
         try:
-            model.check_prompt(prompt, params)
+            model.prepare(prompt, params)
         except InvalidRequest as error:
             raise DataError(f"{source}: {error}") from error
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.core.transfer import to_device
 from trimtab.errors import InvalidRequest
 
-__all__ = ["LanguageModel", "State", "last_of", "vacate"]
+__all__ = ["LanguageModel", "State", "is_immutable", "last_of", "vacate"]
 
 
 class State:
@@ -114,6 +114,11 @@ class LanguageModel(Protocol):
 
     def select(self, state: State, rows: Sequence[int]) -> State:
         """A new state whose slots are copies of the given ones, which may repeat or be left out."""
+
+
+def is_immutable(model: LanguageModel) -> bool:
+    """Whether nobody changes a model while it is used, so that its states hold for good: those with `immutable = True`."""
+    return bool(getattr(model, "immutable", False))
 
 
 def vacate(model: LanguageModel, state: State, slot: int, last: int) -> None:

@@ -130,6 +130,11 @@ class HeadPool:
         return self.proposal.lean
 
     @property
+    def immutable(self) -> bool:
+        """Whether the proposal is."""
+        return self.proposal.immutable
+
+    @property
     def fingerprint(self) -> str:
         """`sha256:…` of the proposal and the tap."""
         return f"sha256:{hashlib.sha256(f'{self.proposal.fingerprint} {self.tap}'.encode()).hexdigest()}"

@@ -155,6 +155,11 @@ class HuggingFaceLM:
         return f"lean pass, {packed} of {len(linears)} weights packed{graphs}"
 
     @property
+    def immutable(self) -> bool:
+        """Whether its weights stay what they are: a lent model's owner may train it."""
+        return self._owned
+
+    @property
     def fingerprint(self) -> str:
         """`sha256:…` of all that decides its numbers: of the files it was loaded from, or of a lent model as it is now.
 

@@ -34,6 +34,7 @@ class TableLM:
     """
 
     max_length: int | None = None
+    immutable = True
 
     def __init__(self, table: Tensor) -> None:
         self.table = log_normalize(table)

@@ -81,8 +81,9 @@ class _Exchange:
     @property
     def usage(self) -> wire.Usage:
         """Tokens so far."""
-        prompts = {s.prompt_index: len(s.prompt) for s in self.job.sequences}
-        return wire.Usage(sum(prompts.values()), self.tokens)
+        first = {s.prompt_index: s for s in reversed(self.job.sequences)}  # it reads the prompt for the others
+        cached = sum(s.cached_tokens for s in first.values())
+        return wire.Usage(sum(len(s.prompt) for s in first.values()), self.tokens, cached)
 
     async def events(self) -> AsyncIterator[list[TokenEvent]]:
         """What happens; logged and counted at the end, however it comes. The first is empty: what precedes is ready then."""
@@ -113,6 +114,7 @@ class _Exchange:
             "model": self.target.label,
             "outcome": outcome,
             "prompt_tokens": self.usage.prompt_tokens,
+            "cached_tokens": self.usage.cached_tokens,
             "completion_tokens": self.tokens,
             "seconds": round(seconds, 4),
             "first_token_seconds": None if first is None else round(first - self.job.arrived, 4),

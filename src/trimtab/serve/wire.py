@@ -75,15 +75,17 @@ def error_body(message: str, type: str, param: str | None = None, code: str | No
 
 
 class Usage(NamedTuple):
-    """Tokens of a request: each prompt once, and all that was generated."""
+    """Tokens of a request: each prompt once, those of prompts that were read before, and all that was generated."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        prompt, completed = self
-        return {"prompt_tokens": prompt, "completion_tokens": completed, "total_tokens": prompt + completed}
+        prompt, completed, cached = self
+        counts = {"prompt_tokens": prompt, "completion_tokens": completed, "total_tokens": prompt + completed}
+        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def model_card(name: str, created: int, *, root: str, parent: str | None = None) -> dict[str, Any]:

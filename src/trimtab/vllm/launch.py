@@ -39,6 +39,7 @@ REFUSED = {
     "aligner_root": "aligners are configured when vLLM starts; name them with --aligner",
     "max_num_batched_tokens": "vLLM chooses it for the device: --vllm_args='--max-num-batched-tokens 2048'",
     "max_cache_tokens": "vLLM sizes its cache itself: --vllm_args='--gpu-memory-utilization 0.8'",
+    "prefix_cache_tokens": "vLLM keeps what its cache has room for: --vllm_args='--no-enable-prefix-caching'",
     "max_waiting": "vLLM's queue has no limit",
     "max_prompt_tokens": "vLLM limits prompt and completion together: --vllm_args='--max-model-len 4096'",
     "max_tokens": "vLLM limits prompt and completion together: --vllm_args='--max-model-len 4096'",
