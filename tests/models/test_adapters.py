@@ -18,7 +18,7 @@ from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
 from trimtab.models.adapter_folder import Base
 from trimtab.models.adapters import Adapted, AdapterPool
-from trimtab.models.lean import LEAN
+from trimtab.models.blocks import ADAPTABLE
 from trimtab.models.loading import load_model
 from trimtab.models.lora_folder import poolable
 
@@ -101,7 +101,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # ---- an adapter alone
 
 
-@pytest.mark.parametrize("kind", LEAN)
+@pytest.mark.parametrize("kind", ADAPTABLE)
 @pytest.mark.parametrize("settings", ["all", "rslora", "patterns", "layers"])
 def test_rows_are_those_of_peft(kind, settings, tmp_path):
     base = make_base(tmp_path, kind)

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from tiny import tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
+from trimtab.models.blocks import FAMILIES, LEAN
 from trimtab.models.fingerprint import fingerprint_model
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.lean import LEAN
 from trimtab.models.prepack import Linear
 
 V = 32
@@ -108,7 +108,8 @@ def test_a_lent_model_may_go_on_learning(kind):
             parameter.mul_(1.3)
     for wrapper in wrappers:
         assert_close(rows(wrapper), stock_rows(model), atol=5e-5, rtol=0)
-    model.double()
+    if not FAMILIES[kind].experts:  # they know no float64
+        model.double()
     for wrapper in wrappers:
         assert_close(rows(wrapper).float(), stock_rows(model), atol=5e-5, rtol=0)
 

@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP,
 from tiny import tiny_model
 from trimtab.errors import UnsupportedModel
 from trimtab.models.adapters import AdapterPool
+from trimtab.models.blocks import FAMILIES
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.stock import FAMILIES, is_stock
+from trimtab.models.stock import is_stock
 
 V = 32
 IDS = torch.tensor([[5, 9, 1, 30, 2, 2, 17]])
@@ -223,10 +224,21 @@ def test_other_parameters_in_place_of_the_old_ones_are_read():
     assert ours.kernels.startswith("lean pass")
 
 
+def modeling_of(kind: str) -> Any:
+    package = FAMILIES[kind].package or kind
+    return importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+
+
+def class_of(kind: str, place: str) -> type:
+    block = FAMILIES[kind]
+    place = "SparseMoeBlock" if place == "MLP" and block.experts else place
+    return nn.Linear if place == "Linear" else getattr(modeling_of(kind), block.classes + place)
+
+
 def doubled(forward: Any) -> Any:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) * 2
+        return forward(*args, **kwargs) * 2 + 0.5  # a norm behind it would undo a factor alone
 
     return run
 
@@ -234,10 +246,9 @@ def doubled(forward: Any) -> Any:
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("place", ["RMSNorm", "MLP", "Linear"])
 def test_a_forward_that_was_put_into_a_class_is_heeded(kind, place, monkeypatch):
-    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     model = tiny_model(kind, V)
     ours, plain = HuggingFaceLM(model), stock_rows(model)
-    changed = nn.Linear if place == "Linear" else getattr(modeling, FAMILIES[kind] + place)
+    changed = class_of(kind, place)
     monkeypatch.setattr(changed, "forward", doubled(changed.forward))
     expected = stock_rows(model)
     assert (expected - plain).abs().max() > 1e-2
@@ -248,7 +259,7 @@ def test_a_forward_that_was_put_into_a_class_is_heeded(kind, place, monkeypatch)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_other_rotations_are_heeded(kind, monkeypatch):
     """As kernels of other packages are put in: a function of the modelling file is replaced."""
-    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    modeling = modeling_of(kind)
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: (q, k))
     model = tiny_model(kind, V)
     assert not is_stock(model)
@@ -260,7 +271,7 @@ def test_other_rotations_are_heeded(kind, monkeypatch):
 )
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_another_function_that_the_rotation_calls_is_heeded(kind, change, monkeypatch):
-    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    modeling = modeling_of(kind)
     model = tiny_model(kind, V)
     ours, plain = HuggingFaceLM(model), stock_rows(model)
     monkeypatch.setattr(modeling, "rotate_half", change)
@@ -273,7 +284,7 @@ def test_another_function_that_the_rotation_calls_is_heeded(kind, change, monkey
 @pytest.mark.parametrize("name", ["repeat_kv", "eager_attention_forward", "apply_rotary_pos_emb", "create_causal_mask"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_no_function_of_a_familys_file_may_be_another(kind, name, monkeypatch):
-    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    modeling = modeling_of(kind)
     monkeypatch.setattr(modeling, name, doubled(getattr(modeling, name)))
     assert not is_stock(tiny_model(kind, V))
 
@@ -281,15 +292,14 @@ def test_no_function_of_a_familys_file_may_be_another(kind, name, monkeypatch):
 @pytest.mark.parametrize("place", ["Attention", "MLP", "DecoderLayer", "RMSNorm", "Linear"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_call_that_was_put_into_a_class_is_heeded(kind, place, monkeypatch):
-    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     model = tiny_model(kind, V)
     ours, plain = HuggingFaceLM(model), stock_rows(model)
-    changed = nn.Linear if place == "Linear" else getattr(modeling, FAMILIES[kind] + place)
+    changed = class_of(kind, place)
     call = changed.__call__
 
     def bent(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = call(self, *args, **kwargs)
-        return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+        return (out[0] * 2 + 0.5, *out[1:]) if isinstance(out, tuple) else out * 2 + 0.5
 
     monkeypatch.setattr(changed, "__call__", bent)
     expected = stock_rows(model)

@@ -68,6 +68,22 @@ def test_what_was_trained_is_what_is_decoded(task):
     assert tried[1.0] == pytest.approx(report["metrics"]["eval_nll_aligned"], abs=1e-4)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo3", "smollm3"])
+def test_what_was_trained_is_what_is_decoded_in_other_families(task, kind, layers, tmp_path):
+    """Scaled embeddings, norms around and behind, windows, rotations by kind and none: in training the stock modules do it."""
+    shutil.copytree(task[0] / "proposal", tmp_path / "proposal")
+    shutil.copy(task[0] / "train.jsonl", tmp_path)
+    vocab_size = load_model(tmp_path / "proposal").config.vocab_size
+    save_tiny(tmp_path / "proposal", tiny_model(kind, vocab_size, seed=3), tiny_tokenizer())
+    report = train(options(tmp_path, "head", {"max_steps": 4}, head_layers=layers, train_draft=layers == 2))
+    model = AlignedModel.from_pretrained(tmp_path / "proposal", tmp_path / "head")
+    aligned, proposal = nats(model, development(tmp_path), SamplingParams(weight=1.0))
+    assert aligned == pytest.approx(report["metrics"]["eval_nll_aligned"], abs=1e-4)
+    assert aligned < proposal - 0.01
+    assert len(model.generate("abc", SamplingParams(max_tokens=5, seed=0, ignore_eos=True))[0].tokens) == 5
+
+
 @pytest.mark.parametrize("settings", [{}, {"weight": 0.5}, {"contrast": None}, {"proposal_temperature": 1.3}])
 def test_every_weight_is_tried_on_whole_rows(task, settings):
     """Few cached entries of the proposal's rows would bend p̃^(1−w): weights below 1 looked better than they are."""

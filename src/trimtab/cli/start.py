@@ -46,6 +46,7 @@ def _rehearse(options: Options) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from trimtab.models.layers import cut_config, parse_layers
+    from trimtab.models.loading import attention_for
     from trimtab.models.shapes import find_config
     from trimtab.train.arguments import training_arguments
     from trimtab.train.dry_run import count_records
@@ -56,7 +57,7 @@ def _rehearse(options: Options) -> dict[str, Any]:
     config = find_config(options.proposal, options.expected_proposal).config
     layers = parse_layers(options.layers, config.num_hidden_layers)
     with torch.device("meta"):
-        small = AutoModelForCausalLM.from_config(cut_config(config, layers))
+        small = AutoModelForCausalLM.from_config(cut_config(config, layers), attn_implementation=attention_for(config))
     data = None
     if options.dataset is not None:
         given = options.answers == "given"

@@ -109,13 +109,14 @@ class Prefixes:
                 return
         old = [kept for kept in alike if ids[: len(kept.ids)] == kept.ids]
         self._kept = [kept for kept in self._kept if kept not in old]
-        sizes = [model.state_bytes(1, state.lengths[slot]) for model, (state, slot) in zip(models.all, parts, strict=True)]
         while self.num_tokens + len(ids) > self.max_tokens:
             self.drop_oldest()
-        while max_bytes is not None and self.num_bytes + 2 * sum(sizes) > max_bytes:
-            if not self.drop_oldest():
-                return
-        self._kept.append(_Kept(sequence, ids, parts, sum(sizes)))
+        if max_bytes is not None:
+            own = sum(model.state_bytes(1, state.lengths[slot]) for model, (state, slot) in zip(models.all, parts, strict=True))
+            while self.num_bytes + 2 * own > max_bytes:
+                if not self.drop_oldest():
+                    return
+        self._kept.append(_Kept(sequence, ids, parts))
 
     def _use(self, used: "_Kept") -> None:
         self._kept = [*(kept for kept in self._kept if kept is not used), used]
@@ -124,9 +125,9 @@ class Prefixes:
 class _Kept:
     """One text, as the models of a request have read it."""
 
-    def __init__(self, sequence: Growing, ids: list[int], parts: Sequence[tuple[State, int]], num_bytes: int) -> None:
+    def __init__(self, sequence: Growing, ids: list[int], parts: Sequence[tuple[State, int]]) -> None:
         models = sequence.models
-        self.ids, self.num_bytes = ids, num_bytes
+        self.ids = ids
         self.states: list[State] = []
         self._reads_proposal = sequence.reads_proposal
         self._models = [weakref.ref(model) for model in models.all]
@@ -137,6 +138,12 @@ class _Kept:
             model.rollback(own, [state.lengths[slot] - len(ids)])
             own.adapters = [None]  # or it would stay as long as this
             self.states.append(own)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory, as its models say."""
+        models = [reference() for reference in self._models]
+        return sum(m.state_bytes(1, s.capacity) for m, s in zip(models, self.states, strict=True) if m is not None)
 
     @property
     def is_alive(self) -> bool:

@@ -27,9 +27,10 @@ from torch import Tensor
 from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.files import expand_home
 from trimtab.models.base import LanguageModel, State
+from trimtab.models.blocks import ADAPTABLE
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.lean import LEAN, Delta, Deltas
+from trimtab.models.lean import Delta, Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, read_plain
 from trimtab.models.slots import SlotState
@@ -301,10 +302,9 @@ class AdapterPool(HuggingFaceLM):
 
     def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, files: Files | None = None) -> None:
         super().__init__(model, vocab_size, owned=owned, files=files)
-        if self._lean is None:
-            raise UnsupportedModel(
-                f"adapters can share a plain model of type {', '.join(LEAN)}, not this '{self.model.config.model_type}' model"
-            )
+        kind = self.model.config.model_type
+        if self._lean is None or kind not in ADAPTABLE:
+            raise UnsupportedModel(f"adapters can share a plain model of type {', '.join(ADAPTABLE)}, not this '{kind}' model")
         self.dtype: torch.dtype = self.model.dtype
         self.store = AdapterStore(self.model, self.dtype, self.device)
 

@@ -48,7 +48,7 @@ class _Pass(NamedTuple):
     hidden: Tensor
     """`[B, K, H]`, written by each replay."""
     replay: Replay
-    tables: tuple[Tensor, Tensor]
+    tables: list[Tensor]
     """The rotations that it reads; the decoder may have replaced them by longer ones."""
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import LanguageModel, State, last_of
+from trimtab.models.blocks import ADAPTABLE, LEAN
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
-from trimtab.models.lean import LEAN, Deltas, LeanDecoder, no_lean_pass
+from trimtab.models.lean import Deltas, LeanDecoder, no_lean_pass
 from trimtab.models.masks import MIXED, WHOLE, WINDOWED, sights_of
 from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
@@ -205,12 +206,12 @@ class HuggingFaceLM:
 
     @property
     def lean(self) -> LeanDecoder:
-        """What runs its layers one by one.
+        """What runs its layers one by one, for heads.
 
         Raises:
-            UnsupportedModel: this model has no lean pass.
+            UnsupportedModel: this model has no lean pass, or other projections than heads adapt.
         """
-        if self._lean is None:
+        if self._lean is None or self.model.config.model_type not in ADAPTABLE:
             raise no_lean_pass(self.model.config.model_type)
         return self._lean
 

@@ -1,7 +1,7 @@
 """A lean forward pass for Llama-like decoders: the stock module's weights, without its machinery.
 
-Small models spend most of a step in Python and in dozens of small operators; this pass has far fewer. It covers Llama, Mistral,
-Qwen2 and Qwen3 exactly as transformers has them (`trimtab.models.stock`); the stock module serves the rest, and is the
+Small models spend most of a step in Python and in dozens of small operators; this pass has far fewer. It covers the families of
+`trimtab.models.blocks` exactly as transformers has them (`trimtab.models.stock`); the stock module serves the rest, and is the
 reference that this one is tested against.
 
 Query, key and value projections become one matrix, and so do gate and up. The stock module's parameters are then views of
@@ -19,15 +19,13 @@ from torch import Tensor
 
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import last_of
+from trimtab.models.blocks import ADAPTABLE, FAMILIES, LEAN, Norms
 from trimtab.models.masks import Sight, layer_sights
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
-from trimtab.models.stock import FAMILIES, is_stock
+from trimtab.models.stock import is_stock
 
-__all__ = ["LEAN", "Delta", "Deltas", "LeanDecoder", "no_lean_pass"]
-
-LEAN = tuple(FAMILIES)
-"""`model_type` of the models that have a lean pass."""
+__all__ = ["Delta", "Deltas", "LeanDecoder", "no_lean_pass"]
 
 Delta = tuple[Tensor, Tensor]
 """What is added to a product of rows `[B·K, in]`: `[in, r]` and `[r, out]` by all slots, or `[G, r, in]` and `[G, r, out]` by G
@@ -42,19 +40,47 @@ _NO_DELTAS: Sequence[Delta | None] = (None, None, None, None)
 class _Layer(NamedTuple):
     qkv: Linear
     out: Linear
-    gate_up: Linear
-    down: Linear
-    attention_norm: Tensor
-    mlp_norm: Tensor
+    gate_up: Linear | None
+    """None where experts take their place."""
+    down: Linear | None
+    experts: Any
+    """The stock module of a mixture, which runs as it is; None for a plain MLP."""
+    norms: Norms
+    """Their weights `[H]`."""
     query_key_norm: tuple[Tensor, Tensor] | None
-    """Weights `[D]`, where queries and keys are normalised head by head (Qwen3)."""
+    """Weights `[D]`, or `[heads·D]`, where queries and keys are normalised."""
+    rotation: str | None
+    """Which of the rotations it takes; None for none."""
+
+
+class _Rotation(NamedTuple):
+    """A rotated x is x·cos + roll(x, R/2)·sin, of the first R numbers of a head."""
+
+    cos: Tensor
+    """`[…, R]`"""
+    sin: Tensor
+    """`[…, R]`, the first half negative."""
+
+    def at(self, step: Step) -> "_Rotation":
+        """Those `[B, K, 1, R]` of the tokens of a step."""
+        if step.start is not None:
+            return _Rotation(*(table[None, step.start : step.used, None] for table in self))
+        return _Rotation(*(F.embedding(step.position_ids, table).unsqueeze(2) for table in self))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Heads `[B, K, heads, D]`, rotated."""
+        width = self.cos.shape[-1]
+        part = x[..., :width].to(torch.promote_types(x.dtype, self.cos.dtype))
+        rotated = torch.addcmul(part * self.cos, part.roll(width // 2, -1), self.sin).to(x.dtype)
+        return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], -1)
 
 
 def no_lean_pass(kind: str) -> UnsupportedModel:
-    """What is wrong with a proposal of a head whose layers cannot be run one by one."""
-    return UnsupportedModel(
-        f"a head runs layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules"
-    )
+    """What is wrong with a proposal of a head whose layers cannot be run one by one, or have other projections."""
+    why = f"this '{kind}' model is run by its stock modules"
+    if kind in LEAN and kind not in ADAPTABLE:
+        why = f"a layer of a '{kind}' model has other projections"
+    return UnsupportedModel(f"a head runs layers of plain {', '.join(ADAPTABLE)} models, and {why}")
 
 
 class LeanDecoder:
@@ -67,17 +93,22 @@ class LeanDecoder:
     def __init__(self, model: Any) -> None:
         body, config = model.model, model.config
         first = body.layers[0].self_attn
+        self._block, self._config = FAMILIES[config.model_type], config
         self._head_dim, self._scaling = int(first.head_dim), float(first.scaling)
         self._heads, self._key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._eps = float(config.rms_norm_eps)
+        self._softcap: float | None = getattr(first, "attn_logit_softcapping", None) if self._block.caps_scores else None
+        self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._embedding: Tensor = body.embed_tokens.weight
+        self._embed_scale: Tensor | None = getattr(body.embed_tokens, "embed_scale", None)
         self._norm: Tensor = body.norm.weight
         self._head = Linear.of(model.lm_head)
-        self._layers = [self._read_layer(layer) for layer in body.layers]
+        self._layers = [self._read_layer(layer, i) for i, layer in enumerate(body.layers)]
         self._sights = layer_sights(config)
         self._unfused = _unfused(model)
         self._rotary = body.rotary_emb
-        self._cos = self._sin = self._embedding.new_empty(0, self._head_dim)
+        empty = self._embedding.new_empty(0, self._head_dim)
+        self._rotations = {layer.rotation: _Rotation(empty, empty) for layer in self._layers if layer.rotation is not None}
 
     def is_current(self, model: Any) -> bool:
         """Whether a model that others use too still has the weights, and nothing but the weights, that are used here."""
@@ -88,12 +119,12 @@ class LeanDecoder:
     @property
     def linears(self) -> list[Linear]:
         """Every matrix product of a pass."""
-        return [linear for layer in self._layers for linear in layer[:4]] + [self._head]
+        return [linear for layer in self._layers for linear in layer[:4] if linear is not None] + [self._head]
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def tables(self) -> list[Tensor]:
         """The rotations' cosines and signed sines, as far as they were needed."""
-        return self._cos, self._sin
+        return [table for rotation in self._rotations.values() for table in rotation]
 
     def __call__(
         self,
@@ -116,12 +147,13 @@ class LeanDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[B, K, W]` of hidden states `[B, K, H]`."""
-        normed = F.rms_norm(hidden.flatten(0, 1), (hidden.shape[-1],), self._norm, self._eps)
-        return self._head(normed).view(*hidden.shape[:2], -1)
+        logits = self._head(self._normalise(hidden.flatten(0, 1), self._norm)).view(*hidden.shape[:2], -1)
+        return logits if self._final_softcap is None else (logits / self._final_softcap).tanh() * self._final_softcap
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The first layer's input `[B, K, H]` of tokens `[B, K]`."""
-        return F.embedding(tokens, self._embedding)
+        embedded = F.embedding(tokens, self._embedding)
+        return embedded if self._embed_scale is None else embedded * self._embed_scale.to(embedded.dtype)
 
     def upper(
         self,
@@ -147,29 +179,32 @@ class LeanDecoder:
         """
         batch, width = hidden.shape[:2]
         heads, keys, group = self._heads, self._heads + self._key_heads, self._heads // self._key_heads
-        cos, sin = self._rotations(step)
+        layers, sights = self._layers[first:stop], self._sights[first:stop]
+        rotations = {kind: self._rotate(kind, step) for kind in {layer.rotation for layer in layers} if kind is not None}
         x = hidden.flatten(0, 1)  # [B·K, H]: products of matrices, not of batches of them
-        masks = {sight: self._mask(sight, step, x.dtype, group) for sight in set(self._sights[first:stop])}
-        size = (x.shape[-1],)
-        for i, (layer, sight, slots) in enumerate(zip(self._layers[first:stop], self._sights[first:stop], cache, strict=True)):
+        masks = {sight: self._mask(sight, step, x.dtype, group) for sight in set(sights)}
+        for i, (layer, sight, slots) in enumerate(zip(layers, sights, cache, strict=True)):
             if tapped is not None and first + i in tapped:
                 tapped[first + i] = x.view(batch, width, -1)
             to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
-            qkv = _product(layer.qkv, F.rms_norm(x, size, layer.attention_norm, self._eps), to_qkv)
+            qkv = _product(layer.qkv, self._normalise(x, layer.norms.attention), to_qkv)
             qkv = qkv.view(batch, width, -1, self._head_dim)
             qk, v = qkv[:, :, :keys], qkv[:, :, keys:]
             if layer.query_key_norm is not None:
-                query_norm, key_norm = layer.query_key_norm
-                each = torch.cat([query_norm.expand(heads, -1), key_norm.expand(self._key_heads, -1)])
-                qk = F.rms_norm(qk, (self._head_dim,), None, self._eps) * each
-            qk = torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, -1), sin)
+                qk = self._normalise_heads(qk, *layer.query_key_norm)
+            if layer.rotation is not None:
+                qk = rotations[layer.rotation](qk)
             past_keys, past_values = slots.update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
-            queries = _fold(qk[:, :, :heads], group)
-            mixed = F.scaled_dot_product_attention(queries, past_keys, past_values, attn_mask=masks[sight], scale=self._scaling)
-            x = x + _product(layer.out, _unfold(mixed, group).reshape(batch * width, -1), to_out)
-            gate_up = _product(layer.gate_up, F.rms_norm(x, size, layer.mlp_norm, self._eps), to_gate_up)
-            gate, up = gate_up.chunk(2, -1)
-            x = x + _product(layer.down, F.silu(gate) * up, to_down)
+            mixed = self._attend(_fold(qk[:, :, :heads], group), past_keys, past_values, masks[sight])
+            mixed = _product(layer.out, _unfold(mixed, group).reshape(batch * width, -1), to_out)
+            x = x + self._normalise(mixed, layer.norms.attention_out)
+            rows = self._normalise(x, layer.norms.mlp)
+            if layer.gate_up is None or layer.down is None:
+                rows = layer.experts(rows.view(batch, width, -1)).flatten(0, 1)
+            else:
+                gate, up = _product(layer.gate_up, rows, to_gate_up).chunk(2, -1)
+                rows = _product(layer.down, self._activate(gate) * up, to_down)
+            x = x + self._normalise(rows, layer.norms.mlp_out)
         x = x.view(batch, width, -1)
         if tapped is not None and stop is not None and stop in tapped:
             tapped[stop] = x
@@ -185,29 +220,59 @@ class LeanDecoder:
         """How many layers it has."""
         return len(self._layers)
 
-    def _read_layer(self, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        norm = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
-        return _Layer(
-            qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            out=Linear.of(attention.o_proj),
-            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
-            down=Linear.of(mlp.down_proj),
-            attention_norm=layer.input_layernorm.weight,
-            mlp_norm=layer.post_attention_layernorm.weight,
-            query_key_norm=norm,
-        )
+    def _read_layer(self, layer: Any, place: int) -> _Layer:
+        attention, mlp, block = layer.self_attn, layer.mlp, self._block
+        experts = mlp if hasattr(mlp, "experts") else None
+        kind = self._config.layer_types[place] if block.rotates_by_kind else ""
+        inner: tuple[Linear | None, Linear | None] = (None, None)
+        if experts is None:
+            gate_up = (mlp.gate_up_proj,) if block.fused else (mlp.gate_proj, mlp.up_proj)
+            inner = Linear.of(*gate_up), Linear.of(mlp.down_proj)
+        qkv = (attention.qkv_proj,) if block.fused else (attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = [None if name is None else getattr(layer, name).weight for name in block.norms]
+        of_heads = (attention.q_norm.weight, attention.k_norm.weight) if block.head_norms else None
+        rotation = kind if getattr(attention, "use_rope", True) else None
+        return _Layer(Linear.of(*qkv), Linear.of(attention.o_proj), *inner, experts, Norms(*norms), of_heads, rotation)
 
-    def _rotations(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines `[B, K, 1, D]`: a rotated x is x·cos + roll(x, D/2)·sin."""
-        if len(self._cos) < step.reach:
-            positions = torch.arange(max(step.reach, 2 * len(self._cos)), device=self._embedding.device)
-            cos, sin = (table[0] for table in self._rotary(self._embedding, positions[None]))
-            half = self._head_dim // 2
-            self._cos, self._sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
-        if step.start is not None:
-            return self._cos[None, step.start : step.used, None], self._sin[None, step.start : step.used, None]
-        return F.embedding(step.position_ids, self._cos).unsqueeze(2), F.embedding(step.position_ids, self._sin).unsqueeze(2)
+    def _normalise(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Rows `[…, H]` by a norm of these weights; as they are where there is none."""
+        if weight is None:
+            return x
+        if not self._block.shifted:
+            return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + weight.float(), self._eps).to(x.dtype)
+
+    def _normalise_heads(self, qk: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        """Queries and keys `[B, K, heads, D]` by norms of these weights."""
+        heads, size = self._heads, (self._head_dim,)
+        if self._block.head_norms == "all":
+            parts = (qk[:, :, :heads].flatten(2), query_norm), (qk[:, :, heads:].flatten(2), key_norm)
+            return torch.cat([self._normalise(part, weight) for part, weight in parts], -1).view(qk.shape)
+        each = torch.cat([query_norm.expand(heads, -1), key_norm.expand(self._key_heads, -1)])
+        if not self._block.shifted:
+            return F.rms_norm(qk, size, None, self._eps) * each
+        return (F.rms_norm(qk.float(), size, None, self._eps) * (1.0 + each.float())).to(qk.dtype)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """What folded queries `[B, H, Q, D]` get from keys and values `[B, H, L, D]`."""
+        if self._softcap is None:
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self._scaling)
+        scores = (queries @ keys.mT * (self._scaling / self._softcap)).tanh() * self._softcap
+        scores = scores if mask is None else scores + mask
+        return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate) if self._block.activation == "silu" else F.gelu(gate, approximate="tanh")
+
+    def _rotate(self, kind: str, step: Step) -> _Rotation:
+        """A rotation of the tokens of a step."""
+        if len(self._rotations[kind].cos) < step.reach:
+            positions = torch.arange(max(step.reach, 2 * len(self._rotations[kind].cos)), device=self._embedding.device)
+            args = (self._embedding, positions[None], *([kind] if kind else []))
+            cos, sin = (table[0] for table in self._rotary(*args))
+            half = cos.shape[-1] // 2
+            self._rotations[kind] = _Rotation(cos, torch.cat([-sin[:, :half], sin[:, half:]], -1))
+        return self._rotations[kind].at(step)
 
 
 def _unfused(model: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ from trimtab.models.base import LanguageModel
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.layers import cut_config
-from trimtab.models.loading import check_finite, readable
+from trimtab.models.loading import attention_for, check_finite, readable
 from trimtab.reasons import reason_of
 
 __all__ = ["REDUCED_NAME", "ReducedLM", "is_reduced", "load_reduced", "reduce_model", "save_reduced"]
@@ -177,7 +177,7 @@ def _read_model(folder: Path, proposal: Any, count: int, name: str) -> Any:
 def _shell(proposal: Any, config: Any, count: int) -> Any:
     """A model without weights, but for the embedding and the rotations, which are the proposal's."""
     config = copy.deepcopy(config)
-    config.tie_word_embeddings, config._attn_implementation = False, "sdpa"
+    config.tie_word_embeddings, config._attn_implementation = False, attention_for(config)
     with torch.device("meta"):
         small = type(proposal)(config)
         small.set_output_embeddings(torch.nn.Linear(config.hidden_size, count, bias=False))

@@ -1,4 +1,4 @@
-"""Which models the lean pass was written for: exactly transformers' own Llama, Mistral, Qwen2 and Qwen3, as they come.
+"""Which models the lean pass was written for: exactly transformers' own of some families (`blocks`), as they come.
 
 The lean pass reads a model's weights and does the arithmetic itself. So it is right only where every module is of the class it
 was written for, in its place, and does what that class does. A quantised linear layer holds codes and scales, a subclass may
@@ -13,37 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FAMILIES", "is_stock"]
+from trimtab.models.blocks import FAMILIES, Block, sparse_layers
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-"""By `model_type`, how the names of the classes begin."""
+__all__ = ["is_stock"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_MODEL = {
-    "": "ForCausalLM",
-    "model": "Model",
-    "model.embed_tokens": nn.Embedding,
-    "model.layers": nn.ModuleList,
-    "model.norm": "RMSNorm",
-    "model.rotary_emb": "RotaryEmbedding",
-    "lm_head": nn.Linear,
-}
-_LAYER = {
-    "": "DecoderLayer",
-    ".self_attn": "Attention",
-    **{f".self_attn.{name}_proj": nn.Linear for name in "qkvo"},
-    ".mlp": "MLP",
-    **{f".mlp.{name}_proj": nn.Linear for name in ("gate", "up", "down")},
-    ".mlp.act_fn": nn.SiLU,
-    ".input_layernorm": "RMSNorm",
-    ".post_attention_layernorm": "RMSNorm",
-}
 _FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv", "rotate_half")
 """Those that every family's file has of its own."""
+TRUSTED = ("torch", "transformers", "dataclasses")
+"""Whose functions these files may hold."""
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "forward")
 """What runs when a module is called."""
-_QWEN3_LAYER = {".self_attn.q_norm": "RMSNorm", ".self_attn.k_norm": "RMSNorm"}
 
 
 def is_stock(model: Any) -> bool:
@@ -51,8 +32,9 @@ def is_stock(model: Any) -> bool:
     family = model.config.model_type
     if family not in FAMILIES:
         return False
+    block = FAMILIES[family]
     modules = dict(model.named_modules(remove_duplicate=False))
-    kinds = _kinds(family, model.config.num_hidden_layers)
+    kinds = _kinds(family, sparse_layers(block, model.config))
     if modules.keys() != kinds.keys() or any(type(module) not in kinds[path] for path, module in modules.items()):
         return False
     return (
@@ -60,25 +42,53 @@ def is_stock(model: Any) -> bool:
         and _computes_as_written(_modeling(family), model.config)
         and not any(map(_is_changed, modules.values()))
         and _has_plain_weights(modules.values())
-        and _has_one_shape(model)
+        and _has_one_shape(model, block)
     )
 
 
 @cache
-def _kinds(family: str, layers: int) -> dict[str, tuple[type, ...]]:
-    """The classes that each module may be of, by its path."""
-    from transformers.activations import SiLUActivation
+def _kinds(family: str, sparse: tuple[bool, ...]) -> dict[str, tuple[type, ...]]:
+    """The classes that each module may be of, by its path; of layers which have experts or have none."""
+    from transformers.activations import ACT2CLS
 
-    layer = _LAYER | (_QWEN3_LAYER if family == "qwen3" else {})
-    places: dict[str, Any] = _MODEL | {f"model.layers.{i}{path}": kind for i in range(layers) for path, kind in layer.items()}
-    known: dict[Any, tuple[type, ...]] = {nn.SiLU: (nn.SiLU, SiLUActivation)}
+    block, modeling = FAMILIES[family], _modeling(family)
+    places: dict[str, Any] = {
+        "": "ForCausalLM",
+        "model": block.body,
+        "model.embed_tokens": block.embedding or nn.Embedding,
+        "model.layers": nn.ModuleList,
+        "model.norm": "RMSNorm",
+        "model.rotary_emb": "RotaryEmbedding",
+        "lm_head": nn.Linear,
+    }
+    for i, has_experts in enumerate(sparse):
+        places |= {f"model.layers.{i}{path}": kind for path, kind in _layer(block, has_experts=has_experts).items()}
+    acts = ACT2CLS[block.activation]
+    known: dict[Any, tuple[type, ...]] = {"ACT": (nn.SiLU, acts) if block.activation == "silu" else (acts,)}
     for kind in set(places.values()) - known.keys():
-        known[kind] = (getattr(_modeling(family), FAMILIES[family] + kind) if isinstance(kind, str) else kind,)
+        known[kind] = (getattr(modeling, block.classes + kind, type(None)) if isinstance(kind, str) else kind,)
     return {path: known[kind] for path, kind in places.items()}
 
 
+def _layer(block: Block, *, has_experts: bool) -> dict[str, Any]:
+    """What a layer's modules are, by their paths: a class, the end of its name, or `"ACT"` for the activation."""
+    projections = ("qkv", "o") if block.fused else ("q", "k", "v", "o")
+    places: dict[str, Any] = {"": "DecoderLayer", ".self_attn": "Attention"}
+    places |= {f".self_attn.{name}_proj": nn.Linear for name in projections}
+    places |= {f".self_attn.{name}_norm": "RMSNorm" for name in "qk" if block.head_norms}
+    places |= {f".{name}": "RMSNorm" for name in block.norms if name is not None}
+    places |= {f".{name}": nn.Dropout for name in block.dropouts}
+    if has_experts:
+        mixture = {"": "SparseMoeBlock", ".gate": "TopKRouter", ".experts": "Experts", ".experts.act_fn": "ACT"}
+        return places | {f".mlp{path}": kind for path, kind in mixture.items()}
+    inner = ("gate_up", "down") if block.fused else ("gate", "up", "down")
+    activation = "activation_fn" if block.fused else "act_fn"
+    return places | {".mlp": "MLP", f".mlp.{activation}": "ACT", **{f".mlp.{name}_proj": nn.Linear for name in inner}}
+
+
 def _modeling(family: str) -> ModuleType:
-    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    package = FAMILIES[family].package or family
+    return importlib.import_module(f"transformers.models.{package}.modeling_{package}")
 
 
 def _is_untouched(kind: type) -> bool:
@@ -101,11 +111,11 @@ def _computes_as_written(modeling: ModuleType, config: Any) -> bool:
 
 
 def _is_own(module: str, function: Any) -> bool:
-    """Whether a function says that it is of this module of torch or transformers, and it and all that it wraps are."""
+    """Whether a function says that it is of this module, and it and all that it wraps are of `TRUSTED` ones."""
     if getattr(function, "__module__", None) != module:
         return False
     while function is not None:
-        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] not in ("torch", "transformers"):
+        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] not in TRUSTED:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
@@ -123,28 +133,35 @@ def _is_changed(module: nn.Module) -> bool:
 
 def _has_plain_weights(modules: Any) -> bool:
     """Whether all weights are dense floating-point parameters of one dtype on one device, and no subclass of a tensor."""
-    weights = [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
-    held = [weight for weight in weights if weight is not None]
+    named = [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
+    held = [weight for weight in named if weight is not None]
+    held += [weight for module in modules for weight in module.parameters(recurse=False)]
     plain = all(type(weight) is nn.Parameter and weight.layout is torch.strided for weight in held)
     return plain and len({(weight.device, weight.dtype) for weight in held}) == 1 and held[0].dtype in DTYPES
 
 
-def _has_one_shape(model: Any) -> bool:
+def _has_one_shape(model: Any, block: Block) -> bool:
     """Whether the settings that modules hold are those of the configuration, the same in all layers."""
     config, body = model.config, model.model
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, body.layers[0].self_attn.head_dim
-    scaling = body.layers[0].self_attn.scaling
+    scaling, cap = body.layers[0].self_attn.scaling, getattr(config, "attn_logit_softcapping", None)
     norms = [body.norm]
     for i, layer in enumerate(body.layers):
         attention = layer.self_attn
-        rows = [len(linear.weight) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        linears = [attention.qkv_proj] if block.fused else [attention.q_proj, attention.k_proj, attention.v_proj]
+        wanted = [(heads + 2 * keys) * size] if block.fused else [heads * size, keys * size, keys * size]
         settings = (attention.layer_idx, attention.head_dim, attention.scaling, attention.num_key_value_groups)
-        if settings != (i, size, scaling, heads // keys) or rows != [heads * size, keys * size, keys * size]:
+        if settings != (i, size, scaling, heads // keys) or [len(linear.weight) for linear in linears] != wanted:
             return False
-        of_heads = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        if any(len(norm.weight) != size for norm in of_heads):
+        if getattr(attention, "attn_logit_softcapping", cap) != cap:
             return False
-        norms += [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
-    rotates_all = 2 * body.rotary_emb.inv_freq.numel() == size
-    same_eps = {norm.variance_epsilon for norm in norms} == {config.rms_norm_eps}
+        of_heads = [attention.q_norm, attention.k_norm] if block.head_norms else []
+        widths = [heads * size, keys * size] if block.head_norms == "all" else [size, size]
+        if any(len(norm.weight) != width for norm, width in zip(of_heads, widths, strict=False)):
+            return False
+        norms += [*(getattr(layer, name) for name in block.norms if name is not None), *of_heads]
+    same_eps = {getattr(norm, "eps" if block.shifted else "variance_epsilon") for norm in norms} == {config.rms_norm_eps}
+    frequencies = [buffer for name, buffer in body.rotary_emb.named_buffers() if name.endswith("inv_freq")]
+    rotated = {2 * buffer.numel() for buffer in frequencies}
+    rotates_all = rotated == {size} or (block.rotates_part and max(rotated) <= size)
     return rotates_all and same_eps and body.embed_tokens.max_norm is None

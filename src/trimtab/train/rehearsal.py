@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trimtab.errors import InvalidOption
+from trimtab.models.blocks import ADAPTABLE
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.loading import attention_for
 from trimtab.models.stock import is_stock
@@ -86,7 +87,7 @@ class Rehearsal:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config))
             below: list[Tensor] = []
             if head:
-                if not is_stock(model):
+                if not is_stock(model) or config.model_type not in ADAPTABLE:
                     raise no_lean_pass(config.model_type)
                 below = list(model.model.layers[: head.tap].parameters())
                 model = adapted_upper(model, head.tap, head.lora, arguments.seed)
