@@ -347,7 +347,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ({"model_type": "falcon", "alibi": True}, "alibi is True in this 'falcon' model"),
     ({"model_type": "llama4_text", "attn_temperature_tuning": True}, "attn_temperature_tuning is True"),
-    ({"model_type": "gemma3"}, "'gemma3' model holds a text model and others; only text models run"),
+    ({"model_type": "llama4"}, "attn_temperature_tuning is True in this 'llama4_text' model"),
     (
         {
             "model_type": "gemma3_text",

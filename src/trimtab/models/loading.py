@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabError
 from trimtab.files import expand_home
+from trimtab.models.composite import KEY_MAPPING, text_config
 from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
 from trimtab.models.weight_files import expand, folder_of
@@ -33,6 +34,8 @@ __all__ = [
     "quietly_reported",
     "readable",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -69,10 +72,14 @@ def load_model(
     how = loading_arguments(dtype, device, revision)
     source = expand(source)
     with readable(source, "model"):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config = text_config(whole)
         check_supported(config)
         _check_size(config, source)
-        with quietly_reported():
+        if config is not whole:
+            logger.info("of '%s', a '%s' model, its text model is used: '%s'", source, whole.model_type, config.model_type)
+            how |= {"config": config, "key_mapping": KEY_MAPPING}
+        with quietly_reported(parts=config is not whole):
             model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention_for(config), **how)
     check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
@@ -108,20 +115,25 @@ def loading_arguments(dtype: str | torch.dtype, device: str | torch.device | Non
 
 
 @contextlib.contextmanager
-def quietly_reported() -> Iterator[None]:
-    """Without transformers' table of the weights that `check_filled` refuses in one sentence."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_says_something_new)
+def quietly_reported(*, parts: bool = False) -> Iterator[None]:
+    """Without transformers' table of the weights that `check_filled` refuses in one sentence.
+
+    Args:
+        parts: whether files hold other models, too, whose weights are left over.
+    """
+    known = ("MISMATCH", "MISSING", *(["UNEXPECTED"] if parts else []))
+
+    def says_something_new(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        refused = "LOAD REPORT" in said and any(word in said for word in known)
+        return not refused or "CONVERSION" in said  # of which the error says no more than that it stands in the table
+
+    theirs = logging.getLogger("transformers.modeling_utils")
+    theirs.addFilter(says_something_new)
     try:
         yield
     finally:
-        logger.removeFilter(_says_something_new)
-
-
-def _says_something_new(record: logging.LogRecord) -> bool:
-    said = record.getMessage()
-    refused = "LOAD REPORT" in said and ("MISMATCH" in said or "MISSING" in said)
-    return not refused or "CONVERSION" in said  # of which the error says no more than that it stands in the table
+        theirs.removeFilter(says_something_new)
 
 
 def load_configs(source: str | Path, *, revision: str | None = None, local_only: bool = False) -> tuple[Any, Any]:
@@ -134,7 +146,7 @@ def load_configs(source: str | Path, *, revision: str | None = None, local_only:
     where = {"revision": revision, "local_files_only": local_only}
     source = expand(source)
     with readable(source, "configuration"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        config = text_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **where))
         try:
             return config, GenerationConfig.from_pretrained(source, **where)
         except OSError:

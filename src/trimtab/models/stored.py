@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from trimtab.errors import CheckpointError
+from trimtab.models.composite import text_name
 from trimtab.models.weight_files import weight_files
 
 __all__ = ["Stored", "check_filled", "stored_tensors"]
@@ -91,8 +92,11 @@ def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, fold
 
 
 def _names(model: Any, name: str) -> set[str]:
-    """What a tensor of a file may be called in the model: files of a body alone leave the body's name out."""
-    return {name, f"{model.base_model_prefix}.{name}"}
+    """What a tensor of a file may be called in the model.
+
+    Files of a body alone leave the body's name out, those of a composite model name the text model.
+    """
+    return {name, f"{model.base_model_prefix}.{name}", text_name(name)}
 
 
 def _is_part(model: nn.Module, name: str) -> bool:
