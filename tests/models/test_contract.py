@@ -15,8 +15,9 @@ from trimtab.models.reduced import ReducedLM, reduce_model
 from trimtab.models.table import TableLM
 
 V = 32
-PATHS = ["llama-eager", "qwen3-stock", "llama-packed", "qwen2-packed", "llama-reduced", "qwen3-reduced"]
-"""Other ways through the same models: eager attention, without the lean pass, with packed weights, saying few tokens."""
+PATHS = ["llama-eager", "qwen3-stock", "llama-packed", "qwen2-packed", "llama-int8", "gemma3_text-int8", "llama-reduced"]
+PATHS += ["qwen3-reduced"]
+"""Other ways through the same models: eager attention, without the lean pass, weights packed and in 8 bits, few tokens said."""
 CASES = ["table", *(f"{kind}-float32" for kind in SUPPORTED), *(f"{kind}-bfloat16" for kind in SUPPORTED), *PATHS]
 
 
@@ -31,6 +32,9 @@ def make(case: str) -> tuple[LanguageModel, float]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("trimtab.models.prepack.PACKED_FROM", 0)
             return HuggingFaceLM(tiny_model(kind, V), owned=True), 5e-5
+    if mode == "int8":
+        sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+        return HuggingFaceLM(tiny_model(kind, V, spread=0.1, **sizes), owned=True, quantize="int8"), 6e-2
     if mode == "reduced":
         said = torch.arange(0, V, 3)
         return ReducedLM(reduce_model(tiny_model(kind, V), [0, 1], said), said, V), 5e-5

@@ -48,6 +48,7 @@ class RowOptions:
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
+    quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
     max_num_seqs: int = option(32, "most sequences in a batch")
 
     def __post_init__(self) -> None:
@@ -243,6 +244,7 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
             proposal_top_p=options.proposal_top_p,
             aligner_temperature=options.aligner_temperature,
             cuda_graphs=options.cuda_graphs,
+            quantize=options.quantize,
             max_num_seqs=options.max_num_seqs,
             date=None if chats is None else pick_date(chats.date, kept_date),
             **drafting,

@@ -239,7 +239,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         tokenizer.chat_template = template
     refuse_idle_date(options.date, tokenizer)
     capture = make_capture(options.cuda_graphs, options.device)
-    loader = Loader(tokenizer, dtype=options.dtype, device=options.device, capture=capture)
+    loader = Loader(tokenizer, dtype=options.dtype, device=options.device, capture=capture, quantize=options.quantize)
     for _, path, _ in named:
         loader.find(path)  # what is not there is said before the proposal is loaded
     base = AlignedModel.from_pretrained(
@@ -256,6 +256,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         draft_temperature=options.draft_temperature,
         num_speculative_tokens=options.num_speculative_tokens,
         cuda_graphs=options.cuda_graphs,
+        quantize=options.quantize,
         max_num_seqs=options.max_num_seqs,
         prefix_cache_tokens=options.prefix_cache_tokens,
         date=options.date,

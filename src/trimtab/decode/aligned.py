@@ -125,6 +125,7 @@ class AlignedModel:
         revision: str | None = None,
         draft: Any = None,
         cuda_graphs: bool = False,
+        quantize: str | None = None,
         **settings: Any,
     ) -> Self:
         """Load a proposal and its aligners.
@@ -144,6 +145,7 @@ class AlignedModel:
             draft: as for `AlignedModel`, or a model to load: a folder, a hub id, an `Aligner`, a transformers model.
             cuda_graphs: replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart. It has not
                 been run on a GPU yet: see docs/decoding.md.
+            quantize: `"int8"` keeps the weights of what is loaded here in 8 bits, on a CPU; see docs/models.md.
             settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
 
         Raises:
@@ -153,28 +155,16 @@ class AlignedModel:
         unknown = set(settings) - SETTINGS
         if unknown:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
-        parts = load_parts(
-            proposal,
-            aligner,
-            draft,
-            tokenizer,
-            eos_token_ids,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            cuda_graphs=cuda_graphs,
-        )
-        return cls(
-            parts.proposal,
-            parts.aligners,
-            parts.tokenizer,
-            parts.eos_token_ids,
-            manifests=parts.manifests,
-            rule=rule,
-            weight=weight,
-            draft=parts.draft,
-            **settings,
-        )
+        how: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "revision": revision,
+            "cuda_graphs": cuda_graphs,
+            "quantize": quantize,
+        }
+        parts = load_parts(proposal, aligner, draft, tokenizer, eos_token_ids, **how)
+        models = parts.proposal, parts.aligners, parts.tokenizer, parts.eos_token_ids
+        return cls(*models, manifests=parts.manifests, rule=rule, weight=weight, draft=parts.draft, **settings)
 
     def generate(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

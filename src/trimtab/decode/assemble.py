@@ -54,6 +54,7 @@ def load_parts(
     device: str | torch.device | None,
     revision: str | None,
     cuda_graphs: bool,
+    quantize: str | None,
 ) -> Parts:
     """Load what is named and check that it fits together; the arguments are those of `AlignedModel.from_pretrained`.
 
@@ -73,14 +74,14 @@ def load_parts(
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-    loader = Loader(tokenizer, dtype=dtype, device=device, capture=capture)
+    loader = Loader(tokenizer, dtype=dtype, device=device, capture=capture, quantize=quantize)
     given = [loader.find(source) for source in given]
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft
     if isinstance(source, (str, Path)):  # only now, for it takes longest
         load = partial(load_model, source, dtype=dtype, device=device, revision=revision)
         proposal, files = Files.of(load, (source, revision))
-    loader.proposal = backend = _backend(proposal, loader.vocab_size, files, capture)
+    loader.proposal = backend = _backend(proposal, loader.vocab_size, files, capture, quantize)
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
@@ -139,6 +140,7 @@ class Loader:
         tokenizer: the proposal's, which every aligner's must equal; None to trust the caller.
         dtype, device: of what is loaded here.
         capture: of `make_capture`, for what is loaded here, adapters on a shared base apart.
+        quantize: how to keep the weights of what is loaded here, see `HuggingFaceLM`.
     """
 
     def __init__(
@@ -148,9 +150,11 @@ class Loader:
         dtype: str | torch.dtype,
         device: str | torch.device | None,
         capture: CudaCapture | None = None,
+        quantize: str | None = None,
     ) -> None:
         self.vocab_size = vocabulary_size(tokenizer) if tokenizer is not None else None
         self._tokenizer, self._dtype, self._device, self._capture = tokenizer, dtype, device, capture
+        self._quantize = quantize
         self._pools: weakref.WeakValueDictionary[Base, AdapterPool] = weakref.WeakValueDictionary()
         self._unfit: set[Base] = set()
         self.proposal: LanguageModel | None = None
@@ -193,7 +197,7 @@ class Loader:
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source, files = load_files(found, dtype=self._dtype, device=self._device)
-        model = _backend(source, self.vocab_size, files, self._capture)
+        model = _backend(source, self.vocab_size, files, self._capture, self._quantize)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
     def load_draft(self, source: AlignerLike) -> LanguageModel:
@@ -240,7 +244,7 @@ class Loader:
             try:
                 load = partial(load_model, base.source, dtype=self._dtype, device=self._device, revision=base.revision)
                 model, files = Files.of(load, base)
-                pool = AdapterPool(model, self.vocab_size, owned=True, files=files)
+                pool = AdapterPool(model, self.vocab_size, owned=True, files=files, quantize=self._quantize)
             except UnsupportedModel as error:
                 logger.info("adapters of '%s' get a model each: %s", base, error)
                 self._unfit.add(base)
@@ -254,11 +258,14 @@ def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None
     return draft if manifest is not None and (manifest.is_residual or manifest.head is not None) else None
 
 
-def _backend(module: Any, vocab_size: int | None, files: Files | None, capture: CudaCapture | None) -> LanguageModel:
+def _backend(
+    module: Any, vocab_size: int | None, files: Files | None, capture: CudaCapture | None, quantize: str | None
+) -> LanguageModel:
     """A model as it is given, or one that was loaded here from files."""
     if isinstance(module, torch.nn.Module):
-        owned = files is not None
-        return HuggingFaceLM(module, vocab_size, owned=owned, files=files, capture=capture if owned else None)
+        if files is None:
+            return HuggingFaceLM(module, vocab_size)
+        return HuggingFaceLM(module, vocab_size, owned=True, files=files, capture=capture, quantize=quantize)
     if not hasattr(module, "vocab_size") or not hasattr(module, "extend"):
         raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {module!r}")
     return module  # type: ignore[no-any-return]

@@ -28,7 +28,6 @@ from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.files import expand_home
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.blocks import ADAPTABLE
-from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import Delta, Deltas
 from trimtab.models.loading import readable
@@ -294,14 +293,14 @@ class AdapterPool(HuggingFaceLM):
     """The base that adapters share, as a `LanguageModel`: a slot whose adapter is None uses the base alone.
 
     Args:
-        model, vocab_size, owned, files: as for `HuggingFaceLM`.
+        model, args, how: as for `HuggingFaceLM`, without `capture`.
 
     Raises:
         UnsupportedModel: a base that the lean pass does not run.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None, *, owned: bool = False, files: Files | None = None) -> None:
-        super().__init__(model, vocab_size, owned=owned, files=files)
+    def __init__(self, model: Any, *args: Any, **how: Any) -> None:
+        super().__init__(model, *args, **how)
         kind = self.model.config.model_type
         if self._lean is None or kind not in ADAPTABLE:
             raise UnsupportedModel(f"adapters can share a plain model of type {', '.join(ADAPTABLE)}, not this '{kind}' model")

@@ -5,6 +5,7 @@ right only for attention with positions that do not depend on the batch. `SUPPOR
 by the contract suite; a model of another one is tried when it is loaded (`trimtab.models.trial`), and refused if it fails.
 """
 
+import hashlib
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
-from trimtab.errors import UnsupportedModel
+from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.base import LanguageModel, State, last_of
 from trimtab.models.blocks import ADAPTABLE, LEAN
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
+from trimtab.models.int8 import IN, OUT, can_be_int8
 from trimtab.models.lean import Deltas, LeanDecoder, no_lean_pass
 from trimtab.models.masks import MIXED, WHOLE, WINDOWED, sights_of
 from trimtab.models.peft_kinds import check_adapters
@@ -35,6 +37,9 @@ UNLIKE = {
     "attn_temperature_tuning": (False, "it scales queries by the longest sequence of a batch"),
 }
 """Settings that take a family off attention by positions, with the value that does not, and why."""
+
+QUANTIZE = ("int8",)
+"""How weights may be kept."""
 
 SUPPORTED = tuple(sorted((*WHOLE, *WINDOWED, *MIXED)))
 """`model_type` of the architectures that pass the contract suite; tests/models/test_contract.py runs each of them."""
@@ -88,10 +93,11 @@ class HuggingFaceLM:
         files: what it was loaded from, to tell it from others; None to go by the weights in memory.
         capture: a `trimtab.models.graphs.CudaCapture`, to replay short passes of an owned model as CUDA graphs; None runs every
             pass.
+        quantize: `"int8"` to keep the weights of an owned model in 8 bits (`trimtab.models.int8`); None for as they are.
 
     Raises:
         UnsupportedModel: an architecture that ragged slots would decode wrongly, or that fails its trial; adapters of which a
-            part would be left out; or a model without a lean pass, with `capture`.
+            part would be left out; or a model without a lean pass, with `capture` or `quantize`.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class HuggingFaceLM:
         lean: bool = True,
         files: Files | None = None,
         capture: Capture | None = None,
+        quantize: str | None = None,
     ) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_supported(inner.config)
@@ -130,8 +137,13 @@ class HuggingFaceLM:
         self._digest = digest_model(inner) if self._lean is not None and owned else None  # as above
         self._owned = owned
         self._graphs: Graphs | None = None
+        self.quantized = quantize
+        """How its weights are kept, if not as they came."""
+        if quantize is not None:
+            self._quantize(inner)
         if self._lean is not None and owned:
-            prepack(self._lean.linears, shared=inner.get_input_embeddings().weight)
+            whole = [linear for linear in self._lean.linears if linear.weight is not None]
+            prepack(whole, shared=inner.get_input_embeddings().weight)
             self._graphs = Graphs(self._lean, capture) if capture else None
         elif capture is not None:
             kind = inner.config.model_type
@@ -145,15 +157,34 @@ class HuggingFaceLM:
                 try_out(self)
             self._sights = sights_of(inner.config)
 
+    def _quantize(self, inner: Any) -> None:
+        """Keep what fits in 8 bits so."""
+        if self.quantized not in QUANTIZE:
+            raise InvalidOption(f"quantize must be {' or '.join(QUANTIZE)}, not {self.quantized!r}")
+        if self._lean is None or not self._owned:
+            kind = f"this is a '{inner.config.model_type}' model" if self._owned else "this one was lent"
+            raise UnsupportedModel(f"quantize: only plain {', '.join(LEAN)} models that are loaded here can be, and {kind}")
+        fitting = [linear for linear in self._lean.linears if linear.weight is not None and can_be_int8(linear.weight)]
+        if not fitting:
+            why = f"they must be float32 or bfloat16 on an x86 CPU, and multiples of {OUT} by {IN}"
+            raise UnsupportedModel(f"quantize: none of the weights can be kept in 8 bits: {why}")
+        embedding = inner.get_input_embeddings().weight
+        for linear in fitting:
+            assert linear.weight is not None
+            keep, before = linear.weight.data_ptr() == embedding.data_ptr(), linear.weight.nbytes
+            self.num_bytes += linear.quantize(keep=keep) - (0 if keep else before)
+
     @property
     def kernels(self) -> str:
         """What computes a pass, and so decides the last bits of its rows: for results and logs."""
         if self._lean is None:
             return "stock modules"
         linears = self._lean.linears
-        packed = sum(linear.weight is None for linear in linears)
+        in_8_bits = sum(linear.is_int8 for linear in linears)
+        packed = sum(linear.weight is None for linear in linears) - in_8_bits
+        integers = f", {in_8_bits} in int8" if in_8_bits else ""
         graphs = ", CUDA graphs" if self._graphs is not None else ""
-        return f"lean pass, {packed} of {len(linears)} weights packed{graphs}"
+        return f"lean pass, {packed} of {len(linears)} weights packed{integers}{graphs}"
 
     @property
     def immutable(self) -> bool:
@@ -167,9 +198,10 @@ class HuggingFaceLM:
         Raises:
             ModelError: the files have changed since.
         """
-        if self.files is not None:
-            return self.files.fingerprint
-        return self._fingerprint or fingerprint_model(self.model)
+        found = self.files.fingerprint if self.files is not None else self._fingerprint or fingerprint_model(self.model)
+        if self.quantized is None:
+            return found
+        return f"sha256:{hashlib.sha256(f'{found} {self.quantized}'.encode()).hexdigest()}"
 
     @property
     def digest(self) -> str:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.models.int8 import Int8
 from trimtab.reasons import reason_of
 
 __all__ = ["DTYPES", "PACKED_FROM", "Linear", "packed_dtypes", "prepack"]
@@ -49,6 +50,7 @@ class Linear:
         self.bias = bias
         self._modules = modules
         self._packed: Tensor | None = None
+        self._int8: Int8 | None = None
 
     @classmethod
     def of(cls, *modules: Any) -> "Linear":
@@ -78,8 +80,15 @@ class Linear:
         """Rows `[..., in]` to rows `[..., out]`."""
         if self._packed is not None:
             return multiply_packed(x, self._packed, self.bias)
+        if self._int8 is not None:
+            return self._int8.multiply(x, self.bias)
         assert self.weight is not None
         return F.linear(x, self.weight, self.bias)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the weight is kept in 8 bits."""
+        return self._int8 is not None
 
     @property
     def is_current(self) -> bool:
@@ -104,6 +113,17 @@ class Linear:
         """
         assert self.weight is not None
         self._packed = pack_weight(self.weight)
+        self._let_go(keep=keep)
+
+    def quantize(self, *, keep: bool) -> int:
+        """Keep the weight in 8 bits, which it must fit (`can_be_int8`); how many bytes that takes. `keep` is as in `pack`."""
+        assert self.weight is not None
+        self._int8 = Int8.of(self.weight)
+        self._let_go(keep=keep)
+        return self._int8.num_bytes
+
+    def _let_go(self, *, keep: bool) -> None:
+        assert self.weight is not None
         if not keep:
             for module in self._modules:
                 module.weight.data = self.weight.new_empty(0)

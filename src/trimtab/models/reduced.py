@@ -56,13 +56,11 @@ class ReducedLM(HuggingFaceLM):
         model: a transformers model whose output matrix has N rows.
         token_ids: `[N]` which tokens those are.
         vocab_size: V; the model reads all of them.
-        owned, files: as for `HuggingFaceLM`.
+        how: as for `HuggingFaceLM`.
     """
 
-    def __init__(
-        self, model: Any, token_ids: Tensor, vocab_size: int, *, owned: bool = False, files: Files | None = None
-    ) -> None:
-        super().__init__(model, owned=owned, files=files)
+    def __init__(self, model: Any, token_ids: Tensor, vocab_size: int, **how: Any) -> None:
+        super().__init__(model, **how)
         shared = model.get_input_embeddings().weight
         self.num_bytes -= shared.numel() * shared.element_size()
         self.token_ids = token_ids.to(self.device)
@@ -119,7 +117,7 @@ def is_reduced(folder: Path) -> bool:
 
 
 def load_reduced(folder: Path, proposal: LanguageModel | None, name: str) -> ReducedLM:
-    """A drafter beside its proposal, in the proposal's dtype and on its device.
+    """A drafter beside its proposal, in the proposal's dtype, on its device, in 8 bits if it is.
 
     Args:
         folder: of `save_reduced`.
@@ -147,7 +145,7 @@ def load_reduced(folder: Path, proposal: LanguageModel | None, name: str) -> Red
     token_ids = _read_tokens(folder, proposal.vocab_size, name)
     load = partial(_read_model, folder, proposal.model, len(token_ids), name)
     model, files = Files.of(load, (folder, None))
-    return ReducedLM(model, token_ids, proposal.vocab_size, owned=True, files=files)
+    return ReducedLM(model, token_ids, proposal.vocab_size, owned=True, files=files, quantize=proposal.quantized)
 
 
 def _read_tokens(folder: Path, vocab_size: int, name: str) -> Tensor:
