@@ -96,7 +96,7 @@ def folder_service(
         registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"), **for_registry)
         for name, path in aligners.items():
             registry.load(name, str(path), pinned=True)
-        return Opened(registry, Engine(base.proposal, base.pace, log_z_every=1, **(engine or {})))
+        return Opened(registry, Engine(base.proposal, base.pace, prefixes=base.prefixes, log_z_every=1, **(engine or {})))
 
     return Service(Settings("base", stream_interval=0.0, **settings), load)
 
@@ -111,6 +111,6 @@ def table_service(
         registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"))
         for i, table in enumerate(tables[1:]):
             registry._entries[f"q{i}"] = Entry(f"q{i}", "", pinned=True, loaded=Loaded(table, None, 0))
-        return Opened(registry, Engine(base.proposal, base.pace, log_z_every=1, **(engine or {})))
+        return Opened(registry, Engine(base.proposal, base.pace, prefixes=base.prefixes, log_z_every=1, **(engine or {})))
 
     return Service(dataclasses.replace(Settings("base", stream_interval=0.0), **settings), load)

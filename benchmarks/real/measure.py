@@ -139,7 +139,8 @@ def measure_speed(proposal: Path, system: System, chats: Sequence[Any]) -> dict[
     params = SamplingParams(max_tokens=SPEED_TOKENS, temperature=0.0, seed=0)
     fresh = {name: replace(system, model=system.model.with_prefix_cache(size)) for name, size in PREFIX_CACHES.items()}
     tokens, seconds = 0, dict.fromkeys([*fresh, "stock"], 0.0)
-    for turn, chat in enumerate([*chats[-WARM_UP:], *chats[:-WARM_UP]]):
+    measured = max(1, len(chats) - WARM_UP)
+    for turn, chat in enumerate([*chats[measured:], *chats[:measured]]):
         spent = {}
         for name, one in fresh.items():
             started = time.perf_counter()
@@ -150,7 +151,7 @@ def measure_speed(proposal: Path, system: System, chats: Sequence[Any]) -> dict[
         started = time.perf_counter()
         stock.generate(ids, attention_mask=torch.ones_like(ids), **length)
         spent["stock"] = time.perf_counter() - started
-        if turn >= WARM_UP:
+        if turn >= len(chats) - measured:
             tokens += count
             seconds = {name: seconds[name] + spent[name] for name in seconds}
     return {

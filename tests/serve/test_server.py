@@ -18,6 +18,7 @@ from statistics_of import fits
 from tiny import EOS, tiny_tokenizer
 from trimtab.core.rules import parse_rule
 from trimtab.models.table import TableLM, enumerate_sequences
+from trimtab.serve.wire import Usage
 
 V = len(LETTERS) + 1
 JSON = {"content-type": "application/json"}
@@ -203,7 +204,7 @@ def test_echo_scores_the_prompt(server):
     answer = server.complete(model="q0", prompt=["abcd", "e"], max_tokens=0, echo=True, logprobs=2)
     first, second = answer["choices"]
     assert (first["text"], second["text"]) == ("abcd", "e")
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 0, "total_tokens": 5}
+    assert answer["usage"] == Usage(5, 0).as_dict()
     assert second["logprobs"]["token_logprobs"] == [None]
     scores = first["logprobs"]
     assert scores["tokens"] == list("abcd")
@@ -222,13 +223,29 @@ def test_echo_scores_the_prompt(server):
     assert longer["text"].startswith("abcd")
 
 
+def test_a_later_turn_says_how_much_of_it_was_read_before(server):
+    queried, hit = (f"trimtab:prefix_cache_{name}_total" for name in ("queries", "hits"))
+    body = {"model": "q1", "max_tokens": 6, "seed": 4, "ignore_eos": True, "logprobs": 0}
+    prompt = "abcdeabcdeabcdeabcde"
+    first = server.complete(prompt=prompt, **body)
+    before = [server.metric(name, model_name="q1") for name in (queried, hit)]
+    prompt += "".join(first["choices"][0]["logprobs"]["tokens"]).replace("<eos>", "") + "ab"
+    later = server.complete(prompt=prompt, **body)
+    cached = later["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert 20 <= cached < len(prompt)
+    assert [server.metric(name, model_name="q1") for name in (queried, hit)] == [before[0] + len(prompt), before[1] + cached]
+    other = server.complete(**(body | {"model": "q0"}), prompt=prompt)
+    assert other["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
 def test_streams_end_with_usage_and_done(server):
     body = {"model": "q0", "prompt": "abc", "max_tokens": 12, "seed": 2, "stream": True, "ignore_eos": True}
     lines = server.post("/v1/completions", **body, stream_options={"include_usage": True}).text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert chunks[-1]["usage"] == Usage(3, 12).as_dict()
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert len({chunk["id"] for chunk in chunks}) == 1
     whole = server.complete(**{k: v for k, v in body.items() if k != "stream"})["choices"][0]

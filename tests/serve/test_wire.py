@@ -54,20 +54,21 @@ def test_the_models():
 
 def test_a_completion():
     choices = [wire.completion_choice(i, "ab", "stop") for i in range(2)]
-    body = wire.completion("cmpl-1", 5, "m", choices, Usage(3, 4))
+    body = wire.completion("cmpl-1", 5, "m", choices, Usage(3, 4, 2))
     assert body == {
         "id": "cmpl-1",
         "object": "text_completion",
         "created": 5,
         "model": "m",
         "choices": [{"text": "ab", "index": i, "logprobs": None, "finish_reason": "stop"} for i in range(2)],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        | {"prompt_tokens_details": {"cached_tokens": 2}},
     }
     check("Completion", body)
 
 
 def test_a_chat_completion():
-    body = wire.chat_completion("chatcmpl-1", 5, "m", [wire.chat_choice(0, "ab", "length")], Usage(3, 4))
+    body = wire.chat_completion("chatcmpl-1", 5, "m", [wire.chat_choice(0, "ab", "length")], Usage(3, 4, 2))
     message = {"role": "assistant", "content": "ab", "refusal": None}
     assert body == {
         "id": "chatcmpl-1",
@@ -75,7 +76,8 @@ def test_a_chat_completion():
         "created": 5,
         "model": "m",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        | {"prompt_tokens_details": {"cached_tokens": 2}},
     }
     check("ChatCompletion", body)
 
@@ -92,7 +94,7 @@ def test_the_events_of_a_chat(include_usage):
         assert parsed(event) == head | {"choices": [choice]} | null
         check("ChatCompletionChunk", parsed(event))
     last = parsed(stream.usage(Usage(1, 2)))
-    assert last == head | {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
+    assert last == head | {"choices": [], "usage": Usage(1, 2).as_dict()}
     check("ChatCompletionChunk", last)
 
 
