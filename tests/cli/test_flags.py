@@ -4,9 +4,10 @@ import argparse
 import importlib
 
 import pytest
+import torch
 
 from tiny_task import make_task
-from trimtab import Aligner
+from trimtab import AlignedModel, Aligner
 from trimtab.cli import COMMANDS, _parser, main
 from trimtab.cli.options import UsageError, _read_config, read_options
 from trimtab.models.aligner import Manifest
@@ -266,10 +267,21 @@ def refuse(*args, **settings):
     raise AssertionError("a model was loaded, or run")
 
 
+def test_aligners_and_drafters_may_have_a_dtype_of_their_own(task, capsys):
+    words = ["generate", "--proposal", task / "proposal", "--prompt", "abc", "--max_tokens", 3, "--aligner_dtype", "bfloat16"]
+    assert main([*map(str, words), "--aligner", str(task / "start"), "--json"]) == 0
+    assert main([*map(str, words), "--draft", str(task / "start"), "--json"]) == 0
+    capsys.readouterr()
+    model = AlignedModel.from_pretrained(task / "proposal", task / "start", aligner_dtype="bfloat16")
+    assert (model.proposal.model.dtype, model.aligners[0].model.dtype) == (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
         (("generate", "--prompt", "a", "--dtype", "floot"), 2, "dtype: 'floot' is none of torch's"),
+        (("generate", "--prompt", "a", "--aligner_dtype", "float32"), 2, "there is none: leave it out"),
+        (("generate", "--prompt", "a", "--aligner", "b", "--aligner_dtype", "floot"), 2, "dtype: 'floot' is none of torch's"),
         (("generate", "--prompt", "a", "--rule", "par"), 2, "there is no rule 'par'"),
         (("generate", "--prompt", "a", "--num-speculative-tokens", "17"), 2, "must be from 0 to 16"),
         (("generate", "--prompt", "a", "--aligner", "{}/nowhere"), 1, "nowhere' does not exist"),

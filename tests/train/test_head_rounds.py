@@ -109,6 +109,8 @@ def test_its_defaults_are_those_of_heads_and_of_its_manifest(task, tmp_path):
     assert settle(TrainOptions(**named), describe(head)).starting_weight == 1  # at 0 nothing would be learnt
     arguments = training_arguments(options)
     assert (arguments.learning_rate, arguments.num_train_epochs, arguments.eval_steps) == (1e-3, 1, 0.25)
+    of_pairs = training_arguments(settle(TrainOptions(**named, objective="preference"), describe(head)))
+    assert (of_pairs.learning_rate, of_pairs.num_train_epochs, of_pairs.eval_steps) == (1e-4, 1, 0.25)
 
 
 def test_samples_are_kept_by_the_same_rule(task):

@@ -46,6 +46,7 @@ class RowOptions:
     proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
     aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    aligner_dtype: str | None = option(None, "that of aligners and drafters that are models of their own [default: --dtype]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
     quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
@@ -54,6 +55,7 @@ class RowOptions:
     def __post_init__(self) -> None:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
         from trimtab.core.rules import parse_rule
+        from trimtab.decode.draft import DRAFTS
         from trimtab.decode.request import check_shaping
         from trimtab.models.loading import loading_arguments
 
@@ -61,6 +63,10 @@ class RowOptions:
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
         parse_rule(self.rule or "product")
         loading_arguments(self.dtype, "cpu", None)
+        if self.aligner_dtype is not None:
+            loading_arguments(self.aligner_dtype, "cpu", None)
+            if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
+                raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
         if self.max_num_seqs < 1:
             raise InvalidOption(f"--max_num_seqs must be at least 1, not {self.max_num_seqs}")
         warps = self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
@@ -238,6 +244,7 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
             rule=options.rule,
             weight=list(options.weight) or None,
             dtype=options.dtype,
+            aligner_dtype=options.aligner_dtype,
             device=options.device,
             proposal_temperature=options.proposal_temperature,
             proposal_top_k=options.proposal_top_k,

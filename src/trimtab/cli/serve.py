@@ -239,13 +239,15 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         tokenizer.chat_template = template
     refuse_idle_date(options.date, tokenizer)
     capture = make_capture(options.cuda_graphs, options.device)
-    loader = Loader(tokenizer, dtype=options.dtype, device=options.device, capture=capture, quantize=options.quantize)
+    dtype = options.aligner_dtype or options.dtype
+    loader = Loader(tokenizer, dtype=dtype, device=options.device, capture=capture, quantize=options.quantize)
     for _, path, _ in named:
         loader.find(path)  # what is not there is said before the proposal is loaded
     base = AlignedModel.from_pretrained(
         options.proposal,
         tokenizer=tokenizer,
         dtype=options.dtype,
+        aligner_dtype=options.aligner_dtype,
         device=options.device,
         rule=options.rule,
         proposal_temperature=options.proposal_temperature,

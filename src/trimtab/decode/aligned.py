@@ -126,6 +126,7 @@ class AlignedModel:
         draft: Any = None,
         cuda_graphs: bool = False,
         quantize: str | None = None,
+        aligner_dtype: str | torch.dtype | None = None,
         **settings: Any,
     ) -> Self:
         """Load a proposal and its aligners.
@@ -146,6 +147,7 @@ class AlignedModel:
             cuda_graphs: replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart. It has not
                 been run on a GPU yet: see docs/decoding.md.
             quantize: `"int8"` keeps the weights of what is loaded here in 8 bits, on a CPU; see docs/models.md.
+            aligner_dtype: of the aligners and drafters that are loaded here; default: `dtype`. Heads have the proposal's.
             settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
 
         Raises:
@@ -161,6 +163,7 @@ class AlignedModel:
             "revision": revision,
             "cuda_graphs": cuda_graphs,
             "quantize": quantize,
+            "aligner_dtype": aligner_dtype,
         }
         parts = load_parts(proposal, aligner, draft, tokenizer, eos_token_ids, **how)
         models = parts.proposal, parts.aligners, parts.tokenizer, parts.eos_token_ids

@@ -55,6 +55,7 @@ def load_parts(
     revision: str | None,
     cuda_graphs: bool,
     quantize: str | None,
+    aligner_dtype: str | torch.dtype | None,
 ) -> Parts:
     """Load what is named and check that it fits together; the arguments are those of `AlignedModel.from_pretrained`.
 
@@ -74,7 +75,7 @@ def load_parts(
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-    loader = Loader(tokenizer, dtype=dtype, device=device, capture=capture, quantize=quantize)
+    loader = Loader(tokenizer, dtype=aligner_dtype or dtype, device=device, capture=capture, quantize=quantize)
     given = [loader.find(source) for source in given]
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft

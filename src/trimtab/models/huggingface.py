@@ -130,7 +130,8 @@ class HuggingFaceLM:
         self.device: torch.device = inner.get_input_embeddings().weight.device
         """Where token ids go in; on a model spread over devices, its first."""
         self.files = files
-        self._fingerprint = fingerprint_model(inner) if owned and files is None else None  # packing changes the module
+        packs = owned and self.device.type == "cpu"  # which changes the module
+        self._fingerprint = fingerprint_model(inner) if packs and files is None else None
         self.num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         """What the weights take, however they are packed."""
         self._lean = LeanDecoder(inner) if lean and inner is model and is_stock(inner) else None

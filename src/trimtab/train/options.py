@@ -325,7 +325,8 @@ class TrainOptions:
         if lacking and self.beta is not None:
             raise InvalidOption("beta: records without a rejected answer have no contrast: leave it out")
         if not lacking:
-            logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out", self.default_contrast)
+            dpo = "; where they say what is preferred and not what to say, take --objective preference" * self.trains_head
+            logger.info("every record has a rejected answer: --contrast %g; 0 leaves it out%s", self.default_contrast, dpo)
         elif lacking < examples:
             logger.warning("%d of %d records have no rejected answer: none of the others is learnt from", lacking, examples)
         return dataclasses.replace(self, contrast=0.0 if lacking else self.default_contrast)

@@ -143,4 +143,4 @@ def _additional_config(options: Any, named: Sequence[tuple[str, str, float | Non
     aligners = {name: path if weight is None else {"path": path, "weight": weight} for name, path, weight in named}
     defaults = {name: getattr(options, name) for name in SHAPING if name != "weight" and getattr(options, name) is not None}
     memory = {} if options.max_aligner_memory is None else {"memory_gib": options.max_aligner_memory}
-    return {KEY: {"aligners": aligners, "dtype": options.dtype, **defaults, **memory}}
+    return {KEY: {"aligners": aligners, "dtype": options.aligner_dtype or options.dtype, **defaults, **memory}}
