@@ -10,6 +10,7 @@ from tiny_task import make_task
 from trimtab import AlignedModel, Aligner
 from trimtab.cli import COMMANDS, _parser, main
 from trimtab.cli.options import UsageError, _read_config, read_options
+from trimtab.errors import InvalidOption
 from trimtab.models.aligner import Manifest
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
@@ -274,6 +275,8 @@ def test_aligners_and_drafters_may_have_a_dtype_of_their_own(task, capsys):
     capsys.readouterr()
     model = AlignedModel.from_pretrained(task / "proposal", task / "start", aligner_dtype="bfloat16")
     assert (model.proposal.model.dtype, model.aligners[0].model.dtype) == (torch.float32, torch.bfloat16)
+    with pytest.raises(InvalidOption, match="aligner_dtype has no effect: nothing is loaded here beside the proposal"):
+        AlignedModel.from_pretrained(task / "proposal", aligner_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +284,7 @@ def test_aligners_and_drafters_may_have_a_dtype_of_their_own(task, capsys):
     [
         (("generate", "--prompt", "a", "--dtype", "floot"), 2, "dtype: 'floot' is none of torch's"),
         (("generate", "--prompt", "a", "--aligner_dtype", "float32"), 2, "there is none: leave it out"),
-        (("generate", "--prompt", "a", "--aligner", "b", "--aligner_dtype", "floot"), 2, "dtype: 'floot' is none of torch's"),
+        (("generate", "--prompt", "a", "--aligner", "b", "--aligner_dtype", "floot"), 2, "aligner_dtype: 'floot' is none"),
         (("generate", "--prompt", "a", "--rule", "par"), 2, "there is no rule 'par'"),
         (("generate", "--prompt", "a", "--num-speculative-tokens", "17"), 2, "must be from 0 to 16"),
         (("generate", "--prompt", "a", "--aligner", "{}/nowhere"), 1, "nowhere' does not exist"),

@@ -205,3 +205,20 @@ def test_prefixes_go_before_a_request_has_to_wait_for_their_memory(models, meter
         engine.step()
     assert large.finish_reason == "length"
     assert meter.peak - before <= budget
+
+
+@pytest.mark.parametrize("seqs", [1, 4])
+def test_prefixes_of_requests_that_end_with_their_first_token_stay_within_the_budget(models, meter, seqs):
+    """Their prompts' states are still there while a prefix is kept, and so is what an idle batch holds."""
+    model, before = models["one"], meter.alive
+    budget = 10 * sum(part.state_bytes(1, 40) for part in model.models.all)
+    engine = Engine(model.proposal, model.pace, max_cache_bytes=budget, prefixes=Prefixes(5000))
+    for turn in range(4):
+        tokens = 1 if turn else 20
+        for i in range(seqs):
+            prompt = [1 + turn * seqs + i] * (39 if turn else 10)
+            engine.submit(model.prepare(prompt, SamplingParams(max_tokens=tokens, seed=0, ignore_eos=True)))
+        while engine:
+            engine.step()
+    assert engine.prefixes.num_tokens > 0
+    assert meter.peak - before <= budget

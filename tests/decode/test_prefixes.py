@@ -175,6 +175,7 @@ def test_a_head_that_took_the_proposals_place_leaves_nothing_for_those_who_read_
     mixed = told(model, SYSTEM, weight=0.5)
     assert mixed.cached_tokens == 0
     assert mixed.tokens == told(model.with_prefix_cache(0), SYSTEM, weight=0.5).tokens
+    told(model, [*SYSTEM, *SYSTEM])  # longer, but without the proposal's rows: it does not take the other's place
     for weight in (1.0, 0.5):  # what both have read serves either
         again = told(model, SYSTEM, weight=weight)
         assert again.cached_tokens == 29
@@ -228,10 +229,8 @@ def test_models_and_adapters_are_not_kept_alive():
     del model
     gc.collect()
     assert gone() is None
-    other = AlignedModel(PROPOSAL, eos_token_ids=[EOS])
-    other.prefixes = store
-    told(other, SYSTEM[:3])
-    assert store.num_tokens == 0  # nobody can come for it any more
+    assert not store._kept or store.num_tokens == 0  # nobody can come for it any more
+    assert store._kept == []
 
 
 def test_kept_prefixes_make_room_for_requests_and_stay_within_the_limit():
@@ -266,6 +265,19 @@ def test_no_memory_for_a_prefix_costs_nobody_an_answer(caplog):
     assert told(model, SYSTEM).finish_reason == "length"
     assert model.prefixes.num_tokens == 0
     assert "a prefix could not be kept" in caplog.text
+
+
+def test_no_memory_to_take_a_prefix_over_costs_nobody_an_answer(caplog):
+    class Full(TableLM):
+        def select(self, state, rows):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    model = AlignedModel(PROPOSAL, [Full(TABLES[0].table)], eos_token_ids=[EOS])
+    told(model, SYSTEM)
+    again = told(model, SYSTEM)
+    assert (again.finish_reason, again.cached_tokens) == ("length", 0)
+    assert again.tokens == told(model.with_prefix_cache(0), SYSTEM).tokens
+    assert "a prefix could not be taken over" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, True, "many"])

@@ -40,12 +40,20 @@ def gemma3() -> Any:
     return Gemma3Config(text_config=text("gemma3_text"), vision_config=VISION | {"patch_size": 14}, mm_tokens_per_image=4)
 
 
-def mistral3() -> Any:
+def mistral3(**tied: bool) -> Any:
     vision = VISION | {"model_type": "pixtral", "patch_size": 14, "head_dim": 8}
-    return Mistral3Config(text_config=text("mistral"), vision_config=vision, tie_word_embeddings=False)
+    return Mistral3Config(text_config=text("mistral"), vision_config=vision, **tied)
 
 
-@pytest.mark.parametrize(("config", "kind"), [(gemma3, "gemma3_text"), (mistral3, "mistral")])
+def untied() -> Any:
+    return mistral3(tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(gemma3, "gemma3_text"), (mistral3, "mistral"), (untied, "mistral")],
+    ids=["gemma3", "mistral3", "untied"],
+)
 @pytest.mark.parametrize("new", [False, True], ids=["names on the hub", "new names"])
 def test_rows_are_those_of_the_whole_model(config, kind, new, tmp_path, caplog):
     whole = save_whole(tmp_path, config())

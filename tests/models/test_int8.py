@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
-from trimtab.errors import InvalidOption, UnsupportedModel
+from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.int8 import FEW, Int8, can_be_int8
 
@@ -86,11 +86,11 @@ def test_rows_are_those_of_the_stock_model_with_the_kept_numbers(tied):
 
 def test_who_may_not(tmp_path):
     plain = tiny_model("llama", V, **SIZES)
-    with pytest.raises(UnsupportedModel, match="models that are loaded here can be, and this one was lent"):
+    with pytest.raises(InvalidOption, match="models that are loaded here can be, and this one was lent"):
         HuggingFaceLM(plain, quantize="int8")
-    with pytest.raises(UnsupportedModel, match="this is a 'gpt2' model"):
+    with pytest.raises(InvalidOption, match="this 'gpt2' model is run by its stock modules"):
         HuggingFaceLM(tiny_model("gpt2", V), owned=True, quantize="int8")
-    with pytest.raises(UnsupportedModel, match="none of the weights can be kept in 8 bits"):
+    with pytest.raises(InvalidOption, match="none of the weights can be kept in 8 bits"):
         HuggingFaceLM(tiny_model("llama", V).double(), owned=True, quantize="int8")
     with pytest.raises(InvalidOption, match="quantize must be int8, not 'int4'"):
         HuggingFaceLM(plain, owned=True, quantize="int4")
@@ -119,6 +119,20 @@ def test_proposal_aligner_and_adapters_are_kept_so_and_speculation_works(folders
     )
     assert_close(torch.tensor(scored.aligned), torch.tensor(plain.aligned), atol=0.1, rtol=0)
     assert scored.aligned != plain.aligned
+
+
+def test_an_adapter_that_needs_a_model_of_its_own_is_refused_with_the_reason(folders, tmp_path):
+    save_lora(tmp_path, folders / "aligner", r=4, target_modules=["q_proj"], use_dora=True)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InvalidOption, match="a 'llama' model with an adapter that cannot share its base"):
+        AlignedModel.from_pretrained(folders / "proposal", tmp_path, quantize="int8")
+    with pytest.raises(InvalidOption, match="quantize: none of the weights can be kept in 8 bits"):
+        AlignedModel.from_pretrained(folders / "proposal", folders / "lora", quantize="int8", aligner_dtype="float16")
+
+
+def test_where_nothing_is_loaded_there_is_nothing_to_keep_so():
+    with pytest.raises(InvalidOption, match="quantize is for what is loaded here, and all of this was given as models"):
+        AlignedModel.from_pretrained(tiny_model("llama", V, **SIZES), quantize="int8")
 
 
 def test_commands_take_it(folders, capsys):

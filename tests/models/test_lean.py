@@ -61,6 +61,71 @@ def test_settings_of_a_llama_are_those_of_the_stock_module(settings):
     assert_close(rows(HuggingFaceLM(model)), stock_rows(model), atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "field", ["final_logit_softcapping", "attn_logit_softcapping", "embed_scale", "sliding_window_pattern"]
+)
+@pytest.mark.parametrize("kind", LEAN)
+def test_fields_that_other_families_know_change_what_they_change_in_the_stock_module(kind, field):
+    model = tiny_model(kind, V, **{field: 3.0})
+    assert HuggingFaceLM(model).kernels.startswith("lean pass")
+    assert_close(rows(HuggingFaceLM(model)), stock_rows(model), atol=5e-5, rtol=0)
+
+
+def uncap_logits(model):
+    model.config.final_logit_softcapping = None
+
+
+def uncap_scores(model):
+    model.config.attn_logit_softcapping = None
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+
+
+def turn_off_rotation(model):
+    model.model.layers[0].self_attn.use_rope = not model.model.layers[0].self_attn.use_rope
+
+
+def other_mlp(model):
+    model.model.layers[0].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    for parameter in model.model.layers[0].mlp.parameters():
+        parameter.data.mul_(-1.5)
+
+
+def swap_kinds(model):
+    model.config.layer_types = model.config.layer_types[::-1]
+
+
+def scale_scores(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+
+
+def turn_faster(model):
+    model.model.rotary_emb.inv_freq.mul_(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("gemma2", uncap_logits),
+        ("gemma2", uncap_scores),
+        ("smollm3", turn_off_rotation),
+        ("qwen3_moe", other_mlp),
+        ("llama", other_mlp),
+        ("gemma3_text", swap_kinds),
+        ("llama", scale_scores),
+        ("llama", turn_faster),
+    ],
+)
+def test_what_an_owner_changes_later_is_heeded(kind, change):
+    model = tiny_model(kind, V, **({"final_logit_softcapping": 3.0} if kind == "gemma2" else {}))
+    ours = HuggingFaceLM(model)
+    plain = rows(ours)
+    change(model)
+    assert (stock_rows(model) - plain).abs().max() > 0.01
+    assert_close(rows(ours), stock_rows(model), atol=5e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", LEAN)
 def test_a_lent_model_goes_on_as_it_was_and_no_weight_is_held_twice(kind):
     model = tiny_model(kind, V)

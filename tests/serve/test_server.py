@@ -239,6 +239,14 @@ def test_a_later_turn_says_how_much_of_it_was_read_before(server):
     assert other["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
+def test_completions_of_a_prompt_that_come_one_after_another_count_it_once():
+    with running(table_service(TABLES, engine={"max_num_seqs": 1})) as server:
+        body = {"model": "q1", "max_tokens": 3, "seed": 1, "ignore_eos": True, "n": 3}
+        answer = server.complete(prompt="abcde" * 6, **body)
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        assert server.metric("trimtab:prefix_cache_hits_total", model_name="q1") == 0
+
+
 def test_streams_end_with_usage_and_done(server):
     body = {"model": "q0", "prompt": "abc", "max_tokens": 12, "seed": 2, "stream": True, "ignore_eos": True}
     lines = server.post("/v1/completions", **body, stream_options={"include_usage": True}).text.split("\n\n")

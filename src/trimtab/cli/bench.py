@@ -45,7 +45,8 @@ def run(options: Options) -> dict[str, Any]:
             model.prepare([0] * (context + options.max_tokens - 1), params)
     except InvalidRequest as error:
         raise UsageError(str(error)) from error
-    stock = Stock(*(load_stock(source, options.dtype, options.device) for source in (options.proposal, options.aligner[0])))
+    sources = (options.proposal, options.dtype), (options.aligner[0], options.aligner_dtype or options.dtype)
+    stock = Stock(*(load_stock(source, dtype, options.device) for source, dtype in sources))
     runs = []
     for batch in options.batch:
         for context in options.context:
@@ -53,13 +54,17 @@ def run(options: Options) -> dict[str, Any]:
             runs.append(measure_speed(model, stock, prompts, params, options.repeats))
             logger.info("measured batch %d, context %d", batch, context)
     settings = {"rule": str(model.shaping(params).rule), "temperature": options.temperature, "max_tokens": options.max_tokens}
-    dtype = str(stock.proposal.dtype).removeprefix("torch.")
-    return {**describe_machine(stock.proposal.device), "dtype": dtype, **settings, **runs[0], "runs": runs}
+    kept = {"dtype": stock.proposal.dtype, "aligner_dtype": stock.aligner.dtype}
+    settings |= {name: str(dtype).removeprefix("torch.") for name, dtype in kept.items()} | {"quantize": options.quantize}
+    return {**describe_machine(stock.proposal.device), **settings, **runs[0], "runs": runs}
 
 
 def render(report: dict[str, Any]) -> str:
     """A table for each batch and context."""
-    lines = [f"{report['hardware']}, {report['dtype']}, rule {report['rule']}, {report['max_tokens']} tokens a prompt"]
+    kept = f"{report['dtype']} and {report['aligner_dtype']}" + (
+        f", ours in {report['quantize']}" if report["quantize"] else ""
+    )
+    lines = [f"{report['hardware']}, {kept}, rule {report['rule']}, {report['max_tokens']} tokens a prompt"]
     for run in report["runs"]:
         lines += ["", f"batch {run['batch']}, context {run['context']}{'tokens/s':>18}{'× generate':>14}{'× our engine':>14}"]
         for name, speed in run["tokens_per_second"].items():

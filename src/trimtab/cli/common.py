@@ -57,14 +57,14 @@ class RowOptions:
         from trimtab.core.rules import parse_rule
         from trimtab.decode.draft import DRAFTS
         from trimtab.decode.request import check_shaping
-        from trimtab.models.loading import loading_arguments
+        from trimtab.models.loading import check_dtype
 
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
         parse_rule(self.rule or "product")
-        loading_arguments(self.dtype, "cpu", None)
+        check_dtype(self.dtype)
         if self.aligner_dtype is not None:
-            loading_arguments(self.aligner_dtype, "cpu", None)
+            check_dtype(self.aligner_dtype, "aligner_dtype")
             if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
         if self.max_num_seqs < 1:

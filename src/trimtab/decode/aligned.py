@@ -147,7 +147,8 @@ class AlignedModel:
             cuda_graphs: replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart. It has not
                 been run on a GPU yet: see docs/decoding.md.
             quantize: `"int8"` keeps the weights of what is loaded here in 8 bits, on a CPU; see docs/models.md.
-            aligner_dtype: of the aligners and drafters that are loaded here; default: `dtype`. Heads have the proposal's.
+            aligner_dtype: of the aligners and drafters that are loaded here; default: `dtype`. Heads, and their drafters, have
+                the proposal's.
             settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
 
         Raises:

@@ -19,7 +19,7 @@ from trimtab.models.fingerprint import Files
 from trimtab.models.graphs import CudaCapture
 from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import load_model, load_tokenizer, pick_device
+from trimtab.models.loading import check_dtype, load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
 from trimtab.models.reduced import is_reduced, load_reduced
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
@@ -79,6 +79,11 @@ def load_parts(
     given = [loader.find(source) for source in given]
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft
+    found = [one for one in (*given, draft) if isinstance(one, Found)]
+    if aligner_dtype is not None:
+        _check_aligner_dtype(aligner_dtype, found)
+    if quantize is not None and not found and not isinstance(source, (str, Path)):
+        raise InvalidOption("quantize is for what is loaded here, and all of this was given as models: leave it out")
     if isinstance(source, (str, Path)):  # only now, for it takes longest
         load = partial(load_model, source, dtype=dtype, device=device, revision=revision)
         proposal, files = Files.of(load, (source, revision))
@@ -96,6 +101,15 @@ def load_parts(
         tokenizer,
         find_eos_token_ids(proposal, tokenizer) if eos_token_ids is None else eos_token_ids,
     )
+
+
+def _check_aligner_dtype(dtype: str | torch.dtype, found: Sequence["Found"]) -> None:
+    """Refuse one that cannot be, or that nothing would have."""
+    check_dtype(dtype, "aligner_dtype")
+    heads = (one.folder.manifest is not None and one.folder.manifest.head is not None for one in found)
+    if all(reduced or head for head, reduced in zip(heads, (is_reduced(one.folder.folder) for one in found), strict=True)):
+        what = "heads and their drafters have the proposal's" if found else "nothing is loaded here beside the proposal"
+        raise InvalidOption(f"aligner_dtype has no effect: {what}; leave it out")
 
 
 def make_capture(cuda_graphs: bool, device: str | torch.device | None) -> CudaCapture | None:

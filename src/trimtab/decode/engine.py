@@ -267,11 +267,10 @@ class Engine:
                     through.append((reading, slots, rows))
                     self._moving += slots
                 self._reading.rotate(-1)
-                if not len(reading):
-                    self._reading.remove(reading)
         finally:  # who has read its prompt does not share what befalls the others
             if through:
                 self._begin(through)
+        self._reading = deque(reading for reading in self._reading if len(reading))  # not before: what they hold counts
 
     def _begin(self, through: Sequence["_Through"]) -> None:
         """Decide first tokens, and let those who go on decode."""
@@ -296,20 +295,19 @@ class Engine:
     def _keep(self, sequence: Growing, parts: Sequence[tuple[State, int]]) -> None:
         """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's."""
         if sequence.error is None and sequence.index == 0:
-            try:
-                self.prefixes.keep(sequence, parts, self._spare_bytes)
-            except (MemoryError, RuntimeError):  # what may come of use later is no reason to lose what is here
-                logger.exception("a prefix could not be kept; those that were are dropped")
-                self.prefixes.clear()
+            self.prefixes.keep(sequence, parts, self._spare_bytes)
 
     @property
     def _spare_bytes(self) -> int | None:
         """What the limit leaves for prefixes beside the sequences that are here; None without a limit."""
         if self._cache_bytes is None:
             return None
+        coming = [sequence for reading in self._reading for sequence in reading.sequences]
         live = sum(reading.num_bytes for reading in self._reading)
-        if self._batch.sequences:
-            live += self._batch.most_bytes(self._batch.size, [])
+        if coming or self._batch.sequences:
+            live += self._batch.most_bytes(self._batch.size, coming)
+        else:  # an idle one goes on holding what it had
+            live += self._proposal.state_bytes(*self._batch.size)
         return self._cache_bytes - live
 
     def _decode(self) -> list[TokenEvent]:

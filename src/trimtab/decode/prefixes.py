@@ -8,6 +8,7 @@ States belong to models and adapters, so only requests of the same ones share. M
 and nothing here keeps a model or an adapter alive.
 """
 
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +20,17 @@ from trimtab.models.base import State, is_immutable
 
 __all__ = ["PREFIX_CACHE_TOKENS", "Prefixes"]
 
+logger = logging.getLogger(__name__)
+
 PREFIX_CACHE_TOKENS = 8192
 """Tokens that are kept unless something else is said."""
 
 WORTHWHILE = 16
 """Tokens; reading fewer costs little more than taking them over."""
+
+
+FAILURES = (MemoryError, RuntimeError)
+"""What a lack of memory raises."""
 
 
 class Prefixes:
@@ -45,21 +52,19 @@ class Prefixes:
     @property
     def num_tokens(self) -> int:
         """Tokens that are kept."""
-        return sum(len(kept.ids) for kept in list(self._kept))
+        return sum(len(kept.ids) for kept in self._alive())
 
     @property
     def num_bytes(self) -> int:
         """What they take in memory, and one of them once more, for it is copied on its way to a request."""
-        sizes = [kept.num_bytes for kept in list(self._kept)]
+        sizes = [kept.num_bytes for kept in self._alive()]
         return sum(sizes) + max(sizes, default=0)
 
     def drop_oldest(self) -> bool:
         """Forget what was used least recently; False if nothing is kept."""
-        return bool(self._kept) and self._kept.pop(0) is not None
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept = []
+        kept = self._alive()
+        self._kept = kept[1:]
+        return bool(kept)
 
     def take(self, sequence: Growing, states: Sequence[State], slot: int) -> int:
         """Copy the tokens that its prompt shares with what is kept, but for its last one, into an empty slot.
@@ -70,11 +75,36 @@ class Prefixes:
             slot: of those states.
 
         Returns:
-            How many tokens the slot has then.
+            How many tokens the slot has then. If memory ends on the way, none, and nothing is kept any more.
         """
-        self._kept = [kept for kept in self._kept if kept.is_alive]
+        try:
+            return self._take(sequence, states, slot)
+        except FAILURES:
+            logger.exception("a prefix could not be taken over; it is read instead, and those that were kept are dropped")
+            for model, state in zip(sequence.models.all, states, strict=True):
+                model.rollback(state, [0] * slot + [state.lengths[slot]])
+            self._kept = []
+            return 0
+
+    def keep(self, sequence: Growing, parts: Sequence[tuple[State, int]], max_bytes: int | None = None) -> None:
+        """Copy what its models have read of a sequence, unless nearly all of that is here already.
+
+        If memory ends on the way, nothing is kept any more.
+
+        Args:
+            sequence: that is about to go.
+            parts: the state of each of its models, and its slot there.
+            max_bytes: the most memory for all that is kept; what is older goes first. None for no limit.
+        """
+        try:
+            self._keep(sequence, parts, max_bytes)
+        except FAILURES:  # what may come of use later is no reason to lose what is here
+            logger.exception("a prefix could not be kept; those that were are dropped")
+            self._kept = []
+
+    def _take(self, sequence: Growing, states: Sequence[State], slot: int) -> int:
         best, count = None, 0
-        for kept in reversed(self._kept):  # of equals the newest
+        for kept in reversed(self._alive()):  # of equals the newest
             if kept.ids[: count + 1] == sequence.prompt[: count + 1] and kept.serves(sequence):
                 best, count = kept, _shared(kept.ids, sequence.prompt, count)
         count = min(count, len(sequence.prompt) - 1)  # somebody has to say the row after the last token
@@ -89,26 +119,18 @@ class Prefixes:
             state.adapters[slot] = adapter
         return count
 
-    def keep(self, sequence: Growing, parts: Sequence[tuple[State, int]], max_bytes: int | None = None) -> None:
-        """Copy what its models have read of a sequence, unless nearly all of that is here already.
-
-        Args:
-            sequence: that is about to go.
-            parts: the state of each of its models, and its slot there.
-            max_bytes: the most memory for all that is kept; what is older goes first. None for no limit.
-        """
+    def _keep(self, sequence: Growing, parts: Sequence[tuple[State, int]], max_bytes: int | None) -> None:
         models = sequence.models
         length = min(state.lengths[slot] for state, slot in parts)  # a drafter may be behind; a stop cuts what was read
         ids = [*sequence.prompt, *sequence.tokens][:length]
         if not WORTHWHILE <= len(ids) <= self.max_tokens or not all(map(is_immutable, models.all)):
             return
-        alike = [kept for kept in self._kept if kept.serves(sequence)]
-        for kept in alike:
-            if _shared(kept.ids, ids) > len(ids) - WORTHWHILE:
+        here = self._alive()
+        for kept in here:
+            if kept.serves(sequence) and _shared(kept.ids, ids) > len(ids) - WORTHWHILE:
                 self._use(kept)
                 return
-        old = [kept for kept in alike if ids[: len(kept.ids)] == kept.ids]
-        self._kept = [kept for kept in self._kept if kept not in old]
+        self._kept = [kept for kept in here if not (kept.is_no_better(sequence) and ids[: len(kept.ids)] == kept.ids)]
         while self.num_tokens + len(ids) > self.max_tokens:
             self.drop_oldest()
         if max_bytes is not None:
@@ -117,6 +139,11 @@ class Prefixes:
                 if not self.drop_oldest():
                     return
         self._kept.append(_Kept(sequence, ids, parts))
+
+    def _alive(self) -> list["_Kept"]:
+        """What somebody may still come for; the rest is forgotten, with its memory."""
+        self._kept = [kept for kept in self._kept if kept.is_alive]
+        return self._kept
 
     def _use(self, used: "_Kept") -> None:
         self._kept = [*(kept for kept in self._kept if kept is not used), used]
@@ -152,13 +179,20 @@ class _Kept:
 
     def serves(self, sequence: Growing) -> bool:
         """Whether it is what this sequence's models would make of these tokens."""
+        return self._is_of(sequence) and self._reads_proposal >= sequence.reads_proposal
+
+    def is_no_better(self, sequence: Growing) -> bool:
+        """Whether all that it serves, the same text of this sequence would."""
+        return self._is_of(sequence) and self._reads_proposal <= sequence.reads_proposal
+
+    def _is_of(self, sequence: Growing) -> bool:
+        """Whether its models and adapters are those of a sequence."""
         models = sequence.models
         wanted, had = [*models.all, *_adapters(models)], [*self._models, *self._adapters]
-        same = len(wanted) == len(had) and all(
+        return len(wanted) == len(had) and all(
             one is None if reference is None else one is not None and reference() is one
             for one, reference in zip(wanted, had, strict=True)
         )
-        return same and self._reads_proposal >= sequence.reads_proposal
 
 
 def _adapters(models: Models) -> Sequence[Any]:

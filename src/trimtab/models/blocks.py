@@ -39,6 +39,7 @@ class Block(NamedTuple):
         rotates_by_kind: whether the rotation goes by the kind of layer.
         rotates_part: whether it may leave the last numbers of a head as they are.
         caps_scores: whether attention caps its scores, at `attn_logit_softcapping`.
+        caps_logits: whether logits are capped, at `final_logit_softcapping`.
         activation: its name, as configurations have it.
         fused: whether query, key and value projections are one module, and gate and up.
         experts: whether the MLPs of some layers are mixtures of experts; those run as they are.
@@ -55,6 +56,7 @@ class Block(NamedTuple):
     rotates_by_kind: bool = False
     rotates_part: bool = False
     caps_scores: bool = False
+    caps_logits: bool = False
     activation: str = "silu"
     fused: bool = False
     experts: bool = False
@@ -69,6 +71,7 @@ FAMILIES = {
         norms=AROUND,
         shifted=True,
         caps_scores=True,
+        caps_logits=True,
         activation="gelu_pytorch_tanh",
     ),
     "gemma3_text": Block(
@@ -80,6 +83,7 @@ FAMILIES = {
         shifted=True,
         head_norms="each",
         rotates_by_kind=True,
+        caps_logits=True,
         activation="gelu_pytorch_tanh",
     ),
     "llama": Block("Llama"),

@@ -38,6 +38,7 @@ def text_config(config: Any) -> Any:
     text = copy.deepcopy(inner)
     text.dtype = text.dtype or config.dtype
     text.architectures = None
+    text.tie_word_embeddings = config.tie_word_embeddings  # as transformers has it in the whole
     return text
 
 

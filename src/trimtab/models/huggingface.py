@@ -97,7 +97,8 @@ class HuggingFaceLM:
 
     Raises:
         UnsupportedModel: an architecture that ragged slots would decode wrongly, or that fails its trial; adapters of which a
-            part would be left out; or a model without a lean pass, with `capture` or `quantize`.
+            part would be left out; or a model without a lean pass, with `capture`.
+        InvalidOption: `quantize` is unknown, or this model cannot have it.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class HuggingFaceLM:
         self.quantized = quantize
         """How its weights are kept, if not as they came."""
         if quantize is not None:
-            self._quantize(inner)
+            self._quantize(inner, adapted=inner is not model)
         if self._lean is not None and owned:
             whole = [linear for linear in self._lean.linears if linear.weight is not None]
             prepack(whole, shared=inner.get_input_embeddings().weight)
@@ -158,17 +159,20 @@ class HuggingFaceLM:
                 try_out(self)
             self._sights = sights_of(inner.config)
 
-    def _quantize(self, inner: Any) -> None:
+    def _quantize(self, inner: Any, *, adapted: bool) -> None:
         """Keep what fits in 8 bits so."""
         if self.quantized not in QUANTIZE:
             raise InvalidOption(f"quantize must be {' or '.join(QUANTIZE)}, not {self.quantized!r}")
         if self._lean is None or not self._owned:
-            kind = f"this is a '{inner.config.model_type}' model" if self._owned else "this one was lent"
-            raise UnsupportedModel(f"quantize: only plain {', '.join(LEAN)} models that are loaded here can be, and {kind}")
+            kind = inner.config.model_type
+            why = f"this '{kind}' model is run by its stock modules" if self._owned else "this one was lent"
+            if adapted:
+                why = f"this is a '{kind}' model with an adapter that cannot share its base"
+            raise InvalidOption(f"quantize: only plain {', '.join(LEAN)} models that are loaded here can be, and {why}")
         fitting = [linear for linear in self._lean.linears if linear.weight is not None and can_be_int8(linear.weight)]
         if not fitting:
             why = f"they must be float32 or bfloat16 on an x86 CPU, and multiples of {OUT} by {IN}"
-            raise UnsupportedModel(f"quantize: none of the weights can be kept in 8 bits: {why}")
+            raise InvalidOption(f"quantize: none of the weights can be kept in 8 bits: {why}")
         embedding = inner.get_input_embeddings().weight
         for linear in fitting:
             assert linear.weight is not None
@@ -221,7 +225,7 @@ class HuggingFaceLM:
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
         check_adapters(getattr(self.model, "peft_config", {}), f"this '{self.model.config.model_type}' model")
-        if self._lean is not None and not self._owned and not self._lean.is_current(self.model):
+        if self._lean is not None and not self._owned:  # its owner may have changed anything since
             self._lean = LeanDecoder(self.model) if is_stock(self.model) else None
         return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
 

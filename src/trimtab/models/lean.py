@@ -23,7 +23,6 @@ from trimtab.models.blocks import ADAPTABLE, FAMILIES, LEAN, Norms
 from trimtab.models.masks import Sight, layer_sights
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
-from trimtab.models.stock import is_stock
 
 __all__ = ["Delta", "Deltas", "LeanDecoder", "no_lean_pass"]
 
@@ -98,23 +97,16 @@ class LeanDecoder:
         self._heads, self._key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._eps = float(config.rms_norm_eps)
         self._softcap: float | None = getattr(first, "attn_logit_softcapping", None) if self._block.caps_scores else None
-        self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._final_softcap: float | None = config.final_logit_softcapping if self._block.caps_logits else None
         self._embedding: Tensor = body.embed_tokens.weight
         self._embed_scale: Tensor | None = getattr(body.embed_tokens, "embed_scale", None)
         self._norm: Tensor = body.norm.weight
         self._head = Linear.of(model.lm_head)
         self._layers = [self._read_layer(layer, i) for i, layer in enumerate(body.layers)]
         self._sights = layer_sights(config)
-        self._unfused = _unfused(model)
         self._rotary = body.rotary_emb
         empty = self._embedding.new_empty(0, self._head_dim)
         self._rotations = {layer.rotation: _Rotation(empty, empty) for layer in self._layers if layer.rotation is not None}
-
-    def is_current(self, model: Any) -> bool:
-        """Whether a model that others use too still has the weights, and nothing but the weights, that are used here."""
-        if not is_stock(model) or not all(linear.is_current for linear in self.linears):
-            return False
-        return all(one is other for one, other in zip(self._unfused, _unfused(model), strict=True))
 
     @property
     def linears(self) -> list[Linear]:
@@ -273,11 +265,6 @@ class LeanDecoder:
             half = cos.shape[-1] // 2
             self._rotations[kind] = _Rotation(cos, torch.cat([-sin[:, :half], sin[:, half:]], -1))
         return self._rotations[kind].at(step)
-
-
-def _unfused(model: Any) -> list[Tensor]:
-    """The parameters that no product reads: those of norms, and the embedding."""
-    return [parameter for name, parameter in model.named_parameters() if "norm" in name or "embed" in name]
 
 
 def _fold(queries: Tensor, group: int) -> Tensor:

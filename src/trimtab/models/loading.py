@@ -24,6 +24,7 @@ from trimtab.reasons import reason_of
 
 __all__ = [
     "attention_for",
+    "check_dtype",
     "check_finite",
     "expand",
     "load_configs",
@@ -94,15 +95,25 @@ def attention_for(config: Any) -> str:
     return "sdpa" if getattr(found, "_supports_sdpa", True) else "eager"
 
 
+def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> None:
+    """Refuse what is no dtype of weights.
+
+    Args:
+        dtype: `"auto"`, a torch dtype or its name.
+        name: what errors call it.
+    """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise InvalidOption(f"{name}: '{dtype}' is none of torch's; say auto, float32, bfloat16 or float16")
+
+
 def loading_arguments(dtype: str | torch.dtype, device: str | torch.device | None, revision: str | None) -> dict[str, Any]:
     """How every model is loaded: safetensors only, no code from the hub, and with a report of what does not fit.
 
     Raises:
         InvalidOption: the dtype is none of torch's for weights.
     """
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise InvalidOption(f"dtype: '{dtype}' is none of torch's; say auto, float32, bfloat16 or float16")
+    check_dtype(dtype)
     return {
         "revision": revision,
         "dtype": dtype,

@@ -90,21 +90,6 @@ class Linear:
         """Whether the weight is kept in 8 bits."""
         return self._int8 is not None
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the stock modules' parameters are still views of these; a packed weight has nobody else to please."""
-        if self.weight is None:
-            return True
-        start = 0
-        for module in self._modules:
-            for whole, part in ((self.weight, module.weight), (self.bias, module.bias)):
-                if part is not None and (
-                    whole is None or part.dtype != whole.dtype or part.data_ptr() != whole[start:].data_ptr()
-                ):
-                    return False
-            start += len(module.weight)
-        return True
-
     def pack(self, *, keep: bool) -> None:
         """Pack the weight, and then let go of the plain one unless it is needed elsewhere, as a tied embedding is.
 

@@ -81,9 +81,8 @@ class _Exchange:
     @property
     def usage(self) -> wire.Usage:
         """Tokens so far."""
-        first = {s.prompt_index: s for s in reversed(self.job.sequences)}  # it reads the prompt for the others
-        cached = sum(s.cached_tokens for s in first.values())
-        return wire.Usage(sum(len(s.prompt) for s in first.values()), self.tokens, cached)
+        readers = self.job.readers
+        return wire.Usage(sum(len(s.prompt) for s in readers), self.tokens, sum(s.cached_tokens for s in readers))
 
     async def events(self) -> AsyncIterator[list[TokenEvent]]:
         """What happens; logged and counted at the end, however it comes. The first is empty: what precedes is ready then."""

@@ -51,8 +51,8 @@ class Metrics:
         """Those that have a `model_name`."""
         count, measure = self._counter, self._histogram
         self._prompt = count("prompt_tokens", "Tokens of prompts.")
-        self._queried = count("prefix_cache_queries", "Tokens of prompts that were looked up in the cache of prefixes.")
-        self._hits = count("prefix_cache_hits", "Those that were found there.")
+        self._queried = count("prefix_cache_queries", "Tokens of prompts, of which the cache of prefixes may have some.")
+        self._hits = count("prefix_cache_hits", "Tokens of prompts that were taken over from it, and not read.")
         self._generated = count("generation_tokens", "Tokens generated.")
         self._finished = count("request_success", "Sequences that came to their end.", "finished_reason")
         self._failed = count("request_failure", "Requests that did not.", "reason")
@@ -106,7 +106,7 @@ class Metrics:
         tokens = sum(len(s.tokens) for s in job.sequences)
         self._prompt.labels(label).inc(sum(prompts.values()))
         self._queried.labels(label).inc(sum(prompts.values()))
-        self._hits.labels(label).inc(sum(s.cached_tokens for s in job.sequences))
+        self._hits.labels(label).inc(sum(s.cached_tokens for s in job.readers))
         self._generated.labels(label).inc(tokens)
         for size in prompts.values():
             self._prompt_sizes.labels(label).observe(size)

@@ -61,6 +61,11 @@ class Job:
         self._wake = asyncio.Event()
 
     @property
+    def readers(self) -> list[Growing]:
+        """The first completion of each prompt."""
+        return list({s.prompt_index: s for s in reversed(self.sequences)}.values())
+
+    @property
     def done(self) -> bool:
         """Whether nothing more will come."""
         return self._error is not None or self._left == 0
