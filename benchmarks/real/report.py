@@ -198,7 +198,7 @@ def _costs(results: Results, systems: Sequence[str]) -> str:
         harm = pooled(dict(_harm(cell["outside"])) for cell in cells if cell["outside"])
         training = [mean(name, lambda c, k=k: c["training"] and c["training"][k], ".0f") for k in ("seconds", "draft_seconds")]
         size = mean(name, lambda c: c["training"] and c["training"]["bytes"] / 1e6, ".1f")
-        speed = [mean(name, lambda c, k=k: c["speed"][k], ".2f") for k in SPEED]
+        speed = [mean(name, lambda c, k=k: c["speed"].get(k), ".2f") for k in SPEED]
         bound = "≤ " * any(cell["kl"]["bound"] for cell in cells)
         rows.append([name, bound + _cell(kl), _cell(harm, "+.3f"), *training, size, *speed])
     return _table(head, rows)
