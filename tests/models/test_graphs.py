@@ -204,7 +204,7 @@ def test_prompts_and_long_passes_are_not_captured():
 
 def test_models_that_cannot_be_captured_are_refused():
     with pytest.raises(
-        UnsupportedModel, match=r"cuda_graphs: only plain llama, mistral, qwen2, qwen3 models can .* this is a 'gpt2'"
+        UnsupportedModel, match=r"cuda_graphs: only plain gemma, gemma2, .*, smollm3 models can .* this is a 'gpt2'"
     ):
         HuggingFaceLM(tiny_model("gpt2", V), owned=True, capture=Recorder())
 

@@ -141,7 +141,15 @@ OTHERS: dict[str, Any] = {
     "cuda_graphs": True,
     "date": "2026-11-29",
     "device": "cpu",
+    "quantize": "int8",
+    "prefix_cache_tokens": 100,
 }
+
+
+def test_aligners_may_have_a_dtype_of_their_own():
+    words = command_line(make_options(dtype="float16", aligner_dtype="float32", aligner=("docs=d",)), NAMED, ["base"])
+    assert words[words.index("--dtype") + 1] == "float16"
+    assert json.loads(words[words.index("--additional-config") + 1])["trimtab"]["dtype"] == "float32"
 
 
 def test_every_option_is_mapped_or_refused():
@@ -154,6 +162,7 @@ def test_every_option_is_mapped_or_refused():
         "allowed_origins",
         "allowed_hosts",
         "chat_template_path",
+        "aligner_dtype",
     }
     assert mapped | set(REFUSED) == {field.name for field in fields(Options)}
     assert not mapped & set(REFUSED)

@@ -69,7 +69,7 @@ class _Rotation(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Heads `[B, K, heads, D]`, rotated."""
         width = self.cos.shape[-1]
-        part = x[..., :width].to(torch.promote_types(x.dtype, self.cos.dtype))
+        part = x[..., :width].to(max(x.dtype, self.cos.dtype, key=lambda dtype: dtype.itemsize))
         rotated = torch.addcmul(part * self.cos, part.roll(width // 2, -1), self.sin).to(x.dtype)
         return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], -1)
 
