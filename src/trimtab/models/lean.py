@@ -69,6 +69,8 @@ class _Rotation(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Heads `[B, K, heads, D]`, rotated."""
         width = self.cos.shape[-1]
+        if width == x.shape[-1] and x.dtype == self.cos.dtype:  # nearly always, and a view costs time, too
+            return torch.addcmul(x * self.cos, x.roll(width // 2, -1), self.sin)
         part = x[..., :width].to(max(x.dtype, self.cos.dtype, key=lambda dtype: dtype.itemsize))
         rotated = torch.addcmul(part * self.cos, part.roll(width // 2, -1), self.sin).to(x.dtype)
         return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], -1)
@@ -93,6 +95,7 @@ class LeanDecoder:
         body, config = model.model, model.config
         first = body.layers[0].self_attn
         self._block, self._config = FAMILIES[config.model_type], config
+        self._shifted, self._silu = self._block.shifted, self._block.activation == "silu"
         self._head_dim, self._scaling = int(first.head_dim), float(first.scaling)
         self._heads, self._key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._eps = float(config.rms_norm_eps)
@@ -179,7 +182,8 @@ class LeanDecoder:
             if tapped is not None and first + i in tapped:
                 tapped[first + i] = x.view(batch, width, -1)
             to_qkv, to_out, to_gate_up, to_down = deltas[i] if deltas is not None else _NO_DELTAS
-            qkv = _product(layer.qkv, self._normalise(x, layer.norms.attention), to_qkv)
+            norms = layer.norms
+            qkv = _product(layer.qkv, x if norms.attention is None else self._normalise(x, norms.attention), to_qkv)
             qkv = qkv.view(batch, width, -1, self._head_dim)
             qk, v = qkv[:, :, :keys], qkv[:, :, keys:]
             if layer.query_key_norm is not None:
@@ -189,14 +193,14 @@ class LeanDecoder:
             past_keys, past_values = slots.update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
             mixed = self._attend(_fold(qk[:, :, :heads], group), past_keys, past_values, masks[sight])
             mixed = _product(layer.out, _unfold(mixed, group).reshape(batch * width, -1), to_out)
-            x = x + self._normalise(mixed, layer.norms.attention_out)
-            rows = self._normalise(x, layer.norms.mlp)
+            x = x + (mixed if norms.attention_out is None else self._normalise(mixed, norms.attention_out))
+            rows = x if norms.mlp is None else self._normalise(x, norms.mlp)
             if layer.gate_up is None or layer.down is None:
                 rows = layer.experts(rows.view(batch, width, -1)).flatten(0, 1)
             else:
                 gate, up = _product(layer.gate_up, rows, to_gate_up).chunk(2, -1)
                 rows = _product(layer.down, self._activate(gate) * up, to_down)
-            x = x + self._normalise(rows, layer.norms.mlp_out)
+            x = x + (rows if norms.mlp_out is None else self._normalise(rows, norms.mlp_out))
         x = x.view(batch, width, -1)
         if tapped is not None and stop is not None and stop in tapped:
             tapped[stop] = x
@@ -226,11 +230,9 @@ class LeanDecoder:
         rotation = kind if getattr(attention, "use_rope", True) else None
         return _Layer(Linear.of(*qkv), Linear.of(attention.o_proj), *inner, experts, Norms(*norms), of_heads, rotation)
 
-    def _normalise(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Rows `[…, H]` by a norm of these weights; as they are where there is none."""
-        if weight is None:
-            return x
-        if not self._block.shifted:
+    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rows `[…, H]` by a norm of these weights."""
+        if not self._shifted:
             return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
         return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + weight.float(), self._eps).to(x.dtype)
 
@@ -241,7 +243,7 @@ class LeanDecoder:
             parts = (qk[:, :, :heads].flatten(2), query_norm), (qk[:, :, heads:].flatten(2), key_norm)
             return torch.cat([self._normalise(part, weight) for part, weight in parts], -1).view(qk.shape)
         each = torch.cat([query_norm.expand(heads, -1), key_norm.expand(self._key_heads, -1)])
-        if not self._block.shifted:
+        if not self._shifted:
             return F.rms_norm(qk, size, None, self._eps) * each
         return (F.rms_norm(qk.float(), size, None, self._eps) * (1.0 + each.float())).to(qk.dtype)
 
@@ -254,7 +256,7 @@ class LeanDecoder:
         return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
     def _activate(self, gate: Tensor) -> Tensor:
-        return F.silu(gate) if self._block.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return F.silu(gate) if self._silu else F.gelu(gate, approximate="tanh")
 
     def _rotate(self, kind: str, step: Step) -> _Rotation:
         """A rotation of the tokens of a step."""
