@@ -381,6 +381,8 @@ def test_eval_says_what_it_would_ask_and_asks_nothing(task, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
     once = json.loads(called(capsys, *words, "--json", "--orders", "random", "--null", "false", "--max_prompts", 3)[1])
     assert list(once["most_questions"].values()) == [6]
+    other = json.loads(called(capsys, *words, "--json", "--aligner_dtype", "bfloat16")[1])
+    assert [model["dtype"] for model in other["models"]] == ["float32", "bfloat16"]
     assert "at most 96 questions" in called(capsys, *words)[1]
 
 

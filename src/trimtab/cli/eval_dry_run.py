@@ -41,7 +41,8 @@ def rehearse(options: "Options") -> dict[str, Any]:
     models = []
     if any(one.here for one in systems):
         models = [model_weights(options.proposal, options.expected_proposal, options.dtype)]
-        models += [aligner_weights(name, options.expected_aligner, options.dtype) for name in options.aligner]
+        dtype = options.aligner_dtype or options.dtype
+        models += [aligner_weights(name, options.expected_aligner, dtype) for name in options.aligner]
     return {
         "dry_run": True,
         "out": options.out,

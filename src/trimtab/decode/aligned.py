@@ -390,6 +390,8 @@ class AlignedModel:
         return prompt, completion, num_bytes
 
 
-SETTINGS = {f"proposal_{warp}" for warp in ("temperature", "top_k", "top_p")} | {"aligner_temperature", "draft_temperature"}
-SETTINGS |= {"num_speculative_tokens", "max_num_seqs", "prefix_cache_tokens", "date"}
+SETTINGS = {
+    "proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature", "draft_temperature",
+    "num_speculative_tokens", "max_num_seqs", "prefix_cache_tokens", "date",
+}  # fmt: skip
 """What `from_pretrained` passes on."""
