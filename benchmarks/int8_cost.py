@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trimtab.hardware import describe_hardware
 from trimtab.models.huggingface import HuggingFaceLM
 
-TOKENS = (1, 2, 4, 8, 16, 64, 128)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT = 64
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 16}
 VOCAB = 32_000
@@ -25,10 +25,10 @@ def main() -> None:
     print(f"{'tokens':>8}{'float32':>12}{'int8':>12}{'ratio':>8}")
     for count in TOKENS:
         print(f"{count:8}{1e3 * plain[count]:9.1f} ms{1e3 * small[count]:9.1f} ms{small[count] / plain[count]:8.2f}")
-    print(f"{describe_hardware()}, torch {torch.__version__}")
+    print(describe_hardware())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def times(quantize: str | None) -> dict[int, float]:
     """Seconds of a pass by the tokens that it reads."""
     config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=16, max_position_embeddings=2048, **SHAPE)

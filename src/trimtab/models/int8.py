@@ -20,7 +20,7 @@ __all__ = ["Int8", "can_be_int8"]
 LARGEST = 127
 IN, OUT = 64, 16
 """What inputs and outputs must be multiples of."""
-FEW = 64
+FEW = 32
 """Rows up to which the kernel is faster than plain products with the weight made whole."""
 MACHINES = ("x86_64", "AMD64")
 
