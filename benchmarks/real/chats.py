@@ -47,6 +47,8 @@ class Task(NamedTuple):
     def prepare(self, folder: Path, data: Path | None, limit: int | None = None) -> None:
         """Write `train.jsonl` and the other parts into `folder`, all of them at once, unless they are there.
 
+        Those that come from installed packages are kept whatever is installed now, so a study can go on on another machine.
+
         Args:
             folder: where they go.
             data: the folder that has the file which this task needs.
@@ -62,7 +64,7 @@ class Task(NamedTuple):
                 raise DataError(f"task '{self.name}' needs {self.file} in the folder that --data names, which is {data}")
         about = self._about(path)
         if (folder / ABOUT).exists():
-            if (there := read_json(folder / ABOUT)["made_from"]) != about:
+            if path is not None and (there := read_json(folder / ABOUT)["made_from"]) != about:
                 raise DataError(f"{folder} was made from {there}, and now there is {about}: choose another --out")
             return
         parts = {name: records[:limit] for name, records in self.make(path).items()}

@@ -201,7 +201,19 @@ def _costs(results: Results, systems: Sequence[str]) -> str:
         speed = [mean(name, lambda c, k=k: c["speed"].get(k), ".2f") for k in SPEED]
         bound = "≤ " * any(cell["kl"]["bound"] for cell in cells)
         rows.append([name, bound + _cell(kl), _cell(harm, "+.3f"), *training, size, *speed])
-    return _table(head, rows)
+    return f"{_table(head, rows)}\n\n{_machines(results, systems)}"
+
+
+def _machines(results: Results, systems: Sequence[str]) -> str:
+    """What each system was measured on, with its seeds where it was not one machine for all of them."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in systems:
+        seeds: dict[str, list[str]] = defaultdict(list)
+        for seed, cell in results.by_system[name].items():
+            seeds[cell["hardware"]].append(str(seed))
+        for machine, of in seeds.items():
+            found[machine].append(name if len(seeds) == 1 else f"{name} (seed {', '.join(of)})")
+    return "\n".join(f"- Measured on {machine}: {'; '.join(of)}." for machine, of in found.items())
 
 
 def _numbered(values: Sequence[float], sizes: Sequence[int]) -> Iterable[tuple[tuple[str, int], tuple[float, float]]]:

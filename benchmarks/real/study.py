@@ -29,6 +29,7 @@ from rivals import EXAMPLES, RIVALS
 from trimtab.cli import quiet_loading
 from trimtab.errors import InvalidOption, TrimtabError
 from trimtab.files import only_writer, read_json, write_json
+from trimtab.hardware import describe_hardware
 
 TASKS = {task.name: task for task in (docstrings.TASK, hh.TASK, instructions.TASK, short_answers.TASK)}
 
@@ -101,7 +102,8 @@ def run(cell: Cell) -> None:
     if cell.result.exists():
         return
     started = time.monotonic()
-    write_json(cell.result, {"task": cell.task.name, "system": cell.system, "seed": cell.seed, **measure(cell)})
+    about = {"task": cell.task.name, "system": cell.system, "seed": cell.seed, "hardware": describe_hardware()}
+    write_json(cell.result, about | measure(cell))
     logger.info("%s: %.0f s", cell.result, time.monotonic() - started)
 
 

@@ -15,12 +15,14 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 
 
 def describe_hardware() -> str:
-    """The first GPU, or the processor with the number of threads that torch uses."""
+    """The first GPU, or the processor with the number of threads that torch uses; and torch's version."""
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
-    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+        machine = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+    else:
+        machine = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{machine}, torch {torch.__version__}"
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """Docstrings as a task: what is taken, and that nothing held out was learnt."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,15 @@ def test_parts_are_written_once_and_belong_to_their_source(tmp_path: Path):
     (tmp_path / "some.jsonl").write_text("2")
     with pytest.raises(DataError, match="choose another --out"):
         task.prepare(tmp_path / "out", tmp_path)
+
+
+def test_parts_of_packages_stay_whatever_is_installed(tmp_path):
+    """A study that goes on elsewhere, or after an upgrade, keeps the records that it began with."""
+
+    def make(_):
+        return {"train": [{"prompt": chats.question("a"), "completion": chats.answer("b")}]}
+
+    chats.Task("some", make, "", 8, sources=("numpy",)).prepare(tmp_path / "out", None)
+    chats.Task("some", make, "", 8, sources=("numpy", "torch")).prepare(tmp_path / "out", None)
+    made_from = json.loads((tmp_path / "out" / "about.json").read_text())["made_from"]
+    assert list(made_from) == ["numpy"]

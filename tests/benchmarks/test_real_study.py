@@ -208,7 +208,7 @@ def result(system: str, seed: int, nll: list[float], **more) -> dict:
     part = {"prompts": ["a", "b", "b"], "nll": nll, "tokens": [2, 1, 1], "answers": ["x y z w"] * 3} | more
     part["finish_reasons"] = ["stop", "length", "stop"]
     return {
-        "task": "t", "system": system, "seed": seed, "parts": {"test": part}, "training": None,
+        "task": "t", "system": system, "seed": seed, "hardware": f"machine {seed}", "parts": {"test": part}, "training": None,
         "kl": {"kl": [1.0, 0.0, 1.0], "tokens": [2, 1, 1], "bound": system == "best"},
         "outside": {"nll": [3.0], "proposal_nll": [2.0], "tokens": [4]},
         "speed": {"tokens_per_second": 8.0, "ratio_to_transformers": 1.5, "ratio_prompts_read_whole": 1.25},
@@ -231,6 +231,10 @@ def test_differences_are_paired_over_seeds():
     assert "| mine | 0.500 [" in table  # KL
     assert "| ≤ 0.500 [" in report.render(report.Results([result("best", 0, [1.0] * 3)]), "test")
     assert "| +0.250 [+0.250, +0.250] | – | – | – | 8.00 | 1.50 |" in table
+    assert table.splitlines()[-2:] == [
+        "- Measured on machine 0: proposal; mine (seed 0).",
+        "- Measured on machine 1: mine (seed 1).",
+    ]
 
 
 def test_reward_accuracy_is_dpos():

@@ -83,6 +83,8 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _render_estimate(report: dict[str, Any]) -> str:
+    from trimtab.train.checkpointing import CHECKPOINTING
+
     data, memory, aligner, caching = (report[name] for name in ("data", "memory", "aligner", "caching"))
     lines = [f"proposal   {describe_model(report['proposal'])}"]
     if head := report["head"]:
@@ -131,7 +133,7 @@ def _render_estimate(report: dict[str, Any]) -> str:
     lines.append(f"  of that as wide as the vocabulary: {in_bytes(memory['rows_at_peak'])}; the proposal's rebuilt rows: "
                  f"{in_bytes(memory['rebuilt_rows'])}")  # fmt: skip
     other = "without" if memory["activation_checkpointing"] else "with"
-    lines.append(f"  in all {other} --activation_checkpointing: {in_bytes(memory['total_if_checkpointing_were_otherwise'])}")
+    lines.append(f"  in all {other} --{CHECKPOINTING}: {in_bytes(memory['total_if_checkpointing_were_otherwise'])}")
     lines.append(f"  a look at development prompts: {in_bytes(memory['evaluation'])}; free now: {in_bytes(memory['free'])}")
     cache = report["cache"]
     if caching is None:

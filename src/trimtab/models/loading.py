@@ -88,11 +88,16 @@ def load_model(
 
 
 def attention_for(config: Any) -> str:
-    """The attention to load a model with, whatever its files say: SDPA, or the eager one where its class has no other."""
+    """The attention to load a model with, whatever its files say: SDPA, or the eager one where its class has no other.
+
+    Scores that are capped need the eager one, too: SDPA leaves the cap out without a word, and transformers' classes say so
+    since 5.21 only.
+    """
     from transformers import AutoModelForCausalLM
 
     found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return "sdpa" if getattr(found, "_supports_sdpa", True) else "eager"
+    plain = getattr(config, "attn_logit_softcapping", None) is None
+    return "sdpa" if plain and getattr(found, "_supports_sdpa", True) else "eager"
 
 
 def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> None:

@@ -28,6 +28,7 @@ from trimtab.models.huggingface import check_supported
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
+from trimtab.train.checkpointing import checkpoints
 from trimtab.train.checks import warn_of_rule
 from trimtab.train.dry_caching import Passes, proposal_dtype
 from trimtab.train.examples import Example
@@ -179,7 +180,7 @@ def _estimate(
             "saved_for_backward": step.saved,
             "rows_at_peak": step.wide_at_peak,
             "rebuilt_rows": step.rebuilt,
-            "activation_checkpointing": bool(arguments.activation_checkpointing),
+            "activation_checkpointing": checkpoints(arguments),
             "total_if_checkpointing_were_otherwise": weights + step.batch + step.peak_otherwise,
             "evaluation": weights + step.optimizer + evaluating,
             "free": free_memory(arguments.device),

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from trimtab.hardware import free_memory, in_bytes
 from trimtab.reasons import reason_of
+from trimtab.train.checkpointing import CHECKPOINTING, checkpoints
 from trimtab.train.examples import Example
 from trimtab.train.footprint import nbytes
 from trimtab.train.head import HeadPlan
@@ -73,7 +74,7 @@ def warn_of_memory(
     logger.warning(
         "the largest micro-batch, of %d examples, takes %s with all that training holds, and there are %s: a smaller"
         " --per_device_train_batch_size with as much more --gradient_accumulation_steps learns the same; %s"
-        " --activation_checkpointing it takes %s",
-        own.train_batch_size, in_bytes(takes), in_bytes(room), "without" if arguments.activation_checkpointing else "with",
+        " --%s it takes %s",
+        own.train_batch_size, in_bytes(takes), in_bytes(room), "without" if checkpoints(arguments) else "with", CHECKPOINTING,
         in_bytes(otherwise),
     )  # fmt: skip

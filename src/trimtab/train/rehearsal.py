@@ -22,6 +22,7 @@ from trimtab.models.loading import attention_for
 from trimtab.models.stock import is_stock
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
+from trimtab.train.checkpointing import checkpoints, switch_checkpointing
 from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.head import HeadPlan, adapted_upper
@@ -112,18 +113,12 @@ class Rehearsal:
             self.trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
             self.model = self.trainer.accelerator.prepare_model(self.trainer.model, evaluation_mode=True)  # unwrapped by DDP
         self._columns = self.model.get_output_embeddings().weight.shape[0]
-        self.checkpoint(bool(arguments.activation_checkpointing))
+        self.checkpoint(checkpoints(arguments))
 
     def checkpoint(self, on: bool) -> None:
         """Recompute activations in the backward pass, or keep them."""
         self._checkpointing = on
-        if on:
-            self.trainer.model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=self._arguments.activation_checkpointing_kwargs
-            )
-        else:
-            self.trainer.model.activation_checkpointing_disable()
-            self.trainer.model.disable_input_require_grads()  # which checkpointing turns on for adapters, and leaves on
+        switch_checkpointing(self.trainer.model, self._arguments, on)
 
     @property
     def parameters(self) -> list[Tensor]:
