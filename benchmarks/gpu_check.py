@@ -4,10 +4,11 @@
 
 rows     the lean pass against transformers' modules, in float32 and bfloat16, beyond a window, too
 graphs   passes replayed as CUDA graphs against the same passes without
+tokens   sixty requests that come and go, with drafts and CUDA graphs, against one at a time without either: the same tokens
 waits    how often a decoding step waits for the device, as torch's own debug mode sees it
 law      samples in bfloat16 against the law that the same rows have: chi-square
 speed    a pair of 8B and 1B with random weights, made on the device: what `trimtab bench` measures, for batches of 1, 8 and 32,
-         with and without CUDA graphs, as ratios to transformers' `generate` and to the time in which memory could be read
+         with CUDA graphs and without, as ratios to transformers' `generate` and to the time in which memory could be read
 
 On a CPU all of it runs with tiny shapes: work that would be captured is done again instead, and waits are not counted. Nothing
 is fetched. The exit status is 1 if a check fails; speeds fail nothing. What there was no time for is said in the report.
@@ -73,12 +74,12 @@ def check(out: Path, device: str, seconds: float) -> int:
     started, place = time.monotonic(), torch.device(device)
     report: dict[str, Any] = {"torch": torch.__version__, "checks": {}, "speed": [], "left_out": []}
     checks: dict[str, Callable[[torch.device], dict[str, Any]]]
-    checks = {"rows": check_rows, "graphs": check_graphs, "waits": check_waits, "law": check_law}
+    checks = {"rows": check_rows, "graphs": check_graphs, "tokens": check_tokens, "waits": check_waits, "law": check_law}
     for name, run in checks.items():
         report["checks"][name] = found = run(place)
         print(f"{name:8}{'passed' if found['passed'] else 'FAILED'}  {found}", flush=True)
     models = [make(make_config(name, **({} if place.type == "cuda" else TINY)), place, torch.bfloat16) for name in PAIR]
-    for captured in (False, True):
+    for captured in (True, False):
         for batch in BATCHES:
             if time.monotonic() - started > seconds:
                 report["left_out"].append({"batch": batch, "cuda_graphs": captured})
@@ -166,6 +167,25 @@ def check_graphs(device: torch.device) -> dict[str, Any]:
     return {"passed": furthest <= TOLERANCES[torch.bfloat16] and replayed["passes"] > 8, "furthest": furthest, **replayed}
 
 
+def check_tokens(device: torch.device) -> dict[str, Any]:
+    """Requests that differ in all that a batch makes of them; four slots, so that they wait, come and go."""
+    models = [tiny("llama", device, torch.float32, seed) for seed in (1, 2)]
+    prompts = [[1 + (i * j) % 126 for j in range(1, 3 + i % 23)] for i in range(60)]
+    params = [
+        SamplingParams(max_tokens=1 + i * 7 % 40, temperature=(1.0, 0.0, 0.7)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=i)
+        for i in range(60)
+    ]
+    capture = capture_on(device)
+    fast = [HuggingFaceLM(model, owned=True, capture=capture) for model in models]
+    slow = [HuggingFaceLM(model, lean=False) for model in models]
+    drafting = AlignedModel(fast[0], fast[1:], eos_token_ids=[0], max_num_seqs=4)
+    plain = AlignedModel(slow[0], slow[1:], eos_token_ids=[0], max_num_seqs=1, num_speculative_tokens=0)
+    found = [one.tokens for one in drafting.generate(prompts, params)]
+    expected = [one.tokens for one in plain.generate(prompts, params)]
+    same = sum(map(tuple.__eq__, map(tuple, found), map(tuple, expected)))
+    return {"passed": same == len(prompts), "same": same, "of": len(prompts), "drafts_accepted": drafting.pace.tally.accepted}
+
+
 def check_waits(device: torch.device) -> dict[str, Any]:
     """One wait a step, its reading of what was decided; None on a CPU."""
     model = AlignedModel(*pair_of(device, torch.bfloat16), num_speculative_tokens=3, prefix_cache_tokens=0)
@@ -215,7 +235,7 @@ def speed(models: Sequence[Any], device: torch.device, batch: int, *, captured: 
     capture = capture_on(device) if captured else None
     proposal, aligner = (HuggingFaceLM(model, owned=True, capture=capture) for model in models)
     aligned = AlignedModel(proposal, [aligner], max_num_seqs=batch)
-    context, tokens = (128, 64) if device.type == "cuda" else (8, 4)
+    context, tokens = (128, 48) if device.type == "cuda" else (8, 4)
     prompts = random_prompts(proposal.vocab_size, batch, context, 0)
     params = SamplingParams(max_tokens=tokens, seed=0, temperature=0.7)
     return {"cuda_graphs": captured, **measure_speed(aligned, Stock(*models), prompts, params, repeats=2)}

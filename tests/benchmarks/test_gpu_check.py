@@ -19,10 +19,10 @@ def test_all_of_it_runs_on_a_cpu_and_writes_a_report(tmp_path, capsys):
     assert gpu_check.check(tmp_path / "report.json", "cpu", 1000.0) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: found["passed"] for name, found in report["checks"].items()} == dict.fromkeys(
-        ["rows", "graphs", "waits", "law"], True
+        ["rows", "graphs", "tokens", "waits", "law"], True
     )
     assert [(run["batch"], run["cuda_graphs"]) for run in report["speed"]] == [
-        (batch, captured) for captured in (False, True) for batch in (1, 8, 32)
+        (batch, captured) for captured in (True, False) for batch in (1, 8, 32)
     ]
     assert report["left_out"] == []
     assert report["checks"]["graphs"]["passes"] > 8
@@ -48,6 +48,14 @@ def test_a_wrong_law_is_found(monkeypatch):
         gpu_check.AlignedModel, "score", lambda self, prompts, texts: score(self.with_aligners([]), prompts, texts)
     )
     assert not gpu_check.check_law(CPU)["passed"]
+
+
+def test_other_tokens_are_found(monkeypatch):
+    logits = LeanDecoder.logits
+    monkeypatch.setattr(LeanDecoder, "logits", lambda self, hidden: logits(self, hidden) * 1.3)
+    found = gpu_check.check_tokens(CPU)
+    assert not found["passed"]
+    assert found["same"] < found["of"]
 
 
 @pytest.mark.parametrize("fault", ["stale", "never"])

@@ -50,6 +50,25 @@ def alone(prompt: list[int], **settings: object) -> list[list[int]]:
     return texts(group)
 
 
+@pytest.mark.parametrize(("limits", "moves"), [((5, 5, 5, 5), 0), ((5, 9, 9, 5), 1), ((5, 5, 9, 9), 2), ((9, 9, 5, 5), 0)])
+def test_only_who_stays_moves_into_a_slot_that_is_given_up(limits, moves):
+    """Of each model; what ends in the same step is not copied first."""
+    models = [TableLM.random(V, order=2, seed=seed) for seed in (0, 1)]
+    moved = [0, 0]
+    for i, model in enumerate(models):
+        copy = model.copy
+
+        def counted(source, slots, target, to, i=i, copy=copy):
+            moved[i] += source is target
+            copy(source, slots, target, to)
+
+        model.copy = counted
+    pair = AlignedModel(models[0], models[1:], eos_token_ids=[EOS], num_speculative_tokens=0, prefix_cache_tokens=0)
+    params = [SamplingParams(max_tokens=limit, seed=0, ignore_eos=True) for limit in limits]
+    assert [len(one.tokens) for one in pair.generate([[1, 2]] * 4, params)] == list(limits)
+    assert moved == [moves, moves]
+
+
 def test_requests_that_join_and_leave_at_any_step_get_what_they_get_alone():
     draw = random.Random(5)
     wanted = [([1 + i % 6] * (1 + i % 9), {"seed": i, "max_tokens": 1 + draw.randrange(20), "n": 1 + i % 3}) for i in range(30)]

@@ -43,6 +43,13 @@ def test_a_cost_that_jumps_is_found_and_a_change_is_noticed():
     assert 6 in run(pace, lambda k: 1.0 if k < 7 else 4.0, 0.9, steps=1200)
 
 
+def test_token_by_token_that_became_cheap_is_noticed_from_afar():
+    """On a GPU first passes of a shape cost many times what later ones do; that must not decide for ever."""
+    pace = Pace()
+    assert set(run(pace, lambda k: 10 + 0.1 * k, 0.9)) <= {0, 6, 8}
+    assert run(pace, lambda k: 10 + 0.1 * k if k else 1.0, 0.9, steps=600).count(0) >= 38
+
+
 def test_costs_are_learned_apart_for_small_and_large_batches():
     pace = Pace()
     run(pace, lambda k: 1 + 0.05 * k, 0.8, sequences=1)

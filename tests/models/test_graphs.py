@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from tiny import EOS, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
+from trimtab.decode.assemble import make_capture
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models import graphs
 from trimtab.models.base import State, vacate
@@ -84,9 +85,8 @@ def pair(kind: str = "llama", *, seed: int = 0, **settings: Any) -> tuple[Huggin
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes of a tiny model: few columns, and a graph at the second pass."""
+    """Shapes of a tiny model: few columns."""
     monkeypatch.setattr(graphs, "COLUMNS", 16)
-    monkeypatch.setattr(graphs, "MET", 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -148,8 +148,14 @@ def repeat(model: HuggingFaceLM, state: State, *widths: int) -> list[Tensor]:
 def test_the_number_of_graphs_is_bounded(monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 2)
     _, model, recorder = pair()
-    repeat(model, model.new_state(2, CAPACITY), 1, 2, 3, 1, 2, 3, 1, 2, 3)
-    assert recorder.captured == 2
+    state = model.new_state(2, CAPACITY)
+    repeat(model, state, 1, 1, 2, 1, 3, 1)
+    assert recorder.captured == 3  # of 3, which took the place of 2, for 1 was used since
+    repeat(model, state, 1, 3)
+    assert recorder.captured == 3
+    repeat(model, state, 2)
+    assert recorder.captured == 4
+    assert len(state.graphs) == 2
 
 
 @pytest.mark.parametrize("captured", [True, False])
@@ -202,16 +208,21 @@ def test_prompts_and_long_passes_are_not_captured():
     assert recorder.captured == 0
 
 
-def test_models_that_cannot_be_captured_are_refused():
+def test_models_that_cannot_be_captured_run_without_unless_graphs_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("trimtab.decode.assemble.make_capture", lambda wanted, device: Recorder())
+    monkeypatch.setattr("trimtab.decode.assemble.check_graphs", lambda device: None)
+    save_tiny(tmp_path, tiny_model("gpt2", 28), tiny_tokenizer())
+    assert not AlignedModel.from_pretrained(tmp_path).proposal.has_graphs
     with pytest.raises(
         UnsupportedModel, match=r"cuda_graphs: only plain gemma, gemma2, .*, smollm3 models can .* this is a 'gpt2'"
     ):
-        HuggingFaceLM(tiny_model("gpt2", V), owned=True, capture=Recorder())
+        AlignedModel.from_pretrained(tmp_path, cuda_graphs=True)
 
 
 def test_what_is_loaded_is_captured_and_what_is_passed_or_shared_is_not(tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr("trimtab.decode.assemble.make_capture", lambda wanted, device: recorder if wanted else None)
+    monkeypatch.setattr("trimtab.decode.assemble.check_graphs", lambda device: None)
     for seed, name in enumerate(("proposal", "aligner")):
         save_tiny(tmp_path / name, tiny_model("llama", 28, seed=seed), tiny_tokenizer())
     for proposal, aligner, models in (
@@ -234,3 +245,13 @@ def test_what_is_loaded_is_captured_and_what_is_passed_or_shared_is_not(tmp_path
 def test_graphs_want_a_gpu_before_anything_is_loaded(device, where):
     with pytest.raises(InvalidOption, match=f"cuda_graphs needs models on {where}"):
         AlignedModel.from_pretrained("no/such-folder", device=device, cuda_graphs=True)
+
+
+@pytest.mark.parametrize(("wanted", "device", "graphs"), [
+    (None, "cuda", True), (True, "cuda:1", True), (False, "cuda", False), (None, "cpu", False), (None, "auto", False),
+    (None, None, False),
+])  # fmt: skip
+def test_graphs_are_what_one_gpu_gets(wanted, device, graphs, monkeypatch):
+    """By default, too; nothing of this asks for the GPU yet."""
+    monkeypatch.setattr("trimtab.decode.assemble.pick_device", lambda device: torch.device(device or "cpu"))
+    assert (make_capture(wanted, device) is not None) == graphs

@@ -48,7 +48,7 @@ class RowOptions:
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     aligner_dtype: str | None = option(None, "that of aligners and drafters that are models of their own [default: --dtype]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
-    cuda_graphs: bool = option(False, "replay short passes as CUDA graphs; on a GPU, and not yet tried on one")
+    cuda_graphs: bool | None = option(None, "replay short passes as CUDA graphs [default: on one GPU, where a model can]")
     quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
     max_num_seqs: int = option(32, "most sequences in a batch")
 

@@ -227,7 +227,7 @@ def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
 def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Opened":
     """The proposal, its aligners, and an engine."""
     from trimtab.decode.aligned import AlignedModel
-    from trimtab.decode.assemble import Loader, make_capture
+    from trimtab.decode.assemble import Loader, check_graphs
     from trimtab.decode.engine import Engine
     from trimtab.decode.template import read_chat_template, refuse_idle_date
     from trimtab.models.loading import load_tokenizer
@@ -238,9 +238,15 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     if (template := read_chat_template(options.chat_template_path)) is not None:
         tokenizer.chat_template = template
     refuse_idle_date(options.date, tokenizer)
-    capture = make_capture(options.cuda_graphs, options.device)
-    dtype = options.aligner_dtype or options.dtype
-    loader = Loader(tokenizer, dtype=dtype, device=options.device, capture=capture, quantize=options.quantize)
+    if options.cuda_graphs:
+        check_graphs(options.device)
+    loader = Loader(
+        tokenizer,
+        dtype=options.aligner_dtype or options.dtype,
+        device=options.device,
+        cuda_graphs=options.cuda_graphs,
+        quantize=options.quantize,
+    )
     for _, path, _ in named:
         loader.find(path)  # what is not there is said before the proposal is loaded
     base = AlignedModel.from_pretrained(

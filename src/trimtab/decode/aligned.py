@@ -124,7 +124,7 @@ class AlignedModel:
         device: str | torch.device | None = None,
         revision: str | None = None,
         draft: Any = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         quantize: str | None = None,
         aligner_dtype: str | torch.dtype | None = None,
         **settings: Any,
@@ -144,8 +144,8 @@ class AlignedModel:
             device: where to put what is loaded here; default: the first GPU, or the CPU.
             revision: hub revision of the proposal.
             draft: as for `AlignedModel`, or a model to load: a folder, a hub id, an `Aligner`, a transformers model.
-            cuda_graphs: replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart. It has not
-                been run on a GPU yet: see docs/decoding.md.
+            cuda_graphs: replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart; default: on
+                one GPU, where a model has a lean pass. See docs/decoding.md.
             quantize: `"int8"` keeps the weights of what is loaded here in 8 bits, on a CPU; see docs/models.md.
             aligner_dtype: of the aligners and drafters that are loaded here; default: `dtype`. Heads, and their drafters, have
                 the proposal's.

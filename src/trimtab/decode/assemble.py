@@ -15,6 +15,7 @@ from trimtab.models.adapter_folder import Base
 from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.aligner import Aligner, Description, Manifest, describe, load_files
 from trimtab.models.base import LanguageModel
+from trimtab.models.blocks import LEAN
 from trimtab.models.fingerprint import Files
 from trimtab.models.graphs import CudaCapture
 from trimtab.models.head import Head, HeadPool
@@ -53,7 +54,7 @@ def load_parts(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     revision: str | None,
-    cuda_graphs: bool,
+    cuda_graphs: bool | None,
     quantize: str | None,
     aligner_dtype: str | torch.dtype | None,
 ) -> Parts:
@@ -66,16 +67,17 @@ def load_parts(
     """
     if eos_token_ids is not None and not isinstance(eos_token_ids, (list, tuple)):
         raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
-    capture = make_capture(cuda_graphs, device)
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
     source, files = proposal, None
+    if cuda_graphs:
+        check_graphs(device)
     if isinstance(source, (str, Path)) and tokenizer is None:
         tokenizer = load_tokenizer(source, revision=revision)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-    loader = Loader(tokenizer, dtype=aligner_dtype or dtype, device=device, capture=capture, quantize=quantize)
+    loader = Loader(tokenizer, dtype=aligner_dtype or dtype, device=device, cuda_graphs=cuda_graphs, quantize=quantize)
     given = [loader.find(source) for source in given]
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft
@@ -87,7 +89,7 @@ def load_parts(
     if isinstance(source, (str, Path)):  # only now, for it takes longest
         load = partial(load_model, source, dtype=dtype, device=device, revision=revision)
         proposal, files = Files.of(load, (source, revision))
-    loader.proposal = backend = _backend(proposal, loader.vocab_size, files, capture, quantize)
+    loader.proposal = backend = loader.backend(proposal, files)
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
@@ -112,19 +114,19 @@ def _check_aligner_dtype(dtype: str | torch.dtype, found: Sequence["Found"]) -> 
         raise InvalidOption(f"aligner_dtype has no effect: {what}; leave it out")
 
 
-def make_capture(cuda_graphs: bool, device: str | torch.device | None) -> CudaCapture | None:
-    """What captures the passes of models, if CUDA graphs are wanted.
-
-    Raises:
-        InvalidOption: they are, without a GPU.
-    """
-    if not cuda_graphs:
-        return None
+def check_graphs(device: str | torch.device | None) -> None:
+    """Refuse CUDA graphs where there is not one GPU."""
     if device == "auto":
         raise InvalidOption("cuda_graphs needs models on one GPU, and 'auto' may spread them: leave it out, or say device cuda")
     chosen = pick_device(device)
     if chosen.type != "cuda":
         raise InvalidOption(f"cuda_graphs needs models on a GPU, and these are on {chosen}: leave it out, or say device cuda")
+
+
+def make_capture(cuda_graphs: bool | None, device: str | torch.device | None) -> CudaCapture | None:
+    """What captures the passes of models: on one GPU, unless CUDA graphs are not wanted."""
+    if cuda_graphs is False or device == "auto" or (chosen := pick_device(device)).type != "cuda":
+        return None
     return CudaCapture(chosen)
 
 
@@ -154,7 +156,8 @@ class Loader:
     Args:
         tokenizer: the proposal's, which every aligner's must equal; None to trust the caller.
         dtype, device: of what is loaded here.
-        capture: of `make_capture`, for what is loaded here, adapters on a shared base apart.
+        cuda_graphs: whether to replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart; None
+            for where that is possible.
         quantize: how to keep the weights of what is loaded here, see `HuggingFaceLM`.
     """
 
@@ -164,12 +167,12 @@ class Loader:
         *,
         dtype: str | torch.dtype,
         device: str | torch.device | None,
-        capture: CudaCapture | None = None,
+        cuda_graphs: bool | None = None,
         quantize: str | None = None,
     ) -> None:
         self.vocab_size = vocabulary_size(tokenizer) if tokenizer is not None else None
-        self._tokenizer, self._dtype, self._device, self._capture = tokenizer, dtype, device, capture
-        self._quantize = quantize
+        self._tokenizer, self._dtype, self._device = tokenizer, dtype, device
+        self._capture, self._must_capture, self._quantize = make_capture(cuda_graphs, device), bool(cuda_graphs), quantize
         self._pools: weakref.WeakValueDictionary[Base, AdapterPool] = weakref.WeakValueDictionary()
         self._unfit: set[Base] = set()
         self.proposal: LanguageModel | None = None
@@ -212,7 +215,7 @@ class Loader:
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source, files = load_files(found, dtype=self._dtype, device=self._device)
-        model = _backend(source, self.vocab_size, files, self._capture, self._quantize)
+        model = self.backend(source, files)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
     def load_draft(self, source: AlignerLike) -> LanguageModel:
@@ -226,6 +229,28 @@ class Loader:
         if isinstance(source, Found) and is_reduced(source.folder.folder):
             return load_reduced(source.folder.folder, self.proposal, source.name)
         return self.load(source).model
+
+    def backend(self, model: Any, files: Files | None) -> LanguageModel:
+        """A model as it is given, or one that was loaded here from files.
+
+        Raises:
+            ModelError: it cannot be decoded with, or not with CUDA graphs, if those must be.
+        """
+        if isinstance(model, torch.nn.Module):
+            if files is None:
+                return HuggingFaceLM(model, self.vocab_size)
+            how: dict[str, Any] = {"capture": self._capture, "quantize": self._quantize}
+            found = HuggingFaceLM(model, self.vocab_size, owned=True, files=files, **how)
+            if self._must_capture and not found.has_graphs:
+                kind = found.model.config.model_type
+                plain = f"plain {', '.join(LEAN)} models"
+                raise UnsupportedModel(
+                    f"cuda_graphs: only {plain} can be captured, without adapters of their own; this is a '{kind}'"
+                )
+            return found
+        if not hasattr(model, "vocab_size") or not hasattr(model, "extend"):
+            raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {model!r}")
+        return model  # type: ignore[no-any-return]
 
     def _take_head(self, head: Head, folder: Path, name: str) -> Adapted:
         """A head on the layers of the proposal, which heads of the same tap share."""
@@ -271,16 +296,3 @@ class Loader:
 def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None:
     """The drafter beside an aligner, if it is a residual or a head; others draft for themselves."""
     return draft if manifest is not None and (manifest.is_residual or manifest.head is not None) else None
-
-
-def _backend(
-    module: Any, vocab_size: int | None, files: Files | None, capture: CudaCapture | None, quantize: str | None
-) -> LanguageModel:
-    """A model as it is given, or one that was loaded here from files."""
-    if isinstance(module, torch.nn.Module):
-        if files is None:
-            return HuggingFaceLM(module, vocab_size)
-        return HuggingFaceLM(module, vocab_size, owned=True, files=files, capture=capture, quantize=quantize)
-    if not hasattr(module, "vocab_size") or not hasattr(module, "extend"):
-        raise InvalidOption(f"proposal and aligner must be folders, hub ids or models, not {module!r}")
-    return module  # type: ignore[no-any-return]

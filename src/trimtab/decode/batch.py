@@ -102,8 +102,8 @@ class Batch:
 
     def remove(self, gone: Sequence[Growing]) -> None:
         """Let sequences go; a group that is empty goes, too, and with it its hold on its models."""
-        for sequence in gone:
-            slot = self.sequences.index(sequence)
+        for slot in sorted(map(self.sequences.index, gone), reverse=True):  # or slots would be filled with what goes, too
+            sequence = self.sequences[slot]
             if sequence.error:
                 self._state.wipe(slot)
             vacate(self._proposal, self._state, slot, len(self.sequences) - 1)

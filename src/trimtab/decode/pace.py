@@ -21,7 +21,7 @@ LADDER = (0, 1, 2, 3, 4, 6, 8)
 FIRST = (4, 0, 2)
 """Draft lengths that are timed before one is chosen, twice each: the first time of anything is slow."""
 LOOK_AROUND = 48
-"""Steps after which a neighbour of the best length is timed again."""
+"""Steps after which a neighbour of the best length, or 0, is timed again: what was measured once may no longer be so."""
 RECONSIDER = 4
 """Steps after which the best length is worked out again: that takes about as long as a matrix product of a tiny model."""
 TRUST = 8.0
@@ -157,10 +157,10 @@ class Pace:
         if size not in self._best or steps % RECONSIDER == 0:
             self._best[size] = max(LADDER, key=lambda k: self._tokens(k, load.sequences, hopes) / self._cost(size, k))
         best = self._best[size]
-        if steps % LOOK_AROUND == 0:
-            step = 1 if steps // LOOK_AROUND % 2 else -1
-            return LADDER[min(max(LADDER.index(best) + step, 0), len(LADDER) - 1)]
-        return best
+        if steps % LOOK_AROUND:
+            return best
+        at = LADDER.index(best)
+        return LADDER[(0, max(at - 1, 0), min(at + 1, len(LADDER) - 1))[steps // LOOK_AROUND % 3]]
 
     def observe(self, load: "Load", length: int, seconds: float) -> None:
         """Note how long a step took."""

@@ -33,6 +33,7 @@ from trimtab.decode.prompts import as_list, is_chat, read_chat
 from trimtab.decode.request import Prompt
 from trimtab.decode.scoring import by_length
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
+from trimtab.models.attention import without_cudnn
 from trimtab.models.fingerprint import Files, fingerprint_model
 from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, quietly_reported, readable
 from trimtab.models.stored import check_filled
@@ -259,7 +260,8 @@ class RewardModel:
                 inputs["token_type_ids"] = types
             inputs = {name: value.to(self._embeddings.device) for name, value in inputs.items()}
             options = {"use_cache": False} if self._decoder and hasattr(config, "use_cache") else {}
-            logits = getattr(self.model(**inputs, **options), "logits", None)
+            with without_cudnn(self._embeddings.device):
+                logits = getattr(self.model(**inputs, **options), "logits", None)
         if not isinstance(logits, Tensor) or logits.shape != (len(rows), config.num_labels):
             what = tuple(logits.shape) if isinstance(logits, Tensor) else logits
             raise ModelError(

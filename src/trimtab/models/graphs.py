@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.transfer import to_device
+from trimtab.models.attention import without_cudnn
 from trimtab.models.lean import LeanDecoder
 from trimtab.models.slots import SlotState
 
@@ -31,10 +32,8 @@ WIDEST = 17
 """Tokens of a slot, the most drafts and one; longer passes read prompts, and take the GPU long enough."""
 COLUMNS = 256
 """Columns are rounded up to a multiple."""
-MET = 2
-"""Passes of a shape that run without a graph, for many shapes are not met again."""
 MOST = 64
-"""Graphs of a state; further shapes run without."""
+"""Graphs of a state; the one that was used longest ago makes room for a new one."""
 
 _Shape = tuple[int, int, int]
 """Slots, tokens of each, columns."""
@@ -79,14 +78,11 @@ class Graphs:
         used = max(1, *(length + count for length, count in zip(state.lengths, counts, strict=False)))
         columns = min(-(-used // COLUMNS) * COLUMNS, state.capacity)
         shape = (min(1 << (slots - 1).bit_length(), len(state)), width, columns)
-        graphs: dict[_Shape, _Pass | int] = state.graphs
-        graph = graphs.setdefault(shape, 0)
-        if isinstance(graph, int):
-            made = self._make(state, shape, last_position, tokens) if graph >= MET else None
-            if made is None:
-                graphs[shape] = graph + 1
-                return None
-            graph = graphs[shape] = made
+        graphs: dict[_Shape, _Pass] = state.graphs
+        graph = graphs.pop(shape, None) or self._make(state, shape, last_position, tokens)
+        if graph is None:
+            return None
+        graphs[shape] = graph  # the one used last stands last
         surplus = [0] * (shape[0] - slots)
         graph.tokens[:slots] = tokens
         graph.numbers.copy_(to_device([[*state.lengths[:slots], *surplus], [*counts, *surplus]], tokens.device))
@@ -94,9 +90,14 @@ class Graphs:
         return self._lean.logits(graph.hidden[:slots])
 
     def _make(self, state: SlotState, shape: _Shape, last_position: int, like: Tensor) -> _Pass | None:
-        """Capture a pass, unless there are too many or capturing has failed before: then no pass is captured any more."""
-        if self._capture is None or sum(isinstance(other, _Pass) for other in state.graphs.values()) >= MOST:
+        """Capture a pass, unless capturing has failed before: then no pass is captured any more.
+
+        It is captured when it is first met: so what a step costs is known from its second one on (`trimtab.decode.pace`).
+        """
+        if self._capture is None or not all(layer.is_initialized for layer in state.layers):
             return None
+        if len(state.graphs) >= MOST:
+            del state.graphs[next(iter(state.graphs))]
         slots, width, columns = shape
         tokens, numbers = like.new_zeros(slots, width), like.new_zeros(2, slots)
 
@@ -104,7 +105,8 @@ class Graphs:
             lengths, taken = numbers.unsqueeze(-1)
             state.step = state.lay_out(lengths, taken, width, columns, last_position)
             try:
-                return self._lean.upper(self._lean.embed(tokens), state.step, state.layers)
+                with without_cudnn(tokens.device):
+                    return self._lean.upper(self._lean.embed(tokens), state.step, state.layers)
             finally:
                 state.step = None
 

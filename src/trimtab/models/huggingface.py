@@ -91,13 +91,13 @@ class HuggingFaceLM:
         lean: take the lean forward pass where there is one, which is for unchanged models of transformers' classes only; False
             for the stock module's.
         files: what it was loaded from, to tell it from others; None to go by the weights in memory.
-        capture: a `trimtab.models.graphs.CudaCapture`, to replay short passes of an owned model as CUDA graphs; None runs every
-            pass.
+        capture: a `trimtab.models.graphs.CudaCapture`, to replay short passes as CUDA graphs, of an owned model with a lean
+            pass; others run every pass, as all do with None.
         quantize: `"int8"` to keep the weights of an owned model in 8 bits (`trimtab.models.int8`); None for as they are.
 
     Raises:
         UnsupportedModel: an architecture that ragged slots would decode wrongly, or that fails its trial; adapters of which a
-            part would be left out; or a model without a lean pass, with `capture`.
+            part would be left out.
         InvalidOption: `quantize` is unknown, or this model cannot have it.
     """
 
@@ -147,12 +147,6 @@ class HuggingFaceLM:
             whole = [linear for linear in self._lean.linears if linear.weight is not None]
             prepack(whole, shared=inner.get_input_embeddings().weight)
             self._graphs = Graphs(self._lean, capture) if capture else None
-        elif capture is not None:
-            kind = inner.config.model_type
-            plain = f"plain {', '.join(LEAN)} models"
-            raise UnsupportedModel(
-                f"cuda_graphs: only {plain} can be captured, without adapters of their own; this is a '{kind}'"
-            )
         if inner.config.model_type not in SUPPORTED:
             with narrowed(inner.config):
                 self._sights = sights_of(inner.config)
@@ -190,6 +184,11 @@ class HuggingFaceLM:
         integers = f", {in_8_bits} in int8" if in_8_bits else ""
         graphs = ", CUDA graphs" if self._graphs is not None else ""
         return f"lean pass, {packed} of {len(linears)} weights packed{integers}{graphs}"
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether short passes are replayed as CUDA graphs."""
+        return self._graphs is not None
 
     @property
     def immutable(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from trimtab.core.transfer import to_device
+from trimtab.models.attention import without_cudnn
 from trimtab.models.base import State
 from trimtab.models.masks import FULL, Sight
 
@@ -138,7 +139,8 @@ class SlotState(State):
         """`plan`, in force inside the `with`; the slots are longer behind it, unless it failed."""
         self.step = step = self.plan(counts, width, last_position, device)
         try:
-            yield step
+            with without_cudnn(device):
+                yield step
         finally:
             self.step = None
         self.advance(counts)

@@ -23,6 +23,7 @@ from trimtab.decode.encoding import Encoder
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, describe, save_model
+from trimtab.models.attention import without_cudnn
 from trimtab.models.head import Head
 from trimtab.models.loading import load_model
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
@@ -114,6 +115,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         ranks.first_does(lambda: _take(stack, output, options.overwrite_output_dir))
         stack.enter_context(named_errors(output))
+        stack.enter_context(without_cudnn(arguments.device))
         return _train(options, found, output, arguments, ranks)
 
 

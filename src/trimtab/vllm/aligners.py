@@ -55,7 +55,7 @@ class Aligners:
 
     def __init__(self, settings: Settings, tokenizer: Any, limits: Limits, device: torch.device) -> None:
         self._models: dict[str, tuple[HuggingFaceLM, Any]] = {}
-        loader = Loader(tokenizer, dtype=settings.dtype, device=device)
+        loader = Loader(tokenizer, dtype=settings.dtype, device=device, cuda_graphs=False)
         for name, path in settings.aligners.items():
             model: Any = loader.load(path).model
             base: Any
