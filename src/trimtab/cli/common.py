@@ -50,6 +50,7 @@ class RowOptions:
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     cuda_graphs: bool | None = option(None, "replay short passes as CUDA graphs [default: on one GPU, where a model can]")
     quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
+    backend: str | None = option(None, "who runs GGUF files [default: torch, in float32]", choices=("llamacpp",))
     max_num_seqs: int = option(32, "most sequences in a batch")
 
     def __post_init__(self) -> None:
@@ -252,6 +253,7 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
             aligner_temperature=options.aligner_temperature,
             cuda_graphs=options.cuda_graphs,
             quantize=options.quantize,
+            backend=options.backend,
             max_num_seqs=options.max_num_seqs,
             date=None if chats is None else pick_date(chats.date, kept_date),
             **drafting,

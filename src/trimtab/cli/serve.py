@@ -227,14 +227,16 @@ def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
 def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Opened":
     """The proposal, its aligners, and an engine."""
     from trimtab.decode.aligned import AlignedModel
-    from trimtab.decode.assemble import Loader, check_graphs
+    from trimtab.decode.assemble import Loader, check_graphs, runs_by_llamacpp
     from trimtab.decode.engine import Engine
     from trimtab.decode.template import read_chat_template, refuse_idle_date
+    from trimtab.models.gguf import load_gguf_tokenizer
     from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened
 
-    tokenizer = load_tokenizer(options.proposal)
+    by_llamacpp = runs_by_llamacpp(options.proposal, options.backend)
+    tokenizer = load_gguf_tokenizer(options.proposal) if by_llamacpp else load_tokenizer(options.proposal)
     if (template := read_chat_template(options.chat_template_path)) is not None:
         tokenizer.chat_template = template
     refuse_idle_date(options.date, tokenizer)
@@ -246,6 +248,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         device=options.device,
         cuda_graphs=options.cuda_graphs,
         quantize=options.quantize,
+        backend=options.backend,
     )
     for _, path, _ in named:
         loader.find(path)  # what is not there is said before the proposal is loaded
@@ -265,6 +268,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         num_speculative_tokens=options.num_speculative_tokens,
         cuda_graphs=options.cuda_graphs,
         quantize=options.quantize,
+        backend=options.backend,
         max_num_seqs=options.max_num_seqs,
         prefix_cache_tokens=options.prefix_cache_tokens,
         date=options.date,

@@ -127,6 +127,7 @@ class AlignedModel:
         cuda_graphs: bool | None = None,
         quantize: str | None = None,
         aligner_dtype: str | torch.dtype | None = None,
+        backend: str | None = None,
         **settings: Any,
     ) -> Self:
         """Load a proposal and its aligners.
@@ -149,14 +150,14 @@ class AlignedModel:
             quantize: `"int8"` keeps the weights of what is loaded here in 8 bits, on a CPU; see docs/models.md.
             aligner_dtype: of the aligners and drafters that are loaded here; default: `dtype`. Heads, and their drafters, have
                 the proposal's.
+            backend: `"llamacpp"` lets llama.cpp run GGUF files, as they are; default: torch. See docs/models.md.
             settings: the further arguments of `AlignedModel`: `proposal_temperature`, `max_num_seqs`, …
 
         Raises:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        unknown = set(settings) - SETTINGS
-        if unknown:
+        if unknown := set(settings) - SETTINGS:
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         how: dict[str, Any] = {
             "dtype": dtype,
@@ -165,6 +166,7 @@ class AlignedModel:
             "cuda_graphs": cuda_graphs,
             "quantize": quantize,
             "aligner_dtype": aligner_dtype,
+            "backend": backend,
         }
         parts = load_parts(proposal, aligner, draft, tokenizer, eos_token_ids, **how)
         models = parts.proposal, parts.aligners, parts.tokenizer, parts.eos_token_ids

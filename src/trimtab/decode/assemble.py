@@ -17,9 +17,11 @@ from trimtab.models.aligner import Aligner, Description, Manifest, describe, loa
 from trimtab.models.base import LanguageModel
 from trimtab.models.blocks import LEAN
 from trimtab.models.fingerprint import Files
+from trimtab.models.gguf import is_gguf, load_gguf_tokenizer
 from trimtab.models.graphs import CudaCapture
 from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.llamacpp import LlamaCppLM
 from trimtab.models.loading import check_dtype, load_model, load_tokenizer, pick_device
 from trimtab.models.lora_folder import poolable
 from trimtab.models.reduced import is_reduced, load_reduced
@@ -28,6 +30,9 @@ from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids,
 __all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts", "make_capture"]
 
 logger = logging.getLogger(__name__)
+
+BACKENDS = ("llamacpp",)
+"""What runs GGUF files, other than torch."""
 
 AlignerLike = Any
 """A folder, a hub id, an `Aligner`, a transformers or PEFT model, or a `LanguageModel`."""
@@ -57,6 +62,7 @@ def load_parts(
     cuda_graphs: bool | None,
     quantize: str | None,
     aligner_dtype: str | torch.dtype | None,
+    backend: str | None,
 ) -> Parts:
     """Load what is named and check that it fits together; the arguments are those of `AlignedModel.from_pretrained`.
 
@@ -69,15 +75,20 @@ def load_parts(
         raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
     source, files = proposal, None
+    if backend is not None:
+        what = {"dtype": dtype != "auto", "device": device is not None, "cuda_graphs": cuda_graphs, "quantize": quantize}
+        _check_llamacpp(backend, [source, *given, draft], [name for name, said in what.items() if said])
     if cuda_graphs:
         check_graphs(device)
     if isinstance(source, (str, Path)) and tokenizer is None:
-        tokenizer = load_tokenizer(source, revision=revision)
+        by_llamacpp = runs_by_llamacpp(source, backend)
+        tokenizer = load_gguf_tokenizer(source) if by_llamacpp else load_tokenizer(source, revision=revision)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InvalidOption(f"tokenizer must be a tokenizer, or where to load one, not {tokenizer!r}")
-    loader = Loader(tokenizer, dtype=aligner_dtype or dtype, device=device, cuda_graphs=cuda_graphs, quantize=quantize)
+    how: dict[str, Any] = {"device": device, "cuda_graphs": cuda_graphs, "quantize": quantize, "backend": backend}
+    loader = Loader(tokenizer, dtype=aligner_dtype or dtype, **how)
     given = [loader.find(source) for source in given]
     named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
     draft = loader.find(draft) if named else draft
@@ -86,17 +97,19 @@ def load_parts(
         _check_aligner_dtype(aligner_dtype, found)
     if quantize is not None and not found and not isinstance(source, (str, Path)):
         raise InvalidOption("quantize is for what is loaded here, and all of this was given as models: leave it out")
-    if isinstance(source, (str, Path)):  # only now, for it takes longest
+    if runs_by_llamacpp(source, backend):
+        proposal = LlamaCppLM(source, loader.vocab_size)
+    elif isinstance(source, (str, Path)):  # only now, for it takes longest
         load = partial(load_model, source, dtype=dtype, device=device, revision=revision)
         proposal, files = Files.of(load, (source, revision))
-    loader.proposal = backend = loader.backend(proposal, files)
+    loader.proposal = frozen = loader.wrap(proposal, files)
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
         draft, named = loaded[0].draft, True
     if named:
         draft = loader.load_draft(draft)
     return Parts(
-        backend,
+        frozen,
         [item.model for item in loaded],
         [item.manifest for item in loaded],
         draft,
@@ -112,6 +125,22 @@ def _check_aligner_dtype(dtype: str | torch.dtype, found: Sequence["Found"]) -> 
     if all(reduced or head for head, reduced in zip(heads, (is_reduced(one.folder.folder) for one in found), strict=True)):
         what = "heads and their drafters have the proposal's" if found else "nothing is loaded here beside the proposal"
         raise InvalidOption(f"aligner_dtype has no effect: {what}; leave it out")
+
+
+def runs_by_llamacpp(source: Any, backend: str | None) -> bool:
+    """Whether something that is to be loaded is for llama.cpp to run."""
+    return backend is not None and isinstance(source, (str, Path)) and is_gguf(source)
+
+
+def _check_llamacpp(backend: str, sources: Sequence[Any], said: Sequence[str]) -> None:
+    """Refuse a backend that is none or would run nothing, and options that only others heed."""
+    if backend not in BACKENDS:
+        raise InvalidOption(f"backend must be {' or '.join(BACKENDS)}, not {backend!r}")
+    loaded = [one for one in sources if isinstance(one, (str, Path)) and one not in DRAFTS]
+    if not any(map(is_gguf, loaded)):
+        raise InvalidOption(f"backend: {backend} runs GGUF files, and none is named: leave it out")
+    if said and all(map(is_gguf, loaded)):
+        raise InvalidOption(f"{said[0]} has no effect on what llama.cpp runs: leave it out")
 
 
 def check_graphs(device: str | torch.device | None) -> None:
@@ -159,6 +188,7 @@ class Loader:
         cuda_graphs: whether to replay short passes of what is loaded here as CUDA graphs, adapters on a shared base apart; None
             for where that is possible.
         quantize: how to keep the weights of what is loaded here, see `HuggingFaceLM`.
+        backend: `"llamacpp"` lets llama.cpp run GGUF files; None for torch.
     """
 
     def __init__(
@@ -169,9 +199,10 @@ class Loader:
         device: str | torch.device | None,
         cuda_graphs: bool | None = None,
         quantize: str | None = None,
+        backend: str | None = None,
     ) -> None:
         self.vocab_size = vocabulary_size(tokenizer) if tokenizer is not None else None
-        self._tokenizer, self._dtype, self._device = tokenizer, dtype, device
+        self._tokenizer, self._dtype, self._device, self._backend = tokenizer, dtype, device, backend
         self._capture, self._must_capture, self._quantize = make_capture(cuda_graphs, device), bool(cuda_graphs), quantize
         self._pools: weakref.WeakValueDictionary[Base, AdapterPool] = weakref.WeakValueDictionary()
         self._unfit: set[Base] = set()
@@ -188,6 +219,9 @@ class Loader:
         """
         if not isinstance(source, (str, Path)):
             return source
+        if runs_by_llamacpp(source, self._backend):
+            self._check(load_gguf_tokenizer(source), str(source))
+            return source
         found = describe(source)
         self._check(found.tokenizer, str(source))
         return Found(str(source), found)
@@ -201,6 +235,8 @@ class Loader:
         """
         manifest, draft, files = None, None, None
         source = self.find(source)
+        if runs_by_llamacpp(source, self._backend):
+            source = LlamaCppLM(source, self.vocab_size)
         if isinstance(source, Aligner):
             self._check(source.tokenizer, source.name)
             source, manifest, draft = source.model, source.manifest, source.draft
@@ -215,7 +251,7 @@ class Loader:
             if found.is_adapter and (adapted := self._adapt(found.folder, name)) is not None:
                 return Loaded(adapted, manifest, adapted.adapter.num_bytes, _default_draft(manifest, draft))
             source, files = load_files(found, dtype=self._dtype, device=self._device)
-        model = self.backend(source, files)
+        model = self.wrap(source, files)
         return Loaded(model, manifest, getattr(model, "num_bytes", 0), _default_draft(manifest, draft))
 
     def load_draft(self, source: AlignerLike) -> LanguageModel:
@@ -230,7 +266,7 @@ class Loader:
             return load_reduced(source.folder.folder, self.proposal, source.name)
         return self.load(source).model
 
-    def backend(self, model: Any, files: Files | None) -> LanguageModel:
+    def wrap(self, model: Any, files: Files | None) -> LanguageModel:
         """A model as it is given, or one that was loaded here from files.
 
         Raises:

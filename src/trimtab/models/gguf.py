@@ -19,7 +19,7 @@ from trimtab.files import cache_folder, expand_home
 from trimtab.models.digests import Seen, digest_file
 from trimtab.models.gguf_tokenizer import read_tokenizer
 
-__all__ = ["is_gguf", "unpack_gguf"]
+__all__ = ["is_gguf", "load_gguf_tokenizer", "unpack_gguf"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +54,37 @@ def unpack_gguf(source: str | Path) -> Path:
     return folder
 
 
-def _convert(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def load_gguf_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a GGUF file, without its weights.
 
+    Raises:
+        ModelError: there is no such file, or it is no GGUF file.
+        UnsupportedModel: it holds a tokenizer that we do not know how to read.
+    """
+    path = expand_home(source)
+    if not path.is_file():
+        raise ModelError(f"'{source}' does not exist")
+    return read_tokenizer(_read(path)[1], str(path))
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A file's reader, and its metadata."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise InvalidOption("GGUF files need the package gguf: pip install 'trimtab[gguf]'") from None
     try:
         reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise ModelError(f"'{path}' is no GGUF file that can be read: {error}") from error
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    reader, fields = _read(path)
     logger.info("converting %s, once, into %s", path, folder)
     tokenizer = read_tokenizer(fields, str(path))
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -50,8 +50,8 @@ def check_same_vocabulary(proposal: Any, aligner: Any, name: str) -> None:
 
 
 def find_eos_token_ids(proposal: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's own first, then those of the model's generation config."""
-    found = [getattr(tokenizer, "eos_token_id", None)]
+    """Ids that end a completion: the tokenizer's own first, then those that the model names, or its generation config."""
+    found = [getattr(tokenizer, "eos_token_id", None), *getattr(proposal, "eos_token_ids", ())]
     for config in (getattr(proposal, "generation_config", None), getattr(proposal, "config", None)):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:

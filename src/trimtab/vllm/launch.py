@@ -49,6 +49,7 @@ REFUSED = {
     "playground": "the playground needs the embedded engine",
     "votes": "the playground needs the embedded engine",
     "quantize": "vLLM quantises itself: --vllm_args='--quantization fp8'",
+    "backend": "vLLM runs the proposal itself",
     "cuda_graphs": "vLLM takes them by itself, unless --vllm_args='--enforce-eager'",
     "date": "vLLM renders chats itself, by the clock",
     "device": "vLLM chooses devices itself: CUDA_VISIBLE_DEVICES and --vllm_args='--tensor-parallel-size 2'",

@@ -1,0 +1,24 @@
+"""GGUF files of tiny models in several types, and the same models for transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from gguf_files import write
+from kinds import EOS, byte_level
+from tiny import tiny_model
+
+TYPES = {"F32": None, "F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+"""Multiples of 32, as Q8_0 wants them."""
+
+
+def make(
+    folder: Path, kind: str = "llama", stored: str = "F32", *, seed: int = 1, spread: float = 0.3
+) -> tuple[Path, Any, Any]:
+    """A file, its model and its tokenizer."""
+    tokenizer = byte_level()
+    model = tiny_model(kind, len(tokenizer), seed=seed, spread=spread, eos_token_id=EOS, bos_token_id=1, **SHAPE)
+    path = write(folder / f"{kind}-{stored}-{seed}.gguf", kind, model, tokenizer, quantized=TYPES[stored])
+    return path, model, tokenizer

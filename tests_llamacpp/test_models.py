@@ -1,0 +1,161 @@
+"""GGUF models by llama.cpp: transformers' rows, the engine's promises, and the commands."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from files import make
+from tiny import tiny_tokenizer
+from trimtab import AlignedModel, SamplingParams
+from trimtab.cli import main
+from trimtab.core.logprobs import row_from_logits
+from trimtab.errors import ModelError, VocabularyMismatch
+from trimtab.models.llamacpp import IDLE, MOST_TOKENS, LlamaCppLM
+from trimtab.models.loading import load_model
+
+KINDS = ("llama", "qwen2", "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def rows_of(model, ids):
+    with torch.no_grad():
+        return row_from_logits(model(ids).logits, model.config.vocab_size)
+
+
+def apart(found, expected):
+    """The largest divergence of a row, in nats."""
+    return float((expected.exp() * (expected - found)).sum(-1).abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("stored", "most"), [("F32", 1e-4), ("F16", 2e-4), ("Q8_0", 2e-2)])
+def test_rows_are_those_of_transformers_on_the_same_weights(kind, stored, most, tmp_path):
+    path, _, _ = make(tmp_path, kind, stored)
+    model, ids = LlamaCppLM(path), torch.arange(3, 43)[None]
+    found = model.extend(model.new_state(1, 40), ids, [40])
+    assert apart(found, rows_of(load_model(path), ids)) < most
+
+
+def test_calls_that_take_too_many_tokens_or_rows_for_one_are_cut(tmp_path):
+    path, stock, tokenizer = make(tmp_path, "llama", "F32")
+    model, length = LlamaCppLM(path), MOST_TOKENS + 70
+    ids = torch.arange(length)[None] % len(tokenizer)
+    found = model.extend(model.new_state(1, length), ids, [length])
+    assert apart(found, rows_of(stock, ids)) < 1e-3
+    last = model.prefill(model.new_state(2, length), ids.repeat(2, 1), [length, 3])
+    assert apart(last[:, 0], found[0, [length - 1, 2]]) < 1e-3
+
+
+def test_contexts_are_used_again_and_few_are_kept(tmp_path):
+    model = LlamaCppLM(make(tmp_path, "llama", "F32")[0])
+    ids = torch.ones(1, 1, dtype=torch.long)
+    expected = model.extend(model.new_state(1, 10), ids, [1])
+    context = model._idle[0]
+    state = model.new_state(1, 12)
+    assert torch.equal(model.extend(state, ids, [1]), expected)
+    assert state.context is context
+    states = [model.new_state(1, 10) for _ in range(IDLE + 3)]
+    for one in states:
+        model.extend(one, ids, [1])
+    del states, one, state
+    assert len(model._idle) == IDLE
+
+
+def asked(**more):
+    """Twelve requests that differ in all that a batch makes of them."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, 200) for _ in range(1 + i * 3 % 17)] for i in range(12)]
+    return prompts, [
+        SamplingParams(max_tokens=1 + i * 5 % 24, temperature=(1.0, 0.0, 0.7)[i % 3], seed=i, ignore_eos=True, **more)
+        for i in range(12)
+    ]
+
+
+def pair(tmp_path, stored, aligner, **how):
+    path, _, _ = make(tmp_path, "llama", stored)
+    other, stock, tokenizer = make(tmp_path, "llama", stored, seed=2)
+    if aligner == "torch":
+        other = tmp_path / "aligner"
+        stock.save_pretrained(other)
+        tokenizer.save_pretrained(other)
+    return AlignedModel.from_pretrained(path, other, backend="llamacpp", **how)
+
+
+@pytest.mark.parametrize("drafts", [1, 4, None])
+def test_the_tokens_of_a_seed_are_the_same_at_every_draft_length(drafts, tmp_path):
+    """Of quantised files, one sequence at a time, whatever was read before."""
+    prompts, params = asked()
+    plain = pair(tmp_path, "Q8_0", "gguf", max_num_seqs=1, num_speculative_tokens=0, prefix_cache_tokens=0)
+    drafting = pair(tmp_path, "Q8_0", "gguf", max_num_seqs=1, num_speculative_tokens=drafts)
+    expected = [one.tokens for one in plain.generate(prompts, params)]
+    assert [one.tokens for one in drafting.generate(prompts, params)] == expected
+    assert [one.tokens for one in drafting.generate(prompts, params)] == expected
+    assert drafting.pace.tally.accepted > 0
+
+
+@pytest.mark.parametrize("stored", ["F32", "Q8_0"])
+@pytest.mark.parametrize("aligner", ["gguf", "torch"])
+def test_requests_that_come_and_go_are_decided_by_the_rows_that_they_have_alone(stored, aligner, tmp_path):
+    """The log-probabilities of what was drawn in a batch of four, with drafts, prefixes and further completions."""
+    prompts, params = asked(n=2, logprobs=True)
+    model = pair(tmp_path, stored, aligner, max_num_seqs=4)
+    alone = pair(tmp_path, stored, aligner, max_num_seqs=1, prefix_cache_tokens=0)
+    completions = model.generate(prompts, params)
+    assert [len(one.tokens) for one in completions] == [asks.max_tokens for asks in params for _ in range(2)]
+    scores = alone.score([prompt for prompt in prompts for _ in range(2)], [one.tokens for one in completions])
+    for one, score in zip(completions, scores, strict=True):
+        assert one.logprobs.aligned == pytest.approx(score.aligned, abs=2e-2 if stored == "F32" else 0.5)
+
+
+def test_it_is_the_product_of_both(tmp_path):
+    """The aligned rows against those of transformers' modules on the same weights."""
+    (path, one, _), (other, two, _) = make(tmp_path, "llama", "F32"), make(tmp_path, "qwen2", "F32", seed=2)
+    model = AlignedModel.from_pretrained(path, other, backend="llamacpp", weight=0.5)
+    prompt, text = [3, 4, 5, 6], [9, 8, 7]
+    ids = torch.tensor([prompt + text])
+    rows = torch.log_softmax(rows_of(one, ids) + 0.5 * rows_of(two, ids), -1)[0, 3:-1]
+    expected = rows.gather(-1, torch.tensor(text)[:, None])[:, 0].tolist()
+    assert model.score([prompt], [text])[0].aligned == pytest.approx(expected, abs=2e-2)
+
+
+def test_the_file_says_what_ends_an_answer_and_what_it_is(tmp_path):
+    path, _, tokenizer = make(tmp_path, "llama", "Q8_0")
+    model = AlignedModel.from_pretrained(path, backend="llamacpp")
+    assert tokenizer.eos_token_id in model.eos_token_ids
+    assert "llama.cpp" in model.proposal.kernels
+    assert "Q8_0" in model.proposal.kernels
+    found = model.proposal.fingerprint
+    assert found == LlamaCppLM(path).fingerprint != LlamaCppLM(make(tmp_path, "llama", "F32")[0]).fingerprint
+    path.write_bytes(path.read_bytes() + b"\0" * 32)
+    with pytest.raises(ModelError, match="has changed since it was loaded"):
+        _ = model.proposal.fingerprint
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    (tmp_path / "text.gguf").write_text("no")
+    with pytest.raises(ModelError, match=r"is no GGUF file that llama\.cpp can read"):
+        LlamaCppLM(tmp_path / "text.gguf")
+    with pytest.raises(ModelError, match=r"'no\.gguf' does not exist"):
+        LlamaCppLM("no.gguf")
+    path, model, _ = make(tmp_path, "llama", "F32")
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(VocabularyMismatch, match="does not share the proposal's vocabulary"):
+        AlignedModel.from_pretrained(path, tmp_path / "other", backend="llamacpp")
+
+
+def test_the_command_writes_what_python_does(tmp_path, capsys):
+    path, _, _ = make(tmp_path, "llama", "Q8_0")
+    words = ["generate", "--proposal", str(path), "--aligner", str(path), "--backend", "llamacpp", "--json"]
+    assert main([*words, "--prompt", "the", "--max_tokens", "9", "--seed", "3", "--temperature", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = AlignedModel.from_pretrained(path, path, backend="llamacpp")
+    expected = model.generate(["the"], SamplingParams(max_tokens=9, seed=3, temperature=1.0))[0]
+    assert report["completions"][0]["completion"] == expected.text
+    assert report["kernels"]["proposal"].startswith("llama.cpp (llama-cpp-python ")
