@@ -94,11 +94,25 @@ def test_bench_prints_the_contract(folder, capsys):
     assert {"hardware", "dtype", "batch", "acceptance", "tokens_per_proposal_call", "floor_ratio"} <= report.keys()
     assert CONTRACT < report["tokens_per_second"].keys() == report["ratio_to_proposal_hf"].keys()
     assert (report["batch"], report["dtype"]) == (1, "float32")
+    assert report["floor_ratio"] > 0
     assert [run["batch"] for run in report["runs"]] == [1, 2]
     assert report["kernels"] == dict.fromkeys(("proposal", "aligner"), "lean pass, 0 of 9 weights packed")  # they are small
     assert "assisted_hf" in report["tokens_per_second"]
     assert main([*words[:-1], "--max_tokens", "4", "--repeats", "1"]) == 0
     assert "× generate" in capsys.readouterr().out
+
+
+def test_weights_that_are_kept_otherwise_are_said_and_have_no_floor(tmp_path, capsys):
+    """The bytes of a float32 module are no bound for what reads a quarter of them."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+    for seed, name in enumerate(("proposal", "aligner")):
+        save_tiny(tmp_path / name, tiny_model("llama", 28, seed=seed, spread=0.1, **sizes), tiny_tokenizer())
+    words = ["bench", "--proposal", str(tmp_path / "proposal"), "--aligner", str(tmp_path / "aligner"), "--quantize", "int8"]
+    capsys.readouterr()
+    assert main([*words, "--max_tokens", "4", "--repeats", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "float32 and float32, ours in int8, rule product" in text
+    assert "bandwidth floor" not in text
 
 
 def test_embeddings_may_be_padded_differently(tmp_path, capsys):

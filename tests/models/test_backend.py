@@ -30,7 +30,7 @@ def folder(tmp_path):
 def test_the_tokenizer_of_a_file_is_read_without_its_weights(path, tmp_path, monkeypatch):
     monkeypatch.setattr("trimtab.models.gguf._convert", None)
     assert load_gguf_tokenizer(path).get_vocab() == byte_level().get_vocab()
-    with pytest.raises(ModelError, match="'no.gguf' does not exist"):
+    with pytest.raises(ModelError, match=r"'no\.gguf' does not exist"):
         load_gguf_tokenizer("no.gguf")
     (tmp_path / "text.gguf").write_text("no")
     with pytest.raises(ModelError, match="is no GGUF file that can be read"):

@@ -55,15 +55,14 @@ def run(options: Options) -> dict[str, Any]:
             logger.info("measured batch %d, context %d", batch, context)
     settings = {"rule": str(model.shaping(params).rule), "temperature": options.temperature, "max_tokens": options.max_tokens}
     kept = {"dtype": stock.proposal.dtype, "aligner_dtype": stock.aligner.dtype}
-    settings |= {name: str(dtype).removeprefix("torch.") for name, dtype in kept.items()} | {"quantize": options.quantize}
+    settings |= {name: str(dtype).removeprefix("torch.") for name, dtype in kept.items()} | {"quantize": options.quantize, "backend": options.backend}
     return {**describe_machine(stock.proposal.device), **settings, **runs[0], "runs": runs}
 
 
 def render(report: dict[str, Any]) -> str:
     """A table for each batch and context."""
-    kept = f"{report['dtype']} and {report['aligner_dtype']}" + (
-        f", ours in {report['quantize']}" if report["quantize"] else ""
-    )
+    ours = [f"in {report['quantize']}" * bool(report["quantize"]), f"by {report['backend']}" * bool(report["backend"])]
+    kept = f"{report['dtype']} and {report['aligner_dtype']}" + "".join(f", ours {how}" for how in ours if how)
     lines = [f"{report['hardware']}, {kept}, rule {report['rule']}, {report['max_tokens']} tokens a prompt"]
     for run in report["runs"]:
         lines += ["", f"batch {run['batch']}, context {run['context']}{'tokens/s':>18}{'× generate':>14}{'× our engine':>14}"]

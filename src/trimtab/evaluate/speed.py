@@ -217,8 +217,12 @@ def _two_model_loop(stock: Stock, ids: Tensor, params: SamplingParams) -> Tensor
 def _floor_ratio(
     model: AlignedModel, stock: Stock, params: SamplingParams, tally: Tally, speed: float, batch: int
 ) -> float | None:
-    """Time per token over the least time: reading every weight that a step needs once, at the measured bandwidth."""
-    if not tally.calls or tally.tokens_per_call is None:
+    """Time per token over the least time: reading every weight that a step needs once, at the measured bandwidth.
+
+    None where our engine keeps the weights in other formats than the stock model: in 8 bits, or as llama.cpp has them.
+    """
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in stock.proposal.parameters())
+    if not tally.calls or tally.tokens_per_call is None or getattr(model.proposal, "num_bytes", whole) != whole:
         return None
     read = _step_bytes(model, stock, params, tally.drafted / tally.calls)
     floor = read / (read_bandwidth(stock.proposal.device) * tally.tokens_per_call * batch)
