@@ -55,7 +55,10 @@ def run(options: Options) -> dict[str, Any]:
             logger.info("measured batch %d, context %d", batch, context)
     settings = {"rule": str(model.shaping(params).rule), "temperature": options.temperature, "max_tokens": options.max_tokens}
     kept = {"dtype": stock.proposal.dtype, "aligner_dtype": stock.aligner.dtype}
-    settings |= {name: str(dtype).removeprefix("torch.") for name, dtype in kept.items()} | {"quantize": options.quantize, "backend": options.backend}
+    settings |= {name: str(dtype).removeprefix("torch.") for name, dtype in kept.items()} | {
+        "quantize": options.quantize,
+        "backend": options.backend,
+    }
     return {**describe_machine(stock.proposal.device), **settings, **runs[0], "runs": runs}
 
 
