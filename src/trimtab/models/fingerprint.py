@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.errors import ModelError
 from trimtab.models.digests import Seen, digest_file
+from trimtab.models.stored import is_plain, plain
 from trimtab.models.weight_files import commit_of, folder_of, weight_files
 
 __all__ = ["Files", "digest_model", "fingerprint_model", "fingerprint_of"]
@@ -116,6 +117,9 @@ def fingerprint_model(model: Any) -> str:
         if value.is_meta:
             raise ModelError(f"{name} is offloaded, so this model cannot be told from others: name its folder instead")
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if not is_plain(value):
+            digest.update(_digest(plain(value)))
+            continue
         lies = value.data_ptr(), value.shape, value.stride(), value.is_conj(), value.is_neg()
         key = *lies, value.dtype, value.device
         if key not in known:

@@ -202,9 +202,12 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
 
 
 def check_finite(model: Any, source: str | Path) -> None:
-    """Refuse weights with NaN or infinity, naming the first such tensor."""
+    """Refuse weights with NaN or infinity, naming the first such tensor; of a quantiser's own tensors, what they stand for."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        weight = parameter.detach()
+        if type(weight) not in (torch.Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
+            weight = weight.dequantize()
+        if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"'{source}' contains NaN or infinite weights in {name}")
 
 
@@ -224,6 +227,8 @@ def readable(source: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # any there is: what a configuration may get wrong, libraries find anywhere
         reason = reason_of(error)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            reason += f" (pip install {error.name.partition('.')[0]})"
         if not folder.is_dir():
             raise ModelError(f"'{source}' is no folder here, and the hub gave no {what} of that name: {reason}") from error
         kind = CheckpointError if isinstance(error, SafetensorError) else ModelError

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
 from trimtab.models.composite import text_name
 from trimtab.models.weight_files import weight_files
 
-__all__ = ["Stored", "check_filled", "stored_tensors"]
+__all__ = ["Stored", "check_filled", "is_plain", "plain", "stored_tensors"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What safetensors calls the dtypes of which each number is a weight; others hold codes of one."""
@@ -89,6 +89,16 @@ def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, fold
             f"'{source}' holds {len(left)} tensors that its model has no place for, such as {left[0]}{stored}: config.json must"
             f" be that of these weights (model_type, number of layers), and {_CURE}"
         )
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a tensor as any: a quantiser's own kind knows few operators, and may lie nowhere."""
+    return type(weight.detach()) is Tensor
+
+
+def plain(weight: Tensor) -> Tensor:
+    """What a weight stands for."""
+    return weight.detach() if is_plain(weight) else weight.detach().dequantize()
 
 
 def _names(model: Any, name: str) -> set[str]:
