@@ -159,3 +159,12 @@ def test_the_command_writes_what_python_does(tmp_path, capsys):
     expected = model.generate(["the"], SamplingParams(max_tokens=9, seed=3, temperature=1.0))[0]
     assert report["completions"][0]["completion"] == expected.text
     assert report["kernels"]["proposal"].startswith("llama.cpp (llama-cpp-python ")
+
+
+def test_samples_come_from_it(tmp_path, capsys):
+    path, _, _ = make(tmp_path, "llama", "Q8_0")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the", "a")))
+    words = ["propose", "--proposal", str(path), "--backend", "llamacpp", "--dataset", str(tmp_path / "data.jsonl")]
+    assert main([*words, "--out", str(tmp_path / "out.jsonl"), "--max_tokens", "7", "--n", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sum("completion" in line for line in lines) == 4

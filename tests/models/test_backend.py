@@ -66,3 +66,20 @@ def test_the_package_that_is_missing_is_named(path, monkeypatch, capsys):
         AlignedModel.from_pretrained(path, backend="llamacpp")
     assert main(["generate", "--proposal", str(path), "--backend", "llamacpp", "--prompt", "a"]) == 2
     assert "pip install 'trimtab[llamacpp]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["propose", "--dataset", "d", "--out", "o", "--endpoint", "http://x/v1"], "is for a model that runs here"),
+        (["propose", "--dataset", "d", "--out", "o", "--proposal", "p.gguf", "--dry_run"], "is not for --dry_run"),
+        (["propose", "--dataset", "{data}", "--out", "{out}", "--proposal", "{folder}"], "runs GGUF files, and none is named"),
+    ],
+    ids=["endpoint", "dry run", "no file"],
+)
+def test_propose_says_where_it_has_no_effect(words, message, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    places = {"data": tmp_path / "data.jsonl", "out": tmp_path / "out.jsonl", "folder": folder}
+    assert main([word.format(**places) for word in [*words, "--backend", "llamacpp"]]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

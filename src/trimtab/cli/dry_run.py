@@ -32,9 +32,11 @@ class DryRunOptions:
     )
 
     def idle(self) -> dict[str, str]:
-        """What is for a dry run alone, the further flags of commands included."""
+        """What is for a dry run alone, the further flags of commands included, or for none."""
         names = ("expected_proposal", "expected_aligner", "expected_examples", "assume_tflops")
-        return {} if self.dry_run else dict.fromkeys(names, "is for --dry_run")
+        if self.dry_run:
+            return {"backend": "is not for --dry_run, which counts what torch would take"}
+        return dict.fromkeys(names, "is for --dry_run")
 
 
 def check_expected(options: DryRunOptions) -> None:

@@ -56,6 +56,7 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
     out: str = option("", "the data set to write; an interrupted run goes on", required=True, metavar="FILE")
     dtype: str | None = option(None, "auto, float32, bfloat16 or float16 [default: auto]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
+    backend: str | None = option(None, "who runs GGUF files [default: torch, in float32]", choices=("llamacpp",))
     max_num_seqs: int | None = option(None, "most completions drawn at once [default: 32]")
     endpoint: tuple[str, ...] = option(
         (), "an OpenAI-compatible server to sample from instead, such as http://localhost:8000/v1; may repeat", metavar="URL"
@@ -68,7 +69,7 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
         """What takes other models than are named."""
         idle = {} if self.reward_model else {"pairs": "needs --reward_model"}
         everywhere = () if self.reward_model else ("dtype", "device", "date")
-        local = ("aligner", "max_num_seqs", "leave_out_long", "chat_template_path", *everywhere)
+        local = ("aligner", "backend", "max_num_seqs", "leave_out_long", "chat_template_path", *everywhere)
         remote = ("concurrency", "request_timeout", "max_retries")
         here = dict.fromkeys(local, "is for a model that runs here, not for --endpoint")
         return idle | (here if self.endpoint else dict.fromkeys(remote, "needs --endpoint"))
@@ -148,7 +149,12 @@ def _here(options: Options, records: Any, params: Any, ranking: Any, date: str) 
 
     most = 32 if options.max_num_seqs is None else options.max_num_seqs
     asked = ModelOptions(
-        options.proposal, options.aligner, dtype=options.dtype or "auto", device=options.device, max_num_seqs=most
+        options.proposal,
+        options.aligner,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        backend=options.backend,
+        max_num_seqs=most,
     )
     model = load_aligned_model(asked, options, date)
     refuse_idle_date(options.date, model.tokenizer, *([ranking.scorer.tokenizer] if ranking is not None else []))
