@@ -12,6 +12,7 @@ from tiny import tiny_model
 TYPES = {"F32": None, "F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 """Multiples of 32, as Q8_0 wants them."""
+SHAPE |= {"max_position_embeddings": 2048}
 
 
 def make(

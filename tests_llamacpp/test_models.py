@@ -1,19 +1,26 @@
 """GGUF models by llama.cpp: transformers' rows, the engine's promises, and the commands."""
 
 import json
+import math
 import random
+import weakref
 
 import pytest
 import torch
 
-from files import make
-from tiny import tiny_tokenizer
+from files import SHAPE, make
+from gguf_files import write
+from kinds import EOS, byte_level
+from tiny import tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
 from trimtab.core.logprobs import row_from_logits
-from trimtab.errors import ModelError, VocabularyMismatch
-from trimtab.models.llamacpp import IDLE, MOST_TOKENS, LlamaCppLM
+from trimtab.decode.assemble import Loader
+from trimtab.errors import InvalidOption, ModelError, UnsupportedModel, VocabularyMismatch
+from trimtab.models.llamacpp import LlamaCppLM
+from trimtab.models.llamacpp_context import IDLE, MOST_TOKENS
 from trimtab.models.loading import load_model
+from trimtab.serve.registry import NoSuchFolder, Registry
 
 KINDS = ("llama", "qwen2", "qwen3")
 
@@ -56,7 +63,7 @@ def test_contexts_are_used_again_and_few_are_kept(tmp_path):
     model = LlamaCppLM(make(tmp_path, "llama", "F32")[0])
     ids = torch.ones(1, 1, dtype=torch.long)
     expected = model.extend(model.new_state(1, 10), ids, [1])
-    context = model._idle[0]
+    (context,) = model.idle._contexts
     state = model.new_state(1, 12)
     assert torch.equal(model.extend(state, ids, [1]), expected)
     assert state.context is context
@@ -64,7 +71,7 @@ def test_contexts_are_used_again_and_few_are_kept(tmp_path):
     for one in states:
         model.extend(one, ids, [1])
     del states, one, state
-    assert len(model._idle) == IDLE
+    assert len(model.idle) == IDLE
 
 
 def asked(**more):
@@ -168,3 +175,114 @@ def test_samples_come_from_it(tmp_path, capsys):
     assert main([*words, "--out", str(tmp_path / "out.jsonl"), "--max_tokens", "7", "--n", "2"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sum("completion" in line for line in lines) == 4
+
+
+def with_nan(folder, bad):
+    """A file of a model with a token that is NaN."""
+    tokenizer = byte_level()
+    model = tiny_model("llama", len(tokenizer), seed=1, spread=0.3, eos_token_id=EOS, bos_token_id=1, **SHAPE)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = math.nan
+    return write(folder / "nan.gguf", "llama", model, tokenizer)
+
+
+def test_a_nan_is_nobody_elses(tmp_path):
+    """Neither that of a neighbour, in a pass of many tokens, nor that of whoever had the context before."""
+    path, bad = with_nan(tmp_path, 77), 77
+    draw = random.Random(0)
+    good = [[draw.randrange(3, 70) for _ in range(70 + i)] for i in range(4)]
+    spoilt, greedy = [*good[0], bad, 5, 6, 7], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    model = AlignedModel.from_pretrained(path, backend="llamacpp", max_num_seqs=4, prefix_cache_tokens=0)
+    expected = [one.tokens for one in model.generate(good, greedy)]
+    for prompts in ([spoilt], [spoilt, *good[1:]], *([one] for one in good), [spoilt, spoilt], good):
+        for prompt, one in zip(prompts, model.generate(prompts, greedy), strict=True):
+            assert (one.error is None) == (prompt is not spoilt)
+            assert one.error is not None or one.tokens == expected[good.index(prompt)]
+
+
+def test_slots_beyond_one_call_and_beyond_what_llamacpp_has(tmp_path):
+    path, _, _ = make(tmp_path, "llama", "F32")
+    model = AlignedModel.from_pretrained(path, backend="llamacpp", max_num_seqs=70, prefix_cache_tokens=0)
+    found = model.generate([[3 + i % 90] for i in range(70)], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+    assert [len(one.tokens) for one in found] == [3] * 70
+    with pytest.raises(InvalidOption, match="max_num_seqs must be at most 256 for this proposal, not 257"):
+        AlignedModel.from_pretrained(path, backend="llamacpp", max_num_seqs=257).generate([[3]])
+    with pytest.raises(InvalidOption, match=r"max_num_seqs must be at most 256 for what llama\.cpp runs"):
+        model.proposal.new_state(257, 1)
+
+
+def test_a_prefix_is_kept_as_bytes_and_keeps_no_model(tmp_path):
+    path, _, _ = make(tmp_path, "llama", "Q8_0")
+    model = LlamaCppLM(path)
+    ids = torch.arange(3, 33)[None]
+    state, kept = model.new_state(1, 30), model.new_state(1, 30)
+    expected = model.extend(state, ids, [30])
+    model.copy(state, [0], kept, [0])
+    model.rollback(kept, [10])
+    assert kept._context is None
+    part = model.select(kept, [0])
+    model.rollback(part, [5])
+    other = model.new_state(2, 40)
+    model.copy(part, [0], other, [1])
+    rows = model.extend(other, torch.stack([ids[0, :15], ids[0, 15:]]), [15, 15])
+    assert torch.equal(rows[:, -1], expected[0, [14, 29]])
+    gone = weakref.ref(model)
+    del model, state, part, other
+    assert gone() is None
+    assert kept.lengths == [20]
+
+
+def test_the_tokens_of_a_seed_are_the_same_whatever_was_read_before(tmp_path):
+    """Prompts of a hundred tokens, the second time by what was kept of the first."""
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 200) for _ in range(90 + i)] for i in range(8)]
+    params = [SamplingParams(max_tokens=12, temperature=1.0, seed=i, ignore_eos=True) for i in range(8)]
+    model = pair(tmp_path, "Q8_0", "gguf", max_num_seqs=1)
+    first, second = ([one.tokens for one in model.generate(prompts, params)] for _ in range(2))
+    assert first == second
+    assert model.prefixes.num_tokens > 0
+
+
+def test_what_changes_on_disk_changes_nothing_that_is_loaded(tmp_path):
+    path, _, _ = make(tmp_path, "llama", "F32")
+    model, ids = LlamaCppLM(path), torch.arange(3, 13)[None]
+    expected = model.extend(model.new_state(1, 10), ids, [10])
+    path.write_bytes(path.read_bytes()[:2000])
+    assert torch.equal(model.extend(model.new_state(1, 10), ids, [10]), expected)
+
+
+def test_a_step_that_fails_on_the_way_is_undone(tmp_path, monkeypatch):
+    model = LlamaCppLM(make(tmp_path, "llama", "Q8_0")[0])
+    state, ids = model.new_state(1, MOST_TOKENS + 90), torch.arange(MOST_TOKENS + 90)[None] % 300
+    expected = model.prefill(state, ids[:, :5], [5])
+    decode, calls = type(state.context).decode, []
+
+    def fail(self, steps, columns):
+        calls.append(len(steps))
+        if len(calls) == 2:
+            raise ModelError("no")
+        return decode(self, steps, columns)
+
+    monkeypatch.setattr(type(state.context), "decode", fail)
+    with pytest.raises(ModelError, match="no"):
+        model.prefill(state, ids[:, 5:], [MOST_TOKENS + 85])
+    monkeypatch.undo()
+    model.rollback(state, [1])
+    assert torch.equal(model.prefill(state, ids[:, 4:5], [1]), expected)
+
+
+def test_vocabularies_that_do_not_fit_are_refused(tmp_path):
+    path, _, tokenizer = make(tmp_path, "llama", "F32")
+    with pytest.raises(UnsupportedModel, match="output columns, but its tokenizer"):
+        LlamaCppLM(path, len(tokenizer) + 5)
+
+
+def test_a_server_loads_a_file_that_a_client_names(tmp_path):
+    path, _, _ = make(tmp_path, "llama", "Q8_0")
+    base = AlignedModel.from_pretrained(path, backend="llamacpp")
+    other, _, _ = make(tmp_path, "llama", "Q8_0", seed=2)
+    registry = Registry(base, Loader(base.tokenizer, dtype="auto", device=None, backend="llamacpp"), root=tmp_path)
+    entry = registry.load("mine", other.name, inside=True)
+    assert isinstance(entry.loaded.model, LlamaCppLM)
+    with pytest.raises(NoSuchFolder):
+        registry.load("mine", "no.gguf", inside=True)

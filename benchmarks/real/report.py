@@ -210,7 +210,7 @@ def _machines(results: Results, systems: Sequence[str]) -> str:
     for name in systems:
         seeds: dict[str, list[str]] = defaultdict(list)
         for seed, cell in results.by_system[name].items():
-            seeds[cell["hardware"]].append(str(seed))
+            seeds[cell.get("hardware", "a machine that is not on record")].append(str(seed))
         for machine, of in seeds.items():
             found[machine].append(name if len(seeds) == 1 else f"{name} (seed {', '.join(of)})")
     return "\n".join(f"- Measured on {machine}: {'; '.join(of)}." for machine, of in found.items())

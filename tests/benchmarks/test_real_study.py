@@ -235,6 +235,8 @@ def test_differences_are_paired_over_seeds():
         "- Measured on machine 0: proposal; mine (seed 0).",
         "- Measured on machine 1: mine (seed 1).",
     ]
+    old = {name: value for name, value in result("mine", 0, [1.0] * 3).items() if name != "hardware"}
+    assert report.render(report.Results([old]), "test").endswith("- Measured on a machine that is not on record: mine.")
 
 
 def test_reward_accuracy_is_dpos():

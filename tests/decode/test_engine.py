@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from tiny import EOS, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams, TokenEvent
@@ -503,3 +504,46 @@ def test_what_a_sick_request_leaves_in_its_slot_is_nobodys():
     assert isinstance(dead.error, DeadRow)
     assert after.error is None
     assert after.tokens == run([healthy], [20], slots=1)[0].tokens
+
+
+def test_what_failed_leaves_no_nan_where_a_newcomer_will_be():
+    """Two that fail in one step, while a group has its sequences in another order than the batch: A1, then B1, A2 and A3.
+
+    When B1 leaves, A3 takes its place in the batch, and none in the group.
+    """
+    bad = 9
+    module = tiny_model("llama", 32, seed=1)
+    with torch.no_grad():
+        module.get_input_embeddings().weight[bad] = math.nan
+    models = [TableLM.random(32, order=2, seed=0), HuggingFaceLM(module), TableLM.random(32, order=2, seed=3)]
+    base = AlignedModel(models[0], [], eos_token_ids=[EOS], num_speculative_tokens=0, prefix_cache_tokens=0)
+    ours, other = (base.with_aligners([model]) for model in models[1:])
+
+    def ask(model: AlignedModel, prompt: list[int], **settings: object) -> Growing:
+        return sequences(prompt, model, **settings)[0]
+
+    def run(model: AlignedModel, prompt: list[int], **settings: object) -> Growing:
+        one = ask(model, prompt, **settings)
+        running = engine(base)
+        running.submit([one])
+        finish(running)
+        return one
+
+    failing = next(s for s in range(500) if 6 < len(run(ours, [4, 5], seed=s, max_tokens=30).tokens) < 14)
+    fine = next(s for s in range(500) if run(ours, [6, 7], seed=s, max_tokens=12).error is None)
+    long = next(s for s in range(2000) if run(ours, [3, 4, 5] * 6, seed=s, max_tokens=40).error is None)
+    running = engine(base, max_num_seqs=8)
+    first, short = ask(ours, [3, 4, 5] * 6, seed=long, max_tokens=40), ask(other, [4, 5], seed=1, max_tokens=5)
+    running.submit([first, short])
+    running.step()
+    failed = [ask(ours, [4, 5], seed=failing, max_tokens=30) for _ in range(2)]
+    running.submit(failed)
+    while not all(one.finish_reason for one in failed):
+        running.step()
+    assert [one.finish_reason for one in failed] == ["error", "error"]
+    newcomers = [ask(ours, [6, 7], seed=fine, max_tokens=12) for _ in range(2)]
+    running.submit(newcomers)
+    finish(running)
+    expected = run(ours, [6, 7], seed=fine, max_tokens=12).tokens
+    assert [(one.error, one.tokens) for one in newcomers] == [(None, expected)] * 2
+    assert first.error is None

@@ -11,7 +11,7 @@ from trimtab import AlignedModel
 from trimtab.cli import main
 from trimtab.errors import InvalidOption, ModelError
 from trimtab.models import llamacpp
-from trimtab.models.gguf import load_gguf_tokenizer
+from trimtab.models.gguf import is_gguf, load_gguf_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,17 @@ def test_the_tokenizer_of_a_file_is_read_without_its_weights(path, tmp_path, mon
         ({"backend": "llamacpp", "quantize": "int8"}, "quantize has no effect"),
         ({"backend": "llamacpp", "cuda_graphs": True}, "cuda_graphs has no effect"),
         ({"backend": "llamacpp", "aligner_dtype": "float32"}, "aligner_dtype has no effect"),
+        ({"revision": "main"}, "is a file, which has none"),
     ],
     ids=str,
 )
 def test_options_that_cannot_be_or_do_nothing_are_refused(path, options, message):
     with pytest.raises(InvalidOption, match=re.escape(message)):
         AlignedModel.from_pretrained(path, **options)
+
+
+def test_a_name_in_capitals_is_a_files_too(path):
+    assert is_gguf(str(path).upper())
 
 
 def test_it_wants_a_file_to_run(folder):

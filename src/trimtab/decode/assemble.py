@@ -75,6 +75,8 @@ def load_parts(
         raise InvalidOption(f"eos_token_ids must be a list of token ids, not {eos_token_ids!r}")
     given = [] if aligner is None else list(aligner) if isinstance(aligner, (list, tuple)) else [aligner]
     source, files = proposal, None
+    if revision is not None and isinstance(source, (str, Path)) and is_gguf(source):
+        raise InvalidOption(f"revision: '{source}' is a file, which has none: leave it out")
     if backend is not None:
         what = {"dtype": dtype != "auto", "device": device is not None, "cuda_graphs": cuda_graphs, "quantize": quantize}
         _check_llamacpp(backend, [source, *given, draft], [name for name, said in what.items() if said])

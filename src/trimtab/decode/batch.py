@@ -103,16 +103,15 @@ class Batch:
     def remove(self, gone: Sequence[Growing]) -> None:
         """Let sequences go; a group that is empty goes, too, and with it its hold on its models."""
         for slot in sorted(map(self.sequences.index, gone), reverse=True):  # or slots would be filled with what goes, too
-            sequence = self.sequences[slot]
-            if sequence.error:
+            if self.sequences[slot].error:
                 self._state.wipe(slot)
             vacate(self._proposal, self._state, slot, len(self.sequences) - 1)
             self.sequences[slot] = self.sequences[-1]
             self.sequences.pop()
-            group = self._groups[sequence.models]
-            group.remove(sequence)
-            if not group.sequences:
-                del self._groups[sequence.models]
+        for models in dict.fromkeys(sequence.models for sequence in gone):
+            self._groups[models].remove([sequence for sequence in gone if sequence.models == models])
+            if not self._groups[models].sequences:
+                del self._groups[models]
 
     def step(self, limits: Sequence[int]) -> list[TokenEvent]:
         """Draft up to `limits[i]` tokens for sequence i and verify them: at least one token for each.

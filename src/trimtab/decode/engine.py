@@ -71,6 +71,8 @@ class Engine:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if value < 1:
                 raise InvalidOption(f"{name} must be at least 1, not {value}")
+        if max_num_seqs > (most := getattr(proposal, "max_slots", max_num_seqs)):
+            raise InvalidOption(f"max_num_seqs must be at most {most} for this proposal, not {max_num_seqs}")
         self.pace = pace
         self._proposal, self._log_z_every = proposal, log_z_every
         self.max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens

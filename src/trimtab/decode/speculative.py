@@ -119,15 +119,15 @@ class Group:
         """The state of each of its models but the proposal, and its slot there."""
         return [(state, self.sequences.index(sequence)) for state in self._states]
 
-    def remove(self, sequence: Growing) -> None:
-        """Let a sequence go; the last one moves into its place."""
-        slot = self.sequences.index(sequence)
-        for model, state in zip(self.models.all[1:], self._states, strict=True):
-            if sequence.error:
-                state.wipe(slot)
-            vacate(model, state, slot, len(self.sequences) - 1)
-        self.sequences[slot] = self.sequences[-1]
-        self.sequences.pop()
+    def remove(self, gone: Sequence[Growing]) -> None:
+        """Let sequences go; the last ones move into their places."""
+        for slot in sorted(map(self.sequences.index, gone), reverse=True):  # what goes, too, is not moved
+            for model, state in zip(self.models.all[1:], self._states, strict=True):
+                if self.sequences[slot].error:
+                    state.wipe(slot)
+                vacate(model, state, slot, len(self.sequences) - 1)
+            self.sequences[slot] = self.sequences[-1]
+            self.sequences.pop()
         self._settings = None
 
     def begin(self, rows: Sequence[Tensor | None]) -> Tensor:

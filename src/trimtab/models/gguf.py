@@ -31,7 +31,7 @@ FORMAT = 1
 
 def is_gguf(source: str | Path) -> bool:
     """Whether a model is named by a GGUF file."""
-    return str(source).endswith(".gguf")
+    return str(source).lower().endswith(".gguf")
 
 
 def unpack_gguf(source: str | Path) -> Path:

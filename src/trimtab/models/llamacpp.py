@@ -12,15 +12,12 @@ the same always.
 
 import ctypes
 import hashlib
-import logging
-import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,146 +26,63 @@ from trimtab.errors import InvalidOption, ModelError, UnsupportedModel
 from trimtab.files import expand_home
 from trimtab.models.base import State
 from trimtab.models.digests import Seen, digest_file
+from trimtab.models.llamacpp_context import MOST_ROWS, MOST_SLOTS, MOST_TOKENS, Context, Idle, Token, Weights, library
 
 __all__ = ["LlamaCppLM"]
 
-logger = logging.getLogger(__name__)
-
-MOST_TOKENS = 512
-"""Of one call of `llama_decode`."""
-MOST_ROWS = 64
-"""Of one call: llama.cpp keeps room for so many rows of logits."""
 CELLS = 256
 """Tokens that a context has room for are a multiple of it, so that few sizes are made."""
-IDLE = 4
-"""Contexts that are kept for later states."""
-ERROR = 4
-"""llama.cpp's level of messages that tell of a failure; what is below is not shown."""
-
-
-@cache
-def library() -> Any:
-    """llama-cpp-python's low-level calls, ready to use.
-
-    Raises:
-        InvalidOption: it is not installed.
-    """
-    try:
-        from llama_cpp import llama_cpp
-    except ImportError as error:
-        how = "pip install 'trimtab[llamacpp]'"
-        raise InvalidOption(f"llama.cpp needs the package llama-cpp-python ({error}): {how}") from error
-    llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-def _log(level: int, text: bytes, _: Any) -> None:
-    if level == ERROR:
-        logger.warning("llama.cpp: %s", text.decode(errors="replace").strip())
-
-
-_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_log)  # llama.cpp keeps no hold on it
-
-
-_Token = tuple[int, int, int, bool]
-"""A token, its position, its sequence, and whether the row after it is wanted."""
-
-
-class _Weights:
-    """A loaded file, which lives as long as anything that uses it."""
-
-    def __init__(self, path: Path) -> None:
-        lib = library()
-        self.pointer = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-        if not self.pointer:
-            raise ModelError(f"'{path}' is no GGUF file that llama.cpp can read")
-        weakref.finalize(self, lib.llama_model_free, self.pointer)
-
-
-class _Context:
-    """A llama.cpp context with its cache, for some sequences of so many tokens together.
-
-    Raises:
-        MemoryError: there is no room for it.
-    """
-
-    def __init__(self, weights: _Weights, sequences: int, cells: int) -> None:
-        lib = library()
-        self._weights, self.sequences, self.cells = weights, sequences, cells
-        params = lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = cells, sequences
-        params.n_batch = params.n_ubatch = MOST_TOKENS
-        params.n_outputs_max = MOST_ROWS
-        params.n_threads = params.n_threads_batch = torch.get_num_threads()
-        params.kv_unified = True  # sequences that take different numbers of tokens are one pass
-        params.swa_full = True  # or what lies before a window is gone, and cannot be gone back to
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED  # it sums alike however many tokens are read at once
-        params.no_perf = True
-        self.pointer = lib.llama_init_from_model(weights.pointer, params)
-        if not self.pointer:
-            raise MemoryError(f"llama.cpp has no room for {cells} tokens of {sequences} sequences")
-        weakref.finalize(self, lib.llama_free, self.pointer)
-        self.memory = lib.llama_get_memory(self.pointer)
-        self._batch = lib.llama_batch_init(MOST_TOKENS, 0, 1)
-        weakref.finalize(self, lib.llama_batch_free, self._batch)
-
-    def decode(self, steps: Sequence[_Token], vocab_size: int) -> np.ndarray[Any, Any]:
-        """Logits `[rows, V]`; the next call overwrites them.
-
-        Raises:
-            ModelError: llama.cpp could not.
-        """
-        lib, batch = library(), self._batch
-        batch.n_tokens = len(steps)
-        for i, (token, position, sequence, wanted) in enumerate(steps):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
-        if code := lib.llama_decode(self.pointer, batch):
-            raise ModelError(f"llama_decode ended with {code}, at {len(steps)} tokens of {self.sequences} sequences")
-        rows = sum(wanted for *_, wanted in steps)
-        if not rows:
-            return np.empty((0, vocab_size), dtype=np.float32)
-        return np.ctypeslib.as_array(lib.llama_get_logits(self.pointer), shape=(rows, vocab_size))
-
-    def forget(self, sequence: int, start: int) -> None:
-        """Drop a sequence's tokens from a position on."""
-        library().llama_memory_seq_rm(self.memory, sequence, start, -1)
-
-    def copy(self, sequence: int, target: "_Context", to: int) -> None:
-        """Make sequence `to` of `target`, which may be this context, the same as one of these."""
-        lib = library()
-        target.forget(to, 0)
-        if target is self:
-            lib.llama_memory_seq_cp(self.memory, sequence, to, -1, -1)
-            return
-        size = lib.llama_state_seq_get_size(self.pointer, sequence)
-        data = (ctypes.c_uint8 * size)()
-        if lib.llama_state_seq_get_data(self.pointer, data, size, sequence) != size or not lib.llama_state_seq_set_data(
-            target.pointer, data, size, to
-        ):
-            raise ModelError("llama.cpp could not copy a sequence")
 
 
 class LlamaState(State):
-    """Slots of a GGUF model. The context is taken when it is first needed, and given back when the state goes."""
+    """Slots of a GGUF model: in a context from the first step on, and until then as what was copied into them."""
 
     def __init__(self, model: "LlamaCppLM", slots: int, capacity: int) -> None:
         super().__init__([0] * slots, capacity)
-        self._model = model
-        self._context: _Context | None = None
+        self._model = weakref.ref(model)  # what is kept of a text must not keep its model
+        self._saved: dict[int, bytes] = {}
+        self._context: Context | None = None
 
     @property
-    def context(self) -> _Context:
-        """The context that holds the slots."""
+    def context(self) -> Context:
+        """The context that holds the slots; it is given back when this state goes."""
         if self._context is None:
-            self._context = context = self._model.take(len(self), self.capacity)
-            weakref.finalize(self, self._model.give_back, context)
+            model = self._model()
+            assert model is not None
+            self._context = context = model.take(len(self), self.capacity)
+            weakref.finalize(self, model.idle.add, context)
+            for slot, data in self._saved.items():
+                context.load(data, slot)
+                context.forget(slot, self.lengths[slot])
+            self._saved = {}
         return self._context
 
     def wipe(self, slot: int) -> None:
-        """Forget all that a slot has held."""
-        self.context.forget(slot, 0)
+        """Forget all that a slot has held. What was a NaN stays, masked: others pass over it, but later states must not."""
+        self._saved.pop(slot, None)
+        if self._context is not None:
+            self._context.spoilt = True
+            self._context.forget(slot, 0)
+
+    def forget(self, slot: int) -> None:
+        """Drop what is behind a slot's length."""
+        if self._context is not None:
+            self._context.forget(slot, self.lengths[slot])
+
+    def take_over(self, source: "LlamaState", slot: int, to: int) -> None:
+        """Make a slot what another one is, of this state or another."""
+        if self._context is not None and source is self:
+            self._context.copy(slot, to)
+        else:
+            data = source._saved.get(slot) if source._context is None else source._context.save(slot)
+            if data is None or not source.lengths[slot]:
+                self._saved.pop(to, None)
+            elif self._context is None:
+                self._saved[to] = data
+            else:
+                self._context.load(data, to)
+        self.lengths[to], self.adapters[to] = source.lengths[slot], source.adapters[slot]
+        self.forget(to)
 
 
 class LlamaCppLM:
@@ -180,11 +94,14 @@ class LlamaCppLM:
 
     Raises:
         ModelError: it is not there, or llama.cpp cannot read it.
-        UnsupportedModel: its cache cannot forget tokens, as that of recurrent and hybrid models.
+        UnsupportedModel: its cache cannot forget tokens, as that of recurrent and hybrid models; it is one of several files; or
+            it has fewer columns than its tokenizer has tokens.
         InvalidOption: llama-cpp-python is not installed.
     """
 
     immutable = True
+    max_slots = MOST_SLOTS
+    """Sequences that may be decoded together."""
     device = torch.device("cpu")
     """Where rows come out, whatever computes them."""
 
@@ -193,20 +110,27 @@ class LlamaCppLM:
         if not self.path.is_file():
             raise ModelError(f"'{source}' does not exist")
         self._seen = Seen.at(self.path)
-        lib, self._weights = library(), _Weights(self.path)
+        lib, self._weights = library(), Weights(self.path)
         model = self._weights.pointer
         kinds = {"recurrent": lib.llama_model_is_recurrent, "hybrid": lib.llama_model_is_hybrid}
         kinds |= {"diffusion": lib.llama_model_is_diffusion, "encoder-decoder": lib.llama_model_has_encoder}
         if odd := [kind for kind, is_one in kinds.items() if is_one(model)]:
             raise UnsupportedModel(f"'{source}' holds a model of the {odd[0]} kind, whose cache cannot forget single tokens")
+        parts = ctypes.create_string_buffer(16)
+        if lib.llama_model_meta_val_str(model, b"split.count", parts, len(parts)) > 0 and int(parts.value) > 1:
+            raise UnsupportedModel(
+                f"'{source}' is one of {int(parts.value)} files: make one of them, by llama-gguf-split --merge"
+            )
         self._vocab = lib.llama_model_get_vocab(model)
         self._columns: int = lib.llama_vocab_n_tokens(self._vocab)
         self.vocab_size = vocab_size or self._columns
+        if self._columns < self.vocab_size:
+            raise UnsupportedModel(f"'{source}' has {self._columns} output columns, but its tokenizer {self.vocab_size} tokens")
         self.max_length: int | None = lib.llama_model_n_ctx_train(model)
         self.num_bytes: int = lib.llama_model_size(model)
         """What the weights take."""
-        self._idle: list[_Context] = []
-        self._lock = threading.RLock()  # a state may go, and give its context back, while this thread looks for one
+        self.idle = Idle()
+        """Contexts for later states."""
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -233,7 +157,13 @@ class LlamaCppLM:
         return f"sha256:{hashlib.sha256(f'{digest_file(self._seen)} llama.cpp'.encode()).hexdigest()}"
 
     def new_state(self, slots: int, capacity: int) -> LlamaState:
-        """Empty slots."""
+        """Empty slots.
+
+        Raises:
+            InvalidOption: llama.cpp has no contexts for so many.
+        """
+        if slots > MOST_SLOTS:
+            raise InvalidOption(f"max_num_seqs must be at most {MOST_SLOTS} for what llama.cpp runs")
         return LlamaState(self, slots, capacity)
 
     @cached_property
@@ -264,15 +194,14 @@ class LlamaCppLM:
         state.advance(counts, -1)
         for slot, count in enumerate(counts):
             if count:
-                state.context.forget(slot, state.lengths[slot])
+                state.forget(slot)
 
     def copy(self, source: State, slots: Sequence[int], target: State, to: Sequence[int]) -> None:
         """Copy slots."""
         assert isinstance(source, LlamaState)
         assert isinstance(target, LlamaState)
         for slot, other in zip(slots, to, strict=True):
-            source.context.copy(slot, target.context, other)
-            target.lengths[other], target.adapters[other] = source.lengths[slot], source.adapters[slot]
+            target.take_over(source, slot, other)
 
     def select(self, state: State, rows: Sequence[int]) -> LlamaState:
         """Copies of the given slots."""
@@ -280,23 +209,10 @@ class LlamaCppLM:
         self.copy(state, rows, selected, range(len(rows)))
         return selected
 
-    def take(self, slots: int, capacity: int) -> _Context:
-        """An empty context for so many slots: an idle one that is large enough, and not far too large, or a new one."""
+    def take(self, slots: int, capacity: int) -> Context:
+        """An empty context for so many slots."""
         cells = max(1, -(-slots * capacity // CELLS)) * CELLS
-        with self._lock:
-            fitting = [c for c in self._idle if slots <= c.sequences <= 2 * slots + 2 and cells <= c.cells <= 4 * cells]
-            if fitting:
-                context = min(fitting, key=lambda c: c.cells)
-                self._idle.remove(context)
-                library().llama_memory_clear(context.memory, False)
-                return context
-        return _Context(self._weights, max(slots, 1), cells)
-
-    def give_back(self, context: _Context) -> None:
-        """Keep a context that no state needs any more."""
-        with self._lock:
-            self._idle.append(context)
-            del self._idle[:-IDLE]
+        return self.idle.find(slots, cells) or Context(self._weights, max(slots, 1), cells)
 
     def _step(self, state: State, tokens: Tensor, counts: Sequence[int], *, last_only: bool) -> Tensor:
         assert isinstance(state, LlamaState)
@@ -306,10 +222,15 @@ class LlamaCppLM:
             for slot, (new, count) in enumerate(zip(tokens.tolist(), counts, strict=True))
             for j in range(count)
         ]
-        found = [
-            row_from_logits(torch.from_numpy(state.context.decode(part, self._columns)), self.vocab_size)
-            for part in _parts(steps)
-        ]
+        try:
+            found = [
+                row_from_logits(torch.from_numpy(state.context.decode(part, self._columns)), self.vocab_size)
+                for part in _parts(steps)
+            ]
+        except ModelError:  # the calls before it are undone
+            for slot in range(len(counts)):
+                state.forget(slot)
+            raise
         state.advance(counts)
         width = 1 if last_only else tokens.shape[1]
         places = [slot * width + j for slot, count in enumerate(counts) for j in range(min(count, width))]
@@ -321,7 +242,7 @@ class LlamaCppLM:
         return rows.view(len(counts), width, -1)
 
 
-def _parts(steps: Sequence[_Token]) -> Iterator[Sequence[_Token]]:
+def _parts(steps: Sequence[Token]) -> Iterator[Sequence[Token]]:
     """As few calls as take no more tokens, and want no more rows, than one may."""
     start = rows = 0
     for i, (*_, wanted) in enumerate(steps):

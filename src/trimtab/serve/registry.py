@@ -24,6 +24,7 @@ from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, is_adapter
 from trimtab.models.aligner import is_head
+from trimtab.models.gguf import is_gguf
 from trimtab.models.reduced import is_reduced
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
@@ -232,7 +233,7 @@ class Registry:
             found = (self._root / path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):
             found = None
-        if found is None or not found.is_relative_to(self._root) or not found.is_dir():
+        if found is None or not found.is_relative_to(self._root) or not (found.is_dir() or is_gguf(found)):
             raise NoSuchFolder("path: there is no such folder under the server's --aligner_root")
         if is_adapter(found) and not is_head(found):
             base = base_of(found)
