@@ -42,17 +42,7 @@ def case(request, folders):
     return HuggingFaceLM(load_model(folders / request.param), owned=True), KINDS[request.param][1]
 
 
-for _name in (
-    "test_rows_are_normalised_and_depend_on_the_prefix",
-    "test_stepwise_is_chunked",
-    "test_prefill_gives_the_row_after_each_last_token",
-    "test_ragged_batch_is_each_alone",
-    "test_rollback_is_recompute",
-    "test_select_copies_repeats_and_drops",
-    "test_a_step_that_does_not_fit_is_refused_and_changes_nothing",
-    "test_a_full_slot_waits_while_its_neighbour_goes_on",
-):
-    globals()[_name] = getattr(contract, _name)
+globals().update({test.__name__: test for test in contract.ALL})
 
 
 @pytest.mark.parametrize("kind", KINDS)

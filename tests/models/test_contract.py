@@ -193,3 +193,16 @@ def test_the_cache_takes_what_it_says(kind):
     model.prefill(state, torch.ones(3, 2, dtype=torch.long), [2, 2, 2])
     held = sum(part.numel() * part.element_size() for layer in state.layers for part in (layer.keys, layer.values))
     assert held == 3 * (9 + 1) * model.cache_bytes_per_token
+
+
+ALL = (
+    test_rows_are_normalised_and_depend_on_the_prefix,
+    test_stepwise_is_chunked,
+    test_prefill_gives_the_row_after_each_last_token,
+    test_ragged_batch_is_each_alone,
+    test_rollback_is_recompute,
+    test_select_copies_repeats_and_drops,
+    test_a_step_that_does_not_fit_is_refused_and_changes_nothing,
+    test_a_full_slot_waits_while_its_neighbour_goes_on,
+)
+"""What every implementation keeps, with a fixture `case` of its own: tests_llamacpp/ and tests_quantized/ run it, too."""
