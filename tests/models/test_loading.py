@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma2ForCausalLM, LlamaForCausalLM
 
 from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner, SamplingParams
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, UnsupportedModel
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.loading import attention_for, load_model, load_tokenizer
 from trimtab.models.masks import MIXED, WINDOWED
 
 V = 28
@@ -520,3 +520,22 @@ def test_a_qwen2_model_with_a_tokenizer_of_its_own_keeps_it(tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert loaded.get_vocab() == saved.get_vocab()
     assert loaded.decode([1, 2, 3]) == saved.decode([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cap", "attention"),
+    [
+        ("gemma2", 50.0, "eager"),
+        ("gemma2", None, "sdpa"),
+        ("llama", 50.0, "sdpa"),
+        ("llama", None, "sdpa"),
+        ("gpt2", None, "sdpa"),
+    ],
+)
+def test_scores_that_a_family_caps_are_not_left_to_sdpa(kind, cap, attention, monkeypatch):
+    """SDPA leaves a cap out; classes of transformers before 5.21 say that they support it all the same."""
+    config = tiny_model(kind).config
+    config.attn_logit_softcapping = cap
+    for found in (Gemma2ForCausalLM, LlamaForCausalLM):
+        monkeypatch.setattr(found, "_supports_sdpa", True)
+    assert attention_for(config) == attention

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabError
 from trimtab.files import expand_home
+from trimtab.models.blocks import FAMILIES
 from trimtab.models.composite import KEY_MAPPING, text_config
 from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
@@ -96,8 +97,9 @@ def attention_for(config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    plain = getattr(config, "attn_logit_softcapping", None) is None
-    return "sdpa" if plain and getattr(found, "_supports_sdpa", True) else "eager"
+    block = FAMILIES.get(config.model_type)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None and (block is None or block.caps_scores)
+    return "sdpa" if not capped and getattr(found, "_supports_sdpa", True) else "eager"
 
 
 def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> None:

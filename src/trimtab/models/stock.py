@@ -145,7 +145,7 @@ def _has_one_shape(model: Any, block: Block) -> bool:
     config, body = model.config, model.model
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, body.layers[0].self_attn.head_dim
     scaling, cap = body.layers[0].self_attn.scaling, getattr(config, "attn_logit_softcapping", None)
-    if cap is not None and config._attn_implementation == "sdpa":  # it leaves the cap out; transformers before 5.21 let it
+    if block.caps_scores and cap is not None and config._attn_implementation == "sdpa":  # transformers before 5.21 allow it
         return False
     norms = [body.norm]
     for i, layer in enumerate(body.layers):
