@@ -1,6 +1,7 @@
-"""GGUF files to time llama.cpp with: a file in 8 bits, its first layers as an aligner, or random weights of another shape.
+"""GGUF files to try llama.cpp with: a file in 8 or 16 bits, its first layers as an aligner, or random weights of another shape.
 
     python benchmarks/make_gguf.py model.gguf q8.gguf                       # llama.cpp's own quantiser: Q8_0
+    python benchmarks/make_gguf.py model.gguf f16.gguf --type F16
     python benchmarks/make_gguf.py model.gguf two.gguf --layers 2           # and of its layers the first two
     python benchmarks/make_gguf.py model.gguf big.gguf --shape 2048 20 32 8 6144      # 1.1B, with the tokenizer of model.gguf
 
@@ -14,8 +15,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-Q8_0 = 7
-"""llama.cpp's number of a file of that type."""
+TYPES = {"Q8_0": 7, "F16": 1}
+"""llama.cpp's numbers of files of these types."""
 BLOCK = 32
 SCALE = np.float16(0.02 / 73)  # codes up to ±127 have a spread of 73: weights of 0.02
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a GGUF file")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--type", choices=TYPES, default="Q8_0", help="of the file, but for random weights [default: Q8_0]")
     parser.add_argument("--layers", type=int, help="keep the first so many [default: all]")
     parser.add_argument(
         "--shape", type=int, nargs=5, metavar=("HIDDEN", "LAYERS", "HEADS", "KEYS", "MLP"), help="random weights of this shape"
@@ -31,17 +33,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of random weights [default: 0]")
     said = parser.parse_args()
     if said.shape is None:
-        quantize(said.source, said.out, said.layers)
+        quantize(said.source, said.out, TYPES[said.type], said.layers)
     else:
         write_random(said.source, said.out, said.shape, said.seed)
 
 
-def quantize(source: Path, out: Path, layers: int | None) -> None:
+def quantize(source: Path, out: Path, kind: int, layers: int | None) -> None:
     """By llama.cpp, which leaves layers out, too."""
     from llama_cpp import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize = Q8_0, True
+    params.ftype, params.allow_requantize = kind, True
     if layers is not None:
         fields = gguf.GGUFReader(source).fields
         count = fields[f"{fields['general.architecture'].contents()}.block_count"].contents()

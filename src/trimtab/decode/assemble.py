@@ -27,7 +27,7 @@ from trimtab.models.lora_folder import poolable
 from trimtab.models.reduced import is_reduced, load_reduced
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 
-__all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "load_parts", "make_capture"]
+__all__ = ["AlignerLike", "Loaded", "Loader", "Parts", "check_graphs", "load_parts", "make_capture", "runs_by_llamacpp"]
 
 logger = logging.getLogger(__name__)
 

@@ -115,7 +115,9 @@ class LlamaCppLM:
         kinds = {"recurrent": lib.llama_model_is_recurrent, "hybrid": lib.llama_model_is_hybrid}
         kinds |= {"diffusion": lib.llama_model_is_diffusion, "encoder-decoder": lib.llama_model_has_encoder}
         if odd := [kind for kind, is_one in kinds.items() if is_one(model)]:
-            raise UnsupportedModel(f"'{source}' holds a model of the {odd[0]} kind, whose cache cannot forget single tokens")
+            raise UnsupportedModel(
+                f"'{source}' holds a model of the {odd[0]} kind: only decoders whose cache can forget single tokens run"
+            )
         parts = ctypes.create_string_buffer(16)
         if lib.llama_model_meta_val_str(model, b"split.count", parts, len(parts)) > 0 and int(parts.value) > 1:
             raise UnsupportedModel(
