@@ -1,9 +1,11 @@
 """GGUF models by llama.cpp: transformers' rows, the engine's promises, and the commands."""
 
+import importlib.util
 import json
 import math
 import random
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from trimtab.core.logprobs import row_from_logits
 from trimtab.decode.assemble import Loader
 from trimtab.errors import InvalidOption, ModelError, UnsupportedModel, VocabularyMismatch
 from trimtab.models.llamacpp import LlamaCppLM
-from trimtab.models.llamacpp_context import IDLE, MOST_TOKENS
+from trimtab.models.llamacpp_context import IDLE, MOST_TOKENS, library
 from trimtab.models.loading import load_model
 from trimtab.serve.registry import NoSuchFolder, Registry
 
@@ -286,3 +288,47 @@ def test_a_server_loads_a_file_that_a_client_names(tmp_path):
     assert isinstance(entry.loaded.model, LlamaCppLM)
     with pytest.raises(NoSuchFolder):
         registry.load("mine", "no.gguf", inside=True)
+
+
+@pytest.mark.parametrize("kind", ["is_recurrent", "is_hybrid", "is_diffusion", "has_encoder"])
+def test_models_whose_cache_forgets_nothing_are_refused(kind, tmp_path, monkeypatch):
+    path, _, _ = make(tmp_path, "llama", "F32")
+    monkeypatch.setattr(library(), f"llama_model_{kind}", lambda model: True)
+    with pytest.raises(UnsupportedModel, match="only decoders whose cache can forget single tokens run"):
+        LlamaCppLM(path)
+
+
+def test_a_part_of_a_file_is_refused(tmp_path, monkeypatch):
+    path, _, _ = make(tmp_path, "llama", "F32")
+
+    def value(model, key, buffer, size):
+        assert key == b"split.count"
+        buffer.value = b"3"
+        return 1
+
+    monkeypatch.setattr(library(), "llama_model_meta_val_str", value)
+    with pytest.raises(UnsupportedModel, match="is one of 3 files: make one of them"):
+        LlamaCppLM(path)
+
+
+def test_the_files_to_try_it_with_are_what_they_are_called(tmp_path):
+    """benchmarks/make_gguf.py: in other types, with the first layers alone, and of random weights. Their weights are rounded, too."""
+    script = Path(__file__).parents[1] / "benchmarks" / "make_gguf.py"
+    spec = importlib.util.spec_from_file_location("make_gguf", script)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    path, stock, _ = make(tmp_path, "llama", "F32")
+    ids = torch.arange(3, 23)[None]
+    for name, number in made.TYPES.items():
+        made.quantize(path, tmp_path / "same.gguf", number, None)
+        model = LlamaCppLM(tmp_path / "same.gguf")
+        assert name in model.kernels
+        assert apart(model.extend(model.new_state(1, 20), ids, [20]), rows_of(stock, ids)) < 5e-2
+    made.quantize(path, tmp_path / "one.gguf", made.TYPES["Q8_0"], 1)
+    stock.model.layers = stock.model.layers[:1]
+    model = LlamaCppLM(tmp_path / "one.gguf")
+    assert apart(model.extend(model.new_state(1, 20), ids, [20]), rows_of(stock, ids)) < 5e-2
+    made.write_random(path, tmp_path / "random.gguf", [128, 2, 4, 2, 192], 0)
+    model = LlamaCppLM(tmp_path / "random.gguf")
+    assert model.extend(model.new_state(1, 20), ids, [20]).isfinite().all()
+    assert "Q8_0" in model.kernels
