@@ -312,7 +312,7 @@ def test_a_part_of_a_file_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_files_to_try_it_with_are_what_they_are_called(tmp_path):
-    """benchmarks/make_gguf.py: in other types, with the first layers alone, and of random weights. Their weights are rounded, too."""
+    """benchmarks/make_gguf.py: other types, the first layers alone, and random weights. What is written is rounded."""
     script = Path(__file__).parents[1] / "benchmarks" / "make_gguf.py"
     spec = importlib.util.spec_from_file_location("make_gguf", script)
     made = importlib.util.module_from_spec(spec)
