@@ -40,9 +40,21 @@ def _but(*names: str, shape: dict[str, Any] = _SHAPE) -> dict[str, Any]:
     return {name: value for name, value in shape.items() if name not in names}
 
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_STATES = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "apertus": _SHAPE,
     "arcee": _SHAPE,
+    "bamba": _but("head_dim") | _MAMBA | {"attn_layer_indices": [1]},
     "cohere": _but("head_dim"),
     "cohere2": _SHAPE | _MIXED,
     "cwm": _SHAPE | _MIXED,
@@ -61,6 +73,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "exaone4": _SHAPE | _MIXED,
     "falcon": _but("intermediate_size", "num_key_value_heads", "head_dim")
     | {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+    "falcon_h1": _SHAPE | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+    "falcon_mamba": _STATES,
     "gemma": _SHAPE,
     "gemma2": _SHAPE | _MIXED | {"query_pre_attn_scalar": 8},
     "gemma3_text": _SHAPE | _MIXED | {"query_pre_attn_scalar": 8},
@@ -74,13 +88,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gptj": _GPT2_SHAPE | {"rotary_dim": 4},
     "granite": _but("head_dim"),
     "granitemoe": _but("head_dim") | _EXPERTS,
+    "granitemoehybrid": _but("head_dim")
+    | _EXPERTS
+    | _MAMBA
+    | {"layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 24},
     "helium": _SHAPE,
     "hunyuan_v1_dense": _SHAPE,
+    "jamba": _but("head_dim") | _EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
+    "lfm2": _but("head_dim") | {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": _but("head_dim") | _EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama": _SHAPE,
     "llama4_text": _SHAPE
     | _EXPERTS
     | {"attention_chunk_size": 5, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48}
     | {"attn_temperature_tuning": False},
+    "mamba": _STATES,
+    "mamba2": _STATES | {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "ministral": _SHAPE | _MIXED,
     "mistral": _SHAPE | {"sliding_window": None},
     "mixtral": _SHAPE | _EXPERTS | {"sliding_window": 5},
@@ -88,13 +111,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "olmo": _but("head_dim"),
     "olmo2": _but("head_dim"),
     "olmo3": _but("head_dim") | _MIXED,
+    "olmo_hybrid": _but("head_dim") | _DELTA,
     "olmoe": _but("head_dim") | _EXPERTS,
     "phi": _but("head_dim"),
     "phi3": _but("head_dim") | {"sliding_window": 5},
     "qwen2": _but("head_dim"),
     "qwen2_moe": _but("head_dim") | _EXPERTS | {"shared_expert_intermediate_size": 24},
     "qwen3": _SHAPE,
+    "qwen3_5_moe_text": _SHAPE | _EXPERTS | _DELTA | {"shared_expert_intermediate_size": 24},
+    "qwen3_5_text": _SHAPE | _DELTA,
     "qwen3_moe": _SHAPE | _EXPERTS,
+    "qwen3_next": _SHAPE | _EXPERTS | _DELTA | {"shared_expert_intermediate_size": 24},
     "seed_oss": _SHAPE,
     "smollm3": _but("head_dim") | {"no_rope_layers": [1, 0]},
     "stablelm": _but("head_dim"),
@@ -116,7 +143,9 @@ def tiny_model(kind: str = "llama", vocab_size: int = 32, *, seed: int = 0, spre
     layers = fields.get("num_hidden_layers", fields.get("n_layer"))
     going_round = {name: list(islice(cycle(fields[name]), layers)) for name in SHAPES[kind] if isinstance(fields[name], list)}
     config = CONFIG_MAPPING[kind](vocab_size=vocab_size, **fields | going_round)
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.random.fork_rng(devices=[]):  # some families draw vectors
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, Qwen2VLConfig
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, Qwen2VLConfig, Qwen3_5Config
 
 from tiny import SHAPES, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
@@ -49,10 +49,15 @@ def untied() -> Any:
     return mistral3(tie_word_embeddings=False)
 
 
+def qwen3_5() -> Any:
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen3_5Config(text_config=text("qwen3_5_text"), vision_config=vision)
+
+
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [(gemma3, "gemma3_text"), (mistral3, "mistral"), (untied, "mistral")],
-    ids=["gemma3", "mistral3", "untied"],
+    [(gemma3, "gemma3_text"), (mistral3, "mistral"), (untied, "mistral"), (qwen3_5, "qwen3_5_text")],
+    ids=["gemma3", "mistral3", "untied", "qwen3_5"],
 )
 @pytest.mark.parametrize("new", [False, True], ids=["names on the hub", "new names"])
 def test_rows_are_those_of_the_whole_model(config, kind, new, tmp_path, caplog):
@@ -68,7 +73,7 @@ def test_rows_are_those_of_the_whole_model(config, kind, new, tmp_path, caplog):
     assert f"its text model is used: '{kind}'" in caplog.text
     assert "LOAD REPORT" not in caplog.text
     model = HuggingFaceLM(loaded, owned=True)
-    assert model.kernels.startswith("lean pass")
+    assert model.kernels.startswith("stock" if model.is_recurrent else "lean pass")
     with torch.no_grad():
         expected = torch.log_softmax(whole(IDS).logits.float(), -1)
     assert_close(model.extend(model.new_state(1, 11), IDS, [11]), expected, atol=3e-5, rtol=0)

@@ -7,9 +7,10 @@ import torch
 
 from tiny import SHAPES, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidOption, UnsupportedModel
-from trimtab.models.huggingface import SUPPORTED
 from trimtab.models.layers import choose_layers, parse_layers, pick_layers
 from trimtab.models.loading import load_model
+from trimtab.models.masks import STATEFUL, TOKENWISE
+from trimtab.models.supported import SUPPORTED
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -36,10 +37,9 @@ def without_other_layers(model, layers):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", [kind for kind in SUPPORTED if kind not in (*STATEFUL, *TOKENWISE)])
 def test_the_layers_that_are_picked_compute_what_they_do_in_the_model(kind, tied, tmp_path):
     """So do embedding, last norm and output matrix; and what is saved is what was picked."""
-    assert set(SHAPES) == set(SUPPORTED)
     model = deep_model(kind, tie_word_embeddings=tied)
     before = copy.deepcopy(model.state_dict())
     small = pick_layers(model, [0, 2, 4])
@@ -52,6 +52,11 @@ def test_the_layers_that_are_picked_compute_what_they_do_in_the_model(kind, tied
     assert small.generation_config.eos_token_id == model.generation_config.eos_token_id
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config.num_hidden_layers == 5
+
+
+def test_layers_that_keep_states_are_not_picked():
+    with pytest.raises(UnsupportedModel, match="layers: those of a 'lfm2' model, some of which keep states, cannot be picked"):
+        pick_layers(deep_model("lfm2"), [0, 1])
 
 
 def test_all_layers_are_the_model_in_float32():

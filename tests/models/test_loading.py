@@ -324,8 +324,7 @@ LLAMA_ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "bloom"}, "'bloom' model is no decoder of attention layers with a context .*; a vLLM server may run it"),
     ({"model_type": "t5"}, "'t5' model is no decoder of attention layers"),
-    ({"model_type": "mamba"}, "'mamba' model is no decoder of attention layers"),
-    ({"model_type": "qwen3_next"}, "layer_types: linear_attention is not supported"),
+    ({"model_type": "mamba2", "time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\] in this 'mamba2' model"),
     (
         {"model_type": "starcoder2", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
         "all layers have",
@@ -336,7 +335,10 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
         "sliding_window: in this 'llama' model, the layers see the whole text, which transformers' cache would forget",
     ),
     ({"model_type": "llama", "attention_chunk_size": 8}, "attention_chunk_size: in this 'llama' model"),
-    ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types: linear_attention"),
+    (
+        {"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]},
+        "layer_types: 'qwen3' models have no layers",
+    ),
     ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", **LLAMA_ROPE}}, "rope type 'dynamic'"),
     (
         {"model_type": "llama", "per_layer_config": {"0": {"sliding_window": 8}, "1": {"sliding_window": None}}},

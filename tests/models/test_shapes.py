@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import ModelError
-from trimtab.models.huggingface import check_supported
 from trimtab.models.shapes import SHAPES, find_config, make_config
+from trimtab.models.supported import check_supported
 
 PUBLISHED = {
     "meta-llama/Llama-3.1-8B": 8_030_261_248,

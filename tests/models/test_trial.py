@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from tiny import SHAPES, tiny_model
 from trimtab.errors import UnsupportedModel
-from trimtab.models.huggingface import SUPPORTED, HuggingFaceLM
+from trimtab.models.huggingface import HuggingFaceLM
+from trimtab.models.supported import SUPPORTED
 from trimtab.models.trial import NARROW, narrowed
 
 V = 32

@@ -191,7 +191,7 @@ def test_rows_are_those_of_each_request_alone(room, chunk, model):
         check_rows(model, rows)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gemma"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gemma", "falcon_h1", "lfm2"])
 def test_so_are_those_of_models_on_the_stock_pass(kind):
     model = HuggingFaceLM(tiny_model(kind, V, seed=3, spread=0.2), lean=False)
     check_rows(model, play(AlignerCache(model, 3, CAPACITY, 8), Schedule(0, 3), 150))

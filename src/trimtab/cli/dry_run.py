@@ -60,9 +60,9 @@ def model_weights(name: str, expected: str | None, dtype: str, *, revision: str 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trimtab.models.huggingface import check_supported
     from trimtab.models.loading import attention_for, loading_arguments
     from trimtab.models.shapes import find_config
+    from trimtab.models.supported import check_supported
 
     loading_arguments(dtype, "cpu", None)
     found = find_config(name, expected, revision=revision)

@@ -6,6 +6,7 @@ by the contract suite; a model of another one is tried when it is loaded (`trimt
 """
 
 import hashlib
+import inspect
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
@@ -21,56 +22,20 @@ from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.int8 import IN, OUT, can_be_int8
 from trimtab.models.lean import Deltas, LeanDecoder, no_lean_pass
-from trimtab.models.masks import MIXED, WHOLE, WINDOWED, sights_of
+from trimtab.models.masks import EMPTY, RECURRENT, TOKENWISE, is_recurrent, sights_of
 from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
+from trimtab.models.recurrent import Reader
+from trimtab.models.recurrent_slots import RecurrentState, layout_of
 from trimtab.models.slots import SlotState, Step
 from trimtab.models.stock import is_stock
-from trimtab.models.trial import WAY_OUT, narrowed, try_out
+from trimtab.models.supported import SUPPORTED, check_supported
+from trimtab.models.trial import narrowed, try_out
 
-__all__ = ["SUPPORTED", "HuggingFaceLM", "check_supported", "describe_kernels"]
-
-UNLIKE = {
-    "is_causal": (True, "it sees what comes later"),
-    "use_bidirectional_attention": (False, "it sees what comes later"),
-    "alibi": (False, "its positions are biases, which are not passed on"),
-    "attn_temperature_tuning": (False, "it scales queries by the longest sequence of a batch"),
-}
-"""Settings that take a family off attention by positions, with the value that does not, and why."""
+__all__ = ["HuggingFaceLM", "describe_kernels"]
 
 QUANTIZE = ("int8",)
 """How weights may be kept."""
-
-SUPPORTED = tuple(sorted((*WHOLE, *WINDOWED, *MIXED)))
-"""`model_type` of the architectures that pass the contract suite; tests/models/test_contract.py runs each of them."""
-
-
-def check_supported(config: Any) -> None:
-    """Refuse a configuration that ragged slots would decode wrongly.
-
-    Raises:
-        UnsupportedModel: it is no decoder with attention of positions alone, or a setting takes it off that.
-    """
-    name = config.model_type
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "max_position_embeddings", None) is None:
-        if getattr(config, "text_config", None) is not None:
-            raise UnsupportedModel(f"a '{name}' model holds a text model and others; only text models run: name one; {WAY_OUT}")
-        raise UnsupportedModel(
-            f"a '{name}' model is no decoder of attention layers with a context of max_position_embeddings; {WAY_OUT}"
-        )
-    if getattr(config, "is_heterogeneous", False):
-        raise UnsupportedModel("per_layer_config: layers that are not all alike are not supported")
-    sights_of(config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # there may be one for each kind of layer
-    kinds = {str(one.get("rope_type")) for one in each}
-    if wrong := sorted(kinds & {"dynamic", "longrope"}):
-        raise UnsupportedModel(f"rope type '{wrong[0]}' makes positions depend on the rest of the batch; it is not supported")
-    for field, (plain, why) in UNLIKE.items():
-        if (said := getattr(config, field, None)) not in (plain, None):
-            raise UnsupportedModel(f"{field} is {said} in this '{name}' model, which is not supported: {why}")
-    if getattr(config, "add_cross_attention", False):
-        raise UnsupportedModel(f"this '{name}' model has cross-attention; only decoders are supported")
 
 
 def describe_kernels(model: LanguageModel) -> str | None:
@@ -117,9 +82,16 @@ class HuggingFaceLM:
         check_adapters(getattr(model, "peft_config", {}), f"this '{inner.config.model_type}' model")
         self._plain = {"output_router_logits": False} if hasattr(inner.config, "output_router_logits") else {}
         """Passed beside the inputs, for what is done with them does not take masks like ours."""
+        attends = "cache_params" not in inspect.signature(inner.forward).parameters
+        self._cache = "past_key_values" if attends else "cache_params"
+        """What a model calls its cache; the latter's layers know no attention, and take no mapping of masks."""
         self._attention, self._sights = inner.config._attn_implementation, sights_of(inner.config)
         if self._attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")
+        self._layout = layout_of(inner.config) if is_recurrent(inner.config) else None
+        self.reader = Reader(self._one_pass, tokenwise=inner.config.model_type in TOKENWISE)
+        """What reads tokens into slots that keep states."""
+        self._patterns: dict[torch.dtype, RecurrentState] = {}
         self.model = inner.eval()
         columns = inner.get_output_embeddings().weight.shape[0]
         self.vocab_size = vocab_size or columns
@@ -127,7 +99,7 @@ class HuggingFaceLM:
             raise UnsupportedModel(
                 f"the model has {columns} output columns, but its tokenizer {self.vocab_size} tokens: resize its embeddings"
             )
-        self.max_length: int | None = inner.config.max_position_embeddings
+        self.max_length: int | None = getattr(inner.config, "max_position_embeddings", None)
         self.device: torch.device = inner.get_input_embeddings().weight.device
         """Where token ids go in; on a model spread over devices, its first."""
         self.files = files
@@ -186,6 +158,11 @@ class HuggingFaceLM:
         return f"lean pass, {packed} of {len(linears)} weights packed{integers}{graphs}"
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether some of its layers keep states, so that slots that take several tokens read one after the other."""
+        return self._layout is not None
+
+    @property
     def has_graphs(self) -> bool:
         """Whether short passes are replayed as CUDA graphs."""
         return self._graphs is not None
@@ -216,21 +193,38 @@ class HuggingFaceLM:
     @torch.no_grad()
     def cache_bytes_per_token(self) -> int:
         """What a token of a slot takes in the key/value cache: looked up in one, for families keep different things there."""
-        state = SlotState([0], 1, self.model.config.num_hidden_layers)
-        self._forward(state, torch.zeros(1, 1, dtype=torch.long), [1], last_only=True)
+        state: SlotState | None = self._pattern
+        if state is None:
+            state = SlotState([0], 1, self.model.config.num_hidden_layers)
+            self._forward(state, torch.zeros(1, 1, dtype=torch.long), [1], last_only=True)
         written = [layer for layer in state.layers if layer.is_initialized]  # some families' layers share those of others
         return sum(part.nbytes for layer in written for part in (layer.keys, layer.values)) // (state.capacity + 1)
+
+    @property
+    @torch.no_grad()
+    def _pattern(self) -> RecurrentState | None:
+        """What states of slots look like in memory, after a pass; None where no layer keeps any."""
+        if self._layout is None:
+            return None
+        if (dtype := self.model.dtype) not in self._patterns:  # a lent model's owner may change it
+            pattern = RecurrentState([0], 1, self._layout)
+            self._one_pass(pattern, torch.zeros(1, 1, dtype=torch.long, device=self.device), [1], 1)
+            self._patterns = {dtype: pattern}
+        return self._patterns[dtype]
 
     def new_state(self, slots: int, capacity: int) -> SlotState:
         """Empty slots; the buffers are allocated by the first step."""
         check_adapters(getattr(self.model, "peft_config", {}), f"this '{self.model.config.model_type}' model")
         if self._lean is not None and not self._owned:  # its owner may have changed anything since
             self._lean = LeanDecoder(self.model) if is_stock(self.model) else None
+        if self._layout is not None:
+            return RecurrentState([0] * slots, capacity, self._layout, self._pattern)
         return SlotState([0] * slots, capacity, self.model.config.num_hidden_layers)
 
     def state_bytes(self, slots: int, capacity: int, adapters: Collection[Any] = ()) -> int:
-        """Keys and values, with the column for what no slot uses."""
-        return slots * (capacity + 1) * self.cache_bytes_per_token
+        """Keys and values, with the column for what no slot uses, and what recurrent layers keep."""
+        pattern = self._pattern
+        return slots * ((capacity + 1) * self.cache_bytes_per_token + (pattern.fixed_bytes if pattern is not None else 0))
 
     def extend(self, state: State, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Append to every slot; log-probabilities `[B, K, V]`, float32 (float64 for a float64 model)."""
@@ -307,6 +301,10 @@ class HuggingFaceLM:
     ) -> Tensor:
         assert isinstance(state, SlotState)
         state.check_room(tokens, counts)
+        if isinstance(state, RecurrentState):
+            if not any(counts):
+                return torch.zeros(len(counts), 1 if last_only else tokens.shape[1], self.vocab_size, device=self.device)
+            return self.reader.read(state, tokens.to(self.device), counts, last_only=last_only)
         last_position = self._last_position(state)
         tokens, deltas = tokens.to(self.device), self._deltas(state, len(counts))
         if self._graphs is not None and deltas is None and not last_only and not tapped:
@@ -319,6 +317,11 @@ class HuggingFaceLM:
             if self._lean is None:
                 return self._stock(tokens, step, state, last)
             return self._lean(tokens, step, state.layers, last=last, deltas=deltas, tapped=tapped)
+
+    def _one_pass(self, state: RecurrentState, tokens: Tensor, counts: Sequence[int], wanted: int) -> Tensor:
+        """Logits `[B, wanted, W]` of the last tokens of slots whose states have read all before."""
+        with state.stepping(counts, tokens.shape[1], self._last_position(state), self.device) as step:
+            return self._stock(tokens, step, state, counts if wanted == 1 else None)[:, -wanted:]
 
     def _rows(self, logits: Tensor) -> Tensor:
         return row_from_logits(logits, self.vocab_size)
@@ -337,17 +340,19 @@ class HuggingFaceLM:
             input_ids=tokens,
             attention_mask=self._masks(step),
             position_ids=step.position_ids,
-            past_key_values=state.cache,
             use_cache=True,
-            **self._plain,
             logits_to_keep=1 if kept == [tokens.shape[1] - 1] else kept or 0,  # a list, for the last layer may be elsewhere
+            **{self._cache: state.cache},
+            **self._plain,
         ).logits
         return logits if last is None else last_of(logits, [kept.index(max(count, 1) - 1) + 1 for count in last])
 
-    def _masks(self, step: Step) -> Tensor | dict[str, Tensor]:
+    def _masks(self, step: Step) -> Any:
         """A mask, or one for each kind of layer: SDPA takes booleans, the eager attention adds its mask to the scores."""
         boolean, dtype = self._attention == "sdpa", self.model.dtype
         masks = {
             name: step.mask(sight) if boolean else step.additive_mask(dtype, sight) for name, sight in self._sights.items()
         }
+        if self._layout is not None:  # a mask would say what is padding, and nothing is
+            return dict.fromkeys(("full_attention", *EMPTY, *RECURRENT)) | masks if self._cache == "past_key_values" else None
         return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from trimtab.errors import InvalidOption, UnsupportedModel
-from trimtab.models.huggingface import check_supported
+from trimtab.models.masks import is_recurrent
+from trimtab.models.supported import check_supported
 from trimtab.reasons import reason_of
 
 __all__ = ["OF_LAYERS", "choose_layers", "cut_config", "parse_layers", "pick_layers"]
@@ -57,9 +58,15 @@ def cut_config(config: Any, layers: Sequence[int]) -> Any:
     """The configuration of a model of some layers.
 
     Raises:
-        UnsupportedModel: the weights are codes, which cannot be trained, or the family is not supported.
+        UnsupportedModel: the weights are codes, which cannot be trained; or the family is not supported, or has layers that
+            keep states.
     """
     check_supported(config)
+    if is_recurrent(config):
+        raise UnsupportedModel(
+            f"layers: those of a '{config.model_type}' model, some of which keep states, cannot be picked: name a small model"
+            " of its vocabulary as the aligner"
+        )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel("a start is trained, and quantised weights cannot be: name the original model")
     small = copy.deepcopy(config)

@@ -81,7 +81,9 @@ def no_lean_pass(kind: str) -> UnsupportedModel:
     why = f"this '{kind}' model is run by its stock modules"
     if kind in LEAN and kind not in ADAPTABLE:
         why = f"a layer of a '{kind}' model has other projections"
-    return UnsupportedModel(f"a head runs layers of plain {', '.join(ADAPTABLE)} models, and {why}")
+    return UnsupportedModel(
+        f"a head runs layers of plain {', '.join(ADAPTABLE)} models, and {why}; a small model of its vocabulary can align it"
+    )
 
 
 class LeanDecoder:

@@ -18,8 +18,8 @@ from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabEr
 from trimtab.files import expand_home
 from trimtab.models.blocks import FAMILIES
 from trimtab.models.composite import KEY_MAPPING, text_config
-from trimtab.models.huggingface import check_supported
 from trimtab.models.stored import check_filled, stored_tensors
+from trimtab.models.supported import check_supported
 from trimtab.models.weight_files import expand, folder_of
 from trimtab.reasons import reason_of
 

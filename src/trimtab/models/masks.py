@@ -4,6 +4,7 @@ In a slot a token's column is its position, so any of these is a comparison of c
 all alike takes one mask; one that mixes them takes a mapping from `layer_types` to masks, as transformers' own modules do.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,21 @@ from torch import Tensor
 
 from trimtab.errors import UnsupportedModel
 
-__all__ = ["FULL", "MIXED", "WHOLE", "WINDOWED", "Sight", "layer_sights", "sights_of"]
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "MIXED",
+    "RECURRENT",
+    "STATEFUL",
+    "TOKENWISE",
+    "WHOLE",
+    "WINDOWED",
+    "Sight",
+    "context_of",
+    "is_recurrent",
+    "layer_sights",
+    "sights_of",
+]
 
 
 class Sight(NamedTuple):
@@ -58,16 +73,44 @@ SIZES = {"sliding_attention": "sliding_window", "chunked_attention": "attention_
 """By the kinds of layers that do not see all, the field that says how much."""
 
 
+STATEFUL = (
+    "bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2", "olmo_hybrid", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_next",
+)  # fmt: skip
+"""Families with layers that keep a state."""
+TOKENWISE = ("falcon_mamba", "jamba", "mamba")
+"""Those whose states go on from others by one token at a time only: of several, transformers' scan forgets what was before."""
+RECURRENT = ("conv", "hybrid", "linear_attention")
+"""Kinds of layers that fold what they read into a state; `hybrid` ones attend to the whole text as well."""
+EMPTY = ("mlp", "moe")
+"""Kinds of layers that look at no other token."""
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers keep a state."""
+    return not {*(getattr(config, "layer_types", None) or ())}.isdisjoint(RECURRENT)
+
+
+def context_of(config: Any) -> int:
+    """The most tokens of a text; where nothing limits it, more than there will be."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
 def sights_of(config: Any) -> dict[str, Sight]:
-    """What each kind of layer sees, by its name in `layer_types`; the only one's name is of no meaning where all are alike.
+    """What each kind of attention sees, by its name in `layer_types`; the only one's name is of no meaning where all are alike.
 
     It is what the family's modules make of the fields. transformers' cache makes its own of them: where it would forget what
     the modules look at, the stock model contradicts itself, and is refused. A size as long as the context is none.
 
     Raises:
-        UnsupportedModel: that, a kind of layer that is not attention, or a size that is missing or below 1.
+        UnsupportedModel: that, a kind of layer that is not known, or a size that is missing or below 1.
     """
     layers = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    if is_recurrent(config):
+        if config.model_type in (*WHOLE, *WINDOWED, *MIXED):
+            odd = next(name for name in layers if name in RECURRENT)
+            raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no layers of {odd}")
+        layers = [name for name in layers if name not in (*EMPTY, *RECURRENT)] + ["full_attention"] * ("hybrid" in layers)
     if odd := set(layers) - {"full_attention", *SIZES}:
         raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only full_attention, {', '.join(SIZES)}")
     window = getattr(config, "sliding_window", None)
@@ -78,7 +121,7 @@ def sights_of(config: Any) -> dict[str, Sight]:
     listed = config.model_type in (*WHOLE, *WINDOWED, *MIXED)
     if "chunked_attention" in layers and listed and config.model_type != "llama4_text":
         raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no chunked_attention")
-    if layers and config.model_type not in (*WHOLE, *WINDOWED):
+    if is_recurrent(config) or (layers and config.model_type not in (*WHOLE, *WINDOWED)):
         return {name: _sight(name, config) for name in layers}
     for name, field in SIZES.items():
         said = getattr(config, field, None) is not None
@@ -96,7 +139,7 @@ def _sight(name: str, config: Any) -> Sight:
     size = getattr(config, field, None)
     if size is None or size < 1:
         raise UnsupportedModel(f"{field} must be at least 1 for layers of {name}, not {size}")
-    if size >= config.max_position_embeddings:
+    if size >= context_of(config):
         return FULL
     return Sight(window=size) if name == "sliding_attention" else Sight(chunk=size)
 

@@ -9,7 +9,7 @@ past, whatever each slot did before.
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -82,6 +82,25 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
             self.values[step.rows, :, step.write] = value_states.transpose(1, 2)
         return self.keys[:batch, :, : step.used], self.values[:batch, :, : step.used]
 
+    def wipe(self, slot: int) -> None:
+        """Zero a slot."""
+        if self.is_initialized:
+            self.keys[slot] = self.values[slot] = 0
+
+    def copy(self, slots: Sequence[int], target: "SlotLayer", to: Sequence[int], used: int) -> None:
+        """Copy the first `used` columns of these slots into slots of another layer."""
+        if self.is_initialized:
+            if not target.is_initialized:
+                target.lazy_initialization(self.keys, self.values)
+            index = to_device([list(slots), list(to)], self.keys.device)
+            target.keys[index[1], :, :used] = self.keys[index[0], :, :used]
+            target.values[index[1], :, :used] = self.values[index[0], :, :used]
+
+    def share(self, start: int, stop: int, view: "SlotLayer") -> None:
+        """Make `view` slots `start` … `stop` − 1 of this one, on the same memory."""
+        if self.is_initialized:
+            view.keys, view.values, view.is_initialized = self.keys[start:stop], self.values[start:stop], True
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
         return self.slots.used, 0
@@ -112,6 +131,11 @@ class SlotState(State):
     def used(self) -> int:
         """How many columns the longest slot uses."""
         return max(self.lengths, default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory; nothing before the first step."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
     def plan(self, counts: Sequence[int], width: int, last_position: int, device: torch.device) -> Step:
         """Lay out a step of `width` tokens for the first slots, of which slot b uses the first `counts[b]`."""
@@ -148,35 +172,33 @@ class SlotState(State):
     def wipe(self, slot: int) -> None:
         """Zero a slot's keys and values."""
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[slot] = layer.values[slot] = 0
+            layer.wipe(slot)
 
     def copy(self, slots: Sequence[int], target: "SlotState", to: Sequence[int]) -> None:
         """Copy what these slots use into slots of `target`."""
         used = max(self.lengths[slot] for slot in slots)
         for mine, its in zip(self.layers, target.layers, strict=True):
-            if mine.is_initialized:
-                if not its.is_initialized:
-                    its.lazy_initialization(mine.keys, mine.values)
-                index = to_device([list(slots), list(to)], mine.keys.device)
-                its.keys[index[1], :, :used] = mine.keys[index[0], :, :used]
-                its.values[index[1], :, :used] = mine.values[index[0], :, :used]
+            mine.copy(slots, its, to, used)
         for slot, other in zip(slots, to, strict=True):
             target.lengths[other], target.adapters[other] = self.lengths[slot], self.adapters[slot]
 
-    def window(self, start: int, stop: int) -> "SlotState":
+    def window(self, start: int, stop: int) -> Self:
         """Slots `start` … `stop` − 1 as a state of their own, on the same memory, which must have been allocated by a step.
 
         What is appended there stands here, too, once the lengths are taken over.
         """
-        view = SlotState(self.lengths[start:stop], self.capacity, len(self.layers))
+        view = self._like(self.lengths[start:stop])
         view.adapters = self.adapters[start:stop]
         for mine, its in zip(self.layers, view.layers, strict=True):
-            its.keys, its.values, its.is_initialized = mine.keys[start:stop], mine.values[start:stop], mine.is_initialized
+            mine.share(start, stop, its)
         return view
 
-    def select(self, rows: Sequence[int]) -> "SlotState":
+    def select(self, rows: Sequence[int]) -> Self:
         """Copies of the given slots."""
-        selected = SlotState([0] * len(rows), self.capacity, len(self.layers))
+        selected = self._like([0] * len(rows))
         self.copy(rows, selected, range(len(rows)))
         return selected
+
+    def _like(self, lengths: Sequence[int]) -> Self:
+        """Slots of the same model, without memory."""
+        return type(self)(lengths, self.capacity, len(self.layers))

@@ -58,6 +58,9 @@ def try_out(model: Any) -> None:
     try:
         model.model = _exact(stock)
         found = _first_failure(model, model.model)
+        if found is not None and model.is_recurrent:
+            model.reader.tokenwise = True
+            found = _first_failure(model, model.model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a module that was made for something else raises

@@ -17,6 +17,7 @@ from trimtab.core.objectives import acceptance, distillation
 from trimtab.errors import UnsupportedModel
 from trimtab.models.fingerprint import Files
 from trimtab.models.loading import load_model
+from trimtab.models.masks import context_of
 from trimtab.train.batches import answer_logits, rows_at
 from trimtab.train.distil import DistilTrainer, Target
 from trimtab.train.options import TrainOptions
@@ -58,7 +59,7 @@ def check_draft_start(folder: Path, vocab_size: int, length: int) -> str:
         ModelError: it cannot be loaded, or is no drafter for this vocabulary and length.
     """
     model, files = Files.of(partial(load_model, folder, dtype=torch.float32, device="cpu"), (folder, None))
-    known, taken = model.config.vocab_size, model.config.max_position_embeddings
+    known, taken = model.config.vocab_size, context_of(model.config)
     if known < vocab_size or taken < length:
         raise UnsupportedModel(
             f"the drafter in {folder} knows {known} tokens and takes {taken}, but {vocab_size} and {length} are needed:"

@@ -24,8 +24,9 @@ from trimtab.files import expand_home
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
 from trimtab.models.adapter_folder import Base, base_of
 from trimtab.models.aligner import Description, describe
-from trimtab.models.huggingface import check_supported
+from trimtab.models.masks import context_of
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
+from trimtab.models.supported import check_supported
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.checkpointing import checkpoints
@@ -122,8 +123,8 @@ def _estimate(
     for found in (proposal, aligner):
         check_supported(found.config)
     tokenizer, vocab_size = _vocabulary(options, proposal, aligner, here.tokenizer if here else None)
-    context = proposal.config.max_position_embeddings - bool(options.proposal_endpoint)
-    longest = min(options.max_length, aligner.config.max_position_embeddings, context)
+    context = context_of(proposal.config) - bool(options.proposal_endpoint)
+    longest = min(options.max_length, context_of(aligner.config), context)
     data = _data(options, expected, tokenizer, proposal, longest, context)
     if data.examples is not None and data.development is not None:
         options, examples, development, equal = settle_pairs(options, data.examples, data.development)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from trimtab.models.fingerprint import Files
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_configs, load_model
+from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.endpoint_rows import EndpointRows
 from trimtab.train.options import TrainOptions
@@ -33,9 +34,9 @@ def open_proposal(options: TrainOptions, tokenizer: Any) -> Proposal:
         model, files = Files.of(load, (options.proposal, None))
         ends = find_eos_token_ids(model, tokenizer)
         here = HuggingFaceLM(model, vocabulary_size(tokenizer))
-        return Proposal(ModelRows(here, files.fingerprint, ends), model.config.max_position_embeddings, ends, here)
+        return Proposal(ModelRows(here, files.fingerprint, ends), context_of(model.config), ends, here)
     config, generation = load_configs(options.proposal)
     described = SimpleNamespace(config=config, generation_config=generation)
     remote = EndpointRows(options.proposal_endpoint, options.limits, options.proposal, vocabulary_size(tokenizer))
-    context = config.get_text_config().max_position_embeddings - 1  # vLLM does not score without drawing a token
+    context = context_of(config.get_text_config()) - 1  # vLLM does not score without drawing a token
     return Proposal(remote, context, find_eos_token_ids(described, tokenizer), None)

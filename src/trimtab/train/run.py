@@ -26,6 +26,7 @@ from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, d
 from trimtab.models.attention import without_cudnn
 from trimtab.models.head import Head
 from trimtab.models.loading import load_model
+from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
@@ -144,7 +145,7 @@ def _train(
     start = None if found is None or options.trains_head else load_start(options, found)
     proposal = open_proposal(options, tokenizer)
     head = None if start else HeadStart.of(options, proposal, found)
-    context = min(start.model.config.max_position_embeddings if start else proposal.context, proposal.context)
+    context = min(context_of(start.model.config) if start else proposal.context, proposal.context)
     options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
     encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
     parts = read_parts(options, tokenizer)

@@ -24,6 +24,7 @@ from trimtab.models.aligner import save_model
 from trimtab.models.fingerprint import Files
 from trimtab.models.layers import parse_layers, pick_layers
 from trimtab.models.loading import load_model
+from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
@@ -79,7 +80,7 @@ def _make(
     options, settings = dataclasses.replace(options, date=date), dataclasses.replace(settings, date=date)
     records = _records(options)
     model, layers, total, weights = _pick(options)
-    max_length = min(options.max_length, model.config.max_position_embeddings)
+    max_length = min(options.max_length, context_of(model.config))
     given = None
     if options.answers == "given" and records is not None:
         encoder = Encoder(tokenizer, vocabulary_size(tokenizer), find_eos_token_ids(model, tokenizer), date)

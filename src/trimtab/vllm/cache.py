@@ -106,9 +106,9 @@ class AlignerCache:
 
     @property
     def num_bytes(self) -> int:
-        """What keys and values of all slots take, and their adapters side by side."""
+        """What all slots take, and their adapters side by side."""
         mixing = self._gathered.num_bytes if self._gathered is not None else 0
-        return mixing + sum(layer.keys.nbytes + layer.values.nbytes for layer in self._state.layers)
+        return mixing + self._state.num_bytes
 
     def rows(self, asks: Sequence[Ask]) -> Tensor:
         """Next-token rows `[n, V]` for those asks that draw, in their order.
@@ -184,15 +184,17 @@ class AlignerCache:
 
     def _read_run(self, start: int, stop: int, texts: list[list[int]]) -> None:
         """Read texts into neighbouring slots, in chunks."""
-        window = self._state.window(start, stop)
+        if self.model.is_recurrent:  # a window would not know what its slots' states have read; the slots before take nothing
+            start, texts = 0, [[] for _ in range(start)] + texts
+        state = self._state if self.model.is_recurrent else self._state.window(start, stop)
         done, longest = 0, max(map(len, texts))
         while done < longest:
             width = min(longest - done, max(1, self._chunk // len(texts)))
             counts = [min(max(len(text) - done, 0), width) for text in texts]
             block = [(text[done : done + width] + [0] * width)[:width] for text in texts]
-            self.model.prefill(window, torch.tensor(block), counts)
+            self.model.prefill(state, torch.tensor(block), counts)
             done += width
-        self._state.lengths[start:stop] = window.lengths
+        self._state.lengths[start:stop] = state.lengths[: stop - start]
 
 
 def _runs(slots: Sequence[int], adapters: Sequence[Any]) -> list[tuple[int, int]]:
