@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tiny import Trap, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner, SamplingParams
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, UnsupportedModel
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.loading import attention_for, load_model, load_tokenizer
+from trimtab.models.loading import _check_spread, attention_for, load_model, load_tokenizer
 from trimtab.models.masks import MIXED, WINDOWED
 
 V = 28
@@ -96,6 +97,24 @@ def test_an_unknown_device_is_refused(sound, device):
     """There are no hundred GPUs in any machine that runs this."""
     with pytest.raises(InvalidOption, match=r"^device"):
         load_model(sound, device=device)
+
+
+def test_a_model_that_does_not_fit_is_not_offloaded(sound, monkeypatch):
+    """Nor does it fail with what a library says of tensors that are nowhere."""
+    assert {parameter.device.type for parameter in load_model(sound, device="auto").parameters()} == {"cpu"}
+    for module in ("transformers.integrations.accelerate", "accelerate.utils.modeling"):
+        monkeypatch.setattr(f"{module}.get_max_memory", lambda *_: {"cpu": 20_000})
+    said = r"^device: '.*' does not fit into the memory of cpu: \d of its \d parts would lie in that of disk"
+    with pytest.raises(InvalidOption, match=said):
+        load_model(sound, device="auto")
+
+
+def test_parts_on_gpus_are_told_from_those_beside_them():
+    model = SimpleNamespace(hf_device_map={"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"})
+    with pytest.raises(InvalidOption, match="into the memory of GPU 0, GPU 1: 1 of its 4 parts would lie in that of cpu"):
+        _check_spread(model, "a")
+    model.hf_device_map["lm_head"] = 1
+    _check_spread(model, "a")
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])

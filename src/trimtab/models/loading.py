@@ -62,10 +62,12 @@ def load_model(
     Args:
         source: a folder, or a hub id.
         dtype: `"auto"` takes the checkpoint's own; otherwise a torch dtype or its name.
-        device: where to put it; `"auto"` spreads a large model with accelerate. Default: the first GPU, or the CPU.
+        device: where to put it; `"auto"` spreads a large model over several GPUs with accelerate. Default: the first GPU, or
+            the CPU.
         revision: a hub revision.
 
     Raises:
+        InvalidOption: with `"auto"`, it does not fit into the memory of the GPUs, or of the machine where there is none.
         CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights, or codes, see `trimtab.models.stored`.
         UnsupportedModel: an architecture that ragged slots cannot decode.
     """
@@ -83,9 +85,24 @@ def load_model(
             how |= {"config": config, "key_mapping": KEY_MAPPING}
         with quietly_reported(parts=config is not whole):
             model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention_for(config), **how)
+    _check_spread(model, source)
     check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model.eval()
+
+
+def _check_spread(model: Any, source: str | Path) -> None:
+    """Refuse a model of which `"auto"` left a part out of the memory of the devices that compute: each token would fetch it."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    computing = places - {"cpu", "disk"} or {"cpu"}
+    if aside := sorted(places - computing):
+        parts = sum(str(place) in aside for place in model.hf_device_map.values())
+        named = ", ".join(f"GPU {place}" if place.isdigit() else place for place in sorted(computing))
+        raise InvalidOption(
+            f"device: '{source}' does not fit into the memory of {named}: {parts} of its"
+            f" {len(model.hf_device_map)} parts would lie in that of {' and '.join(aside)}, and every token would fetch them"
+            " from there. Choose a smaller dtype, a quantised folder, or a GGUF file with --backend llamacpp"
+        )
 
 
 def attention_for(config: Any) -> str:

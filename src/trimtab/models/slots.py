@@ -78,8 +78,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
             self.keys[0, :, step.start : step.used] = key_states[0]
             self.values[0, :, step.start : step.used] = value_states[0]
         else:
-            self.keys[step.rows, :, step.write] = key_states.transpose(1, 2)
-            self.values[step.rows, :, step.write] = value_states.transpose(1, 2)
+            assert step.rows is not None
+            assert step.write is not None
+            where = step.rows.to(self.keys.device), slice(None), step.write.to(self.keys.device)  # layers may be spread
+            self.keys[where] = key_states.transpose(1, 2)
+            self.values[where] = value_states.transpose(1, 2)
         return self.keys[:batch, :, : step.used], self.values[:batch, :, : step.used]
 
     def wipe(self, slot: int) -> None:
