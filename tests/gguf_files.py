@@ -12,9 +12,21 @@ def _paired(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def _add_gemma(writer, kind, config):
+    """What a Gemma says beside the others."""
+    writer.add_value_length(config.head_dim)
+    if kind != "gemma":
+        writer.add_sliding_window(config.sliding_window)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if value := getattr(config, name, None):
+            writer.add_float32(f"{kind}.{name}", value)
+
+
 def write(path, kind, model, tokenizer, *, quantized=None, without=(), more=(), **fields):
-    """A GGUF file of a tiny model."""
+    """A GGUF file of a tiny model; `kind` is what llama.cpp calls it."""
     config, writer = model.config, gguf.GGUFWriter(str(path), kind)
+    if kind.startswith("gemma"):
+        _add_gemma(writer, kind, config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -22,7 +34,7 @@ def write(path, kind, model, tokenizer, *, quantized=None, without=(), more=(), 
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -46,6 +58,8 @@ def write(path, kind, model, tokenizer, *, quantized=None, without=(), more=(), 
         if name in without or (tied and name == "lm_head.weight"):
             continue
         values = weight.float().numpy()
+        if kind.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
             values = _paired(values, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name

@@ -6,7 +6,7 @@ import test_contract as contract
 from files import make
 from trimtab.models.llamacpp import LlamaCppLM
 
-CASES = [(kind, stored) for kind in ("llama", "qwen2", "qwen3") for stored in ("F32", "F16", "Q8_0")]
+CASES = [(kind, stored) for kind in ("gemma2", "gemma3", "llama", "qwen2", "qwen3") for stored in ("F32", "F16", "Q8_0")]
 
 
 @pytest.fixture(params=CASES, ids="-".join)

@@ -24,7 +24,7 @@ from trimtab.models.llamacpp_context import IDLE, MOST_TOKENS, library
 from trimtab.models.loading import load_model
 from trimtab.serve.registry import NoSuchFolder, Registry
 
-KINDS = ("llama", "qwen2", "qwen3")
+KINDS = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from trimtab.train.options import TrainOptions
 from trimtab.train.run import train
 
 KINDS = ("llama", "qwen2", "qwen3")
+GEMMA = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+"""llama.cpp's names, and transformers'."""
 TEXTS = ["The capital of France is Paris.", "  def read(path):\n\n\treturn 1234 ", "naïve café in 北京 🙂", "don't I'LL"]
 
 
@@ -53,6 +55,48 @@ def test_a_file_is_the_model_that_it_was(kind, tied, tokenizer, tmp_path):
         assert found.decode(found(text)["input_ids"], skip_special_tokens=True) == text
     assert found.chat_template == TEMPLATE
     assert (found.bos_token, found.eos_token) == ("<s>", "</s>")
+
+
+def gemma(kind, tokenizer, **settings):
+    """Seven layers, so that each kind of them is there; with norms that are not zero, and caps that tell."""
+    if kind != "gemma":
+        every = {"gemma2": 2, "gemma3": 6}[kind]
+        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(7)]
+        settings |= {"layer_types": types, "final_logit_softcapping": 3.0}
+    if kind == "gemma2":
+        settings["attn_logit_softcapping"] = 2.0
+    model = make(GEMMA[kind], tokenizer, num_hidden_layers=7, tie_word_embeddings=True, **settings)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+@pytest.mark.parametrize("kind", GEMMA)
+def test_so_is_a_gemma(kind, tokenizer, tmp_path):
+    model = gemma(kind, tokenizer)
+    read = load_model(write(tmp_path / "model.gguf", kind, model, tokenizer))
+    assert read.config.model_type == GEMMA[kind]
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.allclose(read(ids).logits, model(ids).logits, atol=1e-5)
+    assert read.config.to_dict().get("layer_types") == model.config.to_dict().get("layer_types")
+
+
+def test_a_gemma_in_16_bits_is_computed_in_32(tokenizer, tmp_path):
+    """What is added up along its layers exceeds the largest float of 16 bits."""
+    half = gguf.GGMLQuantizationType.F16
+    path = write(tmp_path / "model.gguf", "gemma3", gemma("gemma3", tokenizer), tokenizer, quantized=half)
+    assert load_model(path).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_queries_in_their_own_way(kind, layers, tokenizer, tmp_path):
+    sizes = {"num_hidden_layers": layers, "hidden_size": 8, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 8}
+    small = make(GEMMA[kind], tokenizer, num_key_value_heads=1, **sizes)
+    read = load_model(write(tmp_path / "model.gguf", kind, small, tokenizer))
+    assert read.config.query_pre_attn_scalar == 4
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "F16"])
@@ -131,7 +175,7 @@ def test_what_cannot_be_read_is_refused_by_name(tokenizer, tmp_path):
         with pytest.raises(error, match=match):
             load_model(path)
 
-    refused(UnsupportedModel, "'gemma2' model; of GGUF files, llama, qwen2, qwen3 can be read", kind="gemma2")
+    refused(UnsupportedModel, "'stablelm' model; of GGUF files, gemma, .* can be read", kind="stablelm")
     refused(UnsupportedModel, "cuts texts by the rule 'falcon', which is not known here", pre="falcon")
     refused(UnsupportedModel, "mixture of experts", expert_count=8)
     refused(CheckpointError, r"lacks the tensor 'blk\.1\.ffn_up\.weight'", without=("model.layers.1.mlp.up_proj.weight",))

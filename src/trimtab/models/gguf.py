@@ -23,8 +23,23 @@ __all__ = ["is_gguf", "load_gguf_tokenizer", "unpack_gguf"]
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Of `general.architecture`, those whose tensors we know how to read; Mistral and SmolLM call themselves llama."""
+ARCHITECTURES: Mapping[str, str] = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""transformers' name of each `general.architecture` whose tensors we know how to read; Mistral and SmolLM say llama."""
+GEMMA = ("gemma", "gemma2", "gemma3")
+"""Whose norms are stored with the 1 that transformers adds, and whose activations exceed what 16-bit floats hold."""
+FULL_EVERY = {"gemma2": 2, "gemma3": 6}
+"""Of so many layers the last sees the whole text, the others a window; llama.cpp has these numbers in its code."""
+WINDOW, CAPS = 4096, {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+"""Of a Gemma 2 whose file does not say them, as llama.cpp has it."""
+LARGEST = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models of 27B, which scale queries by the hidden size over the heads."""
 FORMAT = 1
 """Of the folder that is made; another one is made anew."""
 
@@ -88,10 +103,12 @@ def _convert(path: Path, folder: Path) -> None:
     logger.info("converting %s, once, into %s", path, folder)
     tokenizer = read_tokenizer(fields, str(path))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = CONFIG_MAPPING[str(fields["general.architecture"])](**_config(fields, tensors, str(path)))
+    values = _config(fields, tensors, str(path))
+    config = CONFIG_MAPPING[ARCHITECTURES[fields["general.architecture"]]](**values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    dtype = torch.float16 if str(tensors["token_embd.weight"].tensor_type.name) == "F16" else torch.float32
+    halves = tensors["token_embd.weight"].tensor_type.name == "F16" and fields["general.architecture"] not in GEMMA
+    dtype = torch.float16 if halves else torch.float32
     weights = dict(_weights(model, config, tensors, fields, str(path)))
     model = model.to(dtype).to_empty(device="cpu")
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, strict=True)
@@ -124,25 +141,43 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str) 
     heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
     head_dim = int(get("attention.key_length", hidden // heads))
     bias = "blk.0.attn_q.bias" in tensors
-    window = {"sliding_window": int(get("attention.sliding_window"))} if f"{kind}.attention.sliding_window" in fields else {}
+    layers = int(get("block_count"))
+    window = fields.get(f"{kind}.attention.sliding_window", WINDOW if kind == "gemma2" else None)
+    more: dict[str, Any] = {"sliding_window": int(window)} if window is not None else {}
+    if kind in GEMMA:
+        more |= _of_gemma(fields, kind, layers, hidden // heads if LARGEST.get(kind) == layers else head_dim, window)
+    rope = _rope(fields, tensors, kind, head_dim, source)
+    near = {"rope_type": "default", "rope_theta": float(get("rope.freq_base_swa", 10000.0))}
     return {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,
         "intermediate_size": int(get("feed_forward_length")),
-        "num_hidden_layers": int(get("block_count")),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": int(get("attention.head_count_kv", heads)),
         "head_dim": head_dim,
         "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": int(get("context_length")),
-        "rope_parameters": _rope(fields, tensors, kind, head_dim, source),
+        "rope_parameters": rope if kind != "gemma3" else {"full_attention": rope, "sliding_attention": near},
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": None,
         **({"attention_bias": bias} if kind != "qwen2" else {}),
-        **window,
+        **more,
     }
+
+
+def _of_gemma(fields: Mapping[str, Any], kind: str, layers: int, scale: int, window: int | None) -> dict[str, Any]:
+    """What the configurations of this family have beside those of others."""
+    found: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
+    if kind == "gemma":
+        return found
+    every = FULL_EVERY[kind] if window is not None else 1
+    found["layer_types"] = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    for name, default in CAPS.items():
+        found[name] = fields.get(f"{kind}.{name}", default if kind == "gemma2" else None)
+    return found | {"query_pre_attn_scalar": scale}
 
 
 def _rope(fields: Mapping[str, Any], tensors: Mapping[str, Any], kind: str, head_dim: int, source: str) -> dict[str, Any]:
@@ -183,12 +218,14 @@ def _weights(
     unread = set(tensors) - {"rope_freqs.weight"}
     for name, parameter in model.state_dict().items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found == "output.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             found = "token_embd.weight"
         if found not in tensors:
             raise CheckpointError(f"'{source}' lacks the tensor '{found}', which is {name}")
         unread.discard(found)
         weight = torch.from_numpy(dequantize(tensors[found].data, tensors[found].tensor_type).copy())
+        if kind in GEMMA and name.endswith("norm.weight"):
+            weight -= 1
         if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
             weight = _unpaired(weight, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
         if weight.shape != parameter.shape:
@@ -209,5 +246,9 @@ def _further_ends(fields: Mapping[str, Any], tokenizer: Any) -> list[int]:
     """Tokens that end a turn, where the file names them apart from the end of sequence."""
     turn = fields.get("tokenizer.ggml.eot_token_id")
     known = tokenizer.get_vocab()
-    names = [known[name] for name in ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>") if name in known]
+    names = [
+        known[name]
+        for name in ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
+        if name in known
+    ]
     return [*([int(turn)] if turn is not None else []), *names]
