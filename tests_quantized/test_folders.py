@@ -6,6 +6,7 @@ import torch
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+import compressed
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import row_from_logits
@@ -22,8 +23,13 @@ KINDS = {
         5e-5,
     ),
     "bitsandbytes, 8 bits": (lambda: BitsAndBytesConfig(load_in_8bit=True), 0.1),
+    "compressed-tensors, int8 weights": ("W8A16", 5e-5),
+    "compressed-tensors, int8 weights and rows": ("W8A8", 0.1),
+    "compressed-tensors, 4 bits": ("W4A16", 5e-5),
+    "compressed-tensors, FP8": ("FP8_DYNAMIC", 0.1),
 }
-"""How each is made, and by how much its rows may differ: where rows are rounded as well, what they are read with matters."""
+"""How each is made, by transformers' configuration or by a preset's name, and by how much its rows may differ: where rows are
+rounded as well, what they are read with matters."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,10 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     plain = save_tiny(root / "plain", tiny_model("llama", contract.V, spread=0.2, **SIZES), tiny_tokenizer())
     for name, (config, _) in KINDS.items():
+        if isinstance(config, str):
+            compressed.save(plain, root / name, config)
+            tiny_tokenizer().save_pretrained(root / name)
+            continue
         model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config(), device_map={"": "cpu"})
         model.save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)

@@ -226,6 +226,8 @@ def check_finite(model: Any, source: str | Path) -> None:
         weight = parameter.detach()
         if type(weight) not in (torch.Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
             weight = weight.dequantize()
+        if weight.is_floating_point() and weight.itemsize == 1:
+            weight = weight.float()  # torch does not ask floats of 8 bits
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"'{source}' contains NaN or infinite weights in {name}")
 
