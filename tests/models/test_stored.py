@@ -73,6 +73,36 @@ def test_codes_are_refused_with_a_tensor_and_what_it_is_stored_as(dtype, scale, 
         load_model(folder)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_floats_of_8_bits_in_blocks_become_weights(dtype, tmp_path):
+    """transformers makes them, where no GPU computes with them; all are of one dtype then."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
+    model = tiny_model("llama", V, spread=0.2, **sizes)
+    folder = save_tiny(tmp_path / "model", model, tiny_tokenizer())
+    config, expected = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}, {}
+
+    def change(tensors):
+        made = {}
+        for name, tensor in tensors.items():
+            made[name] = tensor.bfloat16()
+            if ".layers." in name and tensor.ndim == 2:
+                blocks = tensor.unflatten(1, (-1, 32)).unflatten(0, (-1, 32))
+                scale = blocks.abs().amax((1, 3)) / 448
+                codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+                expected[name] = (codes.float() * scale[:, None, :, None]).view_as(tensor)
+                made |= {name: codes.view_as(tensor), f"{name}_scale_inv": scale}
+        return made
+
+    rewrite(folder, change)
+    edit(folder, quantization_config=config, dtype="bfloat16")
+    loaded = load_model(folder, dtype=dtype)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16 if dtype == "auto" else torch.float32}
+    for name, weight in expected.items():
+        torch.testing.assert_close(loaded.state_dict()[name].float(), weight, atol=1e-3, rtol=1e-2)
+    with torch.no_grad():
+        assert loaded(torch.arange(1, 9)[None]).logits.isfinite().all()
+
+
 def test_a_single_tensor_of_codes_is_enough(tmp_path):
     folder = save_tiny(tmp_path / "model", tiny_model("llama", V), tiny_tokenizer())
     name = "model.embed_tokens.weight"

@@ -86,6 +86,9 @@ def load_model(
         with quietly_reported(parts=config is not whole):
             model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention_for(config), **how)
     _check_spread(model, source)
+    if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+        wanted = getattr(torch, dtype, model.dtype) if isinstance(dtype, str) else dtype
+        model = model.to(wanted)  # weights were made of what no kernel here computes with, in bfloat16 whatever was asked
     check_filled(model, report, source, folder_of(source, revision))
     check_finite(model, source)
     return model.eval()

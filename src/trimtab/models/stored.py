@@ -20,6 +20,8 @@ __all__ = ["Stored", "check_filled", "is_plain", "plain", "stored_tensors"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What safetensors calls the dtypes of which each number is a weight; others hold codes of one."""
+SCALE = "_scale_inv"
+"""The end of the name of a weight's scales, of floats of 8 bits that transformers makes weights of, and of no other codes."""
 _CURE = (
     "a quantised model needs in config.json the quantization_config it was saved with, of a quant_method that transformers"
     " knows, or must be saved again in bfloat16"
@@ -77,13 +79,19 @@ def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, fold
         return
     tensors = stored_tensors(folder)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    codes = [name for name in sorted(tensors) if tensors[name].dtype not in FLOATS and parameters & _names(model, name)]
+    left_over = set(report.get("unexpected_keys") or ())
+    scales = {name for name in tensors if name.endswith(SCALE) and not left_over & _names(model, name)}
+    codes = [
+        name
+        for name in sorted(tensors)
+        if tensors[name].dtype not in FLOATS and parameters & _names(model, name) and name + SCALE not in scales
+    ]
     if codes:
         raise CheckpointError(
             f"'{source}' holds codes, not weights: {len(codes)} tensors such as {codes[0]}, which is stored as"
             f" {tensors[codes[0]].dtype}: {_CURE}"
         )
-    if left := sorted(name for name in report.get("unexpected_keys") or () if _is_part(model, name)):
+    if left := sorted(name for name in left_over if _is_part(model, name)):
         stored = f", which is stored as {tensors[left[0]].dtype}" if left[0] in tensors else ""
         raise CheckpointError(
             f"'{source}' holds {len(left)} tensors that its model has no place for, such as {left[0]}{stored}: config.json must"
