@@ -1,8 +1,8 @@
 """What is measured of a system in a cell, as one object of JSON: lists hold a value for each prompt.
 
 parts      by test set: `prompts` (their names), `nll` and `tokens` of the wanted answers, of unwanted ones too where there
-           are pairs; greedy `answers`, of HH to the first prompts alone, and why they ended; `rougeL` and `chrf` against the
-           wanted answers; `obeyed` and `right` where a program can tell
+           are pairs; greedy `answers`, of HH to the first prompts alone, how many tokens they have and why they ended;
+           `rougeL` and `chrf` against the wanted answers; `obeyed` and `right` where a program can tell
 kl         divergence from the proposal on own samples of the test prompts, and their tokens; a bound for best-of-n
 outside    NLL of the proposal's own greedy answers to prompts outside the task: the loss against the proposal is harm
 speed      tokens a second of greedy answers, one at a time; the ratio to transformers' `generate` of the proposal, and that
@@ -24,7 +24,7 @@ from chats import Record, question
 from constraints import obeys, states
 from outside import PROMPTS
 from rivals import RIVALS, open_proposal, wanted
-from systems import System
+from systems import BOUND, System
 
 from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS
 from trimtab.decode.request import SamplingParams
@@ -49,9 +49,13 @@ def measure(cell: Cell) -> dict[str, Any]:
     test = cell.read("test")
     chats = [chat for chat, _ in _by_prompt(test)][: cell.task.answered]
     sampling = SamplingParams(max_tokens=cell.task.max_tokens, temperature=1.0, seed=cell.seed)
-    divergence = system.divergence(bare, chats, sampling)
+    parts = {part: measure_part(cell, system, records) for part in PARTS if (records := cell.read(part))}
+    if system.referee is None:
+        divergence = system.divergence(bare, chats, sampling)
+    else:  # whose answers are samples
+        divergence = [(BOUND, count) for count in parts["test"]["answer_tokens"]]
     return {
-        "parts": {part: measure_part(cell, system, records) for part in PARTS if (records := cell.read(part))},
+        "parts": parts,
         "kl": {
             "kl": [kl for kl, _ in divergence],
             "tokens": [count for _, count in divergence],
@@ -72,6 +76,7 @@ def measure_part(cell: Cell, system: System, records: Sequence[Record]) -> dict[
     found: dict[str, Any] = {
         "prompts": [hashlib.sha256(same[0]["group"].encode()).hexdigest()[:12] for _, same in grouped],
         "answers": answers,
+        "answer_tokens": [len(one.tokens) for one in completions],
         "finish_reasons": [one.finish_reason for one in completions],
     }
     if system.referee is None:  # what best-of-n says has no likelihood that can be had

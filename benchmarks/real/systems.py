@@ -10,12 +10,14 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.evaluate.distribution import trace
 
-__all__ = ["OF", "System"]
+__all__ = ["BOUND", "OF", "System"]
 
 Chat = Sequence[dict[str, str]]
 
 OF = 8
 """Answers that the best is picked from."""
+BOUND = math.log(OF) - (OF - 1) / OF
+"""Most nats by which the law of a whole answer that is the best of `OF` diverges (Beirami et al., arXiv 2401.01879)."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,10 @@ class System:
 
         Where aligners steer the proposal, the sum of the rows' exact divergences (see `trimtab.evaluate.distribution.trace`);
         where something stands before the prompt, or the weights are others, the log-ratio of the sample itself, which varies
-        more. Both are unbiased for the KL of a whole answer's law. Of the best of n only a bound is known: log n − (n−1)/n for
-        a whole answer (Beirami et al., arXiv 2401.01879).
+        more. Both are unbiased for the KL of a whole answer's law. Of the best of n only `BOUND` is known.
         """
+        assert self.referee is None
         samples = [list(sample.tokens) for sample in self.answers(chats, dataclasses.replace(params, temperature=1.0))]
-        if self.referee is not None:
-            return [(math.log(OF) - (OF - 1) / OF, len(sample)) for sample in samples]
         if self.model.aligners and not self.before:
             return [(math.fsum(one.kl), len(one.kl)) for one in trace(self.model, self.prompts(chats), samples)]
         pairs = zip(self.nll(chats, samples), bare.nll(chats, samples), strict=True)

@@ -85,7 +85,10 @@ def test_best_of_n_is_the_likeliest_to_the_referee(tmp_path: Path, proposal: Pat
     drawn = best.model.generate([chat], SamplingParams(max_tokens=4, n=systems.OF, seed=3_000_000))
     means = [total / count for total, count in best.referee.nll([chat] * 8, [list(one.tokens) for one in drawn])]
     assert chosen == list(drawn[means.index(min(means))].tokens)
-    assert best.divergence(best, [chat], params) == [(pytest.approx(math.log(8) - 7 / 8), len(chosen))]
+    found = measuring.measure(cell)
+    greedy = SamplingParams(max_tokens=cell.task.max_tokens, temperature=0.0, seed=cell.seed)
+    said = [len(one.tokens) for one in best.answers([record["prompt"] for record in cell.read("test")], greedy)]
+    assert found["kl"] == {"kl": [pytest.approx(math.log(8) - 7 / 8)] * len(said), "tokens": said, "bound": True}
     with pytest.raises(ValueError, match="samples need a seed"):
         best.answers([chat], dataclasses.replace(params, seed=None))
 
