@@ -17,10 +17,10 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.decode.assemble import Loader
 from trimtab.decode.engine import Engine
 from trimtab.errors import InvalidOption, InvalidRequest, ManifestError, UnsupportedModel
-from trimtab.models.adapters import Adapted, AdapterPool
+from trimtab.models.adapters import Adapted
 from trimtab.models.aligner import Manifest, describe
 from trimtab.models.base import State
-from trimtab.models.blocks import ADAPTABLE, LEAN
+from trimtab.models.blocks import LEAN, projections_of
 from trimtab.models.fingerprint import digest_model
 from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
@@ -84,7 +84,8 @@ def save_base(folder: Path, kind: str = "llama", seed: int = 7, **settings: Any)
 
 def save_head(folder: Path, base: Path, tap: int, seed: int = 0, weight: float = 1.0) -> Path:
     """A head of which all weights are random."""
-    settings = {"r": 3, "target_modules": PROJECTIONS, "layers_to_transform": list(range(tap, LAYERS))}
+    names = projections_of(load_model(base).config)
+    settings = {"r": 3, "target_modules": names, "layers_to_transform": list(range(tap, LAYERS))}
     save_lora(folder, base, seed, **settings)
     tiny_tokenizer().save_pretrained(folder)
     manifest = Manifest(
@@ -134,7 +135,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Whole(proposal, Adapted(pool, pool.store.read(lora, "head"))), 5e-5 if request.param == "float32" else 6e-2
 
 
-@pytest.mark.parametrize("kind", ADAPTABLE)
+@pytest.mark.parametrize("kind", LEAN)
 @pytest.mark.parametrize("tap", [0, 2, 3])
 def test_rows_are_those_of_peft(kind, tap, tmp_path):
     base = save_base(tmp_path / "base", kind)
@@ -358,16 +359,6 @@ def test_a_head_needs_hidden_states(base, folders):
     head = AlignedModel.from_pretrained(base, folders[0]).aligners[0]
     with pytest.raises(InvalidRequest, match="cannot be used without its proposal"):
         head.extend(head.new_state(1, 4), IDS[:, :4], [4])
-
-
-@pytest.mark.parametrize("kind", sorted(set(LEAN) - set(ADAPTABLE)))
-def test_layers_with_other_projections_take_no_heads_and_no_adapters(kind):
-    model = HuggingFaceLM(tiny_model(kind, V))
-    assert model.kernels.startswith("lean pass")
-    with pytest.raises(UnsupportedModel, match=f"a layer of a '{kind}' model has other projections"):
-        HeadPool(model, 0)
-    with pytest.raises(UnsupportedModel, match="adapters can share a plain model"):
-        AdapterPool(tiny_model(kind, V))
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,10 @@ def both(task, tmp_path, asked):
     arguments.output_dir = str(tmp_path)
     dtype = getattr(torch, "float32" if asked.dtype == "auto" else asked.dtype)
     proposal = load_model(asked.proposal, dtype=dtype, device="cpu")
-    tap, lora = plan_head(asked, 2, None)
+    tap, lora = plan_head(asked, proposal.config, None)
     rehearsal = Rehearsal(asked, arguments, proposal.config, V, 3.0, None, HeadPlan(tap, 2 - tap, lora, dtype))
     data = ExampleDataset([])
-    model = adapted_upper(proposal, tap, plan_head(asked, 2, None)[1], 0)
+    model = adapted_upper(proposal, tap, plan_head(asked, proposal.config, None)[1], 0)
     trainer = AlignerTrainer(asked, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
@@ -244,8 +244,13 @@ def test_data_that_are_not_at_hand_are_bounded(task):
     ("settings", "error", "message"),
     [
         ({"head_layers": 3}, InvalidOption, "head_layers must be from 1 to 2, which is all"),
-        ({"lora_target_modules": ("lm_head",)}, InvalidOption, "a head adapts q_proj"),
+        ({"lora_target_modules": ("lm_head",)}, InvalidOption, "a head of this proposal adapts q_proj"),
         ({"proposal": "GPT"}, UnsupportedModel, "'gpt2' model is run by its stock modules"),
+        (
+            {"proposal": "MOE"},
+            UnsupportedModel,
+            "dry_run: this 'qwen3_moe' model is a mixture of experts, .* in bfloat16 alone",
+        ),
         ({"aligner": "HEAD", "lora_r": 5}, InvalidOption, "is an adapter, and keeps its own"),
         (
             {"aligner": "HEAD", "proposal": "DEEP", "lora_r": 16},
@@ -255,10 +260,15 @@ def test_data_that_are_not_at_hand_are_bounded(task):
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(task, tmp_path, settings, error, message):
-    for name, model in (("gpt", tiny_model("gpt2", V)), ("deep", tiny_model("llama", V, num_hidden_layers=3))):
+    models = {
+        "gpt": tiny_model("gpt2", V),
+        "deep": tiny_model("llama", V, num_hidden_layers=3),
+        "moe": tiny_model("qwen3_moe", V),
+    }
+    for name, model in models.items():
         save_tiny(tmp_path / name, model, tiny_tokenizer())
     train(options(task, "first", {"max_steps": 1}))
-    places = {"GPT": str(tmp_path / "gpt"), "DEEP": str(tmp_path / "deep"), "HEAD": str(task / "first")}
+    places = {name.upper(): str(tmp_path / name) for name in models} | {"HEAD": str(task / "first")}
     settings = {name: places.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
     head = {"head_layers": None} if "aligner" in settings else {}
     with pytest.raises(error, match=message):

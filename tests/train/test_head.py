@@ -69,9 +69,9 @@ def test_what_was_trained_is_what_is_decoded(task):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo3", "smollm3"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo3", "phi3", "qwen3_moe", "smollm3"])
 def test_what_was_trained_is_what_is_decoded_in_other_families(task, kind, layers, tmp_path):
-    """Scaled embeddings, norms around and behind, windows, rotations by kind and none: in training the stock modules do it."""
+    """Scaled embeddings, norms around and behind, windows, rotations by kind and none, fused layers, experts."""
     shutil.copytree(task[0] / "proposal", tmp_path / "proposal")
     shutil.copy(task[0] / "train.jsonl", tmp_path)
     vocab_size = load_model(tmp_path / "proposal").config.vocab_size
@@ -299,7 +299,7 @@ def test_how_many_layers(layers, wanted, tap):
     [
         ({"head_layers": 3}, "head_layers must be from 1 to 2, which is all"),
         ({"head_layers": 0}, "head_layers must be from 1"),
-        ({"lora_target_modules": ("lm_head",)}, "a head adapts q_proj, k_proj, .*, not 'lm_head'"),
+        ({"lora_target_modules": ("lm_head",)}, "a head of this proposal adapts q_proj, k_proj, .*, not 'lm_head'"),
         ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
         ({"sft_weight": 0.3}, "the likelihood of a head is that of its own row already"),
         ({"start": "uniform"}, "a head starts at the proposal"),

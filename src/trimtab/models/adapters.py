@@ -27,11 +27,11 @@ from torch import Tensor
 from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.files import expand_home
 from trimtab.models.base import LanguageModel, State
-from trimtab.models.blocks import ADAPTABLE
+from trimtab.models.blocks import FAMILIES, LEAN, products_of, projections_of, sparse_layers
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import Delta, Deltas
 from trimtab.models.loading import readable
-from trimtab.models.lora_folder import PRODUCTS, PROJECTIONS, read_plain
+from trimtab.models.lora_folder import read_plain
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     rank: int
     """The largest of the adapter's; smaller ones are padded with zeros."""
     products: tuple[int, ...]
-    """Which of `PRODUCTS` it has anything for."""
+    """Which of a layer's products (`trimtab.models.blocks.products_of`) it has anything for."""
 
     @classmethod
     def around(cls, shapes: Iterable["Shape"]) -> "Shape":
@@ -76,16 +76,18 @@ class Layout:
     """
 
     def __init__(self, model: Any, first: int = 0) -> None:
-        self.blocks = [len(linears) for linears in PRODUCTS]
-        self.columns = [0] * len(PRODUCTS)
+        family = FAMILIES[model.config.model_type]
+        products = [products_of(family, sparse=sparse) for sparse in sparse_layers(family, model.config)]
+        self.blocks = [max(map(len, paths)) for paths in zip(*products, strict=True)]
+        self.columns = [0] * len(self.blocks)
         self.places: dict[str, _Place] = {}
         self._spans: list[list[tuple[int, int, int]]] = []  # layer and product: where A starts, where B does, where it ends
         for i, layer in enumerate(model.model.layers[first:], first):
             self._spans.append([])
-            for product, paths in enumerate(PRODUCTS):
+            for product, paths in enumerate(products[i]):
                 linears = [layer.get_submodule(path) for path in paths]
                 start = self.columns[product]
-                end = middle = start + linears[0].in_features
+                end = middle = start + (linears[0].in_features if linears else 0)
                 for block, (path, linear) in enumerate(zip(paths, linears, strict=True)):
                     up = slice(end, end + linear.out_features)
                     self.places[f"model.layers.{i}.{path}"] = _Place(product, block, slice(start, middle), up)
@@ -119,7 +121,10 @@ class Layout:
                 return region[0, :, start:middle].mT, region[0, :, middle:end]
             return region[:, :, start:middle], region[:, :, middle:end]
 
-        return [[pair(stacked[i], *span) if i in stacked else None for i, span in enumerate(spans)] for spans in self._spans]
+        return [
+            [pair(stacked[i], *span) if i in stacked and span[0] < span[2] else None for i, span in enumerate(spans)]
+            for spans in self._spans
+        ]
 
 
 class Adapter:
@@ -213,7 +218,9 @@ class AdapterStore:
         with readable(folder, "aligner"):
             plan = self._plan(values)
             if odd := set(plan) - set(self._layout.places):
-                known = f"{', '.join(PROJECTIONS)} only" + (f", from layer {self._first} on" if self._first else "")
+                known = f"{', '.join(projections_of(self._model.config))} only" + (
+                    f", from layer {self._first} on" if self._first else ""
+                )
                 raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {known}")
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
         return Adapter(name, flat, shape, self._layout)
@@ -301,9 +308,9 @@ class AdapterPool(HuggingFaceLM):
 
     def __init__(self, model: Any, *args: Any, **how: Any) -> None:
         super().__init__(model, *args, **how)
-        kind = self.model.config.model_type
-        if self._lean is None or kind not in ADAPTABLE:
-            raise UnsupportedModel(f"adapters can share a plain model of type {', '.join(ADAPTABLE)}, not this '{kind}' model")
+        if self._lean is None:
+            kind = self.model.config.model_type
+            raise UnsupportedModel(f"adapters can share a plain model of type {', '.join(LEAN)}, not this '{kind}' model")
         self.dtype: torch.dtype = self.model.dtype
         self.store = AdapterStore(self.model, self.dtype, self.device)
 

@@ -6,7 +6,7 @@ model is built exactly so, module by module, and `trimtab.models.lean` computes 
 
 from typing import Any, NamedTuple
 
-__all__ = ["ADAPTABLE", "FAMILIES", "LEAN", "Block", "Norms", "sparse_layers"]
+__all__ = ["FAMILIES", "LEAN", "Block", "Norms", "products_of", "projections_of", "sparse_layers"]
 
 
 class Norms(NamedTuple):
@@ -101,8 +101,21 @@ FAMILIES = {
 
 LEAN = tuple(FAMILIES)
 """`model_type` of the models that have a lean pass."""
-ADAPTABLE = tuple(name for name, block in FAMILIES.items() if not (block.fused or block.experts))
-"""Those whose layers have the projections that adapters in a pool, and heads, adapt."""
+
+
+def products_of(block: Block, *, sparse: bool) -> tuple[tuple[str, ...], ...]:
+    """The paths of the linear layers of each of a layer's four products, in their order; none where experts stand for them."""
+    qkv = ("self_attn.qkv_proj",) if block.fused else tuple(f"self_attn.{name}_proj" for name in "qkv")
+    gate_up = ("mlp.gate_up_proj",) if block.fused else ("mlp.gate_proj", "mlp.up_proj")
+    inner: tuple[tuple[str, ...], ...] = ((), ()) if sparse else (gate_up, ("mlp.down_proj",))
+    return qkv, ("self_attn.o_proj",), *inner
+
+
+def projections_of(config: Any) -> list[str]:
+    """The names of the linear layers that adapters of such a model may adapt."""
+    block = FAMILIES[config.model_type]
+    products = [products_of(block, sparse=sparse) for sparse in sorted(set(sparse_layers(block, config)))]
+    return list(dict.fromkeys(path.rpartition(".")[2] for one in products for paths in one for path in paths))
 
 
 def sparse_layers(block: Block, config: Any) -> tuple[bool, ...]:

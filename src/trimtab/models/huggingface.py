@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.core.logprobs import row_from_logits
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.base import LanguageModel, State, last_of
-from trimtab.models.blocks import ADAPTABLE, LEAN
+from trimtab.models.blocks import LEAN
 from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.int8 import IN, OUT, can_be_int8
@@ -239,9 +239,9 @@ class HuggingFaceLM:
         """What runs its layers one by one, for heads.
 
         Raises:
-            UnsupportedModel: this model has no lean pass, or other projections than heads adapt.
+            UnsupportedModel: this model has no lean pass.
         """
-        if self._lean is None or self.model.config.model_type not in ADAPTABLE:
+        if self._lean is None:
             raise no_lean_pass(self.model.config.model_type)
         return self._lean
 

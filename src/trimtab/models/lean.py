@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trimtab.errors import UnsupportedModel
 from trimtab.models.base import last_of
-from trimtab.models.blocks import ADAPTABLE, FAMILIES, LEAN, Norms
+from trimtab.models.blocks import FAMILIES, LEAN, Norms, products_of
 from trimtab.models.masks import Sight, layer_sights
 from trimtab.models.prepack import Linear
 from trimtab.models.slots import SlotLayer, Step
@@ -77,12 +77,10 @@ class _Rotation(NamedTuple):
 
 
 def no_lean_pass(kind: str) -> UnsupportedModel:
-    """What is wrong with a proposal of a head whose layers cannot be run one by one, or have other projections."""
-    why = f"this '{kind}' model is run by its stock modules"
-    if kind in LEAN and kind not in ADAPTABLE:
-        why = f"a layer of a '{kind}' model has other projections"
+    """What is wrong with a proposal of a head whose layers cannot be run one by one."""
     return UnsupportedModel(
-        f"a head runs layers of plain {', '.join(ADAPTABLE)} models, and {why}; a small model of its vocabulary can align it"
+        f"a head runs layers of plain {', '.join(LEAN)} models, and this '{kind}' model is run by its stock modules; a small"
+        " model of its vocabulary can align it"
     )
 
 
@@ -222,15 +220,14 @@ class LeanDecoder:
         attention, mlp, block = layer.self_attn, layer.mlp, self._block
         experts = mlp if hasattr(mlp, "experts") else None
         kind = self._config.layer_types[place] if block.rotates_by_kind else ""
-        inner: tuple[Linear | None, Linear | None] = (None, None)
-        if experts is None:
-            gate_up = (mlp.gate_up_proj,) if block.fused else (mlp.gate_proj, mlp.up_proj)
-            inner = Linear.of(*gate_up), Linear.of(mlp.down_proj)
-        qkv = (attention.qkv_proj,) if block.fused else (attention.q_proj, attention.k_proj, attention.v_proj)
+        linears = [[layer.get_submodule(path) for path in paths] for paths in products_of(block, sparse=experts is not None)]
+        qkv, out, gate_up, down = (Linear.of(*modules) if modules else None for modules in linears)
+        assert qkv is not None
+        assert out is not None
         norms = [None if name is None else getattr(layer, name).weight for name in block.norms]
         of_heads = (attention.q_norm.weight, attention.k_norm.weight) if block.head_norms else None
         rotation = kind if getattr(attention, "use_rope", True) else None
-        return _Layer(Linear.of(*qkv), Linear.of(attention.o_proj), *inner, experts, Norms(*norms), of_heads, rotation)
+        return _Layer(qkv, out, gate_up, down, experts, Norms(*norms), of_heads, rotation)
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Rows `[…, H]` by a norm of these weights."""

@@ -9,19 +9,18 @@ from safetensors import safe_open
 from trimtab.errors import ModelError, UnsupportedModel
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, check_weights, read_config
+from trimtab.models.blocks import FAMILIES, products_of
 from trimtab.models.loading import readable
 from trimtab.models.weight_files import WEIGHTS_NAME
 
-__all__ = ["PRODUCTS", "PROJECTIONS", "poolable", "read_plain"]
+__all__ = ["PROJECTIONS", "poolable", "read_plain"]
 
-PRODUCTS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
+PROJECTIONS = tuple(
+    dict.fromkeys(
+        path.rpartition(".")[2] for block in FAMILIES.values() for paths in products_of(block, sparse=False) for path in paths
+    )
 )
-"""The linear layers of each product of the lean pass, in its order."""
-PROJECTIONS = [path.split(".")[1] for linears in PRODUCTS for path in linears]
+"""The names of linear layers that adapters of one family or another adapt."""
 
 _HARMLESS = {
     *("peft_type", "bias", "init_lora_weights"),  # looked at by themselves

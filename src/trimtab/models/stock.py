@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.models.blocks import FAMILIES, Block, sparse_layers
+from trimtab.models.blocks import FAMILIES, Block, products_of, sparse_layers
 
 __all__ = ["is_stock"]
 
@@ -72,18 +72,16 @@ def _kinds(family: str, sparse: tuple[bool, ...]) -> dict[str, tuple[type, ...]]
 
 def _layer(block: Block, *, has_experts: bool) -> dict[str, Any]:
     """What a layer's modules are, by their paths: a class, the end of its name, or `"ACT"` for the activation."""
-    projections = ("qkv", "o") if block.fused else ("q", "k", "v", "o")
     places: dict[str, Any] = {"": "DecoderLayer", ".self_attn": "Attention"}
-    places |= {f".self_attn.{name}_proj": nn.Linear for name in projections}
+    places |= {f".{path}": nn.Linear for paths in products_of(block, sparse=has_experts) for path in paths}
     places |= {f".self_attn.{name}_norm": "RMSNorm" for name in "qk" if block.head_norms}
     places |= {f".{name}": "RMSNorm" for name in block.norms if name is not None}
     places |= {f".{name}": nn.Dropout for name in block.dropouts}
     if has_experts:
         mixture = {"": "SparseMoeBlock", ".gate": "TopKRouter", ".experts": "Experts", ".experts.act_fn": "ACT"}
         return places | {f".mlp{path}": kind for path, kind in mixture.items()}
-    inner = ("gate_up", "down") if block.fused else ("gate", "up", "down")
     activation = "activation_fn" if block.fused else "act_fn"
-    return places | {".mlp": "MLP", f".mlp.{activation}": "ACT", **{f".mlp.{name}_proj": nn.Linear for name in inner}}
+    return places | {".mlp": "MLP", f".mlp.{activation}": "ACT"}
 
 
 def _modeling(family: str) -> ModuleType:

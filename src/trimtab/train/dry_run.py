@@ -209,7 +209,7 @@ def _plan_head(options: TrainOptions, here: Description | None, proposal: FoundC
         raise UnsupportedModel(
             f"'{options.aligner}' is a head of another proposal: of one with {known.layers} layers, and this one has {depth}"
         )
-    tap, lora = plan_head(options, depth, here)
+    tap, lora = plan_head(options, proposal.config, here)
     return HeadPlan(tap, depth - tap, lora, proposal_dtype(options, proposal))
 
 

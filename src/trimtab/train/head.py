@@ -19,11 +19,12 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import Description
+from trimtab.models.blocks import FAMILIES, projections_of
 from trimtab.models.fingerprint import Files
 from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.layers import cut_config
-from trimtab.models.lora_folder import PROJECTIONS
+from trimtab.models.lean import no_lean_pass
 from trimtab.models.weight_files import WEIGHTS_NAME, expand
 from trimtab.train.examples import Example, answers
 from trimtab.train.hidden import HiddenCache
@@ -122,16 +123,17 @@ class Earlier(NamedTuple):
         return cls({_move(name, -head.tap): weight for name, weight in found.items()}, files)
 
 
-def plan_head(options: TrainOptions, depth: int, found: Description | None) -> tuple[int, Any]:
+def plan_head(options: TrainOptions, config: Any, found: Description | None) -> tuple[int, Any]:
     """The tap of a head, and the configuration of its adapter in `upper_model`: of a fresh one, or as a folder has them.
 
     Args:
         options: of the run.
-        depth: how many layers the proposal has.
+        config: the proposal's.
         found: the head that is trained on; None for a fresh one.
 
     Raises:
         InvalidOption: fewer layers than are asked for, a module that no head adapts, or an adapter that cannot be trained on.
+        UnsupportedModel: the proposal's layers cannot be run one by one.
     """
     if found is not None:
         head = found.manifest and found.manifest.parsed_head
@@ -143,9 +145,12 @@ def plan_head(options: TrainOptions, depth: int, found: Description | None) -> t
             lora.layers_to_transform = [layer - head.tap for layer in ([some] if isinstance(some, int) else some)]
         lora.revision = pinned(options.proposal)
         return head.tap, lora
-    if odd := set(options.lora_target_modules) - set(PROJECTIONS):
-        raise InvalidOption(f"lora_target_modules: a head adapts {', '.join(PROJECTIONS)}, not '{min(odd)}'")
-    return pick_tap(depth, options.head_layers), make_lora(options, options.proposal, PROJECTIONS)
+    if config.model_type not in FAMILIES:
+        raise no_lean_pass(config.model_type)
+    known = projections_of(config)
+    if odd := set(options.lora_target_modules) - set(known):
+        raise InvalidOption(f"lora_target_modules: a head of this proposal adapts {', '.join(known)}, not '{min(odd)}'")
+    return pick_tap(config.num_hidden_layers, options.head_layers), make_lora(options, options.proposal, known)
 
 
 def hidden_answers(
@@ -191,7 +196,7 @@ class HeadStart:
         if known:
             known.check(model, options.aligner)
         depth = model.lean.depth
-        tap, lora = plan_head(options, depth, found)
+        tap, lora = plan_head(options, model.model.config, found)
         head = known or Head(tap, depth, model.digest)
         return cls(options, proposal, head, lora, Earlier.read(found.folder, head, model) if found else None)
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from trimtab.errors import InvalidOption
-from trimtab.models.blocks import ADAPTABLE
+from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.loading import attention_for
 from trimtab.models.stock import is_stock
@@ -68,7 +67,8 @@ class Rehearsal:
         head: of an aligner that is a head.
 
     Raises:
-        UnsupportedModel: a head of a proposal whose layers cannot be run one by one.
+        UnsupportedModel: a head of a proposal whose layers cannot be run one by one, or a mixture of experts in another dtype
+            than bfloat16.
     """
 
     def __init__(
@@ -88,12 +88,17 @@ class Rehearsal:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config))
             below: list[Tensor] = []
             if head:
-                if not is_stock(model) or config.model_type not in ADAPTABLE:
+                if not is_stock(model):
                     raise no_lean_pass(config.model_type)
                 below = list(model.model.layers[: head.tap].parameters())
                 model = adapted_upper(model, head.tap, head.lora, arguments.seed)
             else:
                 model = prepare_model(model, options, arguments.seed, lora)
+            if dtype != torch.bfloat16 and any(".experts." in name for name, _ in model.named_parameters()):
+                raise UnsupportedModel(
+                    f"dry_run: this '{config.model_type}' model is a mixture of experts, and torch can rehearse those in"
+                    f" bfloat16 alone, not in {str(dtype).removeprefix('torch.')}: leave --dry_run out"
+                )
         self._hidden = (config.hidden_size, dtype) if head and head.tap else None
         with self._making():
             self._below = [torch.empty(parameter.shape, dtype=dtype) for parameter in below]
