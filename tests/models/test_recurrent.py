@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from decode.test_prefixes import told
 from tiny import tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.errors import UnsupportedModel
@@ -132,8 +133,9 @@ def test_heads_and_lean_passes_are_not_for_them():
 
 
 def aligned(kind: str, aligner: str, **settings: Any) -> AlignedModel:
-    models = tiny_model(kind, 28, seed=1, spread=0.2), tiny_model(aligner, 28, seed=2, spread=0.2)
-    return AlignedModel.from_pretrained(*models, tokenizer=tiny_tokenizer(), **settings)
+    models = [tiny_model(kind, 28, seed=1, spread=0.2), tiny_model(aligner, 28, seed=2, spread=0.2)]
+    owned = [HuggingFaceLM(model, owned=True) for model in models]  # of lent ones nothing is kept
+    return AlignedModel.from_pretrained(*owned, tokenizer=tiny_tokenizer(), **settings)
 
 
 @pytest.mark.parametrize(("kind", "aligner"), [("qwen3_5_text", "llama"), ("llama", "lfm2"), ("mamba", "falcon_h1")])
@@ -148,3 +150,13 @@ def test_a_seed_has_the_same_tokens_in_every_way_of_decoding(kind, aligner):
         fast = aligned(kind, aligner, **settings)
         for _ in range(2):  # the second time what was read is kept
             assert [one.tokens for one in fast.generate(prompts, params)] == right
+
+
+def test_a_prefix_is_taken_over_as_far_as_states_can_go_back():
+    """The next turn of a chat goes on from the last one; another text that begins alike is read, and not said to be known."""
+    model = aligned("qwen3_5_text", "llama", num_speculative_tokens=0)
+    first = [5 + i % 20 for i in range(40)]
+    said = told(model, first, max_tokens=8)
+    beginning = told(model, [*first[:30], 1, 2])
+    turn = told(model, [*first, *said.tokens, 3, 4])
+    assert (said.cached_tokens, beginning.cached_tokens, turn.cached_tokens) == (0, 0, 47)

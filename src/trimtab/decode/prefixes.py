@@ -108,6 +108,8 @@ class Prefixes:
             if kept.ids[: count + 1] == sequence.prompt[: count + 1] and kept.serves(sequence):
                 best, count = kept, _shared(kept.ids, sequence.prompt, count)
         count = min(count, len(sequence.prompt) - 1)  # somebody has to say the row after the last token
+        if best is not None:
+            count = min(state.known(0, count) for state in best.states)  # recurrent states forget little
         if best is None or count < WORTHWHILE:
             return 0
         self._use(best)

@@ -36,6 +36,10 @@ class State:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def known(self, slot: int, length: int) -> int:
+        """How many of a slot's first `length` tokens need not be read again where it is rolled back to them."""
+        return length
+
     def wipe(self, slot: int) -> None:
         """Overwrite what a slot has held and hides, if it would do harm there: a masked NaN is NaN all the same."""
 

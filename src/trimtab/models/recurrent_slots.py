@@ -174,6 +174,12 @@ class RecurrentState(SlotState):
                 state[slot] = 0
         self.read[slot] = self.kept_at[slot] = 0
 
+    def known(self, slot: int, length: int) -> int:
+        """All if its states have read them and no more; else those that the copy has read, or none."""
+        if self.read[slot] == length:
+            return length
+        return self.kept_at[slot] if self.kept_at[slot] <= length else 0
+
     def wipe(self, slot: int) -> None:
         """Zero a slot."""
         super().wipe(slot)
