@@ -1,5 +1,6 @@
 """Layers that keep states: whatever slots do, their rows are those of their tokens; and decoding is what it is elsewhere."""
 
+import contextlib
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ from trimtab.models import recurrent
 from trimtab.models.base import vacate
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.masks import STATEFUL, TOKENWISE
+from trimtab.models.recurrent_slots import Recurrence
 from trimtab.train.batches import Item, answer_rows, collate
 from trimtab.train.examples import Example
 
@@ -106,6 +108,52 @@ def test_what_is_trained_is_what_is_decoded(kind):
     assert_close(rows, torch.cat(right), atol=2e-4, rtol=0)
 
 
+class Once:
+    """A function that fails at one of its calls."""
+
+    def __init__(self, function: Any, at: int) -> None:
+        self.function, self.left = function, at
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return lambda *args, **how: self(instance, *args, **how)
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("no memory")
+        return self.function(*args, **how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_memory_that_ends_while_states_are_moved_spoils_nothing(kind, at, monkeypatch):
+    """Copies that are half made do not count, nor does a state that is half allocated."""
+    monkeypatch.setattr(recurrent, "KEPT_EVERY", 4)
+    model = HuggingFaceLM(tiny_model(kind, V))
+    ids = torch.randint(1, V, (1, 30), generator=torch.Generator().manual_seed(0))
+
+    def failing(name: str, call: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Recurrence, name, Once(getattr(Recurrence, name), at))
+            with contextlib.suppress(MemoryError):
+                call()
+
+    model.new_state(1, 30)
+    state = model.new_state(1, 30)
+    failing("become", lambda: model.extend(state, ids[:, :6], [6]))
+    if state.lengths == [0]:
+        model.extend(state, ids[:, :6], [6])
+    failing("hand_over", lambda: model.extend(state, ids[:, 6:8], [2]))
+    model.rollback(state, [state.lengths[0] - 5])
+    assert_close(model.extend(state, ids[:, 5:9], [4])[0], expected(model, ids[0, :9].tolist(), 4), atol=5e-4, rtol=0)
+    other = model.new_state(2, 30)
+    model.extend(other, ids[:, 10:16].repeat(2, 1), [6, 6])
+    failing("hand_over", lambda: model.copy(state, [0], other, [1]))
+    model.rollback(other, [0, other.lengths[1]])
+    rows = model.extend(other, ids[:, :5].repeat(2, 1), [0, 5])
+    assert_close(rows[1], expected(model, ids[0, :5].tolist(), 5), atol=5e-4, rtol=0)
+
+
 def test_states_in_memory_are_what_is_said():
     model = HuggingFaceLM(tiny_model("falcon_h1", V))
     state = model.new_state(3, 30)
@@ -113,7 +161,11 @@ def test_states_in_memory_are_what_is_said():
     assert model.state_bytes(3, 30) == state.num_bytes
     held = [part for layer in state.layers for part in (layer.keys, layer.values)]
     held += [part for one in [*state.recurrences, *state._kept] for part in one.states]
-    assert state.num_bytes == sum(part.nbytes for part in held)
+    assert state.num_bytes == sum(part.nbytes for part in held) + state.ids.nbytes
+    model.model.to(torch.float64)
+    state = model.new_state(3, 30)
+    model.extend(state, torch.ones(3, 20, dtype=torch.long), [20, 20, 20])
+    assert model.state_bytes(3, 30) == state.num_bytes
 
 
 def test_a_hybrid_may_have_no_attention_at_all():

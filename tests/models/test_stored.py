@@ -1,5 +1,6 @@
 """A checkpoint of codes, or of more layers than its model has, is no model of which some part is left out: it is refused."""
 
+import itertools
 import json
 import math
 import re
@@ -73,34 +74,55 @@ def test_codes_are_refused_with_a_tensor_and_what_it_is_stored_as(dtype, scale, 
         load_model(folder)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_floats_of_8_bits_in_blocks_become_weights(dtype, tmp_path):
-    """transformers makes them, where no GPU computes with them; all are of one dtype then."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
-    model = tiny_model("llama", V, spread=0.2, **sizes)
-    folder = save_tiny(tmp_path / "model", model, tiny_tokenizer())
-    config, expected = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}, {}
+def in_blocks(tmp_path, block=32, cut=lambda scale: scale, **sizes):
+    """A folder of floats of 8 bits with a scale for each block, as DeepSeek's are, and what its weights stand for."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16} | sizes
+    folder, expected = save_tiny(tmp_path / "model", tiny_model("llama", V, spread=0.2, **shape), tiny_tokenizer()), {}
 
     def change(tensors):
-        made = {}
+        made = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
-            made[name] = tensor.bfloat16()
             if ".layers." in name and tensor.ndim == 2:
-                blocks = tensor.unflatten(1, (-1, 32)).unflatten(0, (-1, 32))
-                scale = blocks.abs().amax((1, 3)) / 448
-                codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-                expected[name] = (codes.float() * scale[:, None, :, None]).view_as(tensor)
-                made |= {name: codes.view_as(tensor), f"{name}_scale_inv": scale}
+                spread = [torch.arange(size) // block for size in tensor.shape]
+                largest = torch.zeros(spread[0][-1] + 1, spread[1][-1] + 1)
+                for row, column in itertools.product(*(range(count) for count in largest.shape)):
+                    largest[row, column] = tensor[spread[0] == row][:, spread[1] == column].abs().max()
+                scale = largest / 448
+                whole = scale[spread[0]][:, spread[1]]
+                made |= {name: (tensor / whole).to(torch.float8_e4m3fn), f"{name}_scale_inv": cut(scale)}
+                expected[name] = made[name].float() * whole
         return made
 
     rewrite(folder, change)
+    config = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
     edit(folder, quantization_config=config, dtype="bfloat16")
+    return folder, expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_floats_of_8_bits_in_blocks_become_weights(dtype, tmp_path):
+    """transformers makes them, where no GPU computes with them; all are of one dtype then."""
+    folder, expected = in_blocks(tmp_path)
     loaded = load_model(folder, dtype=dtype)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16 if dtype == "auto" else torch.float32}
     for name, weight in expected.items():
         torch.testing.assert_close(loaded.state_dict()[name].float(), weight, atol=1e-3, rtol=1e-2)
     with torch.no_grad():
         assert loaded(torch.arange(1, 9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"intermediate_size": 48}, r"down_proj.weight_scale_inv has shape \[2, 2\], .* block of \[32, 32\] .* \[64, 48\]"),
+        ({"cut": lambda scale: scale[:1]}, r"weight_scale_inv has shape \[1, \d\], which is not one scale for each block"),
+    ],
+)
+def test_scales_that_do_not_fit_their_blocks_are_refused(settings, said, tmp_path):
+    """transformers takes them for those of other blocks, and says nothing."""
+    folder, _ = in_blocks(tmp_path, **settings)
+    with pytest.raises(CheckpointError, match=said):
+        load_model(folder)
 
 
 def test_a_single_tensor_of_codes_is_enough(tmp_path):

@@ -8,7 +8,6 @@ by the contract suite; a model of another one is tried when it is loaded (`trimt
 import hashlib
 import inspect
 from collections.abc import Collection, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,6 +91,7 @@ class HuggingFaceLM:
         self.reader = Reader(self._one_pass, tokenwise=inner.config.model_type in TOKENWISE)
         """What reads tokens into slots that keep states."""
         self._patterns: dict[torch.dtype, RecurrentState] = {}
+        self._token_bytes: dict[torch.dtype, int] = {}
         self.model = inner.eval()
         columns = inner.get_output_embeddings().weight.shape[0]
         self.vocab_size = vocab_size or columns
@@ -189,16 +189,23 @@ class HuggingFaceLM:
         """`sha256:…` of what tells it from others in every dtype, see `digest_model`; of a lent model as it is now."""
         return self._digest or digest_model(self.model)
 
-    @cached_property
-    @torch.no_grad()
+    @property
     def cache_bytes_per_token(self) -> int:
-        """What a token of a slot takes in the key/value cache: looked up in one, for families keep different things there."""
+        """What a token of a slot takes in the key/value cache, and where states are kept, as an id."""
+        if (dtype := self.model.dtype) not in self._token_bytes:  # a lent model's owner may change it
+            self._token_bytes = {dtype: self._look_up_token_bytes()}
+        return self._token_bytes[dtype]
+
+    @torch.no_grad()
+    def _look_up_token_bytes(self) -> int:
+        """Looked up in a cache, for families keep different things there."""
         state: SlotState | None = self._pattern
         if state is None:
             state = SlotState([0], 1, self.model.config.num_hidden_layers)
             self._forward(state, torch.zeros(1, 1, dtype=torch.long), [1], last_only=True)
         written = [layer for layer in state.layers if layer.is_initialized]  # some families' layers share those of others
-        return sum(part.nbytes for layer in written for part in (layer.keys, layer.values)) // (state.capacity + 1)
+        keys_and_values = sum(part.nbytes for layer in written for part in (layer.keys, layer.values)) // (state.capacity + 1)
+        return keys_and_values + (torch.long.itemsize if self.is_recurrent else 0)
 
     @property
     @torch.no_grad()

@@ -89,7 +89,7 @@ def load_model(
     if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
         wanted = getattr(torch, dtype, model.dtype) if isinstance(dtype, str) else dtype
         model = model.to(wanted)  # weights were made of what no kernel here computes with, in bfloat16 whatever was asked
-    check_filled(model, report, source, folder_of(source, revision))
+    check_filled(model, report, source, folder_of(source, revision), getattr(config, "quantization_config", None))
     check_finite(model, source)
     return model.eval()
 

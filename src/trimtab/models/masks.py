@@ -110,6 +110,8 @@ def sights_of(config: Any) -> dict[str, Sight]:
         if config.model_type in (*WHOLE, *WINDOWED, *MIXED):
             odd = next(name for name in layers if name in RECURRENT)
             raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no layers of {odd}")
+        if "sliding_attention" in layers and config.model_type in (*STATEFUL, *TOKENWISE):
+            raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no layers of sliding_attention")
         layers = [name for name in layers if name not in (*EMPTY, *RECURRENT)] + ["full_attention"] * ("hybrid" in layers)
     if odd := set(layers) - {"full_attention", *SIZES}:
         raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only full_attention, {', '.join(SIZES)}")

@@ -129,13 +129,13 @@ class RecurrentState(SlotState):
     @property
     def num_bytes(self) -> int:
         """What it takes in memory; nothing before the first step."""
-        return super().num_bytes + self.fixed_bytes
+        return super().num_bytes + self.fixed_bytes + (self.ids.nbytes if self.ids is not None else 0)
 
     def write(self, tokens: Tensor, counts: Sequence[int]) -> None:
         """Note the tokens `[B, K]` of a step, of which slot b takes the first `counts[b]`."""
         if self.ids is None:
-            self.ids = tokens.new_zeros(len(self), self.capacity + 1)
             self._allocate()
+            self.ids = tokens.new_zeros(len(self), self.capacity + 1)
         before, taken = to_device([self.lengths[: len(counts)], list(counts)], tokens.device).unsqueeze(-1)
         column = torch.arange(tokens.shape[1], device=tokens.device)
         rows = torch.arange(len(counts), device=tokens.device)[:, None]
@@ -164,6 +164,7 @@ class RecurrentState(SlotState):
 
     def keep(self, slot: int) -> None:
         """Copy a slot's states, to come back to."""
+        self.kept_at[slot] = 0  # until it has worked
         for one, kept in zip(self.recurrences, self._kept, strict=True):
             one.hand_over([slot], kept, [slot], len(self))
         self.kept_at[slot] = self.read[slot]
@@ -188,6 +189,8 @@ class RecurrentState(SlotState):
     def copy(self, slots: Sequence[int], target: SlotState, to: Sequence[int]) -> None:
         """Copy slots with all that they know."""
         assert isinstance(target, RecurrentState)
+        for other in to:  # until it has worked
+            target.read[other], target.kept_at[other] = UNKNOWN, 0
         super().copy(slots, target, to)
         for mine, its in zip([*self.recurrences, *self._kept], [*target.recurrences, *target._kept], strict=True):
             mine.hand_over(slots, its, to, len(target))

@@ -5,7 +5,7 @@ becomes a model whose weights are the codes, without their scales.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ __all__ = ["Stored", "check_filled", "is_plain", "plain", "stored_tensors"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What safetensors calls the dtypes of which each number is a weight; others hold codes of one."""
+BLOCK = (128, 128)
+"""Of such floats whose configuration does not say it."""
 SCALE = "_scale_inv"
 """The end of the name of a weight's scales, of floats of 8 bits that transformers makes weights of, and of no other codes."""
 _CURE = (
@@ -33,6 +35,7 @@ class Stored(NamedTuple):
 
     dtype: str
     size: int
+    shape: tuple[int, ...] = ()
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -48,11 +51,14 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         with safe_open(folder / name, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping
                 tensor = tensors.get_slice(key)
-                found[key] = Stored(tensor.get_dtype(), math.prod(tensor.get_shape()))
+                shape = tuple(tensor.get_shape())
+                found[key] = Stored(tensor.get_dtype(), math.prod(shape), shape)
     return found
 
 
-def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, folder: Path) -> None:
+def check_filled(
+    model: Any, report: Mapping[str, Any], source: str | Path, folder: Path, quantization: Mapping[str, Any] | None = None
+) -> None:
     """Refuse a model that is not what its files hold.
 
     A model that a quantiser of transformers has read is that quantiser's business, but for weights that are missing.
@@ -62,6 +68,7 @@ def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, fold
         report: transformers' own, of the keys that did not fit.
         source: what the user calls it.
         folder: where its files are.
+        quantization: the `quantization_config` of its files.
 
     Raises:
         CheckpointError: weights stayed as they were made, have another shape, are left over, or are no floating-point numbers
@@ -91,12 +98,29 @@ def check_filled(model: Any, report: Mapping[str, Any], source: str | Path, fold
             f"'{source}' holds codes, not weights: {len(codes)} tensors such as {codes[0]}, which is stored as"
             f" {tensors[codes[0]].dtype}: {_CURE}"
         )
+    _check_blocks({name: tensors[name] for name in scales}, tensors, (quantization or {}).get("weight_block_size"), source)
     if left := sorted(name for name in left_over if _is_part(model, name)):
         stored = f", which is stored as {tensors[left[0]].dtype}" if left[0] in tensors else ""
         raise CheckpointError(
             f"'{source}' holds {len(left)} tensors that its model has no place for, such as {left[0]}{stored}: config.json must"
             f" be that of these weights (model_type, number of layers), and {_CURE}"
         )
+
+
+def _check_blocks(
+    scales: Mapping[str, Stored], tensors: Mapping[str, Stored], block: Sequence[int] | None, source: str | Path
+) -> None:
+    """Refuse scales that are not one for each whole block: transformers stretches whatever there is over the weight."""
+    block = block or BLOCK
+    for name, scale in sorted(scales.items()):
+        weight = tensors.get(name.removesuffix(SCALE))
+        if weight is None or weight.dtype in FLOATS:
+            continue
+        if [size * count for size, count in zip(block, scale.shape, strict=False)] != list(weight.shape):
+            raise CheckpointError(
+                f"'{source}': {name} has shape {list(scale.shape)}, which is not one scale for each block of {list(block)}"
+                f" (weight_block_size) of a weight of {list(weight.shape)}: save the model again in bfloat16"
+            )
 
 
 def is_plain(weight: Tensor) -> bool:
