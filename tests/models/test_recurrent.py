@@ -1,7 +1,9 @@
 """Layers that keep states: whatever slots do, their rows are those of their tokens; and decoding is what it is elsewhere."""
 
 import contextlib
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -166,6 +168,22 @@ def test_states_in_memory_are_what_is_said():
     state = model.new_state(3, 30)
     model.extend(state, torch.ones(3, 20, dtype=torch.long), [20, 20, 20])
     assert model.state_bytes(3, 30) == state.num_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", *KINDS])
+def test_a_model_that_nobody_uses_is_gone(kind):
+    """Without waiting for garbage to be collected: a server counts on the memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = HuggingFaceLM(tiny_model(kind, V))
+        state = model.new_state(2, 9)
+        model.extend(state, torch.ones(2, 3, dtype=torch.long), [3, 2])
+        gone = weakref.ref(model), weakref.ref(state)
+        del model, state
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_hybrid_may_have_no_attention_at_all():

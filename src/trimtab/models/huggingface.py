@@ -88,8 +88,8 @@ class HuggingFaceLM:
         if self._attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"attention '{self._attention}' takes no ready mask; load the model with 'sdpa'")
         self._layout = layout_of(inner.config) if is_recurrent(inner.config) else None
-        self.reader = Reader(self._one_pass, tokenwise=inner.config.model_type in TOKENWISE)
-        """What reads tokens into slots that keep states."""
+        self.tokenwise = inner.config.model_type in TOKENWISE
+        """Whether states that have read some tokens are to read others one by one, see `trimtab.models.recurrent`."""
         self._patterns: dict[torch.dtype, RecurrentState] = {}
         self._token_bytes: dict[torch.dtype, int] = {}
         self.model = inner.eval()
@@ -311,7 +311,8 @@ class HuggingFaceLM:
         if isinstance(state, RecurrentState):
             if not any(counts):
                 return torch.zeros(len(counts), 1 if last_only else tokens.shape[1], self.vocab_size, device=self.device)
-            return self.reader.read(state, tokens.to(self.device), counts, last_only=last_only)
+            reader = Reader(self._one_pass, tokenwise=self.tokenwise)  # not kept: it refers to this model
+            return reader.read(state, tokens.to(self.device), counts, last_only=last_only)
         last_position = self._last_position(state)
         tokens, deltas = tokens.to(self.device), self._deltas(state, len(counts))
         if self._graphs is not None and deltas is None and not last_only and not tapped:

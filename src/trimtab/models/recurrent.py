@@ -26,14 +26,12 @@ class Reader:
 
     Args:
         run: makes a pass over slots whose states have read all before.
-
-    Attributes:
         tokenwise: whether a pass takes one token of a slot that has read some: what the layers of some families compute from
             several is right only where nothing stands before.
     """
 
     def __init__(self, run: Pass, *, tokenwise: bool) -> None:
-        self._run, self.tokenwise = run, tokenwise
+        self._run, self._tokenwise = run, tokenwise
 
     def read(self, state: RecurrentState, tokens: Tensor, counts: Sequence[int], *, last_only: bool) -> Tensor:
         """Append to every slot.
@@ -79,7 +77,7 @@ class Reader:
         start, state.read[slot] = state.read[slot], UNKNOWN  # until it has worked
         one = state.window(slot, slot + 1)
         one.lengths = [start]
-        size = 1 if self.tokenwise and start else stop - start
+        size = 1 if self._tokenwise and start else stop - start
         places = range(start, stop, size)
         ids = state.ids[slot : slot + 1]
         logits = [self._run(one, ids[:, place : place + size], [size], min(wanted, size)) for place in places]

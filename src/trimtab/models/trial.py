@@ -59,7 +59,7 @@ def try_out(model: Any) -> None:
         model.model = _exact(stock)
         found = _first_failure(model, model.model)
         if found is not None and model.is_recurrent:
-            model.reader.tokenwise = True
+            model.tokenwise = True
             found = _first_failure(model, model.model)
     except torch.OutOfMemoryError:
         raise
