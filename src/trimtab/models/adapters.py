@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -26,105 +26,17 @@ from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.files import expand_home
+from trimtab.models.adapter_layout import Layout, Shape
 from trimtab.models.base import LanguageModel, State
-from trimtab.models.blocks import FAMILIES, LEAN, products_of, projections_of, sparse_layers
+from trimtab.models.blocks import LEAN, projections_of
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.models.lean import Delta, Deltas
+from trimtab.models.lean import Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import read_plain
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
 __all__ = ["Adapted", "Adapter", "AdapterPool", "AdapterStore"]
-
-
-class Shape(NamedTuple):
-    """What decides how a flat tensor is laid out."""
-
-    rank: int
-    """The largest of the adapter's; smaller ones are padded with zeros."""
-    products: tuple[int, ...]
-    """Which of a layer's products (`trimtab.models.blocks.products_of`) it has anything for."""
-
-    @classmethod
-    def around(cls, shapes: Iterable["Shape"]) -> "Shape":
-        """The smallest one that has room for all of these."""
-        ranks, products = zip(*shapes, strict=True)
-        return cls(max(ranks), tuple(sorted({index for some in products for index in some})))
-
-
-class _Place(NamedTuple):
-    """Where the pair of one linear layer lies in the region of its product."""
-
-    product: int
-    block: int
-    down: slice
-    """Columns of A."""
-    up: slice
-    """Columns of its block of B."""
-
-
-class Layout:
-    """Where the pairs of adapters for one base lie in their flat tensors.
-
-    A flat tensor is a row of regions, one for each product: `[n, r, E]` for a product of n linear layers. Along E stand, layer
-    by layer, the inputs of A and then the outputs of B; so A and B are both `[n·r, …]` with long rows.
-
-    Args:
-        model: the stock model.
-        first: the first of its layers that adapters may adapt.
-    """
-
-    def __init__(self, model: Any, first: int = 0) -> None:
-        family = FAMILIES[model.config.model_type]
-        products = [products_of(family, sparse=sparse) for sparse in sparse_layers(family, model.config)]
-        self.blocks = [max(map(len, paths)) for paths in zip(*products, strict=True)]
-        self.columns = [0] * len(self.blocks)
-        self.places: dict[str, _Place] = {}
-        self._spans: list[list[tuple[int, int, int]]] = []  # layer and product: where A starts, where B does, where it ends
-        for i, layer in enumerate(model.model.layers[first:], first):
-            self._spans.append([])
-            for product, paths in enumerate(products[i]):
-                linears = [layer.get_submodule(path) for path in paths]
-                start = self.columns[product]
-                end = middle = start + (linears[0].in_features if linears else 0)
-                for block, (path, linear) in enumerate(zip(paths, linears, strict=True)):
-                    up = slice(end, end + linear.out_features)
-                    self.places[f"model.layers.{i}.{path}"] = _Place(product, block, slice(start, middle), up)
-                    end = up.stop
-                self._spans[-1].append((start, middle, end))
-                self.columns[product] = end
-
-    def size(self, shape: Shape) -> int:
-        """Elements of a flat tensor."""
-        return sum(self.blocks[product] * shape.rank * self.columns[product] for product in shape.products)
-
-    def regions(self, flat: Tensor, shape: Shape) -> dict[int, Tensor]:
-        """Views `[G, n, r, E]` of the products in flat tensors `[G, size]`."""
-        views, start = {}, 0
-        for product in shape.products:
-            size = (self.blocks[product], shape.rank, self.columns[product])
-            end = start + size[0] * size[1] * size[2]
-            views[product] = flat[:, start:end].view(-1, *size)
-            start = end
-        return views
-
-    def deltas(self, flat: Tensor, shape: Shape) -> Deltas:
-        """The pairs of every layer and product in flat tensors `[G, size]`, as views; of one, those without G.
-
-        A batch of products of one is several times as slow as the product.
-        """
-        stacked = {product: region.flatten(1, 2) for product, region in self.regions(flat, shape).items()}
-
-        def pair(region: Tensor, start: int, middle: int, end: int) -> Delta:
-            if len(region) == 1:
-                return region[0, :, start:middle].mT, region[0, :, middle:end]
-            return region[:, :, start:middle], region[:, :, middle:end]
-
-        return [
-            [pair(stacked[i], *span) if i in stacked and span[0] < span[2] else None for i, span in enumerate(spans)]
-            for spans in self._spans
-        ]
 
 
 class Adapter:
@@ -218,10 +130,9 @@ class AdapterStore:
         with readable(folder, "aligner"):
             plan = self._plan(values)
             if odd := set(plan) - set(self._layout.places):
-                known = f"{', '.join(projections_of(self._model.config))} only" + (
-                    f", from layer {self._first} on" if self._first else ""
-                )
-                raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {known}")
+                known = ", ".join(projections_of(self._model.config))
+                where = f", from layer {self._first} on" if self._first else ""
+                raise UnsupportedModel(f"'{folder}' adapts {min(odd)}; adapters in a pool adapt {known} only{where}")
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
         return Adapter(name, flat, shape, self._layout)
 

@@ -36,7 +36,8 @@ GEMMA = ("gemma", "gemma2", "gemma3")
 """Whose norms are stored with the 1 that transformers adds, and whose activations exceed what 16-bit floats hold."""
 FULL_EVERY = {"gemma2": 2, "gemma3": 6}
 """Of so many layers the last sees the whole text, the others a window; llama.cpp has these numbers in its code."""
-WINDOW, CAPS = 4096, {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+WINDOW = 4096
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 """Of a Gemma 2 whose file does not say them, as llama.cpp has it."""
 LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the models of 27B, which scale queries by the hidden size over the heads."""

@@ -21,7 +21,7 @@ from trimtab.models.fingerprint import Files, digest_model, fingerprint_model
 from trimtab.models.graphs import Capture, Graphs
 from trimtab.models.int8 import IN, OUT, can_be_int8
 from trimtab.models.lean import Deltas, LeanDecoder, no_lean_pass
-from trimtab.models.masks import EMPTY, RECURRENT, TOKENWISE, is_recurrent, sights_of
+from trimtab.models.masks import POINTWISE_LAYERS, RECURRENT_LAYERS, TOKENWISE, is_recurrent, sights_of
 from trimtab.models.peft_kinds import check_adapters
 from trimtab.models.prepack import prepack
 from trimtab.models.recurrent import Reader
@@ -362,5 +362,9 @@ class HuggingFaceLM:
             name: step.mask(sight) if boolean else step.additive_mask(dtype, sight) for name, sight in self._sights.items()
         }
         if self._layout is not None:  # a mask would say what is padding, and nothing is
-            return dict.fromkeys(("full_attention", *EMPTY, *RECURRENT)) | masks if self._cache == "past_key_values" else None
+            return (
+                dict.fromkeys(("full_attention", *POINTWISE_LAYERS, *RECURRENT_LAYERS)) | masks
+                if self._cache == "past_key_values"
+                else None
+            )
         return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -13,10 +13,10 @@ from torch import Tensor
 from trimtab.errors import UnsupportedModel
 
 __all__ = [
-    "EMPTY",
     "FULL",
     "MIXED",
-    "RECURRENT",
+    "POINTWISE_LAYERS",
+    "RECURRENT_LAYERS",
     "STATEFUL",
     "TOKENWISE",
     "WHOLE",
@@ -80,15 +80,15 @@ STATEFUL = (
 """Families with layers that keep a state."""
 TOKENWISE = ("falcon_mamba", "jamba", "mamba")
 """Those whose states go on from others by one token at a time only: of several, transformers' scan forgets what was before."""
-RECURRENT = ("conv", "hybrid", "linear_attention")
+RECURRENT_LAYERS = ("conv", "hybrid", "linear_attention")
 """Kinds of layers that fold what they read into a state; `hybrid` ones attend to the whole text as well."""
-EMPTY = ("mlp", "moe")
+POINTWISE_LAYERS = ("mlp", "moe")
 """Kinds of layers that look at no other token."""
 
 
 def is_recurrent(config: Any) -> bool:
     """Whether some layers keep a state."""
-    return not {*(getattr(config, "layer_types", None) or ())}.isdisjoint(RECURRENT)
+    return not {*(getattr(config, "layer_types", None) or ())}.isdisjoint(RECURRENT_LAYERS)
 
 
 def context_of(config: Any) -> int:
@@ -108,11 +108,13 @@ def sights_of(config: Any) -> dict[str, Sight]:
     layers = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if is_recurrent(config):
         if config.model_type in (*WHOLE, *WINDOWED, *MIXED):
-            odd = next(name for name in layers if name in RECURRENT)
+            odd = next(name for name in layers if name in RECURRENT_LAYERS)
             raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no layers of {odd}")
         if "sliding_attention" in layers and config.model_type in (*STATEFUL, *TOKENWISE):
             raise UnsupportedModel(f"layer_types: '{config.model_type}' models have no layers of sliding_attention")
-        layers = [name for name in layers if name not in (*EMPTY, *RECURRENT)] + ["full_attention"] * ("hybrid" in layers)
+        layers = [name for name in layers if name not in (*POINTWISE_LAYERS, *RECURRENT_LAYERS)] + ["full_attention"] * (
+            "hybrid" in layers
+        )
     if odd := set(layers) - {"full_attention", *SIZES}:
         raise UnsupportedModel(f"layer_types: {min(odd)} is not supported, only full_attention, {', '.join(SIZES)}")
     window = getattr(config, "sliding_window", None)

@@ -6,8 +6,11 @@ A state cannot leave tokens out, so slots of a pass must take equally many; and 
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
+from trimtab.core.transfer import to_device
 from trimtab.models.recurrent_slots import UNKNOWN, RecurrentState
 
 __all__ = ["Reader"]
@@ -47,14 +50,16 @@ class Reader:
         """
         state.write(tokens, counts)
         slots = [slot for slot, count in enumerate(counts) if count]
+        width = 1 if last_only else tokens.shape[1]
         if len(slots) > 1 and max(counts) == 1:
             for slot in slots:
                 self._catch_up(state, slot, leave=0)
-            rows = dict(zip(slots, self._together(state, tokens[:, :1], counts)[slots], strict=True))
+            logits = pad(self._together(state, tokens[:, :1], counts), (0, 0, 0, width - 1))
         else:
             rows = {slot: self._alone(state, slot, counts[slot], 1 if last_only else counts[slot]) for slot in slots}
+            logits = _side_by_side(rows, len(counts), width)
         state.advance(counts)
-        return _side_by_side(rows, len(counts), 1 if last_only else tokens.shape[1])
+        return logits
 
     def _alone(self, state: RecurrentState, slot: int, count: int, wanted: int) -> Tensor:
         """Read a slot's `count` new tokens; logits `[wanted, W]` of the last ones."""
@@ -82,18 +87,19 @@ class Reader:
         ids = state.ids[slot : slot + 1]
         logits = [self._run(one, ids[:, place : place + size], [size], min(wanted, size)) for place in places]
         state.read[slot] = stop
-        return cat(logits, 1)[0, -wanted:]
+        return torch.cat(logits, 1)[0, -wanted:]
 
     def _together(self, state: RecurrentState, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Let slots read one token `[B, 1]` each, or none; logits `[B, 1, W]`. Those that take one have read all before it."""
         idle = [slot for slot, count in enumerate(counts) if not count]
         before, state.read[: len(counts)] = state.read[: len(counts)], [UNKNOWN] * len(counts)
         all_of_them = state.window(0, len(counts))
-        aside = [[part[idle] for part in one.states] for one in all_of_them.recurrences] if idle else []
+        index = to_device(idle, tokens.device, torch.long)
+        aside = [[part[index] for part in one.states] for one in all_of_them.recurrences] if idle else []
         logits = self._run(all_of_them, tokens, counts, 1)
         for one, parts in zip(all_of_them.recurrences, aside, strict=False):
             for part, was in zip(one.states, parts, strict=True):
-                part[idle] = was
+                part[index] = was
         state.read[: len(counts)] = [read + count for read, count in zip(before, counts, strict=True)]
         return logits
 

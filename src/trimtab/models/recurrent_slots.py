@@ -156,9 +156,10 @@ class RecurrentState(SlotState):
         """Make states that do not belong to a slot's tokens those of its first ones: the copy, or those of nothing."""
         if self.read[slot] == self.lengths[slot]:
             return
-        if not 0 < self.kept_at[slot] <= self.lengths[slot]:
+        if self.kept_at[slot] > self.lengths[slot] or not self.kept_at[slot]:
             self._clear(slot)
-        for kept, one in zip(self._kept, self.recurrences, strict=True) if self.kept_at[slot] else ():
+            return
+        for kept, one in zip(self._kept, self.recurrences, strict=True):
             kept.hand_over([slot], one, [slot], len(self))
         self.read[slot] = self.kept_at[slot]
 

@@ -34,8 +34,12 @@ class Stored(NamedTuple):
     """A tensor as its file has it."""
 
     dtype: str
-    size: int
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -51,8 +55,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         with safe_open(folder / name, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping
                 tensor = tensors.get_slice(key)
-                shape = tuple(tensor.get_shape())
-                found[key] = Stored(tensor.get_dtype(), math.prod(shape), shape)
+                found[key] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
     return found
 
 
@@ -98,7 +101,7 @@ def check_filled(
             f"'{source}' holds codes, not weights: {len(codes)} tensors such as {codes[0]}, which is stored as"
             f" {tensors[codes[0]].dtype}: {_CURE}"
         )
-    _check_blocks({name: tensors[name] for name in scales}, tensors, (quantization or {}).get("weight_block_size"), source)
+    _check_blocks(sorted(scales), tensors, (quantization or {}).get("weight_block_size") or BLOCK, source)
     if left := sorted(name for name in left_over if _is_part(model, name)):
         stored = f", which is stored as {tensors[left[0]].dtype}" if left[0] in tensors else ""
         raise CheckpointError(
@@ -107,13 +110,10 @@ def check_filled(
         )
 
 
-def _check_blocks(
-    scales: Mapping[str, Stored], tensors: Mapping[str, Stored], block: Sequence[int] | None, source: str | Path
-) -> None:
+def _check_blocks(scales: Sequence[str], tensors: Mapping[str, Stored], block: Sequence[int], source: str | Path) -> None:
     """Refuse scales that are not one for each whole block: transformers stretches whatever there is over the weight."""
-    block = block or BLOCK
-    for name, scale in sorted(scales.items()):
-        weight = tensors.get(name.removesuffix(SCALE))
+    for name in scales:
+        scale, weight = tensors[name], tensors.get(name.removesuffix(SCALE))
         if weight is None or weight.dtype in FLOATS:
             continue
         if [size * count for size, count in zip(block, scale.shape, strict=False)] != list(weight.shape):
