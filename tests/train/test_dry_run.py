@@ -9,18 +9,19 @@ from safetensors.torch import load_file
 from eval_task import called
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_examples, make_task, task_options, write_rows
-from trimtab.errors import InvalidOption, ModelError, VocabularyMismatch
+from trimtab.errors import InvalidOption, ModelError, UnsupportedModel, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.examples import answers
+from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.pieces import Room
 from trimtab.train.rehearsal import Rehearsal
-from trimtab.train.rows import Layout, ModelRows, compress, tail_points
+from trimtab.train.rehearse_caching import rehearse_caching
+from trimtab.train.rows import BATCH, Layout, ModelRows, compress, tail_points
 from trimtab.train.run import train
 from trimtab.train.start import prepare_model
 from trimtab.train.trainer import AlignerTrainer
@@ -419,3 +420,20 @@ def test_a_dry_run_of_eval_refuses_what_eval_would(task, capsys, tmp_path, more,
     got, out, errors = called(capsys, *words, *more)
     assert (got, out, len(errors)) == (status, "", 1)
     assert message in errors[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "lfm2", "falcon_h1", "mamba", "qwen3_5_text"])
+def test_what_slots_keep_is_what_the_engine_keeps(kind):
+    """Keys and values as the family has them, and states with their copies; the engine keeps an id of each token beside."""
+    model, length = tiny_model(kind, V), 9
+    example = Example([1, 2, 3], [4, 5], [])
+    found = rehearse_caching(model.config, torch.float32, torch.device("cpu"), V, Layout(V), 1.0, length, [example])
+    lm = HuggingFaceLM(model)
+    ids = BATCH * length * torch.long.itemsize if lm.is_recurrent else 0
+    assert found.keys_and_values == lm.state_bytes(BATCH, length - 1) - ids
+
+
+def test_a_mixture_of_experts_as_the_proposal_is_refused_like_one_as_the_aligner():
+    config, example = tiny_model("olmoe", V).config, Example([1, 2, 3], [4, 5], [])
+    with pytest.raises(UnsupportedModel, match="dry_run: this 'olmoe' model is a mixture of experts"):
+        rehearse_caching(config, torch.float32, torch.device("cpu"), V, Layout(V), 1.0, 9, [example])

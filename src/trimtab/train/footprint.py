@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["Ledger", "count_flops", "nbytes"]
+from trimtab.errors import UnsupportedModel
+
+__all__ = ["Ledger", "check_rehearsable", "count_flops", "nbytes"]
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -66,6 +68,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
         size, wide = self._known.pop(key)
         self.live -= size
         self.wide -= size * wide
+
+
+def check_rehearsable(model: Any) -> None:
+    """Refuse what torch cannot run on tensors without memory.
+
+    Raises:
+        UnsupportedModel: a mixture of experts in another dtype than bfloat16.
+    """
+    if model.dtype != torch.bfloat16 and any(".experts." in name for name, _ in model.named_parameters()):
+        raise UnsupportedModel(
+            f"dry_run: this '{model.config.model_type}' model is a mixture of experts, and torch can rehearse those in bfloat16"
+            f" alone, not in {str(model.dtype).removeprefix('torch.')}: leave --dry_run out"
+        )
 
 
 def nbytes(tensors: Mapping[Any, Any] | Collection[Any]) -> int:

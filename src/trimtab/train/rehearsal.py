@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from trimtab.errors import InvalidOption, UnsupportedModel
+from trimtab.errors import InvalidOption
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.loading import attention_for
 from trimtab.models.stock import is_stock
@@ -23,7 +23,7 @@ from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checkpointing import checkpoints, switch_checkpointing
 from trimtab.train.examples import Example
-from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.footprint import Ledger, check_rehearsable, count_flops, nbytes
 from trimtab.train.head import HeadPlan, adapted_upper
 from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import shape
@@ -94,11 +94,7 @@ class Rehearsal:
                 model = adapted_upper(model, head.tap, head.lora, arguments.seed)
             else:
                 model = prepare_model(model, options, arguments.seed, lora)
-            if dtype != torch.bfloat16 and any(".experts." in name for name, _ in model.named_parameters()):
-                raise UnsupportedModel(
-                    f"dry_run: this '{config.model_type}' model is a mixture of experts, and torch can rehearse those in"
-                    f" bfloat16 alone, not in {str(dtype).removeprefix('torch.')}: leave --dry_run out"
-                )
+            check_rehearsable(model)
         self._hidden = (config.hidden_size, dtype) if head and head.tap else None
         with self._making():
             self._below = [torch.empty(parameter.shape, dtype=dtype) for parameter in below]

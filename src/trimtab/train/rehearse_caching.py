@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import LinearAttentionLayer
 
 from trimtab.core.logprobs import row_from_logits
 from trimtab.decode.prefill import CHUNK
 from trimtab.decode.scoring import ROW_BUDGET
 from trimtab.models.loading import attention_for
 from trimtab.train.examples import Example
-from trimtab.train.footprint import Ledger, count_flops, nbytes
+from trimtab.train.footprint import Ledger, check_rehearsable, count_flops, nbytes
 from trimtab.train.rows import BATCH, Layout, compress_each
 
 __all__ = ["Caching", "rehearse_caching", "rehearse_hidden"]
@@ -25,6 +26,7 @@ class Caching(NamedTuple):
     parameters: int
     weights: int
     keys_and_values: int
+    """With the states of layers that keep some."""
     passing: int
     """Activations and rows of the vocabulary, at most; of the stock forward pass."""
     flops: float
@@ -56,6 +58,7 @@ def rehearse_caching(
     width = min(max(1, ROW_BUDGET // (BATCH * vocab_size)), longest)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config)).eval()
+        check_rehearsable(model)
         parameters = list(model.parameters())
         with Ledger() as prefill:
             _logits(model, BATCH, min(CHUNK, longest), 1)
@@ -67,7 +70,7 @@ def rehearse_caching(
         with count_flops() as flops:
             for example in examples:
                 _logits(model, 1, len(example.prompt) + len(example.chosen) - 1, len(example.chosen))
-    cached = _keys_and_values(config, config.num_hidden_layers, dtype, longest)
+        cached = _kept(model, longest)
     passing = max(prefill.peak, scoring.peak)
     return Caching(sum(map(Tensor.numel, parameters)), nbytes(parameters), cached, passing, flops() / len(examples))
 
@@ -88,6 +91,7 @@ def rehearse_hidden(
     width = min(CHUNK, longest)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for(config)).eval()
+        check_rehearsable(model)
         parameters = list(model.parameters())
         below = model.get_decoder()
         below.layers = below.layers[:tap]
@@ -96,14 +100,19 @@ def rehearse_hidden(
         with count_flops() as flops:
             for example in examples:
                 below(input_ids=torch.empty(1, len(example.prompt) + len(example.chosen), dtype=torch.long), use_cache=False)
-    cached = _keys_and_values(config, tap, dtype, longest)
+        cached = _kept(below, longest)
     return Caching(sum(map(Tensor.numel, parameters)), nbytes(parameters), cached, prefill.peak, flops() / len(examples))
 
 
-def _keys_and_values(config: Any, layers: int, dtype: torch.dtype, longest: int) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * layers * heads * head_dim * dtype.itemsize * BATCH * longest)
+def _kept(model: Any, longest: int) -> int:
+    """Bytes that a batch keeps: keys and values of every token, and of layers that keep states those and a copy of each."""
+    output = model(input_ids=torch.empty(1, 1, dtype=torch.long), use_cache=True)
+    cache = output.past_key_values if hasattr(output, "past_key_values") else output.cache_params
+    attending = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    states = [state for layer in recurrent for state in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    of_a_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in attending)
+    return int(BATCH * (longest * of_a_token + 2 * sum(state.nbytes for state in states if state is not None)))
 
 
 def _logits(model: Any, batch: int, length: int, keep: int) -> Tensor:
