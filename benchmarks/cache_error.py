@@ -14,12 +14,12 @@ import torch
 
 from trimtab.core.logprobs import gather, warp
 from trimtab.core.rules import Product
+from trimtab.data.examples import encode_records
+from trimtab.data.records import read_records
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.scoring import completion_rows
 from trimtab.hardware import describe_hardware
 from trimtab.train.cache import bytes_per_token
-from trimtab.train.examples import encode_records
-from trimtab.train.records import read_records
 from trimtab.train.rows import Layout, compress, tail_points
 
 

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.eval import Options
-from trimtab.cli.eval_setup import evaluate
 from trimtab.cli.options import add_options, read_options
-from trimtab.cli.parser import Parser, UsageError
-from trimtab.errors import TrimtabError
+from trimtab.cli.parser import Parser
+from trimtab.errors import InvalidOption, TrimtabError
 from trimtab.evaluate.contests import slug
+from trimtab.evaluate.options import EvalOptions
 from trimtab.evaluate.paper import FAMILIES, TASKS, aligned_decoding, paper_table, proposal_decoding
+from trimtab.evaluate.setup import evaluate
 from trimtab.files import atomic_write, write_json
 
 
@@ -26,14 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("paper_tables.py", description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="whose decoding temperatures to take")
-    add_options(parser, Options)
+    add_options(parser, EvalOptions)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         given = parser.read(sys.argv[1:] if arguments is None else arguments)
         table = run(given.pop("task"), given.pop("family"), given)
-    except (UsageError, TrimtabError, OSError) as error:
+    except (InvalidOption, TrimtabError, OSError) as error:
         print(f"paper_tables: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, InvalidOption) else 1
     print(render(table))
     return 0
 
@@ -47,9 +47,9 @@ FOR_ALIGNERS = (
 def run(task: str, family: str, given: dict[str, Any]) -> dict[str, Any]:
     wrong = [name for name in ("system", "annotations", "sweep_weight", "sweep_rule") if given.get(name)]
     if wrong:
-        raise UsageError(f"--{wrong[0]} is not for a table of two systems: see trimtab eval")
+        raise InvalidOption(f"--{wrong[0]} is not for a table of two systems: see trimtab eval")
     if not given.get("out") or given.get("baseline", "proposal") in ("proposal", "aligned"):
-        raise UsageError("give --out, and a --baseline that is no system of the table")
+        raise InvalidOption("give --out, and a --baseline that is no system of the table")
     out = Path(given["out"])
     runs: dict[str, Any] = {}
     for system, decoding in (("proposal", proposal_decoding(task, family)), ("aligned", aligned_decoding(task, family))):
@@ -63,7 +63,7 @@ def run(task: str, family: str, given: dict[str, Any]) -> dict[str, Any]:
         def beside(results: dict[str, Any], name: str = label) -> dict[str, Any]:
             return {"paper": paper_table(task, runs | {name: results["judging"]})}
 
-        results = evaluate(read_options(Options, mine), beside)
+        results = evaluate(read_options(EvalOptions, mine), beside)
         runs[label] = results["judging"]
         if "://" in given["baseline"]:  # asked once: both rows are against the same answers
             given = given | {"baseline": str(out / system / "outputs" / f"{slug(results['systems']['baseline'])}.json")}

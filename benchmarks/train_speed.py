@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from trimtab.data.examples import Example
 from trimtab.hardware import describe_hardware, keep_freed_memory
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
-from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
 from trimtab.train.rows import CachedRows, Compressed, Layout
 from trimtab.train.trainer import AlignerTrainer

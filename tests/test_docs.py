@@ -19,7 +19,7 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
 from trimtab.core.logprobs import entropy
 from trimtab.models.table import TableLM
-from trimtab.serve.votes import VoteBook
+from trimtab.serve.playground.votes import VoteBook
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

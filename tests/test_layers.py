@@ -13,13 +13,16 @@ FILES = sorted(ROOT.rglob("*.py"))
 BELOW: dict[str, set[str]] = {"core": set()}
 """The packages that each package may import, itself apart."""
 BELOW["models"] = {"core"}
-BELOW["decode"] = {"core", "models"}
-BELOW["endpoints"] = {"core", "models", "decode"}
-for _package in ("train", "evaluate", "serve", "vllm"):
-    BELOW[_package] = {"core", "models", "decode"}
-BELOW["train"] |= {"endpoints"}
-BELOW["evaluate"] |= {"endpoints"}
-BELOW["demo"] = {"core", "models", "decode", "endpoints", "train", "evaluate"}
+BELOW["data"] = {"core", "models"}
+BELOW["decode"] = {"core", "models", "data"}
+BELOW["endpoints"] = {"core", "models", "data", "decode"}
+for _package in ("serve", "vllm"):
+    BELOW[_package] = {"core", "models", "data", "decode"}
+BELOW["judges"] = {"core", "models", "data", "decode", "endpoints"}
+BELOW["propose"] = {*BELOW["judges"], "judges"}
+BELOW["evaluate"] = {*BELOW["judges"], "judges"}
+BELOW["train"] = {*BELOW["propose"], "propose"}
+BELOW["demo"] = {*BELOW["train"], "train", "evaluate"}
 BELOW["cli"] = set(BELOW)
 BELOW["__main__"] = {"cli"}
 GROUND = {path.stem for path in ROOT.glob("*.py")} - {"__init__"} - set(BELOW)
@@ -77,10 +80,12 @@ def test_imports_point_down(path):
         ("decode", "import trimtab"),
         ("train", "from trimtab.evaluate import intervals"),
         ("train", "from ..evaluate import intervals"),
-        ("evaluate", "from trimtab.train.records import Record"),
+        ("evaluate", "from trimtab.train.rows import Layout"),
         ("demo", "from trimtab.cli import main"),
         ("files", "from trimtab.core.rules import Rule"),
-        ("endpoints", "from trimtab.train.records import Record"),
+        ("endpoints", "from trimtab.judges.base import Judge"),
+        ("data", "from trimtab.decode.request import SamplingParams"),
+        ("judges", "from trimtab.evaluate import intervals"),
         ("decode", "from trimtab.endpoints.client import Endpoints"),
     ],
 )
@@ -93,6 +98,51 @@ def test_imports_that_point_down_are_not_offences():
     assert offences("from .rules import Rule\nfrom trimtab import __version__", "core") == []
     assert offences("from trimtab.train.run import train\nfrom trimtab.evaluate import intervals", "demo") == []
     assert offences("from trimtab.demo.run import run_demo\nfrom trimtab.files import read_json", "cli") == []
+
+
+# ---- circles
+
+
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each module imports, at any depth of its text, by dotted names."""
+    found = {}
+    for name, source in sources.items():
+        package = name if f"{name}.__init__" in sources else name.rpartition(".")[0]
+        named = {part for full in imports(ast.parse(source), package) for part in (full, full.rpartition(".")[0])}
+        found[name] = (named & sources.keys()) - {name}
+    return found
+
+
+def circles(needs: dict[str, set[str]]) -> set[str]:
+    """The modules that need themselves, by way of others."""
+
+    def reached(name: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [*needs[name]]
+        while ahead:
+            if (at := ahead.pop()) not in seen:
+                seen.add(at)
+                ahead += needs[at]
+        return seen
+
+    return {name for name in needs if name in reached(name)}
+
+
+def test_no_two_modules_need_each_other():
+    names = {path: ".".join(["trimtab", *path.relative_to(ROOT).with_suffix("").parts]) for path in FILES}
+    sources = {name.removesuffix(".__init__"): path.read_text(encoding="utf-8") for path, name in names.items() if home(path)}
+    assert circles(graph(sources)) == set()
+
+
+def test_a_circle_is_found_even_if_it_is_closed_late_or_for_types_alone():
+    late = {"a.one": "from a import two", "a.two": "def f():\n    from a.one import g", "a.three": "import a.two"}
+    assert circles(graph(late)) == {"a.one", "a.two"}
+    typed = {"a.one": "if TYPE_CHECKING:\n    from a.two import g", "a.two": "from a.three import h", "a.three": "import a.one"}
+    assert circles(graph(typed)) == {"a.one", "a.two", "a.three"}
+
+
+def test_files_are_short_enough_to_be_read_at_once():
+    assert {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text("utf-8").splitlines())) > 400} == {}
 
 
 # ---- randomness

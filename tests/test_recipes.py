@@ -12,9 +12,9 @@ import yaml
 from eval_task import called, fair
 from scripted import scripted
 from trimtab import AlignedModel, Aligner
+from trimtab.data.records import read_records
 from trimtab.evaluate.paper import TASKS, aligned_decoding
 from trimtab.models import shapes
-from trimtab.train.records import read_records
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))

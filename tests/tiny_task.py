@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from trimtab.train.examples import Example
+from trimtab.data.examples import Example
 from trimtab.train.options import TrainOptions
 
 V = 28

@@ -19,12 +19,12 @@ from engines import CONTEXT, Models
 from tiny import tiny_tokenizer
 from trimtab import AlignedModel
 from trimtab import SamplingParams as Ours
+from trimtab.data.examples import Example
 from trimtab.endpoints.settings import Limits
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import vocabulary_size
 from trimtab.train.endpoint_rows import EndpointRows
-from trimtab.train.examples import Example
 from trimtab.train.rows import Layout, ModelRows
 
 GREEDY: Any = {"max_tokens": 20, "temperature": 0}

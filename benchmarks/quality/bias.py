@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.scoring import completion_rows
 from trimtab.files import atomic_write
 from trimtab.models.base import LanguageModel
 from trimtab.models.table import TableLM
-from trimtab.train.examples import Example
 from trimtab.train.rows import BATCH
 
 __all__ = ["Bias", "fit_bias"]

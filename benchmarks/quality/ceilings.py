@@ -17,11 +17,11 @@ from typing import Any
 from cell import DEV_FRACTION, MAX_LENGTH
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimtab.data.examples import split_by_prompt
+from trimtab.data.records import Record, read_records
 from trimtab.errors import TrimtabError
 from trimtab.files import atomic_folder, write_json
-from trimtab.train.examples import split_by_prompt
 from trimtab.train.progress import CompactProgress
-from trimtab.train.records import Record, read_records
 
 __all__ = ["ceilings", "tune_by_dpo", "tune_by_sft"]
 

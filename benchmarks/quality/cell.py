@@ -7,15 +7,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from data import read_texts
 from judge import train_judge
 from transformers import AutoTokenizer
 
-from trimtab.decode.encoding import Encoder
+from data import read_texts
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, encode_records, split_by_prompt
+from trimtab.data.records import Record, read_records
 from trimtab.demo.pretrain import Size, pretrain, train_tokenizer
 from trimtab.files import atomic_folder
-from trimtab.train.examples import Example, encode_records, split_by_prompt
-from trimtab.train.records import Record, read_records
 
 __all__ = ["DEV_FRACTION", "MAX_LENGTH", "REGIMES", "Cell", "make_models"]
 

@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
 from trimtab.core.objectives import preference
+from trimtab.data.examples import Example
 from trimtab.files import atomic_folder
-from trimtab.train.examples import Example
 
 __all__ = ["Judge", "accuracy", "spoil", "train_judge"]
 

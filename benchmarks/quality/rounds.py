@@ -14,8 +14,8 @@ from wins import CUT
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.train.propose import propose
-from trimtab.train.ranking import Ranking
+from trimtab.propose.local import propose
+from trimtab.propose.ranking import Ranking
 
 __all__ = ["reward_model", "sampled_pairs"]
 

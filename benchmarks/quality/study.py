@@ -27,9 +27,9 @@ from rounds import reward_model
 from systems import System, acceptance, from_folder, nll, sample
 from wins import ANSWERS, CUT, OF, Contest, best_of, kl_per_token, match
 
+from trimtab.data.examples import Example
 from trimtab.errors import TrimtabError
 from trimtab.files import read_json, write_json
-from trimtab.train.examples import Example
 
 IMITATION = "likelihood, product, without contrast"
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from trimtab.core.objectives import acceptance as agreement
+from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import completion_rows
 from trimtab.decode.shaping import BatchShaping
 from trimtab.evaluate.distribution import Trace, trace
 from trimtab.models.aligner import MANIFEST_NAME
-from trimtab.train.examples import Example
 
 __all__ = ["Samples", "System", "acceptance", "from_folder", "nll", "sample"]
 

@@ -26,13 +26,12 @@ from rivals import PROPOSAL, SIX, examples
 from systems import System
 from trained import cost_of
 
-from trimtab.cli import quiet_loading
 from trimtab.decode.aligned import AlignedModel
 from trimtab.errors import InvalidOption, TrimtabError
 from trimtab.evaluate.intervals import mean_interval, ratio_interval
 from trimtab.files import only_writer, read_json, write_json
 from trimtab.hardware import describe_hardware, keep_freed_memory
-from trimtab.models.loading import load_model
+from trimtab.models.loading import load_model, quiet_loading
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import train
 

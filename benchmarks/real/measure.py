@@ -28,8 +28,8 @@ from systems import BOUND, System
 
 from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS
 from trimtab.decode.request import SamplingParams
-from trimtab.evaluate.references import ReferenceMetric
 from trimtab.files import read_json, write_json
+from trimtab.judges.references import ReferenceMetric
 from trimtab.models.loading import load_model
 
 __all__ = ["WARM_UP", "measure", "measure_part", "measure_speed"]

@@ -26,10 +26,10 @@ from fetch import FILE
 from measure import measure
 from rivals import EXAMPLES, RIVALS
 
-from trimtab.cli import quiet_loading
 from trimtab.errors import InvalidOption, TrimtabError
 from trimtab.files import only_writer, read_json, write_json
 from trimtab.hardware import describe_hardware
+from trimtab.models.loading import quiet_loading
 
 TASKS = {task.name: task for task in (docstrings.TASK, hh.TASK, instructions.TASK, short_answers.TASK)}
 

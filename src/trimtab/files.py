@@ -194,3 +194,28 @@ def json_digest(values: Iterable[Any]) -> str:
         between = ", "
     digest.update(b"]")
     return digest.hexdigest()
+
+
+def check_writable(out: str, *, folder: bool) -> None:
+    """Refuse an --out that cannot be written, before anything is read for it: a folder, or a file."""
+    path = Path(out)
+    if not folder and path.is_dir():
+        raise InvalidOption(f"--out {out} is a folder: name a file")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        return  # a device, or a pipe
+    parent = path if folder else path.absolute().parent
+    there = next(place for place in (parent, *parent.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InvalidOption(f"--out {out}: {there} is a file: name a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InvalidOption(f"--out {out}: nothing can be written in {there}: {error.strerror}") from error
+
+
+def refuse_overwriting(out: str, source: str | None) -> None:
+    """Refuse to replace what is read, and to write where nothing can be written."""
+    check_writable(out, folder=False)
+    if source is not None and Path(out).exists() and Path(source).exists() and Path(out).samefile(source):
+        raise InvalidOption(f"--out {out} would replace the data that it is made from: name another file")

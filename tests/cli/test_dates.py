@@ -8,7 +8,7 @@ import pytest
 from eval_task import called, make_eval_task
 from tiny_task import write_rows
 from trimtab import AlignedModel
-from trimtab.decode import template
+from trimtab.data import template
 from trimtab.files import read_json
 from trimtab.jsonlines import ResumableLines
 from trimtab.models.loading import load_tokenizer

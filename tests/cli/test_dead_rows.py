@@ -9,9 +9,9 @@ from eval_task import called, make_eval_task, read
 from tiny import tiny_tokenizer
 from tiny_task import write_rows
 from trimtab import AlignedModel
+from trimtab.data.records import read_records
 from trimtab.models.base import last_of
 from trimtab.models.huggingface import HuggingFaceLM
-from trimtab.train.records import read_records
 
 PROMPTS = ["ab", "cz", "de", "fz", "gh"]
 """Of which the second and the fourth end in the sick token."""

@@ -21,8 +21,8 @@ from scripted import scripted
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import write_rows
 from trimtab import AlignedModel, SamplingParams
-from trimtab.cli.eval import Options
-from trimtab.evaluate.reward import RewardModel
+from trimtab.evaluate.options import EvalOptions
+from trimtab.judges.reward import RewardModel
 
 JUDGE = [{"id": "judge"}]
 
@@ -447,6 +447,6 @@ def test_a_data_set_may_be_in_alpaca_evals_json(task, capsys, tmp_path):
 def test_help_names_every_flag(capsys):
     status, out, _ = called(capsys, "eval", "--help")
     assert status == 0
-    for field in dataclasses.fields(Options):
+    for field in dataclasses.fields(EvalOptions):
         assert f"--{field.name} " in out
         assert field.metadata["help"]

@@ -9,7 +9,7 @@ import torch
 from tiny_task import make_task
 from trimtab import AlignedModel, Aligner
 from trimtab.cli import COMMANDS, _parser, main
-from trimtab.cli.options import UsageError, _read_config, read_options
+from trimtab.cli.options import _read_config, read_options
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import Manifest
 from trimtab.models.vocabulary import fingerprint_vocabulary
@@ -62,7 +62,7 @@ def test_every_key_of_a_configuration_file_works_in_both_spellings(command, tmp_
         assert read[0] == read[1]
         assert read[0].keys() == {name}
         file.write_text(f"{name}: 1\n{dashed}: 1\n", encoding="utf-8")
-        with pytest.raises(UsageError, match=f"line 2: '{name}' and '{dashed}' are one option: give it once"):
+        with pytest.raises(InvalidOption, match=f"line 2: '{name}' and '{dashed}' are one option: give it once"):
             _read_config(options, str(file))
 
 
@@ -85,7 +85,7 @@ def test_values_that_begin_with_a_dash_are_values():
         "prompt": ["--max-tokens=3 is a flag"],
         "stop": ["-"],
     }
-    with pytest.raises(UsageError, match="argument --prompt: expected one argument"):
+    with pytest.raises(InvalidOption, match="argument --prompt: expected one argument"):
         parser.read(["--prompt", "--max-tokens", "3"])
 
 
@@ -184,7 +184,7 @@ def test_an_option_without_effect_is_refused(command, beside, name, value, why, 
     """By flag and by file, at its default value, too; and not where it is left out, or has an effect."""
     options = options_of(command)
     read_options(options, beside)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(InvalidOption) as caught:
         read_options(options, {**beside, name: value})
     assert str(caught.value).startswith(f"--{name} {why}")
 
@@ -215,7 +215,7 @@ def test_a_configuration_file_may_hold_what_is_for_other_runs(tmp_path):
     file.write_text("expected_examples: 5\ndataset_split: test\n", encoding="utf-8")
     assert read_options(options_of("propose"), {**PROPOSE, "config": str(file)}).expected_examples == 5
     file.write_text("concurrency: 5\n", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"^--concurrency needs --endpoint$"):
+    with pytest.raises(InvalidOption, match=r"^--concurrency needs --endpoint$"):
         read_options(options_of("propose"), {**PROPOSE, "config": str(file)})
 
 

@@ -517,7 +517,7 @@ def test_an_end_of_sequence_in_a_continuation_is_a_token_like_others(folder):
 
 
 def test_a_run_has_one_date(folder, monkeypatch):
-    monkeypatch.setattr("trimtab.decode.template.today", lambda: "2026-11-30")
+    monkeypatch.setattr("trimtab.data.template.today", lambda: "2026-11-30")
     assert TrimtabLM(str(folder / "proposal"), date="2026-11-29").model.encoder.date == "2026-11-29"
     assert TrimtabLM(str(folder / "proposal")).model.encoder.date == "2026-11-30"
     assert TrimtabLM(str(folder / "proposal")).get_model_info()["trimtab"]["date"] is None, "this template writes none"

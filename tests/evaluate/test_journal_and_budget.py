@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from trimtab.errors import DataError, InvalidOption
-from trimtab.evaluate.budget import Budget, Size
-from trimtab.evaluate.journal import Journal, key_of
+from trimtab.journal import Journal, key_of
+from trimtab.judges.budget import Budget, Size
 
 
 def test_what_was_added_is_there_the_next_time(tmp_path):

@@ -12,20 +12,20 @@ from eval_task import QUICK, fair, make_eval_task, prefers, read, shown, timeles
 from scripted import Reply, scripted
 from spellings import KINDS
 from trimtab import AlignedModel, SamplingParams
+from trimtab.data.records import read_records
 from trimtab.errors import BudgetExceeded
 from trimtab.evaluate.alpaca import read_annotations, read_outputs
-from trimtab.evaluate.budget import Budget
 from trimtab.evaluate.distribution import summarise, trace
-from trimtab.evaluate.endpoint_judge import EndpointJudge
 from trimtab.evaluate.likelihood import held_out
-from trimtab.evaluate.references import ReferenceMetric
-from trimtab.evaluate.reward import RewardModel
 from trimtab.evaluate.run import NULL_SEED, Plan, _tokens, bare_proposal, run_evaluation
-from trimtab.evaluate.scoring_judge import ReferenceJudge, RewardJudge
 from trimtab.evaluate.systems import Prompts, System, parse_system
 from trimtab.evaluate.winrate import summarise_annotations
+from trimtab.judges.budget import Budget
+from trimtab.judges.endpoint import EndpointJudge
+from trimtab.judges.references import ReferenceMetric
+from trimtab.judges.reward import RewardModel
+from trimtab.judges.scoring import ReferenceJudge, RewardJudge
 from trimtab.models.table import TableLM
-from trimtab.train.records import read_records
 
 PARAMS = SamplingParams(max_tokens=6, seed=3)
 PROPOSAL, ALIGNED, REFERENCES = (System(name, name) for name in ("proposal", "aligned", "references"))

@@ -7,15 +7,15 @@ import pytest
 from eval_task import QUICK, fair, make_eval_task, prefers, verdict
 from scripted import scripted
 from trimtab import AlignedModel, SamplingParams
-from trimtab.cli.eval_setup import _split
+from trimtab.data.records import read_records
 from trimtab.errors import InvalidOption
 from trimtab.evaluate import sweep as module
 from trimtab.evaluate.distribution import summarise, trace
-from trimtab.evaluate.endpoint_judge import EndpointJudge
 from trimtab.evaluate.run import Bench, bare_proposal
+from trimtab.evaluate.setup import _split
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System
-from trimtab.train.records import read_records
+from trimtab.judges.endpoint import EndpointJudge
 
 PARAMS = SamplingParams(max_tokens=6, seed=3)
 SETTINGS = [Setting(None, 0.0), Setting(None, 0.5), Setting("geometric", 0.5), Setting("product", 2.0)]

@@ -12,7 +12,6 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.endpoints.completions import RemoteModel
 from trimtab.errors import DataError, EndpointError, InvalidOption
 from trimtab.evaluate import systems
-from trimtab.evaluate.journal import Journal
 from trimtab.evaluate.run import Bench
 from trimtab.evaluate.systems import (
     Prompts,
@@ -23,6 +22,7 @@ from trimtab.evaluate.systems import (
     parse_system,
     show_prompt,
 )
+from trimtab.journal import Journal
 
 PARAMS = SamplingParams(max_tokens=6, seed=7)
 TEXTS = ["def", "ghij", "kl", "def", "mnop"]

@@ -13,11 +13,11 @@ from transformers import Trainer, TrainingArguments
 
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, Aligner
-from trimtab.cli.dry_run import aligner_weights
 from trimtab.decode.assemble import Loader
 from trimtab.errors import CheckpointError, ModelError
 from trimtab.models.adapter_folder import Base, base_of
 from trimtab.models.adapters import Adapted
+from trimtab.models.estimates import aligner_weights
 from trimtab.models.loading import load_model
 from trimtab.train.options import TrainOptions
 from trimtab.train.start import prepare_model

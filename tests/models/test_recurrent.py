@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from decode.test_prefixes import told
 from tiny import tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
+from trimtab.data.examples import Example
 from trimtab.errors import UnsupportedModel
 from trimtab.models import recurrent
 from trimtab.models.base import vacate
@@ -20,7 +21,6 @@ from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.masks import STATEFUL, TOKENWISE
 from trimtab.models.recurrent_slots import Recurrence
 from trimtab.train.batches import Item, answer_rows, collate
-from trimtab.train.examples import Example
 
 V = 32
 KINDS = ("falcon_h1", "lfm2", "mamba", "qwen3_next")

@@ -14,14 +14,14 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
+from trimtab.data.records import read_records
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loader
 from trimtab.decode.engine import Engine
 from trimtab.serve.app import make_app
-from trimtab.serve.playground import add_playground
+from trimtab.serve.playground.page import add_playground
 from trimtab.serve.registry import Registry
 from trimtab.serve.service import Opened, Service, Settings
-from trimtab.train.records import read_records
 
 pytestmark = pytest.mark.filterwarnings(  # Gradio 6.31 with pandas 3
     "ignore:'future.no_silent_downcasting' is deprecated", "ignore:The copy keyword is deprecated"

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from trimtab.serve.tokens_html import (
+from trimtab.serve.playground.tokens_html import (
     FULL_COLOUR,
     Candidate,
     Shown,

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
+from trimtab.data.records import Record, read_records
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
-from trimtab.serve.votes import VoteBook
-from trimtab.train.records import Record, read_records
+from trimtab.serve.playground.votes import VoteBook
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
 

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from processes import SHARD, run_processes
 from tiny import tiny_model
 from tiny_task import make_examples, make_task, task_options
+from trimtab.data.examples import Example
 from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import cache as cache_module
 from trimtab.train.arguments import _one_device_each
 from trimtab.train.batches import ExampleDataset, collate
-from trimtab.train.examples import Example
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows, Compressed, Layout, ModelRows
 from trimtab.train.run import train

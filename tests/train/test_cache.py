@@ -13,6 +13,7 @@ from torch import Tensor
 import tiny_task
 from tiny import tiny_model
 from trimtab.core.logprobs import Warp, gather, kl_divergence, warp
+from trimtab.data.examples import Example
 from trimtab.decode import scoring
 from trimtab.errors import CacheMismatch
 from trimtab.models.fingerprint import fingerprint_model
@@ -20,7 +21,6 @@ from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import cache as cache_module
 from trimtab.train import rows as rows_module
 from trimtab.train.cache import ProposalCache
-from trimtab.train.examples import Example
 from trimtab.train.rows import CachedRows, Layout, ModelRows, compress, tail_points
 
 V = 32

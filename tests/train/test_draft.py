@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tiny_task import V, make_task, task_options, task_rows
 from trimtab import AlignedModel, SamplingParams
-from trimtab.decode.encoding import Encoder
+from trimtab.data.encoding import Encoder
 from trimtab.errors import InvalidOption, VocabularyMismatch
 from trimtab.models.aligner import Aligner
 from trimtab.train import run

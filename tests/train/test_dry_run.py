@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from eval_task import called
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_examples, make_task, task_options, write_rows
+from trimtab.data.examples import Example, answers
 from trimtab.errors import InvalidOption, ModelError, UnsupportedModel, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
@@ -16,7 +17,6 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.pieces import Room
 from trimtab.train.rehearsal import Rehearsal

@@ -8,13 +8,13 @@ import torch
 from eval_task import called
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_examples, make_task, task_options, task_rows, write_rows
+from trimtab.data.examples import Example, answers
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.head import HeadPlan, adapted_upper, plan_head
 from trimtab.train.hidden import hidden_states

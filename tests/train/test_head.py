@@ -12,13 +12,13 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
+from trimtab.data.examples import Example
 from trimtab.errors import CacheMismatch, InvalidOption, UnsupportedModel
 from trimtab.evaluate.distribution import summarise, trace
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.models.slots import SlotLayer
 from trimtab.train.batches import Item, answer_logits, collate, kept_of
-from trimtab.train.examples import Example
 from trimtab.train.head import adapted_upper, pick_tap, upper_model
 from trimtab.train.hidden import hidden_states
 from trimtab.train.inputs import read_parts

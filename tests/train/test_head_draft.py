@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tiny_task import make_task, task_options, task_rows
 from trimtab import AlignedModel, SamplingParams
+from trimtab.data.examples import Example
 from trimtab.decode.assemble import Loader
 from trimtab.decode.engine import Engine
 from trimtab.errors import UnsupportedModel
@@ -17,7 +18,6 @@ from trimtab.models.weight_files import WEIGHTS_NAME
 from trimtab.serve.registry import Registry
 from trimtab.train import head_draft
 from trimtab.train.draft import CHECKPOINTS
-from trimtab.train.examples import Example
 from trimtab.train.head_draft import Answer, ReducedTrainer, frequent_tokens
 from trimtab.train.inputs import read_parts
 from trimtab.train.run import train

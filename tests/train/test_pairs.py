@@ -10,17 +10,17 @@ from eval_task import called
 from processes import run_processes
 from tiny import EOS, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
-from trimtab.decode.encoding import Encoder
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, answers, encode_records
+from trimtab.data.records import Record
 from trimtab.errors import DataError
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.examples import Example, answers, encode_records
 from trimtab.train.inputs import encode_parts, read_parts
 from trimtab.train.pairs import settle_pairs
-from trimtab.train.records import Record
 from trimtab.train.rows import ModelRows
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer

@@ -11,10 +11,10 @@ from tiny_task import make_task, task_options
 from trimtab.core.logprobs import Warp, gather, in_nucleus, kl_divergence, warp
 from trimtab.core.objectives import acceptance, distillation, likelihood
 from trimtab.core.rules import Product
+from trimtab.data.examples import Example
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.draft import DraftTrainer
-from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, nbytes
 from trimtab.train.pieces import Room, shape
 from trimtab.train.rehearsal import Rehearsal

@@ -12,11 +12,11 @@ from tiny import tiny_model
 from trimtab.core.logprobs import kl_divergence
 from trimtab.core.objectives import sampled_distillation
 from trimtab.core.rules import Geometric, Product
+from trimtab.data.examples import Example
 from trimtab.decode.prefill import prefill
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.table import TableLM
 from trimtab.train import rows as rows_module
-from trimtab.train.examples import Example
 from trimtab.train.fused_likelihood import fused_distillation
 from trimtab.train.rows import Layout, ModelRows, TaughtRows
 from trimtab.train.taught_rows import TaughtCache, TeacherRows, compress_both

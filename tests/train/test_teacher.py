@@ -13,14 +13,14 @@ from tiny import CHAT_TEMPLATE, EOS, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import kl_divergence
-from trimtab.decode.encoding import Encoder
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import encode_records
+from trimtab.data.records import Record, read_records
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import read_json
 from trimtab.models.loading import load_model
 from trimtab.train import teacher_answers
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.examples import encode_records
-from trimtab.train.records import Record, read_records
 from trimtab.train.run import train
 from trimtab.train.samples import LIMIT
 from trimtab.train.teacher import Teacher

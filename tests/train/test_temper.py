@@ -12,11 +12,11 @@ from tiny_task import V, make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Product
+from trimtab.data.examples import Example, answers
 from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import temper
 from trimtab.train.batches import Item, answer_rows, collate
-from trimtab.train.examples import Example, answers
 from trimtab.train.footprint import Ledger
 from trimtab.train.inputs import read_parts
 from trimtab.train.options import Temperatures, TrainOptions

@@ -15,15 +15,15 @@ from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
 from trimtab.core.objectives import likelihood
-from trimtab.decode.encoding import Encoder
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, answers, encode_records
+from trimtab.data.records import read_records
 from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.models.aligner import Manifest
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, answer_rows, cached_rows, collate
-from trimtab.train.examples import Example, answers, encode_records
-from trimtab.train.records import read_records
 from trimtab.train.rows import ModelRows
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer

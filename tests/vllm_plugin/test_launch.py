@@ -16,7 +16,7 @@ import pytest
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab.cli import main
-from trimtab.cli.options import UsageError, read_options
+from trimtab.cli.options import read_options
 from trimtab.cli.serve import Options
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidOption, InvalidRequest, ModelError
@@ -171,7 +171,7 @@ def test_every_option_is_mapped_or_refused():
 
 @pytest.mark.parametrize(("name", "value"), OTHERS.items())
 def test_what_vllm_cannot_do_is_refused_with_the_reason(name, value):
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(InvalidOption) as caught:
         read_options(Options, {"proposal": "org/base", "engine": "vllm", "aligner": ["docs=d"], name: value})
     assert str(caught.value) == f"--{name} does not go with --engine vllm: {REFUSED[name]}"
 
@@ -183,7 +183,7 @@ def test_what_changes_nothing_is_not_refused():
 
 @pytest.mark.parametrize(("name", "value"), [("proposal_top_p", 0.9), ("rule", "product"), ("max_aligner_memory", 1.0)])
 def test_what_is_for_aligners_is_refused_without_one(name, value):
-    with pytest.raises(UsageError, match=f"^--{name} needs an --aligner$"):
+    with pytest.raises(InvalidOption, match=f"^--{name} needs an --aligner$"):
         read_options(Options, {"proposal": "org/base", "engine": "vllm", name: value})
 
 

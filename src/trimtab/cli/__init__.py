@@ -11,14 +11,14 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from trimtab import __version__
 from trimtab.cli.options import add_options, read_options
-from trimtab.cli.parser import Parser, UsageError, meant
+from trimtab.cli.parser import Parser
 from trimtab.errors import InvalidOption, TrimtabError
 from trimtab.hardware import keep_freed_memory
+from trimtab.options import meant
 
 __all__ = ["main"]
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = f"trimtab {arguments[0]}" if arguments[0] in COMMANDS else "trimtab"
     try:
         return _run(arguments)
-    except (UsageError, InvalidOption) as error:
+    except InvalidOption as error:
         return _complain(command, f"{error} (see {command} --help)", 2)
     except (TrimtabError, OSError) as error:
         return _complain(command, error, 1)
@@ -66,9 +66,9 @@ def _run(arguments: Sequence[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         if not name.startswith("-"):
-            raise UsageError(f"there is no command '{name}'{meant(name, COMMANDS)}")
+            raise InvalidOption(f"there is no command '{name}'{meant(name, COMMANDS)}")
         _overview().read(arguments)  # --help and --version end here
-        raise UsageError("name a command first")
+        raise InvalidOption("name a command first")
     command = importlib.import_module(f"trimtab.cli.{name}")
     given = _parser(name, command.Options).read(arguments[1:])
     keep_freed_memory()
@@ -121,11 +121,3 @@ def _log_to_stderr() -> None:
     logging.getLogger("trimtab").setLevel(logging.INFO if _is_first_process() else logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def quiet_loading() -> None:
-    """Hide transformers' bar for each checkpoint it loads, and what it says to PEFT, which no user can mend."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

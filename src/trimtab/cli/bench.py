@@ -4,9 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import ModelOptions, load_aligned_model, make_sampling_params
-from trimtab.cli.options import UsageError, option
-from trimtab.errors import InvalidRequest
+from trimtab.decode.options import ModelOptions, load_aligned_model, make_sampling_params
+from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.options import option
 
 __all__ = ["Options", "render", "run"]
 
@@ -28,11 +28,11 @@ class Options(ModelOptions):
 def run(options: Options) -> dict[str, Any]:
     """Load everything twice, once for the baselines, and let the contestants take turns."""
     if len(options.aligner) != 1:
-        raise UsageError("bench wants exactly one --aligner")
+        raise InvalidOption("bench wants exactly one --aligner")
     for name in ("batch", "context", "repeats"):
         values = getattr(options, name)
         if min(values if isinstance(values, tuple) else (values,)) < 1:
-            raise UsageError(f"--{name} must be at least 1")
+            raise InvalidOption(f"--{name} must be at least 1")
     from transformers.utils import logging as transformers_logging
 
     from trimtab.evaluate.speed import Stock, describe_machine, load_stock, measure_speed, random_prompts
@@ -44,7 +44,7 @@ def run(options: Options) -> dict[str, Any]:
         for context in options.context:
             model.prepare([0] * (context + options.max_tokens - 1), params)
     except InvalidRequest as error:
-        raise UsageError(str(error)) from error
+        raise InvalidOption(str(error)) from error
     sources = (options.proposal, options.dtype), (options.aligner[0], options.aligner_dtype or options.dtype)
     stock = Stock(*(load_stock(source, dtype, options.device) for source, dtype in sources))
     runs = []

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.common import check_writable
-from trimtab.cli.options import option
+from trimtab.files import check_writable
+from trimtab.options import option
 
 __all__ = ["Options", "render", "run"]
 
@@ -24,8 +24,8 @@ def run(options: Options) -> dict[str, Any]:
     check_writable(options.out, folder=True)
     # Threads that spin at barriers burn each other's time slices when anything else runs: 50 times slower was seen.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from trimtab.cli import quiet_loading
     from trimtab.demo.run import run_demo
+    from trimtab.models.loading import quiet_loading
 
     quiet_loading()
     return {"out": options.out, **run_demo(Path(options.out), options.seed)}

@@ -1,16 +1,9 @@
 """`trimtab env`: versions and hardware, and what this machine decides about the arithmetic."""
 
-import platform
-import sys
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
-from trimtab import __version__
-
 __all__ = ["Options", "render", "run"]
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "datasets", "huggingface_hub")
 
 
 @dataclass(frozen=True)
@@ -20,18 +13,9 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Look around."""
-    from trimtab.hardware import describe_hardware
-    from trimtab.models.prepack import PACKED_FROM, packed_dtypes
+    from trimtab.models.environment import describe_environment
 
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = "not installed"
-    system = {"python": sys.version.split()[0], "platform": platform.platform()}
-    packing = {"dtypes": packed_dtypes(), "from_numbers": PACKED_FROM}
-    return {"trimtab": __version__, **system, "packages": packages, "hardware": describe_hardware(), "packing": packing}
+    return describe_environment()
 
 
 def render(report: dict[str, Any]) -> str:

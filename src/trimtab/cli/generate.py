@@ -5,20 +5,19 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import (
+from trimtab.data.options import TemplateOptions, check_chats
+from trimtab.decode.options import (
     ModelOptions,
     SamplingOptions,
-    TemplateOptions,
-    check_chats,
     check_prompts,
     kernels_of,
     load_aligned_model,
     make_sampling_params,
-    refuse_overwriting,
 )
-from trimtab.cli.options import UsageError, option
-from trimtab.files import json_digest
+from trimtab.errors import InvalidOption
+from trimtab.files import json_digest, refuse_overwriting
 from trimtab.jsonlines import ResumableLines, kept_header
+from trimtab.options import option
 
 __all__ = ["Options", "render", "run"]
 
@@ -40,17 +39,17 @@ class Options(SamplingOptions, TemplateOptions, ModelOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Complete every prompt."""
-    from trimtab.decode.template import refuse_idle_date
+    from trimtab.data.template import refuse_idle_date
 
     if bool(options.prompt) == bool(options.input):
-        raise UsageError("give either --prompt or --input")
+        raise InvalidOption("give either --prompt or --input")
     params = make_sampling_params(options)
     prompts: list[Any] = list(options.prompt)
     records: list[Any] = []
     if options.out:
         refuse_overwriting(options.out, options.input)
     if options.input:
-        from trimtab.train.records import read_records
+        from trimtab.data.records import read_records
 
         records = read_records(options.input, need="prompt", answers=False)
         prompts = [record.prompt for record in records]
@@ -92,7 +91,7 @@ def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dic
 
 def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, Any]]:
     """One row for each completion."""
-    from trimtab.decode.prompts import chat_columns
+    from trimtab.data.prompts import chat_columns
 
     rows = []
     for i, c in enumerate(completions):

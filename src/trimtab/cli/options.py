@@ -11,22 +11,19 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from trimtab.cli.parser import Parser, UsageError, choice, meant, underscored
+from trimtab.cli.parser import Parser, choice, underscored
+from trimtab.errors import InvalidOption
+from trimtab.options import check_effects, check_required, meant
 
-__all__ = ["UsageError", "add_options", "option", "read_options"]
+__all__ = ["add_options", "read_options"]
 
 T = TypeVar("T")
-
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with help; further metadata may follow."""
-    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 def add_options(parser: Parser, options: type) -> None:
@@ -63,35 +60,20 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
         given: the flags that were given, and maybe `config`.
 
     Raises:
-        UsageError: the configuration file cannot be read or has an unknown key, something required is missing, or an option
+        InvalidOption: the configuration file cannot be read or has an unknown key, something required is missing, or an option
             has no effect beside the others.
     """
     given = dict(given)
     values = _read_config(options, given.pop("config")) if "config" in given else {}
     values |= given
     fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    for name, field in fields.items():
-        if field.metadata.get("required") and values.get(name) in (None, [], ""):
-            raise UsageError(f"--{name} is required")
+    check_required(options, values)
     training = {name: values.pop(name) for name in list(values) if name not in fields}
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     made = options(**known, **({"training": training} if "training" in fields else {}))
     kept = {name for name, field in fields.items() if field.metadata.get("kept")}
-    _check_effects(made, values.keys() - (kept - given.keys()))
+    check_effects(made, values.keys() - (kept - given.keys()))
     return made
-
-
-def _check_effects(options: Any, given: Collection[str]) -> None:
-    """Refuse what is asked for and would not be done. An option that is off (false, "none", empty) asks for nothing."""
-    idle: dict[str, str] = {}
-    for kind in reversed(type(options).__mro__):
-        if "idle" in vars(kind):
-            idle |= kind.idle(options)  # type: ignore[attr-defined]
-    for field in dataclasses.fields(options):
-        name, value = field.name, getattr(options, field.name)
-        off = value is None or value is False or value in ("", "none", ())
-        if name in idle and name in given and not off:
-            raise UsageError(f"--{name} {idle[name]}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,7 +85,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     for key, _ in node.value:
         name = underscored(str(key.value))
         if name in seen:
-            raise UsageError(f"line {key.start_mark.line + 1}: '{seen[name]}' and '{key.value}' are one option: give it once")
+            raise InvalidOption(
+                f"line {key.start_mark.line + 1}: '{seen[name]}' and '{key.value}' are one option: give it once"
+            )
         seen[name] = key.value
     return loader.construct_mapping(node)
 
@@ -116,13 +100,13 @@ def _read_config(options: type, path: str) -> dict[str, Any]:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {error}") from None
+        raise InvalidOption(f"--config: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: not YAML: {error}") from None
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from None
+        raise InvalidOption(f"--config {path}: not YAML: {error}") from None
+    except InvalidOption as error:
+        raise InvalidOption(f"--config {path}: {error}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: must hold a mapping of options")
+        raise InvalidOption(f"--config {path}: must hold a mapping of options")
     parser = Parser(path, add_help=False)
     add_options(parser, options)
     known = {action.dest: action for action in parser.flags.values()}
@@ -130,18 +114,18 @@ def _read_config(options: type, path: str) -> dict[str, Any]:
     for key, value in content.items():
         name = underscored(str(key))
         if name not in known:
-            raise UsageError(f"--config {path}: there is no option '{key}'{meant(name, known)}")
+            raise InvalidOption(f"--config {path}: there is no option '{key}'{meant(name, known)}")
         if isinstance(value, list) and not isinstance(known[name], argparse._AppendAction):
-            raise UsageError(f"--config {path}: {name} takes one value, not a list")
+            raise InvalidOption(f"--config {path}: {name} takes one value, not a list")
         if any(isinstance(item, (dict, list)) for item in (value if isinstance(value, list) else [value])):
-            raise UsageError(f"--config {path}: {name} takes plain values, not {value!r}")
+            raise InvalidOption(f"--config {path}: {name} takes plain values, not {value!r}")
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
                 words += [f"--{name}={item}"]
     try:
         return parser.read(words)
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from None
+    except InvalidOption as error:
+        raise InvalidOption(f"--config {path}: {error}") from None
 
 
 def _kind(hint: Any) -> tuple[type, bool]:

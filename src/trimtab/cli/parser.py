@@ -1,15 +1,13 @@
 """From a command's words to values: a flag in both spellings, and mistakes as one line that names what was meant."""
 
 import argparse
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "UsageError", "choice", "meant", "underscored"]
+from trimtab.errors import InvalidOption
+from trimtab.options import meant
 
-
-class UsageError(Exception):
-    """The command line or its configuration file is wrong."""
+__all__ = ["Parser", "choice", "underscored"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,17 +32,17 @@ class Parser(argparse.ArgumentParser):
         """The values that the words give.
 
         Raises:
-            UsageError: a flag is not known, or a value is wrong.
+            InvalidOption: a flag is not known, or a value is wrong.
         """
         found, rest = self.parse_known_args(list(self._respelt(words)))
         if rest:
             guess = meant(underscored(rest[0].partition("=")[0]), self.flags) if rest[0].startswith("-") else ""
-            raise UsageError(f"unrecognized arguments: {' '.join(rest)}{guess}")
+            raise InvalidOption(f"unrecognized arguments: {' '.join(rest)}{guess}")
         return vars(found)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below its usage."""
-        raise UsageError(message)
+        raise InvalidOption(message)
 
     def _respelt(self, words: Sequence[str]) -> Iterator[str]:
         """The words with flags as they are declared, and a value that begins with a dash tied to its flag."""
@@ -74,12 +72,6 @@ def underscored(flag: str) -> str:
     """A flag, or a key, in the spelling in which it is declared; the dashes that it begins with stay."""
     name = flag.lstrip("-")
     return flag[: len(flag) - len(name)] + name.replace("-", "_")
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """What a word that is not known was probably meant to be, as the end of a message; or nothing."""
-    close = difflib.get_close_matches(word, known, 1)
-    return f": did you mean {close[0]}?" if close else ""
 
 
 def choice(choices: Sequence[str]) -> Any:

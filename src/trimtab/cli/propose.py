@@ -3,27 +3,31 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import (
-    DataOptions,
-    LengthOptions,
+from trimtab.data.options import DataOptions, LengthOptions, TemplateOptions, check_chats
+from trimtab.decode.options import (
     ModelOptions,
     SamplingOptions,
-    TemplateOptions,
-    check_chats,
     check_prompts,
     load_aligned_model,
-    load_reward_model,
     make_sampling_params,
     places_that_fit,
-    refuse_overwriting,
 )
-from trimtab.cli.dry_run import DryRunOptions, aligner_weights, check_expected, describe_model, describe_size, model_weights
-from trimtab.cli.options import UsageError, option
 from trimtab.errors import InvalidOption
+from trimtab.files import refuse_overwriting
 from trimtab.jsonlines import kept_header
+from trimtab.judges.reward import load_reward_model
+from trimtab.models.estimates import (
+    DryRunOptions,
+    aligner_weights,
+    check_expected,
+    describe_model,
+    describe_size,
+    model_weights,
+)
+from trimtab.options import option
 
 if TYPE_CHECKING:
-    from trimtab.train.propose import Written
+    from trimtab.propose.local import Written
 
 __all__ = ["Options", "render", "run"]
 
@@ -77,11 +81,11 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
 
 def run(options: Options) -> dict[str, Any]:
     """Sample and write."""
+    from trimtab.data.records import read_records
     from trimtab.endpoints.settings import make_limits
-    from trimtab.train.records import read_records
 
     if not options.proposal and not options.endpoint:
-        raise UsageError("--proposal is required")
+        raise InvalidOption("--proposal is required")
     limits = make_limits(
         "endpoint",
         options.endpoint,
@@ -119,7 +123,7 @@ def _pairs(options: Options) -> int:
 
 def _date(options: Options) -> str:
     """What chat templates take for today: as the run has it that is resumed."""
-    from trimtab.decode.template import pick_date
+    from trimtab.data.template import pick_date
 
     kept = kept_header(options.out)
     who = kept.get("proposal")
@@ -128,8 +132,8 @@ def _date(options: Options) -> str:
 
 def _ranking(options: Options, pairs: int, records: Any, date: str) -> Any:
     """How samples become pairs, if they do."""
-    from trimtab.decode.template import refuse_idle_date
-    from trimtab.train.ranking import Ranking
+    from trimtab.data.template import refuse_idle_date
+    from trimtab.propose.ranking import Ranking
 
     if options.reward_model is None:
         return None
@@ -144,8 +148,8 @@ def _ranking(options: Options, pairs: int, records: Any, date: str) -> Any:
 
 
 def _here(options: Options, records: Any, params: Any, ranking: Any, date: str) -> "Written":
-    from trimtab.decode.template import refuse_idle_date
-    from trimtab.train.propose import propose
+    from trimtab.data.template import refuse_idle_date
+    from trimtab.propose.local import propose
 
     most = 32 if options.max_num_seqs is None else options.max_num_seqs
     asked = ModelOptions(
@@ -166,7 +170,7 @@ def _here(options: Options, records: Any, params: Any, ranking: Any, date: str) 
 
 def _remotely(options: Options, limits: Any, records: Any, params: Any, ranking: Any) -> "Written":
     from trimtab.endpoints.client import Endpoints
-    from trimtab.train.propose_remotely import propose_remotely
+    from trimtab.propose.remote import propose_remotely
 
     with Endpoints(options.endpoint, limits) as endpoints:
         return propose_remotely(endpoints, options.proposal or None, records, options.out, params, ranking)
@@ -174,8 +178,8 @@ def _remotely(options: Options, limits: Any, records: Any, params: Any, ranking:
 
 def _rehearse(options: Options, pairs: int) -> dict[str, Any]:
     """What would be asked, of whom, and for how much."""
+    from trimtab.data.at_hand import count_records
     from trimtab.models.shapes import is_here
-    from trimtab.train.dry_run import count_records
 
     data = count_records(options.dataset, options, options.max_examples, options.expected_examples, answers=not pairs)
     records = data["examples"]

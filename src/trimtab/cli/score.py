@@ -4,17 +4,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import (
-    DataOptions,
-    LengthOptions,
-    RowOptions,
-    TemplateOptions,
-    check_chats,
-    kernels_of,
-    load_aligned_model,
-    places_that_fit,
-)
-from trimtab.cli.options import UsageError, option
+from trimtab.data.options import DataOptions, LengthOptions, TemplateOptions, check_chats
+from trimtab.decode.options import RowOptions, kernels_of, load_aligned_model, places_that_fit
+from trimtab.errors import InvalidOption
+from trimtab.options import option
 
 __all__ = ["Options", "render", "run"]
 
@@ -31,12 +24,12 @@ class Options(DataOptions, LengthOptions, TemplateOptions, RowOptions):
 def run(options: Options) -> dict[str, Any]:
     """Score every record of the data set."""
     from trimtab.core.rules import parse_rule
-    from trimtab.decode.template import refuse_idle_date
+    from trimtab.data.records import read_records
+    from trimtab.data.template import refuse_idle_date
     from trimtab.evaluate.likelihood import held_out
-    from trimtab.train.records import read_records
 
     if not parse_rule(options.rule or "product").has_row:
-        raise UsageError(f"--rule {options.rule} has no row in closed form, so nothing can be scored under it")
+        raise InvalidOption(f"--rule {options.rule} has no row in closed form, so nothing can be scored under it")
     records = read_records(options.dataset, how=options)
     check_chats(options, [record.prompt for record in records])
     model = load_aligned_model(options, options)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import ModelOptions, TemplateOptions
-from trimtab.cli.options import UsageError, option
+from trimtab.data.options import TemplateOptions
+from trimtab.decode.options import ModelOptions
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.files import expand_home
+from trimtab.options import option
 
 if TYPE_CHECKING:
     from trimtab.serve.registry import Registry
@@ -111,9 +112,11 @@ def run(options: Options) -> dict[str, Any]:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"serving needs the extra 'serve' ({error.name} is missing): pip install 'trimtab[serve]'") from None
-    from trimtab.cli import quiet_loading
-    from trimtab.decode.template import check_date, read_chat_template
+        raise InvalidOption(
+            f"serving needs the extra 'serve' ({error.name} is missing): pip install 'trimtab[serve]'"
+        ) from None
+    from trimtab.data.template import check_date, read_chat_template
+    from trimtab.models.loading import quiet_loading
     from trimtab.serve.app import make_app
     from trimtab.serve.run import run_server
     from trimtab.serve.service import Opened, Service
@@ -169,19 +172,19 @@ def _settings(options: Options) -> "Settings":
     for name in (*counts, "request_timeout", "max_aligner_memory"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise UsageError(f"--{name} must be above 0, not {value}")
+            raise InvalidOption(f"--{name} must be above 0, not {value}")
     for name in ("shutdown_timeout", "stream_interval", "prefix_cache_tokens"):
         if not getattr(options, name) >= 0:
-            raise UsageError(f"--{name} must be at least 0, not {getattr(options, name)}")
+            raise InvalidOption(f"--{name} must be at least 0, not {getattr(options, name)}")
     if not 0 <= options.port <= 65535:
-        raise UsageError(f"--port must be from 0 to 65535, not {options.port}")
+        raise InvalidOption(f"--port must be from 0 to 65535, not {options.port}")
     if bool(options.ssl_keyfile) != bool(options.ssl_certfile):
-        raise UsageError("--ssl_keyfile and --ssl_certfile go together")
+        raise InvalidOption("--ssl_keyfile and --ssl_certfile go together")
     for name in ("ssl_keyfile", "ssl_certfile"):
         if (file := getattr(options, name)) and not Path(file).is_file():
-            raise UsageError(f"--{name}: there is no file '{file}'")
+            raise InvalidOption(f"--{name}: there is no file '{file}'")
     if options.aligner_root is not None and not Path(options.aligner_root).is_dir():
-        raise UsageError(f"--aligner_root: there is no folder '{options.aligner_root}'")
+        raise InvalidOption(f"--aligner_root: there is no folder '{options.aligner_root}'")
     names = options.served_model_name or _names_of(options.proposal)
     from trimtab.origins import Origins
     from trimtab.serve.guard import check_keys
@@ -220,16 +223,16 @@ def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
     bases = options.served_model_name or _names_of(options.proposal)
     for i, (name, _, _) in enumerate(named):
         if name in [other for other, _, _ in named[:i]] or name in bases:
-            raise UsageError(f"--aligner: two models are called '{name}'; say NAME=PATH with another name")
+            raise InvalidOption(f"--aligner: two models are called '{name}'; say NAME=PATH with another name")
     return named
 
 
 def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Opened":
     """The proposal, its aligners, and an engine."""
+    from trimtab.data.template import read_chat_template, refuse_idle_date
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.assemble import Loader, check_graphs, runs_by_llamacpp
     from trimtab.decode.engine import Engine
-    from trimtab.decode.template import read_chat_template, refuse_idle_date
     from trimtab.models.gguf import load_gguf_tokenizer
     from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
@@ -308,7 +311,7 @@ def _add_playground(app: Any, service: Any, options: Options) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         missing = f"({error.name} is missing): pip install 'trimtab[playground]'"
-        raise UsageError(f"the playground needs the extra 'playground' {missing}") from None
-    from trimtab.serve.playground import add_playground
+        raise InvalidOption(f"the playground needs the extra 'playground' {missing}") from None
+    from trimtab.serve.playground.page import add_playground
 
     add_playground(app, service, votes=Path(options.votes or "votes.jsonl"))

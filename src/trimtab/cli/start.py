@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.common import check_writable, idle_for_files
-from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, describe_size, model_weights
+from trimtab.data.options import idle_for_files
+from trimtab.files import check_writable
+from trimtab.models.estimates import DryRunOptions, check_expected, describe_model, describe_size, model_weights
 from trimtab.train.sibling_options import StartOptions
 
 __all__ = ["Options", "render", "run"]
@@ -27,7 +28,7 @@ class Options(DryRunOptions, StartOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Pick, sample, distil, save; or say what that will take."""
-    from trimtab.cli import quiet_loading
+    from trimtab.models.loading import quiet_loading
     from trimtab.train.sibling import make_start
 
     quiet_loading()
@@ -45,11 +46,11 @@ def _rehearse(options: Options) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from trimtab.data.at_hand import count_records
     from trimtab.models.layers import cut_config, parse_layers
     from trimtab.models.loading import attention_for
     from trimtab.models.shapes import find_config
     from trimtab.train.arguments import training_arguments
-    from trimtab.train.dry_run import count_records
     from trimtab.train.folder import refuse_foreign
 
     training_arguments(options.as_training)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.cli.common import idle_for_files
-from trimtab.cli.dry_run import DryRunOptions, check_expected, describe_model, in_time
-from trimtab.cli.options import UsageError, option
+from trimtab.data.options import idle_for_files
+from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.hardware import in_bytes
 from trimtab.models.aligner import manifest_of
+from trimtab.models.estimates import DryRunOptions, check_expected, describe_model, in_time
+from trimtab.options import option
 from trimtab.train.options import TrainOptions
 from trimtab.train.rounds import of_head
 
@@ -52,13 +53,13 @@ class Options(DryRunOptions, TrainOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Train, tune the weight, save; or say what that will take."""
-    from trimtab.cli import quiet_loading
+    from trimtab.models.loading import quiet_loading
     from trimtab.train.dry_run import Expected, estimate
     from trimtab.train.run import train
 
     quiet_loading()
     if options.assume_tflops is not None and options.assume_tflops <= 0:
-        raise UsageError(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
+        raise InvalidOption(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
     check_expected(options)
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)

@@ -9,16 +9,15 @@ import torch
 
 from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import Rule, parse_rule
+from trimtab.data.encoding import Encoder
+from trimtab.data.prompts import Prompt, are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.assemble import AlignerLike, load_parts
 from trimtab.decode.draft import choose_drafter
-from trimtab.decode.encoding import Encoder
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
 from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS, Prefixes
-from trimtab.decode.prompts import are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.request import (
     Completion,
-    Prompt,
     SamplingParams,
     TokenEvent,
     check_number,

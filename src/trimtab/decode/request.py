@@ -5,15 +5,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any
 
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.errors import InvalidOption, InvalidRequest
 
 __all__ = [
     "Completion",
-    "Message",
-    "Prompt",
     "SamplingParams",
     "TokenEvent",
     "TokenLogprobs",
@@ -22,10 +20,6 @@ __all__ = [
     "check_shaping",
     "refuse_row_settings",
 ]
-
-Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
-"""A text, a list of chat messages (`{"role": …, "content": …}`), token ids, or a chat as `{"messages": …, "tools": …}`."""
 
 
 @dataclass(frozen=True)

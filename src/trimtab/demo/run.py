@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.data.examples import split_by_prompt
+from trimtab.data.records import Record
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import Score
@@ -24,9 +26,7 @@ from trimtab.errors import ModelError
 from trimtab.evaluate.intervals import ratio_interval
 from trimtab.files import atomic_folder, atomic_write, read_json, write_json
 from trimtab.hardware import describe_hardware
-from trimtab.train.examples import split_by_prompt
 from trimtab.train.options import TrainOptions
-from trimtab.train.records import Record
 from trimtab.train.run import train
 
 __all__ = ["Scale", "run_demo"]

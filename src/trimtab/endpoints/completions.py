@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from trimtab.decode.prompts import is_chat, read_chat
-from trimtab.decode.request import Prompt, SamplingParams
+from trimtab.data.prompts import Prompt, is_chat, read_chat
+from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.errors import DataError, EndpointError
 

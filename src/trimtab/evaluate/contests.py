@@ -12,10 +12,10 @@ import torch
 from trimtab.errors import BudgetExceeded
 from trimtab.evaluate.alpaca import Annotation, write_outputs
 from trimtab.evaluate.intervals import mean_interval
-from trimtab.evaluate.journal import Journal
-from trimtab.evaluate.judging import Judge, Judgement, Pair, position_report
 from trimtab.evaluate.systems import Prompts, show_prompt
 from trimtab.evaluate.winrate import summarise_annotations
+from trimtab.journal import Journal
+from trimtab.judges.base import Judge, Judgement, Pair
 
 __all__ = ["Contest", "annotate", "judge_contest", "judge_contests", "slug", "write_annotations"]
 
@@ -143,3 +143,25 @@ def write_annotations(out: Path, annotations: Sequence[Annotation], judgements: 
 def slug(name: str) -> str:
     """A name as a file's."""
     return re.sub(r"[^\w.-]+", "_", name).strip("_.")[:MOST_LETTERS] or "unnamed"
+
+
+def position_report(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
+    """How much a judge goes by the order, from the pairs it saw in both.
+
+    Returns:
+        `first_preferred`: percent, the mean preference for the answer shown first, 50 without bias, and its 95 % bootstrap
+        interval, None for a single pair; `consistent`: percent of pairs where both orders favour the same answer. None if no
+        pair was seen twice.
+    """
+    both = [j.orders for j in judgements if j.orders is not None]
+    if not both:
+        return None
+    first = torch.tensor([(2 - one + other - 1) / 2 for one, other in both], dtype=torch.float64)
+    low_high = [100 * bound for bound in mean_interval(first)] if len(both) > 1 else None
+    same = sum((one - 1.5) * (other - 1.5) > 0 or one == other == 1.5 for one, other in both)
+    return {
+        "pairs": len(both),
+        "first_preferred": 100 * first.mean().item(),
+        "first_preferred_interval": low_high,
+        "consistent": 100 * same / len(both),
+    }

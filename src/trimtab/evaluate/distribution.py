@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import entropy, gather, kl_divergence
+from trimtab.data.prompts import Prompt
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.request import Prompt, SamplingParams
+from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
 from trimtab.decode.text import TextStream

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import gather
+from trimtab.data.prompts import read_chat
+from trimtab.data.template import pick_date
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.prompts import read_chat
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import completion_rows
 from trimtab.decode.shaping import BatchShaping
-from trimtab.decode.template import pick_date
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 
 try:

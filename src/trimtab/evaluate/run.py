@@ -16,16 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trimtab.data.prompts import Prompt, is_chat
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.prompts import is_chat
-from trimtab.decode.request import Prompt, SamplingParams
+from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.settings import Limits
 from trimtab.errors import DeadRow
 from trimtab.evaluate.alpaca import write_outputs
 from trimtab.evaluate.contests import Contest, judge_contests, slug
 from trimtab.evaluate.distribution import Trace, pieces, summarise, trace
-from trimtab.evaluate.journal import Journal
-from trimtab.evaluate.judging import Judge, Judgement
 from trimtab.evaluate.likelihood import held_out
 from trimtab.evaluate.report import write_report
 from trimtab.evaluate.systems import (
@@ -39,6 +37,8 @@ from trimtab.evaluate.systems import (
 )
 from trimtab.evaluate.texts import describe_texts, distinct_at_equal_length
 from trimtab.files import write_json
+from trimtab.journal import Journal
+from trimtab.judges.base import Judge, Judgement
 
 __all__ = ["NULL_SEED", "Bench", "Plan", "bare_proposal", "run_evaluation"]
 

@@ -15,10 +15,10 @@ from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidOption
 from trimtab.evaluate.contests import Contest, annotate, judge_contest, slug, write_annotations
 from trimtab.evaluate.distribution import summarise, trace
-from trimtab.evaluate.judging import Judge
 from trimtab.evaluate.run import Bench
 from trimtab.evaluate.systems import Prompts, System
 from trimtab.evaluate.winrate import summarise_annotations
+from trimtab.judges.base import Judge
 
 __all__ = ["Setting", "sweep"]
 

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.prompts import is_chat, read_chat
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.pace import Tally
-from trimtab.decode.prompts import is_chat, read_chat
 from trimtab.decode.request import SamplingParams, TokenEvent
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.completions import RemoteModel, Sample
 from trimtab.endpoints.settings import Limits, base_url, without_password
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.evaluate.alpaca import read_outputs
-from trimtab.evaluate.journal import Journal, key_of
 from trimtab.evaluate.speed import throughput
 from trimtab.files import expand_home
+from trimtab.journal import Journal, key_of
 
 __all__ = [
     "Answers",

@@ -7,6 +7,7 @@ weight at its random initial value, whose weights are codes that nothing decodes
 import contextlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "loading_arguments",
     "pick_device",
+    "quiet_loading",
     "quietly_reported",
     "readable",
 ]
@@ -286,3 +288,11 @@ def _check_folder(folder: Path, source: str | Path, what: str) -> None:
             raise CheckpointError(f"'{source}': {index.name} is no index ({error})") from None
         if gone := [part for part in parts if not (folder / part).is_file()]:
             raise CheckpointError(f"'{source}' lacks {len(gone)} of its {len(parts)} files of weights, such as {gone[0]}")
+
+
+def quiet_loading() -> None:
+    """Hide transformers' bar for each checkpoint it loads, and what it says to PEFT, which no user can mend."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

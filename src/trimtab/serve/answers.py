@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from trimtab.decode.request import Completion, Prompt, SamplingParams, TokenEvent, TokenLogprobs
+from trimtab.data.prompts import Prompt
+from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.scoring import score_in_steps
 from trimtab.errors import DeadRow
 from trimtab.serve import wire

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 from pydantic_core import PydanticCustomError
 
 from trimtab.core.rules import MAX_TEXT
-from trimtab.decode.prompts import join_chat
+from trimtab.data.prompts import join_chat
 from trimtab.serve.registry import NAME
 
 __all__ = [

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from trimtab.data.prompts import Prompt
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.engine import Engine
-from trimtab.decode.request import Prompt, SamplingParams, TokenEvent
+from trimtab.decode.request import SamplingParams, TokenEvent
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 from trimtab.models.huggingface import describe_kernels
 from trimtab.origins import Origins

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.core.logprobs import Warp, row_from_logits, warp
+from trimtab.data.examples import Example
 from trimtab.train.cache import ProposalCache
-from trimtab.train.examples import Example
 from trimtab.train.hidden import HiddenCache
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows, TaughtRows

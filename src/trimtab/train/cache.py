@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from trimtab.data.examples import Example, fingerprint_examples
 from trimtab.errors import CacheMismatch, DataError
 from trimtab.files import atomic_write, read_json, write_json
-from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import CachedRows, Compressed, Layout, RowSource, TaughtRows
 

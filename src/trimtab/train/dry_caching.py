@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trimtab.data.examples import Example, answers
 from trimtab.models.loading import pick_device
 from trimtab.models.shapes import FoundConfig
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
-from trimtab.train.examples import Example, answers
 from trimtab.train.head import hidden_answers
 from trimtab.train.hidden import hidden_bytes
 from trimtab.train.options import TrainOptions

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
-from trimtab.decode.encoding import Encoder
-from trimtab.decode.template import read_chat_template
+from trimtab.data.at_hand import why_not_at_hand
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example
+from trimtab.data.records import parse_columns
+from trimtab.data.template import read_chat_template
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
 from trimtab.files import expand_home
 from trimtab.hardware import describe_hardware, free_memory, measure_matmul_rate
@@ -32,20 +35,18 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.checkpointing import checkpoints
 from trimtab.train.checks import warn_of_rule
 from trimtab.train.dry_caching import Passes, proposal_dtype
-from trimtab.train.examples import Example
 from trimtab.train.folder import refuse_foreign
 from trimtab.train.head import KEPT_TOKENS, HeadPlan, plan_head
 from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
 from trimtab.train.options import Temperatures, TrainOptions
 from trimtab.train.own_samples import longest_sample
 from trimtab.train.pairs import settle_pairs
-from trimtab.train.records import DataOptions, is_cached, is_local, parse_columns, read_records
 from trimtab.train.rehearsal import Rehearsal, largest_step
 from trimtab.train.rounds import settle
 from trimtab.train.start import read_lora
 from trimtab.train.teacher import Teacher, lack_answers
 
-__all__ = ["Expected", "count_records", "estimate", "why_not_at_hand"]
+__all__ = ["Expected", "estimate"]
 
 SAMPLED = 4
 """Batches that stand for all where operations are counted."""
@@ -241,26 +242,6 @@ def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConf
     if columns < size:
         raise UnsupportedModel(f"a model has {columns} output columns, but the tokenizer {size} tokens: resize its embeddings")
     return tokenizer, size
-
-
-def why_not_at_hand(dataset: str) -> str | None:
-    """Why a data set cannot be read without the network; None if it can."""
-    if expand_home(dataset).exists():
-        return None
-    if is_local(dataset):
-        return f"there is no file {dataset} yet"
-    return None if is_cached(dataset) else f"{dataset} is not in this machine's cache of data sets"
-
-
-def count_records(dataset: str, how: DataOptions, limit: int | None, expected: int | None, *, answers: bool) -> dict[str, Any]:
-    """Whether a data set of prompts, maybe with `answers`, is at hand; how many records it has or is expected to have."""
-    parse_columns(how.columns)
-    why = why_not_at_hand(dataset)
-    if why is None:
-        records = read_records(dataset, need="prompt", how=how, limit=limit, answers=answers)
-        return {"at_hand": True, "why_not": None, "examples": len(records)}
-    counted = expected if expected is None or limit is None else min(expected, limit)
-    return {"at_hand": False, "why_not": why, "examples": counted}
 
 
 def _data(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import Warp, warp
+from trimtab.data.examples import Example
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.settings import Limits
 from trimtab.errors import EndpointError, InvalidOption
-from trimtab.train.examples import Example
 from trimtab.train.rows import CachedRows, Compressed, Layout, compress
 
 __all__ = ["EndpointRows"]

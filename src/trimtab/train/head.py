@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, answers
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.encoding import Encoder
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import Description
 from trimtab.models.blocks import FAMILIES, projections_of
@@ -26,7 +27,6 @@ from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.layers import cut_config
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.weight_files import WEIGHTS_NAME, expand
-from trimtab.train.examples import Example, answers
 from trimtab.train.hidden import HiddenCache
 from trimtab.train.options import TrainOptions
 from trimtab.train.own_samples import draw_samples, read_samples

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.data.examples import Example
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.errors import DataError
 from trimtab.files import finite
@@ -27,7 +28,6 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, answer_logits, cached_batch, collate, rows_at
 from trimtab.train.distil import DistilTrainer, Target
 from trimtab.train.draft import draft_options
-from trimtab.train.examples import Example
 from trimtab.train.fit import fit, trained
 from trimtab.train.folder import last_checkpoint
 from trimtab.train.options import TrainOptions

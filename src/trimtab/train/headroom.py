@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trimtab.data.examples import Example
 from trimtab.hardware import free_memory, in_bytes
 from trimtab.reasons import reason_of
 from trimtab.train.checkpointing import CHECKPOINTING, checkpoints
-from trimtab.train.examples import Example
 from trimtab.train.footprint import nbytes
 from trimtab.train.head import HeadPlan
 from trimtab.train.options import TrainOptions

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trimtab.data.examples import Example, fingerprint_examples
 from trimtab.decode.prefill import CHUNK, pad
 from trimtab.decode.scoring import by_length
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, file_bytes, missing_shards, sharded
-from trimtab.train.examples import Example, fingerprint_examples
 from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import BATCH

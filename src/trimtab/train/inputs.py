@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from trimtab.decode.encoding import Encoder
-from trimtab.decode.template import pick_date, read_chat_template, reads_date, refuse_idle_date
+from trimtab.data.cut import mark_cut
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, encode_records, split_by_prompt
+from trimtab.data.records import read_records
+from trimtab.data.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.files import read_json
 from trimtab.models.loading import load_tokenizer
-from trimtab.train.cut import mark_cut
-from trimtab.train.examples import Example, encode_records, split_by_prompt
 from trimtab.train.options import TrainOptions
-from trimtab.train.records import read_records
 from trimtab.train.teacher import Parts, teach
 
 __all__ = ["encode_parts", "open_tokenizer", "read_parts", "run_date"]
@@ -29,7 +29,7 @@ def open_tokenizer(options: TrainOptions, source: str, revision: str | None = No
 def read_parts(options: TrainOptions, tokenizer: Any) -> Parts:
     """Training and development records, behind a teacher's prompt, too, if there is one: then they may lack answers.
 
-    Answers that were cut are marked, see `trimtab.train.cut`; not where the tokenizer is not at hand, which is None then.
+    Answers that were cut are marked, see `trimtab.data.cut`; not where the tokenizer is not at hand, which is None then.
     """
     need = "rejected" if options.needs_rejected else "chosen" if options.teacher_prompt is None else "prompt"
     records = read_records(options.dataset, need=need, how=options, limit=options.max_examples)

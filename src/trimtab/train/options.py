@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trimtab.core.rules import Geometric, Product, Rule, parse_rule
+from trimtab.data.cut import CUT_ANSWERS
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import base_of
 from trimtab.models.aligner import OBJECTIVES, Description, Manifest
-from trimtab.train.cut import CUT_ANSWERS
 from trimtab.train.head_options import settle_head
 from trimtab.train.refusals import STARTS, refuse_contradictions
 from trimtab.train.rows import Layout

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.encoding import MARK, Encoder
+from trimtab.data.examples import Example
+from trimtab.data.prompts import Chat
+from trimtab.data.records import Record
+from trimtab.data.template import render_chat
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.encoding import MARK, Encoder
-from trimtab.decode.prompts import Chat
 from trimtab.decode.request import Completion, SamplingParams
-from trimtab.decode.template import render_chat
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.jsonlines import ResumableLines
-from trimtab.train.examples import Example
-from trimtab.train.records import Record
 
 __all__ = ["draw_samples", "longest_sample", "read_samples"]
 

@@ -11,8 +11,8 @@ Answers are compared as the loss sees them, as ids that are cut at `max_length`.
 import logging
 from typing import NamedTuple
 
+from trimtab.data.examples import Example
 from trimtab.errors import DataError
-from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
 
 __all__ = ["Pairs", "settle_pairs"]

@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from trimtab.data.examples import Example
 from trimtab.train.batches import rows_at
-from trimtab.train.examples import Example
 from trimtab.train.rows import CachedRows
 
 __all__ = ["Passes", "Piece", "Room", "pieces", "shape"]

@@ -4,11 +4,11 @@ import math
 from typing import TYPE_CHECKING
 
 from trimtab.core.rules import Geometric, Product
-from trimtab.decode.template import check_date
+from trimtab.data.cut import CUT_ANSWERS
+from trimtab.data.records import parse_columns
+from trimtab.data.template import check_date
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import OBJECTIVES
-from trimtab.train.cut import CUT_ANSWERS
-from trimtab.train.records import parse_columns
 from trimtab.train.teacher import refuse_beside_teacher
 from trimtab.train.tune import RANGES
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from trimtab.data.examples import Example
 from trimtab.errors import InvalidOption
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.loading import attention_for
@@ -22,7 +23,6 @@ from trimtab.models.stock import is_stock
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checkpointing import checkpoints, switch_checkpointing
-from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, check_rehearsable, count_flops, nbytes
 from trimtab.train.head import HeadPlan, adapted_upper
 from trimtab.train.options import TrainOptions

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import LinearAttentionLayer
 
 from trimtab.core.logprobs import row_from_logits
+from trimtab.data.examples import Example
 from trimtab.decode.prefill import CHUNK
 from trimtab.decode.scoring import ROW_BUDGET
 from trimtab.models.loading import attention_for
-from trimtab.train.examples import Example
 from trimtab.train.footprint import Ledger, check_rehearsable, count_flops, nbytes
 from trimtab.train.rows import BATCH, Layout, compress_each
 

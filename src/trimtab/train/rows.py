@@ -25,9 +25,9 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, gather, kl_divergence, warp
 from trimtab.core.noise import uniforms
+from trimtab.data.examples import Example
 from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.models.base import LanguageModel
-from trimtab.train.examples import Example
 
 __all__ = [
     "BATCH",

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
-from trimtab.decode.encoding import Encoder
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, answers, fingerprint_examples
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, describe, save_model
@@ -33,7 +34,6 @@ from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checks import warn_of_rule, warn_of_weight
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
-from trimtab.train.examples import Example, answers, fingerprint_examples
 from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead

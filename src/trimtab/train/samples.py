@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.train.checks import Written, check_texts
-from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
 
 __all__ = ["LIMIT", "draw_samples", "open_aligned", "pick_prompts"]

@@ -16,8 +16,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trimtab.data.encoding import Encoder
+from trimtab.data.examples import Example, encode_records, fingerprint_examples, split_examples
+from trimtab.data.records import Record, read_records
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.encoding import Encoder
 from trimtab.errors import CheckpointError
 from trimtab.files import finite, json_digest, named_errors, only_writer, read_json, write_json
 from trimtab.models.aligner import save_model
@@ -29,7 +31,6 @@ from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.distil import DistilTrainer
-from trimtab.train.examples import Example, encode_records, fingerprint_examples, split_examples
 from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.inputs import open_tokenizer, run_date
@@ -38,7 +39,6 @@ from trimtab.train.own_samples import draw_samples, read_samples
 from trimtab.train.progress import CompactProgress
 from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
-from trimtab.train.records import Record, read_records
 from trimtab.train.run import open_caches, training_of_effect
 from trimtab.train.sibling_options import StartOptions
 

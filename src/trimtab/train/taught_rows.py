@@ -21,9 +21,9 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, kl_divergence, warp
 from trimtab.core.objectives import sampled_distillation
+from trimtab.data.examples import Example
 from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.train.cache import ProposalCache
-from trimtab.train.examples import Example
 from trimtab.train.rows import BATCH, Compressed, Layout, ModelRows, TaughtRows, compress, tail_points
 
 __all__ = ["TaughtCache", "TeacherRows", "compress_both", "taught_batch", "warn_of_ends"]

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from trimtab.decode.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
+from trimtab.data.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
+from trimtab.data.records import Record
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.files import expand_home, json_digest
-from trimtab.train.records import Record
 
 if TYPE_CHECKING:
     from trimtab.train.options import TrainOptions

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from trimtab.data.encoding import Encoder
+from trimtab.data.records import UNFINISHED, Record, read_rows
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.encoding import Encoder
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import DataError, InvalidRequest
+from trimtab.propose.local import propose
 from trimtab.train.options import TrainOptions
 from trimtab.train.proposal import Proposal
-from trimtab.train.propose import propose
 from trimtab.train.ranks import Ranks
-from trimtab.train.records import UNFINISHED, Record, read_rows
 from trimtab.train.rows import ModelRows
 from trimtab.train.teacher import Parts
 

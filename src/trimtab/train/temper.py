@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.data.examples import Example, answers
 from trimtab.train.batches import Item, answer_logits, cached_batch, collate
 from trimtab.train.checks import warn_of_start
-from trimtab.train.examples import Example, answers
 from trimtab.train.options import Temperatures
 from trimtab.train.pieces import Room, pieces
 from trimtab.train.rows import Layout, RowSource

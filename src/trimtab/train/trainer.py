@@ -16,10 +16,10 @@ from transformers import Trainer
 
 from trimtab.core.logprobs import kl_divergence
 from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
+from trimtab.data.examples import answers
 from trimtab.models.peft_saving import unasked
 from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, kept_of, rows_at
 from trimtab.train.diagnostics import measure, summarise
-from trimtab.train.examples import answers
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.head_options import stay_of
 from trimtab.train.options import TrainOptions

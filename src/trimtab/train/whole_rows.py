@@ -17,11 +17,11 @@ from torch import Tensor
 
 from trimtab.core.logprobs import Warp, kl_divergence, warp
 from trimtab.core.objectives import likelihood
+from trimtab.data.examples import Example
 from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.files import finite
 from trimtab.models.aligner import rewrite_manifest
 from trimtab.train.checks import warn_of_weight
-from trimtab.train.examples import Example
 from trimtab.train.options import TrainOptions
 from trimtab.train.samples import open_aligned
 from trimtab.train.tune import tune_weight

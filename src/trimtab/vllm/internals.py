@@ -33,7 +33,7 @@ except ImportError:  # a version before the second model runner
 
 __all__ = [
     "TRIED",
-    "LogitsProcessor",
+    "Aligning",
     "check",
     "install",
     "is_swap",
@@ -49,6 +49,11 @@ TRIED = ("0.32",)
 
 logger = logging.getLogger("vllm.trimtab")
 """What we report stands in vLLM's own log."""
+
+
+class Aligning(LogitsProcessor):  # type: ignore[misc]  # vLLM is no dependency of ours
+    """What tells our processor from others among vLLM's."""
+
 
 _installed = False
 
@@ -212,9 +217,7 @@ def _reading(runner: Any) -> list[int]:
 
 
 def _ours(logitsprocs: Any) -> Any:
-    from trimtab.vllm.processor import AlignerProcessor
-
-    return next((one for one in logitsprocs.non_argmax_invariant if isinstance(one, AlignerProcessor)), None)
+    return next((one for one in logitsprocs.non_argmax_invariant if isinstance(one, Aligning)), None)
 
 
 def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:

@@ -11,7 +11,7 @@ from trimtab.vllm.cache import Request
 __all__ = ["AlignerProcessor"]
 
 
-class AlignerProcessor(internals.LogitsProcessor):  # type: ignore[misc]  # vLLM is no dependency of ours
+class AlignerProcessor(internals.Aligning):
     """Aligns the rows of those requests that ask for it.
 
     vLLM makes one in each worker. Its `apply` comes too late, after logit bias, banned words and raw log-probabilities, which

@@ -1,0 +1,241 @@
+"""What can be said of the models and of how they decode, as options of commands; and what they become."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trimtab.data.options import LengthOptions, TemplateOptions
+from trimtab.errors import DataError, InvalidOption, InvalidRequest
+from trimtab.options import option
+
+__all__ = [
+    "ModelOptions",
+    "RowOptions",
+    "SamplingOptions",
+    "check_prompts",
+    "kernels_of",
+    "load_aligned_model",
+    "make_sampling_params",
+    "places_that_fit",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Which models, and how their rows are combined."""
+
+    proposal: str = option("", "the frozen model: a folder or a hub id", required=True, metavar="P")
+    aligner: tuple[str, ...] = option(
+        (), "an aligner: a folder or a hub id; may repeat; none for the bare proposal", metavar="A"
+    )
+    rule: str | None = option(None, "decoding rule, such as product or 'candidates(n=8)' [default: the manifest's, or product]")
+    weight: tuple[float, ...] = option((), "weight of each --aligner, in order [default: the manifest's, or the rule's]")
+    proposal_temperature: float | None = option(None, "temperature of the proposal's row, before the rule")
+    proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")
+    proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
+    aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    aligner_dtype: str | None = option(None, "that of aligners and drafters that are models of their own [default: --dtype]")
+    device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
+    cuda_graphs: bool | None = option(None, "replay short passes as CUDA graphs [default: on one GPU, where a model can]")
+    quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
+    backend: str | None = option(None, "who runs GGUF files [default: torch, in float32]", choices=("llamacpp",))
+    max_num_seqs: int = option(32, "most sequences in a batch")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be, and weights that are not one for each aligner."""
+        from trimtab.core.rules import parse_rule
+        from trimtab.decode.draft import DRAFTS
+        from trimtab.decode.request import check_shaping
+        from trimtab.models.loading import check_dtype
+
+        if self.aligner and len(self.weight) not in (0, len(self.aligner)):
+            raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
+        parse_rule(self.rule or "product")
+        check_dtype(self.dtype)
+        if self.aligner_dtype is not None:
+            check_dtype(self.aligner_dtype, "aligner_dtype")
+            if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
+                raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
+        if self.max_num_seqs < 1:
+            raise InvalidOption(f"--max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        warps = self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
+        try:
+            check_shaping(self.weight, *warps)
+        except InvalidRequest as error:
+            raise InvalidOption(str(error)) from error
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is, or may come, an aligner."""
+        return bool(self.aligner)
+
+    def idle(self) -> dict[str, str]:
+        """What says nothing of a bare proposal; weights are of aligners that are named here."""
+        without = () if self.aligns else ("rule", "aligner_temperature")
+        return dict.fromkeys(without if self.aligner else (*without, "weight"), "needs an --aligner")
+
+
+@dataclass(frozen=True)
+class ModelOptions(RowOptions):
+    """The same, to decode with them."""
+
+    draft: str | None = option(
+        None,
+        "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual or a head, its own drafter or"
+        " none]",
+        metavar="MODEL",
+    )
+    draft_temperature: float | None = option(
+        None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]"
+    )
+    num_speculative_tokens: int | None = option(
+        None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a draft length and temperature that cannot be, too."""
+        from trimtab.decode.pace import Pace
+        from trimtab.decode.request import check_number
+
+        super().__post_init__()
+        Pace(self.num_speculative_tokens)
+        try:
+            check_number("draft_temperature", 1.0 if self.draft_temperature is None else self.draft_temperature, above=0)
+        except InvalidRequest as error:
+            raise InvalidOption(str(error)) from error
+
+    @property
+    def no_drafts(self) -> str | None:
+        """Why nobody will draft, whatever an aligner's manifest says; None if somebody may."""
+        if self.draft == "none":
+            return "has no effect with --draft none"
+        return None if self.draft not in (None, "aligner") or self.aligns else "needs an --aligner, or --draft"
+
+    def idle(self) -> dict[str, str]:
+        """What says how to draft where nobody does. A draft length of 0 is no reason: who drafts decides what a seed means."""
+        idle = {} if self.draft != "aligner" or self.aligns else {"draft": "'aligner' needs an aligner"}
+        if self.draft == "ngram":
+            idle["draft_temperature"] = "is for a model that drafts, and --draft ngram has no row"
+        if why := self.no_drafts:
+            idle["draft_temperature"] = why
+            idle |= {"num_speculative_tokens": why} if self.num_speculative_tokens else {}
+        return idle
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw from the aligned row."""
+
+    max_tokens: int = option(128, "most tokens of a completion")
+    n: int = option(1, "completions of each prompt")
+    temperature: float = option(1.0, "0 is greedy")
+    top_p: float = option(1.0, "keep the most probable tokens up to this mass")
+    top_k: int = option(0, "keep the k most probable tokens; 0 keeps all")
+    min_p: float = option(0.0, "keep tokens at least this fraction as probable as the best")
+    repetition_penalty: float = option(1.0, "above 1 makes tokens of the prompt and the text so far rarer")
+    stop: tuple[str, ...] = option((), "text that ends a completion; may repeat")
+    seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
+
+    def idle(self) -> dict[str, str]:
+        """What says which tokens to draw from where none is drawn."""
+        greedy = "has no effect with --temperature 0, which takes the most probable token"
+        cut = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
+        return {name: greedy for name, cuts in cut.items() if cuts and self.temperature == 0}
+
+
+def kernels_of(model: Any) -> dict[str, Any]:
+    """What computes the passes of an `AlignedModel`, for a report: it decides the last bits, and so what a seed gives."""
+    from trimtab.models.huggingface import describe_kernels
+
+    return {"proposal": describe_kernels(model.proposal), "aligners": [describe_kernels(part) for part in model.aligners]}
+
+
+def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
+    """The models that the flags name, ready to decode, or to score without the flags that say who drafts.
+
+    Args:
+        options: the models' flags.
+        chats: how chats become texts; None where there are none.
+        kept_date: the date of the run that is resumed, if one is.
+    """
+    from trimtab.data.template import pick_date, read_chat_template
+    from trimtab.decode.aligned import AlignedModel
+    from trimtab.decode.draft import who_drafts
+    from trimtab.models.loading import quiet_loading
+
+    template = read_chat_template(chats.chat_template_path) if chats is not None else None
+    quiet_loading()
+    drafting: dict[str, Any] = {"draft": "none"}
+    if isinstance(options, ModelOptions):
+        drafting = {name: getattr(options, name) for name in ("draft", "draft_temperature", "num_speculative_tokens")}
+    try:
+        model = AlignedModel.from_pretrained(
+            options.proposal,
+            list(options.aligner),
+            rule=options.rule,
+            weight=list(options.weight) or None,
+            dtype=options.dtype,
+            aligner_dtype=options.aligner_dtype,
+            device=options.device,
+            proposal_temperature=options.proposal_temperature,
+            proposal_top_k=options.proposal_top_k,
+            proposal_top_p=options.proposal_top_p,
+            aligner_temperature=options.aligner_temperature,
+            cuda_graphs=options.cuda_graphs,
+            quantize=options.quantize,
+            backend=options.backend,
+            max_num_seqs=options.max_num_seqs,
+            date=None if chats is None else pick_date(chats.date, kept_date),
+            **drafting,
+        )
+    except InvalidRequest as error:
+        raise InvalidOption(str(error)) from error
+    if template is not None:
+        model.tokenizer.chat_template = template
+    if isinstance(options, ModelOptions) and (options.aligner or options.draft):
+        logger.info("who drafts: %s", who_drafts(model))
+    return model
+
+
+def places_that_fit(
+    options: LengthOptions, model: Any, prompts: Sequence[Any], answers: Sequence[Any], sources: Sequence[str]
+) -> list[int]:
+    """The places of the prompts that fit into the context with their answers, if only those are wanted; otherwise all."""
+    if not options.leave_out_long:
+        return list(range(len(prompts)))
+    kept = []
+    for place, (prompt, answer, source) in enumerate(zip(prompts, answers, sources, strict=True)):
+        try:
+            if model.fits(prompt, answer):
+                kept.append(place)
+        except InvalidRequest as error:
+            raise DataError(f"{source}: {error}") from error
+    if not kept:
+        raise DataError(f"no record is left: none fits into a context of {model.max_length} tokens")
+    if len(kept) < len(prompts):
+        logger.warning("%d of %d records do not fit into the context, and are left out", len(prompts) - len(kept), len(prompts))
+    return kept
+
+
+def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:
+    """Refuse a prompt that cannot be decoded before any is, naming where it stands."""
+    for record in records:
+        try:
+            model.prepare(record.prompt, params)
+        except InvalidRequest as error:
+            raise DataError(f"{record.source}: {error}") from error
+
+
+def make_sampling_params(options: Any, **more: Any) -> Any:
+    """The sampling parameters among a command's flags; a bad one is wrong usage."""
+    from trimtab.decode.request import SamplingParams
+
+    try:
+        asked = {f.name: getattr(options, f.name) for f in fields(SamplingOptions) if hasattr(options, f.name)}
+        return SamplingParams(**asked | more)
+    except InvalidRequest as error:
+        raise InvalidOption(str(error)) from error

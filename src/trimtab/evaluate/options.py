@@ -1,0 +1,126 @@
+"""What `trimtab eval` and `trimtab.evaluate` can be told."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.data.options import DataOptions, LengthOptions, TemplateOptions
+from trimtab.decode.options import ModelOptions, SamplingOptions
+from trimtab.endpoints.settings import Limits
+from trimtab.judges.references import METRICS
+from trimtab.models.estimates import DryRunOptions
+from trimtab.options import option
+
+__all__ = ["EvalOptions", "is_url"]
+
+FOR_ANNOTATIONS = ("annotations", "length_control", "seed")
+FOR_JUDGING = ("criterion", "orders", "judge_max_tokens", "prompt_price", "completion_price", "max_cost")
+FOR_ENDPOINTS = ("concurrency", "request_timeout", "max_retries")
+FOR_SWEEPS = ("sweep_rule", "max_kl", "dev_dataset", "dev_fraction")
+FOR_REWARDS = ("dtype", "device")
+FOR_DRAFTING = ("draft", "draft_temperature", "num_speculative_tokens")
+FOR_WRITING = tuple(field.name for field in dataclasses.fields(SamplingOptions) if field.name != "seed")
+"""All but the seed, which intervals and orders are drawn with, too."""
+FOR_LAYOUTS = ("columns", "dataset_split", "dataset_config", "dataset_data_dir")
+
+
+@dataclass(frozen=True)
+class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, TemplateOptions, ModelOptions):
+    """Flags of `trimtab eval`."""
+
+    annotations: str | None = option(
+        None, "summarise this AlpacaEval annotation file, and do nothing else", metavar="FILE.json"
+    )
+    proposal: str = option("", "the frozen model: a folder or a hub id; for the systems proposal and aligned", metavar="P")
+    dataset: str | None = option(
+        None, "prompts, with wanted answers if there are any: a TRL layout, or AlpacaEval's JSON", metavar="D"
+    )
+    max_prompts: int | None = option(None, "take only the first so many prompts")
+    apply_chat_template: bool = option(False, "ask a prompt that is a text as a user's message")
+    system: str = option(
+        "aligned", "whose win rate: proposal, aligned, references, URL#MODEL, or a file of outputs", metavar="S"
+    )
+    baseline: str = option("proposal", "against whom: the same", metavar="S")
+    judge: tuple[str, ...] = option(
+        (),
+        "URL#MODEL of an OpenAI-compatible endpoint, a reward model's folder or hub id, or rouge1, rouge2, rougeL, rougeLsum,"
+        " chrf; may repeat",
+        metavar="J",
+    )
+    criterion: str = option("helpful", "what an endpoint judges: helpful, harmless or summary", metavar="NAME")
+    orders: str = option(
+        "both", "show an endpoint each pair in both orders, or once in a random one", choices=("both", "random")
+    )
+    rouge_tokenizer: str | None = option(None, "ascii, as published, or unicode [default: ascii]")
+    null: bool = option(True, "also judge the baseline against itself with another seed")
+    references: bool = option(True, "also judge the data's own answers against the baseline")
+    length_control: str = option("auto", "auto, alpaca_eval, or 'length-only fit'", metavar="HOW")
+    judge_max_tokens: int = option(4, "room for an endpoint judge's answer; a model that thinks first needs hundreds")
+    prompt_price: float | None = option(None, "of a million tokens that an endpoint judge reads")
+    completion_price: float | None = option(None, "of a million tokens that it writes")
+    max_cost: float | None = option(None, "the most to spend on each endpoint judge, earlier parts of the run included")
+    concurrency: int = option(8, "most requests in flight for each endpoint")
+    request_timeout: float = option(600.0, "seconds that one request may take")
+    max_retries: int = option(6, "tries after the first, of a request or for an endpoint in a row")
+    sweep_weight: tuple[float, ...] = option(
+        (), "try this weight on development prompts, and go on with the one that wins most; may repeat"
+    )
+    sweep_rule: tuple[str, ...] = option((), "with this rule; may repeat [default: --rule]", metavar="RULE")
+    max_kl: float | None = option(None, "nats per sequence that the pick of a sweep may be away from the proposal")
+    dev_dataset: str | None = option(None, "development prompts of a sweep [default: a part of --dataset]", metavar="D")
+    dev_fraction: float = option(0.2, "the part, drawn by prompt")
+    seed: int = option(0, "prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]")
+    out: str | None = option(None, "the folder to write; a run that is started again goes on", metavar="DIR")
+    max_tokens: int = option(512, "most tokens of an answer")
+    expected_aligner: str | None = option(None, "for --dry_run: the same for every --aligner", metavar="A", kept=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        Limits(self.concurrency, self.request_timeout, self.max_retries)
+
+    def idle(self) -> dict[str, str]:
+        """What is for other systems, other judges, a sweep, or no annotations."""
+        return _idle_options(self)
+
+
+def _idle_options(options: EvalOptions) -> dict[str, str]:
+    """The options that have no effect beside the others, and why."""
+    if options.annotations is not None:
+        others = [field.name for field in dataclasses.fields(options) if field.name not in FOR_ANNOTATIONS]
+        return dict.fromkeys(others, "has no meaning with --annotations")
+    systems = (options.baseline, options.system)
+    given = [not is_url(name) and name not in ("proposal", "aligned") for name in systems]
+    idle: dict[str, str] = {}
+
+    def add(names: Sequence[str], why: str, *, where: bool) -> None:
+        idle.update(dict.fromkeys(names, why) if where else {})
+
+    add(FOR_LAYOUTS, "needs a --dataset in a TRL layout", where=not _has_layout(options))
+    add(FOR_DRAFTING, "is for the system aligned, and neither --system nor --baseline is", where="aligned" not in systems)
+    add(FOR_WRITING, "is for answers that are written now, and those of --system and --baseline are given", where=all(given))
+    if not {"proposal", "aligned"} & {*systems}:
+        scored = any(not is_url(judge) and judge not in METRICS for judge in options.judge)
+        names = [field.name for field in dataclasses.fields(ModelOptions) if not (scored and field.name in FOR_REWARDS)]
+        add(names, "is given, but neither --system nor --baseline is proposal or aligned", where=True)
+        add(["leave_out_long"], "goes by the context of a model that runs here, and none does", where=True)
+        add(["chat_template_path"], "is for chats with a model that runs here, and none does", where=True)
+        add(["date"], "is for chats with a model that runs here, and none does", where=not scored)
+    add(["null"], "needs a --judge, and a --baseline that can answer again", where=given[0] or not options.judge)
+    add(["references"], "needs systems that are not the references themselves", where="references" in systems)
+    add(FOR_JUDGING, "needs a --judge that is an endpoint", where=not any(map(is_url, options.judge)))
+    add(FOR_ENDPOINTS, "needs an endpoint, as a system or a judge", where=not any(map(is_url, (*systems, *options.judge))))
+    rouge = any(spec.startswith("rouge") for spec in options.judge if spec in METRICS)
+    add(["rouge_tokenizer"], "needs a --judge that is rouge1, rouge2, rougeL or rougeLsum", where=not rouge)
+    add(FOR_SWEEPS, "needs --sweep_weight", where=not options.sweep_weight)
+    return idle
+
+
+def _has_layout(options: EvalOptions) -> bool:
+    named = [name for name in (options.dataset, options.dev_dataset) if name]
+    return any(not name.endswith((".json", ".json.gz")) for name in named)
+
+
+def is_url(text: str) -> bool:
+    """Whether a judge or a system is an endpoint."""
+    return text.startswith(("http://", "https://"))

@@ -1,0 +1,1 @@
+"""Samples of a proposal for every prompt of a data set, or preference pairs of them."""

@@ -1,0 +1,120 @@
+"""What both tabs of the playground have: a prompt, buttons to run and to stop, and a place for messages."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from trimtab.serve.playground.duel import Answer, watch
+from trimtab.serve.playground.tokens_html import notice_html
+from trimtab.serve.service import Refusal, Service
+
+__all__ = ["Tab", "Update", "add_html"]
+
+logger = logging.getLogger(__name__)
+
+Update = dict[Any, Any]
+"""New values, or properties, by component."""
+MOST_TOKENS = 512
+"""What the playground's sliders go up to."""
+
+
+def add_html(value: str = "", **settings: Any) -> gr.HTML:
+    """HTML in our own style, without Gradio's."""
+    return gr.HTML(value, apply_default_css=False, **settings)
+
+
+class Tab:
+    """Controls and their handlers; they are made inside of `gr.Blocks`.
+
+    Args:
+        service: the server.
+        run_label: what the button says.
+    """
+
+    def __init__(self, service: Service, run_label: str) -> None:
+        self.service = service
+        self._run_label = run_label
+        self._tasks: dict[str, set[asyncio.Task[None]]] = {}
+        """What runs, by session."""
+
+    def add_prompt(self) -> None:
+        """The prompt, and a switch for chats, which `show_chat` shows."""
+        self.prompt = gr.Textbox(
+            label="Prompt",
+            lines=3,
+            max_lines=12,
+            placeholder="What shall the models read? Shift+Enter runs it.",
+            elem_classes="tt-prompt",
+        )
+        self.kind = gr.Radio(
+            [("Text to continue", "text"), ("Message to answer", "chat")],
+            value="text",
+            label="The prompt is a",
+            visible=False,
+        )
+
+    def add_sampling(self) -> None:
+        """How to draw."""
+        most = min(self.service.settings.max_tokens or MOST_TOKENS, MOST_TOKENS)
+        self.temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature", buttons=[])
+        self.max_tokens = gr.Slider(1, most, value=min(128, most), step=1, precision=0, label="Most tokens", buttons=[])
+
+    def add_buttons(self) -> None:
+        """Run and stop, and messages below."""
+        with gr.Row(elem_classes="tt-buttons"):
+            self.go = gr.Button(self._run_label, variant="primary", scale=3, min_width=140)
+            self.halt = gr.Button("Stop", scale=1, min_width=90, interactive=False)
+        self.notice = add_html()
+        self.halt.click(self._stop, queue=False, api_visibility="private")
+
+    def on_run(self, run: Callable[..., AsyncIterator[Update]], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Call `run` when asked to; every update may also change the buttons and the message."""
+        gr.on(
+            [self.go.click, self.prompt.submit],
+            run,
+            list(inputs),
+            [*outputs, self.go, self.halt, self.notice],
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
+
+    def show_chat(self) -> Update:
+        """The switch, if there is a chat template: then a prompt is a message, unless the user says otherwise."""
+        template = getattr(self.service.registry.base.tokenizer, "chat_template", None)
+        return {self.kind: gr.update(visible=True, value="chat") if template else gr.update(visible=False, value="text")}
+
+    async def play(
+        self, prepare: Callable[[], Awaitable[Sequence[Answer]]], draw: Callable[[Sequence[Answer]], Update], session: str
+    ) -> AsyncIterator[Update]:
+        """Prepare some answers and show them as they grow; what goes wrong becomes a message."""
+        yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.notice: ""}
+        tasks, problem = self._tasks.setdefault(session, set()), ""
+        try:
+            answers = await prepare()
+            yield draw(answers)
+            async with contextlib.aclosing(watch(answers, tasks)) as news:
+                async for _ in news:
+                    yield draw(answers)
+            problem = next((answer.problem for answer in answers if answer.problem), "")
+        except Refusal as refusal:
+            problem = refusal.message
+        except Exception:
+            logger.exception("the playground failed")
+            problem = "Something went wrong. The server's log says what."
+        finally:
+            if not tasks:
+                self._tasks.pop(session, None)
+        yield {
+            self.go: gr.update(interactive=True),
+            self.halt: gr.update(interactive=False),
+            self.notice: notice_html(problem, kind="problem"),
+        }
+
+    async def _stop(self, request: gr.Request) -> None:
+        for task in self._tasks.get(request.session_hash or "", ()):
+            task.cancel()

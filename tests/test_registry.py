@@ -1,0 +1,89 @@
+"""What is chosen by name: ours, and what other packages bring through entry points."""
+
+import sys
+
+import pytest
+
+from brought import bring
+from trimtab.errors import InvalidOption
+from trimtab.registry import Registry
+
+GROUP = "trimtab.colours"
+SOURCE = "class Red:\n    name = 'red'\n\nclass Blue:\n    name = 'navy'\n"
+
+
+def colours(check=lambda value: None):
+    registry = Registry("colour", GROUP, check)
+
+    @registry.register
+    class Green:
+        name = "green"
+
+    return registry, Green
+
+
+def test_ours_are_there_by_name():
+    registry, green = colours()
+    assert registry["green"] is registry.find("green") is green
+    assert dict(registry) == {"green": green}
+    assert len(registry) == 1
+    assert "green" in registry
+    assert "red" not in registry
+
+
+def test_a_name_that_is_not_there_is_refused_with_those_that_are():
+    registry, _ = colours()
+    with pytest.raises(InvalidOption, match=r"^colour: there is no colour 'red'; choose one of green$"):
+        registry.find("red")
+    with pytest.raises(KeyError, match="red"):
+        registry["red"]
+
+
+def test_a_name_is_registered_once():
+    registry, green = colours()
+    with pytest.raises(InvalidOption, match="colour: there are two of the name 'green'"):
+        registry.register(green)
+
+
+def test_an_entry_point_is_imported_when_it_is_asked_for_and_no_sooner(tmp_path, monkeypatch):
+    bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: {"red": "their_colours:Red"}})
+    registry, _ = colours()
+    assert sorted(registry) == ["green", "red"]
+    assert "red" in registry
+    assert "their_colours" not in sys.modules
+    assert registry.find("red").__name__ == "Red"
+    assert registry["red"] is registry["red"]
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({"red": "their_colours:Missing"}, "'red' of their-package cannot be imported: AttributeError"),
+        ({"red": "no_such_module:Red"}, "'red' of their-package cannot be imported: ModuleNotFoundError"),
+        ({"blue": "their_colours:Blue"}, "'blue' of their-package calls itself 'navy': give both one name"),
+        ({"green": "their_colours:Red"}, "their-package brings a 'green', and we have one: rename it"),
+    ],
+)
+def test_an_entry_point_that_cannot_be_used_is_refused_by_its_package(tmp_path, monkeypatch, points, message):
+    bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: points}, package="their-package")
+    registry, _ = colours()
+    with pytest.raises(InvalidOption, match=f"^colour: {message}"):
+        [registry[name] for name in registry]
+
+
+def test_two_packages_with_one_name_are_refused(tmp_path, monkeypatch):
+    bring(tmp_path / "a", monkeypatch, "one_colour", SOURCE, {GROUP: {"red": "one_colour:Red"}})
+    bring(tmp_path / "b", monkeypatch, "other_colour", SOURCE, {GROUP: {"red": "other_colour:Red"}})
+    registry, _ = colours()
+    with pytest.raises(InvalidOption, match="'red' is brought by one_colour and other_colour: uninstall one of them"):
+        registry.find("red")
+
+
+def test_what_a_check_refuses_is_refused_with_its_reason(tmp_path, monkeypatch):
+    def check(value):
+        raise InvalidOption("it has no hue")
+
+    bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: {"red": "their_colours:Red"}})
+    registry, _ = colours(check)
+    with pytest.raises(InvalidOption, match="colour: 'red' of their_colours cannot be used: it has no hue"):
+        registry.find("red")
