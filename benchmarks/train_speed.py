@@ -22,9 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from trimtab.data.examples import Example
 from trimtab.hardware import describe_hardware, keep_freed_memory
+from trimtab.options import make_options
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import CachedRows, Compressed, Layout
 from trimtab.train.trainer import AlignerTrainer
 
@@ -117,7 +119,8 @@ def main() -> None:
         theirs = TrainingArguments(
             **common | {"per_device_train_batch_size": options.batch * len(kinds)}, remove_unused_columns=False
         )
-        said = TrainOptions(proposal="p", aligner="a", dataset="d", output_dir=folder, contrast=options.contrast)
+        named = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": folder}
+        said = resolve(make_options(TrainOptions, None, {**named, "contrast": options.contrast}), Facts(records=2))
 
         def model() -> Any:
             torch.manual_seed(0)  # noqa: TID251 - both start from the same weights

@@ -10,7 +10,9 @@ import torch
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab.data.examples import Example
+from trimtab.options import nest
 from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan, resolve
 
 V = 28
 """Tokens of the tiny tokenizer."""
@@ -68,6 +70,11 @@ def make_task(folder: Path, **tokenizer: Any) -> Path:
     return folder
 
 
+def asked(**settings: Any) -> TrainOptions:
+    """Options by name, those of objectives and of `TrainingArguments` too, without the checks of what has no effect."""
+    return TrainOptions(**nest(TrainOptions, settings))
+
+
 def task_options(folder: Path, name: str, training: Mapping[str, Any] | None = None, **settings: Any) -> TrainOptions:
     """Options of a short run on the task, into `folder/name`; exact caches, a quarter of the prompts for development."""
     said = {
@@ -80,4 +87,9 @@ def task_options(folder: Path, name: str, training: Mapping[str, Any] | None = N
         "train_draft": False,  # most tests are of aligners alone
         "dev_samples": 0,
     }
-    return TrainOptions(**(said | settings), training=TRAINING | dict(training or {}))
+    return asked(**(said | settings), training=TRAINING | dict(training or {}))
+
+
+def task_plan(folder: Path, name: str, training: Mapping[str, Any] | None = None, **settings: Any) -> Plan:
+    """The plan of such a run, as far as it is known without the data."""
+    return resolve(task_options(folder, name, training, **settings))

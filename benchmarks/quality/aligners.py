@@ -7,6 +7,7 @@ from typing import Any
 from cell import DEV_FRACTION, MAX_LENGTH, Cell
 from rounds import sampled_pairs
 
+from trimtab.options import make_options
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import train
 
@@ -62,7 +63,7 @@ def options(cell: Cell, name: str, rate: float) -> TrainOptions:
     if name == SECOND:
         aligner = best_aligner(cell, MAIN)[0]
         data = sampled_pairs(cell, aligner)
-    return TrainOptions(
+    said = dict(
         proposal=str(home.proposal),
         aligner=str(aligner),
         dataset=str(data),
@@ -77,6 +78,7 @@ def options(cell: Cell, name: str, rate: float) -> TrainOptions:
         training={**TRAINING, "learning_rate": rate, "seed": cell.seed},
         **method,
     )
+    return make_options(TrainOptions, None, said)
 
 
 def best_aligner(cell: Cell, name: str) -> tuple[Path, dict[str, Any]]:

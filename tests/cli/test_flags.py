@@ -96,8 +96,8 @@ def test_values_that_begin_with_a_dash_are_values():
         (["--verson"], "trimtab: error: unrecognized arguments: --verson: did you mean --version? (see trimtab --help)"),
         (
             ["train", "--objective", "likelyhood"],
-            "trimtab train: error: argument --objective: invalid choice: 'likelyhood' (choose from likelihood, sft, ram,"
-            " preference): did you mean likelihood? (see trimtab train --help)",
+            "trimtab train: error: argument --objective: invalid choice: 'likelyhood' (choose from likelihood, preference,"
+            " ram, sft): did you mean likelihood? (see trimtab train --help)",
         ),
         (
             ["serve", "--api-keys", "k"],
@@ -154,8 +154,13 @@ VLLM = {**ALIGNED, "engine": "vllm", "aligner": ["q=a"]}
         ("propose", {**PROPOSE, "endpoint": ["http://x/v1"]}, "leave_out_long", True, "is for a model that runs here"),
         ("propose", PROPOSE, "expected_examples", 5, "is for --dry_run"),
         ("train", TRAIN, "alpha", 1e-4, "is for --objective ram"),
-        ("train", {**TRAIN, "objective": "sft", "rule": "geometric"}, "beta", 0.1, "is for --objective preference"),
-        ("train", {**TRAIN, "contrast": 0.0}, "beta", 1.0, "is for --objective preference"),
+        (
+            "train",
+            {**TRAIN, "objective": "sft", "rule": "geometric"},
+            "beta",
+            0.1,
+            "is for --objective likelihood or",
+        ),
         ("train", TRAIN, "lora_r", 16, "is for the adapters of --use_peft"),
         ("train", TRAIN, "lora_target_modules", ["q_proj"], "is for the adapters of --use_peft"),
         ("train", {**TRAIN, "eval_dataset": "e.jsonl"}, "dev_fraction", 0.1, "has no effect with --eval_dataset"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tiny import bpe_tokenizer, tiny_tokenizer
-from tiny_task import make_task, task_options, task_rows, write_rows
+from tiny_task import make_task, task_options, task_plan, task_rows, write_rows
 from trimtab.data.cut import find_cut, looks_cut, mark_cut
 from trimtab.data.encoding import Encoder
 from trimtab.data.records import Record
@@ -162,9 +162,9 @@ def test_a_cut_answer_teaches_no_end_of_sequence(tmp_path, caplog):
     rows = [row | {"chosen": "ab"} if i % 3 == 0 else row for i, row in enumerate(rows)]
     write_rows(folder / "train.jsonl", [{key: row[key] for key in ("prompt", "chosen")} for row in rows])
     encoder = Encoder(tiny_tokenizer(), 28, (0,))
-    options = task_options(folder, "out", {"max_steps": 2}, max_length=200)
+    plan = task_plan(folder, "out", {"max_steps": 2}, max_length=200)
     with caplog.at_level(logging.WARNING, "trimtab"):
-        parts = encode_parts(read_parts(options, encoder.tokenizer), options, encoder, 200, 200)
+        parts = encode_parts(read_parts(plan, encoder.tokenizer), plan, encoder, 200, 200)
     assert sum("look cut" in record.message for record in caplog.records) == 1
     for part in parts:
         long = [example for example in part if len(example.chosen) > 8]
@@ -173,7 +173,7 @@ def test_a_cut_answer_teaches_no_end_of_sequence(tmp_path, caplog):
         assert eight
         assert all(example.chosen[-1] != 0 for example in eight)
         assert all(example.chosen[-1] == 0 for example in part if example not in eight)
-    ended = task_options(folder, "ended", {"max_steps": 2}, max_length=200, cut_answers="end")
+    ended = task_plan(folder, "ended", {"max_steps": 2}, max_length=200, cut_answers="end")
     parts = encode_parts(read_parts(ended, encoder.tokenizer), ended, encoder, 200, 200)
     assert all(example.chosen[-1] == 0 for part in parts for example in part)
     assert train(task_options(folder, "run", {"max_steps": 1}, dev_fraction=0.1))["tokens"] > 0

@@ -20,6 +20,7 @@ from trimtab.models.adapters import Adapted
 from trimtab.models.estimates import aligner_weights
 from trimtab.models.loading import load_model
 from trimtab.train.options import TrainOptions
+from trimtab.train.plan import resolve
 from trimtab.train.start import prepare_model
 from trimtab.train.trainer import AlignerTrainer
 
@@ -129,11 +130,11 @@ def test_checkpoints_of_a_training_ask_nobody_either(bases, tmp_path):
 
 def test_an_adapter_that_is_trained_here_belongs_to_this_state_of_its_base(bases, tmp_path):
     options = TrainOptions(proposal="p", aligner="org/base", dataset="d", output_dir=str(tmp_path / "out"), use_peft=True)
-    model = prepare_model(load_model("org/base"), options, seed=0)
+    model = prepare_model(load_model("org/base"), resolve(options), seed=0)
     config = model.peft_config["default"]
     assert (config.base_model_name_or_path, config.revision) == ("org/base", "a" * 40)
     options = dataclasses.replace(options, aligner=str(save_tiny(tmp_path / "own", tiny_model("llama", V), tiny_tokenizer())))
-    assert prepare_model(load_model(options.aligner), options, seed=0).peft_config["default"].revision is None
+    assert prepare_model(load_model(options.aligner), resolve(options), seed=0).peft_config["default"].revision is None
 
 
 def test_a_path_leads_from_the_process_or_else_from_the_adapters_folder(tmp_path, monkeypatch):

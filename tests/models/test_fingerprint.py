@@ -23,8 +23,9 @@ from trimtab.models.fingerprint import fingerprint_model, fingerprint_of
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.table import TableLM
 from trimtab.train.draft import check_draft_start
+from trimtab.train.inputs import open_proposal
 from trimtab.train.options import TrainOptions
-from trimtab.train.proposal import open_proposal
+from trimtab.train.plan import resolve
 from trimtab.train.start import load_start
 
 V = 28
@@ -302,7 +303,7 @@ def exchange_while_loading(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
         edit(file.parent, name="new")
         (file.parent / "new").replace(file)
 
-    for place in ("models.loading", "models.adapter_folder", "evaluate.reward"):
+    for place in ("models.loading", "models.adapter_folder", "judges.reward"):
         monkeypatch.setattr(f"trimtab.{place}.check_finite", check)
 
 
@@ -310,10 +311,10 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "proposal": AlignedModel.from_pretrained,
     "aligner": lambda folder: AlignedModel.from_pretrained(tiny_model("llama", V), folder, tokenizer=tiny_tokenizer()),
     "proposal of a training": lambda folder: open_proposal(
-        TrainOptions(proposal=str(folder), aligner="a", dataset="d", output_dir="o"), tiny_tokenizer()
+        resolve(TrainOptions(proposal=str(folder), aligner="a", dataset="d", output_dir="o")), tiny_tokenizer()
     ),
     "start of a training": lambda folder: load_start(
-        TrainOptions(proposal="p", aligner=str(folder), dataset="d", output_dir="o"), describe(folder)
+        resolve(TrainOptions(proposal="p", aligner=str(folder), dataset="d", output_dir="o")), describe(folder)
     ),
     "drafter of a training": lambda folder: check_draft_start(folder, V, 8),
 }

@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 
-from tiny_task import make_task, task_options
+from tiny_task import asked, make_task, task_options
 from trimtab.core.logprobs import kl_divergence
 from trimtab.core.rules import Product
 from trimtab.train.checks import Written, check_texts, warn_of_start, warn_of_weight
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import resolve
 from trimtab.train.run import train
 from trimtab.train.tune import Tuned, tune_weight
 
@@ -61,8 +61,7 @@ def test_a_start_is_warned_of_where_it_is_at_a_limit_or_harms(said):
     ],
 )
 def test_a_tuned_weight_is_warned_of_by_where_it_lies_and_what_it_costs(said, weight, nll, kl, bound, settings, message):
-    options = TrainOptions(**NAMES, **settings)
-    warn_of_weight(options, Tuned(weight, [(0.0, 3.5), (weight, nll)], kl, bound))
+    warn_of_weight(resolve(asked(**NAMES, **settings)), Tuned(weight, [(0.0, 3.5), (weight, nll)], kl, bound))
     messages = said()
     assert len(messages) == (message is not None)
     assert all(message in one for one in messages)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_task import V, make_task, task_options, task_rows
+from tiny_task import V, make_task, task_options, task_plan, task_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.data.encoding import Encoder
 from trimtab.errors import InvalidOption, VocabularyMismatch
@@ -43,9 +43,9 @@ def test_its_figures_are_those_of_the_loaded_models(task, trained):
         AlignedModel.from_pretrained(path, draft="none").proposal for path in (task / "proposal", folder, folder / "draft")
     )
     finished = Aligner.from_pretrained(folder)
-    options = task_options(task, "whole")
+    plan = task_plan(task, "whole")
     encoder = Encoder(finished.tokenizer, V, (0,))
-    _, development = encode_parts(read_parts(options, finished.tokenizer), options, encoder, 64, 64)
+    _, development = encode_parts(read_parts(plan, finished.tokenizer), plan, encoder, 64, 64)
     kept, kl = [], []
     for example in development:
         ids = torch.tensor([example.prompt + example.chosen])

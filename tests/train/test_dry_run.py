@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from eval_task import called
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import V, make_examples, make_task, task_options, write_rows
+from tiny_task import V, make_examples, make_task, task_options, task_plan, write_rows
 from trimtab.data.examples import Example, answers
 from trimtab.errors import InvalidOption, ModelError, UnsupportedModel, VocabularyMismatch
 from trimtab.models.huggingface import HuggingFaceLM
@@ -37,12 +37,12 @@ def task(tmp_path_factory):
 # ---- bytes and operations, against a real step
 
 
-def real_trainer(options):
+def real_trainer(plan):
     """The trainer of a run with its real model, ready to step."""
-    arguments = training_arguments(options)
-    model = prepare_model(load_model(options.aligner, dtype=torch.float32, device="cpu"), options, arguments.seed)
+    arguments = training_arguments(plan)
+    model = prepare_model(load_model(plan.asked.aligner, dtype=torch.float32, device="cpu"), plan, arguments.seed)
     data = ExampleDataset([])
-    trainer = AlignerTrainer(options, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer = AlignerTrainer(plan, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
     if arguments.activation_checkpointing:
@@ -50,10 +50,10 @@ def real_trainer(options):
     return trainer, trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
 
 
-def real_batch(examples, options, part="train"):
+def real_batch(examples, plan, part="train"):
     """A batch with rows that some model might have."""
-    top_k, samples = options.row_layout(V)
-    kinds = [which for one, which in options.cached_answers if one == part]
+    top_k, samples = plan.row_layout(V)
+    kinds = [which for one, which in plan.cached_answers if one == part]
     items = []
     for example in examples:
         rows = {}
@@ -83,16 +83,16 @@ CASES = {
 def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, name):
     """Exactly: the same operators make tensors of the same sizes, and drop them at the same places."""
     settings, training = CASES[name]
-    options = task_options(task, "none", training, **settings)
-    examples = [example._replace(rejected=[1, 2, 3] if options.needs_rejected else []) for example in make_examples(8)]
-    arguments = training_arguments(options)
+    plan = task_plan(task, "none", training, **settings)
+    examples = [example._replace(rejected=[1, 2, 3] if plan.reads_rejected else []) for example in make_examples(8)]
+    arguments = training_arguments(plan)
     arguments.output_dir = str(tmp_path)
-    rehearsal = Rehearsal(options, arguments, load_model(options.aligner, device="cpu").config, V, 3.0)
+    rehearsal = Rehearsal(plan, arguments, load_model(plan.asked.aligner, device="cpu").config, V, 3.0)
     step = rehearsal.step(examples)
 
-    trainer, model = real_trainer(options)
+    trainer, model = real_trainer(plan)
     assert [tuple(p.shape) for p in rehearsal.parameters] == [tuple(p.shape) for p in model.parameters()]
-    batch = real_batch(examples, options)
+    batch = real_batch(examples, plan)
     assert step.batch == nbytes(batch)
     trainer.training_step(model, batch)
     assert step.gradients == nbytes([parameter.grad for parameter in model.parameters()])
@@ -116,16 +116,16 @@ def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, na
 @pytest.mark.parametrize("name", ["likelihood", "contrast, draws", "pairs without contrast"])
 def test_a_look_at_development_prompts_takes_the_bytes_of_a_real_one(task, tmp_path, name):
     settings, training = CASES.get(name, ({"contrast": 0.0}, {}))
-    options = task_options(task, "none", training, **settings)
+    plan = task_plan(task, "none", training, **settings)
     pairs = name != "likelihood"
     examples = [example._replace(rejected=[1, 2, 3] if pairs else []) for example in make_examples(8)]
-    arguments = training_arguments(options)
+    arguments = training_arguments(plan)
     arguments.output_dir = str(tmp_path)
-    rehearsal = Rehearsal(options, arguments, load_model(options.aligner, device="cpu").config, V, 3.0)
-    trainer, model = real_trainer(options)
-    room, peaks = Room.of(examples if options.needs_rejected else answers(examples, "chosen"), 8), []
+    rehearsal = Rehearsal(plan, arguments, load_model(plan.asked.aligner, device="cpu").config, V, 3.0)
+    trainer, model = real_trainer(plan)
+    room, peaks = Room.of(examples if plan.reads_rejected else answers(examples, "chosen"), 8), []
     for places in room.batches(examples, 16):
-        batch = real_batch([examples[i] for i in places], options, "dev")
+        batch = real_batch([examples[i] for i in places], plan, "dev")
         with torch.no_grad(), Ledger() as ledger:
             model.eval()
             trainer.look(batch, trainer.passes(batch, room.piece, pairs=pairs))
@@ -137,14 +137,14 @@ def test_a_look_at_development_prompts_takes_the_bytes_of_a_real_one(task, tmp_p
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(task, tmp_path, objective):
     """Against autograd's own account of a real step, weights and batch apart; the loss's last lines hold a little more."""
     rule = "product" if objective == "likelihood" else "geometric"
-    options = task_options(task, "none", objective=objective, rule=rule)
+    plan = task_plan(task, "none", objective=objective, rule=rule)
     examples = make_examples(8)
-    arguments = training_arguments(options)
+    arguments = training_arguments(plan)
     arguments.output_dir = str(tmp_path)
-    config = load_model(options.aligner, device="cpu").config
-    step = Rehearsal(options, arguments, config, V, 3.0).step(examples)
-    trainer, model = real_trainer(options)
-    batch = real_batch(examples, options)
+    config = load_model(plan.asked.aligner, device="cpu").config
+    step = Rehearsal(plan, arguments, config, V, 3.0).step(examples)
+    trainer, model = real_trainer(plan)
+    batch = real_batch(examples, plan)
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
     saved = {}
 
@@ -163,12 +163,12 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(task, tmp_pat
 def test_checkpointing_takes_less_where_layers_weigh_and_is_said_beforehand(task, tmp_path):
     peaks = {}
     for on in (False, True):
-        options = task_options(task, "none", {"activation_checkpointing": on}, proposal=str(task / "proposal"))
-        arguments = training_arguments(options)
+        plan = task_plan(task, "none", {"activation_checkpointing": on}, proposal=str(task / "proposal"))
+        arguments = training_arguments(plan)
         arguments.output_dir = str(tmp_path)
-        config = load_model(options.aligner, device="cpu").config
+        config = load_model(plan.asked.aligner, device="cpu").config
         config.num_hidden_layers = 12
-        step = Rehearsal(options, arguments, config, V, 3.0).step(make_examples(8))
+        step = Rehearsal(plan, arguments, config, V, 3.0).step(make_examples(8))
         peaks[on] = step.peak, step.peak_otherwise
     assert peaks[True][0] < peaks[False][0]
     assert peaks[True] == pytest.approx(peaks[False][::-1], rel=0.01)
@@ -264,7 +264,7 @@ def test_a_later_round_is_at_its_manifests_settings_in_a_dry_run(task, monkeypat
     train(task_options(task, "first", {"max_steps": 1}))
     seen = []
     make = Rehearsal.__init__
-    monkeypatch.setattr(Rehearsal, "__init__", lambda self, options, *rest: seen.append(options) or make(self, options, *rest))
+    monkeypatch.setattr(Rehearsal, "__init__", lambda self, plan, *rest: seen.append(plan) or make(self, plan, *rest))
     estimate(task_options(task, "none", {"max_steps": 1}, aligner=str(task / "first"), start="pretrained"), QUICK)
     manifest = json.loads((task / "first" / "trimtab.json").read_text(encoding="utf-8"))
     assert seen[0].temperatures == (manifest["proposal_temperature"], manifest["aligner_temperature"])

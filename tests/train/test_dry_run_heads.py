@@ -19,6 +19,7 @@ from trimtab.train.footprint import Ledger, count_flops, nbytes
 from trimtab.train.head import HeadPlan, adapted_upper, plan_head
 from trimtab.train.hidden import hidden_states
 from trimtab.train.pieces import Room
+from trimtab.train.plan import resolve
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_hidden
 from trimtab.train.rows import compress, tail_points
@@ -39,17 +40,17 @@ def options(task, name, training=None, **settings):
     return task_options(task, name, training, **(said | settings))
 
 
-def both(task, tmp_path, asked):
+def both(task, tmp_path, plan):
     """The rehearsal of a head and its real trainer, with the proposal that stays in memory."""
-    arguments = training_arguments(asked)
+    arguments = training_arguments(plan)
     arguments.output_dir = str(tmp_path)
-    dtype = getattr(torch, "float32" if asked.dtype == "auto" else asked.dtype)
-    proposal = load_model(asked.proposal, dtype=dtype, device="cpu")
-    tap, lora = plan_head(asked, proposal.config, None)
-    rehearsal = Rehearsal(asked, arguments, proposal.config, V, 3.0, None, HeadPlan(tap, 2 - tap, lora, dtype))
+    dtype = getattr(torch, "float32" if plan.asked.dtype == "auto" else plan.asked.dtype)
+    proposal = load_model(plan.asked.proposal, dtype=dtype, device="cpu")
+    tap, lora = plan_head(plan, proposal.config, None)
+    rehearsal = Rehearsal(plan, arguments, proposal.config, V, 3.0, None, HeadPlan(tap, 2 - tap, lora, dtype))
     data = ExampleDataset([])
-    model = adapted_upper(proposal, tap, plan_head(asked, proposal.config, None)[1], 0)
-    trainer = AlignerTrainer(asked, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    model = adapted_upper(proposal, tap, plan_head(plan, proposal.config, None)[1], 0)
+    trainer = AlignerTrainer(plan, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     if arguments.activation_checkpointing:
@@ -57,17 +58,17 @@ def both(task, tmp_path, asked):
     return rehearsal, trainer, trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True), proposal
 
 
-def real_batch(asked, proposal, examples, *, kept=0, part="train", pairs=False):
+def real_batch(plan, proposal, examples, *, kept=0, part="train", pairs=False):
     """A batch with hidden states, and with rows that some model might have where the loss reads some."""
-    top_k, samples = asked.row_layout(V)
-    model, items = HuggingFaceLM(load_model(asked.proposal, dtype=proposal.dtype, device="cpu")), []
+    top_k, samples = plan.row_layout(V)
+    model, items = HuggingFaceLM(load_model(plan.asked.proposal, dtype=proposal.dtype, device="cpu")), []
     for i, example in enumerate(examples):
         rows, hidden = {}, {}
         for which in ("chosen", "rejected") if pairs else ("chosen",):
             one = answers([example], which)[0]
-            if tap := 2 - asked.head_layers:
+            if tap := 2 - plan.asked.head_layers:
                 hidden[which] = hidden_states(model, [one], tap)[0]
-            if (part, which) in asked.cached_answers:
+            if (part, which) in plan.cached_answers:
                 even = torch.log_softmax(torch.zeros(len(one.chosen), V), -1)
                 rows[which] = compress(even, torch.tensor(one.chosen), top_k, tail_points(one, samples))
         items.append(Item(example, rows, 1.0, hidden, i < kept))
@@ -86,21 +87,21 @@ CASES = {
 }
 
 
-def pairs_of(asked, count=8):
-    unwanted = [1, 2, 3] if asked.needs_rejected else []
+def pairs_of(plan, count=8):
+    unwanted = [1, 2, 3] if plan.reads_rejected else []
     return [example._replace(rejected=unwanted) for example in make_examples(count)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, name):
     settings, training, kept = CASES[name]
-    asked = options(task, "none", training, **settings)
-    rehearsal, trainer, model, proposal = both(task, tmp_path, asked)
-    examples = pairs_of(asked)
+    plan = resolve(options(task, "none", training, **settings))
+    rehearsal, trainer, model, proposal = both(task, tmp_path, plan)
+    examples = pairs_of(plan)
     step = rehearsal.step(examples, kept)
-    below = list(proposal.model.layers[: 2 - asked.head_layers].parameters())
+    below = list(proposal.model.layers[: 2 - plan.asked.head_layers].parameters())
     assert nbytes(rehearsal.parameters) == nbytes([*model.parameters(), *below])
-    batch = real_batch(asked, proposal, examples, kept=kept, pairs=asked.needs_rejected)
+    batch = real_batch(plan, proposal, examples, kept=kept, pairs=plan.reads_rejected)
     assert ("kept_rows" in batch) == bool(kept)
     assert step.batch == nbytes(batch)
     trainer.training_step(model, batch)
@@ -120,13 +121,13 @@ def test_a_step_without_weights_takes_the_bytes_of_a_real_one(task, tmp_path, na
 @pytest.mark.parametrize("name", ["weight 1", "contrast", "pairs without contrast"])
 def test_a_look_at_development_prompts_takes_the_bytes_of_a_real_one(task, tmp_path, name):
     settings, training, _ = CASES.get(name, ({}, {}, 0))
-    asked = options(task, "none", training, **settings)
-    rehearsal, trainer, model, proposal = both(task, tmp_path, asked)
+    plan = resolve(options(task, "none", training, **settings))
+    rehearsal, trainer, model, proposal = both(task, tmp_path, plan)
     pairs = name != "weight 1"
     examples = [example._replace(rejected=[1, 2, 3] if pairs else []) for example in make_examples(8)]
-    room, peaks = Room.of(examples if asked.needs_rejected else answers(examples, "chosen"), 8), []
+    room, peaks = Room.of(examples if plan.reads_rejected else answers(examples, "chosen"), 8), []
     for places in room.batches(examples, 16):
-        batch = real_batch(asked, proposal, [examples[i] for i in places], part="dev", pairs=pairs)
+        batch = real_batch(plan, proposal, [examples[i] for i in places], part="dev", pairs=pairs)
         with torch.no_grad(), Ledger() as ledger:
             model.eval()
             trainer.look(batch, trainer.passes(batch, room.piece, pairs=pairs))

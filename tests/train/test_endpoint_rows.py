@@ -18,6 +18,7 @@ from trimtab.train import cache as cache_module
 from trimtab.train.cache import ProposalCache
 from trimtab.train.endpoint_rows import EndpointRows, _best
 from trimtab.train.options import TrainOptions
+from trimtab.train.plan import resolve
 from trimtab.train.rows import Layout, ModelRows, compress
 from trimtab.train.run import train
 
@@ -253,9 +254,9 @@ def test_a_run_trains_on_an_endpoints_rows_without_the_proposals_weights(tmp_pat
 def test_options_that_do_not_go_together_are_refused_before_any_work(settings, message):
     said = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o", "proposal_endpoint": ("http://a",)}
     with pytest.raises(InvalidOption, match=message):
-        TrainOptions(**said | settings)
+        resolve(TrainOptions(**said | settings))
 
 
 def test_whole_rows_may_have_a_temperature():
     said = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o", "proposal_endpoint": ("http://a",)}
-    assert TrainOptions(**said, proposal_temperature=0.5, cache_top_k=0).limits == Limits()
+    assert resolve(TrainOptions(**said, proposal_temperature=0.5, cache_top_k=0)).asked.limits == Limits()

@@ -22,6 +22,7 @@ from trimtab.train.batches import Item, answer_logits, collate, kept_of
 from trimtab.train.head import adapted_upper, pick_tap, upper_model
 from trimtab.train.hidden import hidden_states
 from trimtab.train.inputs import read_parts
+from trimtab.train.plan import resolve
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
 
@@ -53,7 +54,7 @@ def nats(model, rows, params=None):
 def development(folder):
     """The rows that `dev_fraction` kept aside."""
     rows = {row["prompt"]: row for row in map(json.loads, (folder / "train.jsonl").read_text().splitlines())}
-    _, kept = read_parts(options(folder, "head"), None)
+    _, kept = read_parts(resolve(options(folder, "head")), None)
     return [rows[record.prompt] for record in kept]
 
 

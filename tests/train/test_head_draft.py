@@ -20,6 +20,7 @@ from trimtab.train import head_draft
 from trimtab.train.draft import CHECKPOINTS
 from trimtab.train.head_draft import Answer, ReducedTrainer, frequent_tokens
 from trimtab.train.inputs import read_parts
+from trimtab.train.plan import resolve
 from trimtab.train.run import train
 
 
@@ -115,7 +116,7 @@ def test_its_figures_are_those_of_the_loaded_models(task):
 
 def model_development(folder):
     """The prompts that `dev_fraction` kept aside."""
-    _, kept = read_parts(options(folder, "head"), None)
+    _, kept = read_parts(resolve(options(folder, "head")), None)
     return {record.prompt for record in kept}
 
 

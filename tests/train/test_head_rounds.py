@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import make_task, task_options
+from tiny_task import asked, make_task, task_options
 from trimtab import AlignedModel
 from trimtab.cli import main
 from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.models.aligner import describe
 from trimtab.train.arguments import training_arguments
-from trimtab.train.options import TrainOptions
-from trimtab.train.rounds import settle
+from trimtab.train.plan import Facts, resolve
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
 
@@ -100,16 +99,17 @@ def test_its_defaults_are_those_of_heads_and_of_its_manifest(task, tmp_path):
     head = shutil.copytree(task / "first", tmp_path / "head")
     (head / "trimtab.json").write_text(json.dumps(manifest(task, "first") | {"weight": 0.5, "proposal_top_p": 0.9}))
     named = {"proposal": str(task / "proposal"), "aligner": str(head), "dataset": "d", "output_dir": "o"}
-    options = settle(TrainOptions(**named), describe(head))
-    assert (options.rule, options.starting_weight, options.proposal_top_p) == ("geometric", 0.5, 0.9)
-    assert options.temperatures == (1.0, 1.25)
-    assert (options.kept_samples, options.default_contrast, options.use_peft) == (64, 1.0, True)
-    assert settle(TrainOptions(**named, weight=1.0), describe(head)).starting_weight == 1
+    plan = resolve(asked(**named), Facts(describe(head)))
+    assert (str(plan.rule), plan.weight, plan.asked.proposal_top_p) == ("geometric", 0.5, 0.9)
+    assert plan.temperatures == (1.0, 1.25)
+    paired = resolve(asked(**named), Facts(describe(head), records=8))
+    assert (plan.kept_samples, paired.objective.contrast, plan.asked.use_peft) == (64, 1.0, True)
+    assert resolve(asked(**named, weight=1.0), Facts(describe(head))).weight == 1
     (head / "trimtab.json").write_text(json.dumps(manifest(task, "first") | {"weight": 0.0}))
-    assert settle(TrainOptions(**named), describe(head)).starting_weight == 1  # at 0 nothing would be learnt
-    arguments = training_arguments(options)
+    assert resolve(asked(**named), Facts(describe(head))).weight == 1  # at 0 nothing would be learnt
+    arguments = training_arguments(plan)
     assert (arguments.learning_rate, arguments.num_train_epochs, arguments.eval_steps) == (1e-3, 1, 0.25)
-    of_pairs = training_arguments(settle(TrainOptions(**named, objective="preference"), describe(head)))
+    of_pairs = training_arguments(resolve(asked(**named, objective="preference"), Facts(describe(head))))
     assert (of_pairs.learning_rate, of_pairs.num_train_epochs, of_pairs.eval_steps) == (1e-4, 1, 0.25)
 
 

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 
+from tiny_task import asked
 from trimtab.errors import InvalidOption
 from trimtab.train.checks import warn_of_rule
-from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.plan import Facts, Temperatures, resolve
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
 
@@ -15,20 +16,24 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
     ("settings", "message"),
     [
         ({"proposal": ""}, "--proposal is required"),
-        ({"objective": "dpo"}, "objective must be one of"),
+        ({"objective": "dpo"}, "there is no objective 'dpo'; choose one of likelihood, preference, ram, sft"),
         ({"rule": "par"}, "there is no rule 'par'"),
         ({"rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
         ({"start": "zero"}, "start must be one of auto, tempered, pretrained, uniform"),
         ({"start": "uniform", "use_peft": True}, "choose one of them"),
         ({"weight": float("nan")}, "weight must be a finite number"),
-        ({"alpha": -1.0}, "alpha must be from 0"),
+        ({"alpha": -1.0, "objective": "ram"}, "alpha must be from 0"),
+        ({"alpha": 0.1}, "alpha is for --objective ram, and 'likelihood' has none: leave it out"),
         ({"beta": 0.0}, "beta must be from"),
+        ({"beta": 0.1, "objective": "sft", "rule": "geometric"}, "beta is for --objective likelihood or preference, and 'sft'"),
+        ({"beta": 0.1, "contrast": 0.0}, "beta: there is no contrast: leave it out"),
+        ({"beta": 0.1, "rule": "geometric"}, "beta: there is no contrast: leave it out"),
         ({"contrast": -1.0}, "contrast must be from 0"),
         (
             {"sft_weight": 1.0, "objective": "sft", "rule": "geometric"},
-            "sft_weight is a part of likelihood, and 'sft' has none",
+            "sft_weight is for --objective likelihood, and 'sft' has none",
         ),
-        ({"contrast": 1.0, "objective": "preference"}, "contrast is a part of likelihood, and 'preference' has none"),
+        ({"contrast": 1.0, "objective": "preference"}, "contrast is for --objective likelihood, and 'preference' has none"),
         ({"proposal_temperature": 0.0}, "proposal_temperature must be from"),
         ({"proposal_top_p": 1.5}, "proposal_top_p must be from"),
         ({"dev_fraction": 0.95}, "dev_fraction must be from"),
@@ -56,7 +61,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
 )
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(InvalidOption, match=message):
-        TrainOptions(**(NAMES | settings))
+        resolve(asked(**(NAMES | settings)))
 
 
 @pytest.mark.parametrize(
@@ -71,13 +76,13 @@ def test_what_cannot_be_is_refused(settings, message):
 )
 def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warned, caplog):
     with caplog.at_level(logging.WARNING):
-        warn_of_rule(TrainOptions(**(NAMES | settings)))
+        warn_of_rule(resolve(asked(**(NAMES | settings))))
     assert [("does not train what rule" in record.message) for record in caplog.records] == [True] * warned
 
 
 def test_the_tail_is_drawn_from_where_draws_can_stand_for_it():
     def layout(**settings):
-        return TrainOptions(**(NAMES | settings)).row_layout(1000)
+        return resolve(asked(**(NAMES | settings))).row_layout(1000)
 
     assert layout() == (64, 64)
     assert layout(cache_tail_samples=0) == layout(rule="geometric") == layout(proposal_endpoint=("http://a",)) == (64, 0)
@@ -96,16 +101,38 @@ def test_a_residual_is_contrasted_on_pairs(caplog):
         ({"start": "uniform"}, True, 1.0, 1.0),
         ({"start": "pretrained"}, True, 1.0, 1.0),
         ({"rule": "geometric"}, True, 0.0, 1.0),
-        ({"objective": "sft", "rule": "geometric"}, True, 0.0, 1.0),
         ({"objective": "preference"}, True, 0.0, 0.1),
     ]
     for settings, pairs, contrast, beta in cases:
-        options = TrainOptions(**(NAMES | settings)).with_contrast_for(8, lacking=0 if pairs else 8)
-        assert (options.contrast, options.inverse_temperature) == (contrast, beta)
-        assert options.at(Temperatures(1.5, 3.0)).contrast == contrast
+        facts = Facts(records=8, lacking=0 if pairs else 8)
+        for known in (facts, facts._replace(fitted=Temperatures(1.5, 3.0))):
+            objective = resolve(asked(**(NAMES | settings)), known).objective
+            assert (getattr(objective, "contrast", 0.0), objective.beta) == (contrast, beta)
+            assert objective.answers == (("chosen", "rejected") if contrast or "objective" in settings else ("chosen",))
+        asked(**(NAMES | settings)).asked_objective.announce(resolve(asked(**(NAMES | settings)), facts).setting)
     assert not caplog.records
-    assert TrainOptions(**NAMES).with_contrast_for(8, lacking=1).contrast == 0
+    some = asked(**NAMES)
+    plan = resolve(some, Facts(records=8, lacking=1))
+    assert plan.objective.contrast == 0
+    some.asked_objective.announce(plan.setting)
     assert [record.getMessage()[:38] for record in caplog.records] == ["1 of 8 records have no rejected answer"]
+
+
+def test_a_beta_without_a_contrast_is_refused_as_soon_as_the_data_are_known():
+    some = asked(**NAMES, beta=0.3)
+    assert resolve(some).objective.contrast is None
+    assert resolve(some, Facts(records=8)).objective.beta == 0.3
+    with pytest.raises(InvalidOption, match="beta: records without a rejected answer have no contrast: leave it out"):
+        resolve(some, Facts(records=8, lacking=1))
+
+
+def test_a_plan_is_always_made_from_what_was_asked():
+    """Whatever is known makes no difference to what it does not decide, and resolving again changes nothing."""
+    some = asked(**NAMES, objective="preference", beta=0.2, max_length=99)
+    early, late = resolve(some), resolve(some, Facts(records=8, fitted=Temperatures(2.0, 1.0)))
+    assert early.asked == late.asked == some.__class__(**{**vars(some), "rule": "product"})
+    assert (early.weight, early.rule, early.objective) == (late.weight, late.rule, late.objective)
+    assert resolve(early.asked) == early
 
 
 def test_a_tempered_start_is_regularised_and_stays_so_at_the_temperatures_that_were_fitted():
@@ -119,5 +146,6 @@ def test_a_tempered_start_is_regularised_and_stays_so_at_the_temperatures_that_w
         ({"objective": "sft", "rule": "geometric"}, 0.0),
     ]
     for settings, expected in cases:
-        options = TrainOptions(**(NAMES | settings))
-        assert options.regulariser == options.at(fitted).regulariser == expected
+        for facts in (Facts(records=8), Facts(records=8, fitted=fitted)):
+            objective = resolve(asked(**(NAMES | settings)), facts).objective
+            assert getattr(objective, "sft_weight", 0.0) == expected

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from eval_task import called
 from processes import run_processes
 from tiny import EOS, tiny_tokenizer
-from tiny_task import V, make_task, task_options, task_rows, write_rows
+from tiny_task import V, make_task, task_options, task_plan, task_rows, write_rows
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, answers, encode_records
 from trimtab.data.records import Record
@@ -19,8 +19,8 @@ from trimtab.models.loading import load_model
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.inputs import encode_parts, read_parts
-from trimtab.train.pairs import settle_pairs
+from trimtab.train.inputs import count_lacking, encode_parts, read_parts, settle_pairs
+from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import ModelRows
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
@@ -51,18 +51,21 @@ def test_answers_are_compared_as_the_loss_sees_them():
     assert [e.differs for e in encode_records(records, Encoder(tiny_tokenizer(), 28, [EOS]), 6)] == [True, True, False, True]
 
 
-def make_trainer(task, options, examples):
+def plan_on(task, parts, settings):
+    everything = [example for part in parts for example in part]
+    return resolve(task_options(task, "none", **settings), Facts(records=len(everything), lacking=count_lacking(everything)))
+
+
+def make_trainer(task, plan, examples):
     source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
-    kinds = {
-        which: source.compress(answers(examples, which), options.row_layout(V), 1.0).rows for which in ("chosen", "rejected")
-    }
+    kinds = {which: source.compress(answers(examples, which), plan.row_layout(V), 1.0).rows for which in ("chosen", "rejected")}
     data, model = ExampleDataset(examples, kinds), load_model(task / "start", device="cpu")
     trainer = AlignerTrainer(
-        options,
+        plan,
         V,
         3.0,
         model=model,
-        args=training_arguments(options),
+        args=training_arguments(plan),
         data_collator=collate,
         train_dataset=data,
         eval_dataset=data,
@@ -77,7 +80,7 @@ def test_an_equal_pair_has_no_contrast(task, settings):
     losses, gradients, looks = {}, {}, {}
     for contrast in (0.0, 2.0):
         for name, examples in (("equal", [EQUAL]), ("different", [DIFFERENT]), ("both", [EQUAL, DIFFERENT])):
-            trainer, model, batch = make_trainer(task, task_options(task, "none", contrast=contrast, **settings), examples)
+            trainer, model, batch = make_trainer(task, task_plan(task, "none", contrast=contrast, **settings), examples)
             loss = trainer.compute_loss(model.eval(), batch)
             loss.backward()
             key = name, contrast
@@ -104,7 +107,7 @@ def test_an_equal_pair_has_no_contrast(task, settings):
 )
 def test_they_are_counted_and_said_where_they_matter(task, caplog, settings, said, kept):
     parts = [EQUAL, DIFFERENT, DIFFERENT], [DIFFERENT, EQUAL]
-    found = settle_pairs(task_options(task, "none", **settings), *(list(part) for part in parts))
+    found = settle_pairs(plan_on(task, parts, settings), *(list(part) for part in parts))
     assert found.equal == 2
     assert len(found.examples) + len(found.development) == (kept + 1 if kept == 4 else 3)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -121,7 +124,7 @@ def test_they_are_counted_and_said_where_they_matter(task, caplog, settings, sai
 )
 def test_nothing_to_prefer_is_an_error(task, settings, parts, message):
     with pytest.raises(DataError, match=message):
-        settle_pairs(task_options(task, "none", **settings), *parts)
+        settle_pairs(plan_on(task, parts, settings), *parts)
 
 
 def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
@@ -133,7 +136,7 @@ def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
         saved = json.loads((task / name / "training.json").read_text(encoding="utf-8"))
         assert saved["equal_pairs"] == 12
         encoder = Encoder(tiny_tokenizer(), 28, (EOS,))
-        examples, _ = encode_parts(read_parts(options, encoder.tokenizer), options, encoder, 64, 64)
+        examples, _ = encode_parts(read_parts(resolve(options), encoder.tokenizer), resolve(options), encoder, 64, 64)
         whole = sum(len(example.chosen) for example in examples)
         assert (told["data"]["tokens"] == report["tokens"] == whole) == (name == "contrast")
         assert train(options) == saved  # nothing is left to do

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tiny_task import make_task, task_options
+from tiny_task import make_task, task_plan
 from trimtab.core.logprobs import Warp, gather, in_nucleus, kl_divergence, warp
 from trimtab.core.objectives import acceptance, distillation, likelihood
 from trimtab.core.rules import Product
@@ -65,13 +65,13 @@ def cached(examples: list[Example], which: str, layout: Layout) -> list[CachedRo
 
 
 def make_trainer(task: Path, settings: dict[str, Any], training: dict[str, Any], examples: Any, development: Any) -> Any:
-    options = task_options(task, "none", training, **settings)
+    plan = task_plan(task, "none", training, **settings)
     data = []
     for part, some in (("train", examples), ("dev", development)):
-        kinds = [which for one, which in options.cached_answers if one == part]
-        data.append(ExampleDataset(some, {which: cached(some, which, options.row_layout(V)) for which in kinds}))
+        kinds = [which for one, which in plan.cached_answers if one == part]
+        data.append(ExampleDataset(some, {which: cached(some, which, plan.row_layout(V)) for which in kinds}))
     trainer = AlignerTrainer(
-        options, V, 4.0, model=tiny_model("llama", V, seed=3), args=training_arguments(options), data_collator=collate,
+        plan, V, 4.0, model=tiny_model("llama", V, seed=3), args=training_arguments(plan), data_collator=collate,
         train_dataset=data[0], eval_dataset=data[1],
     )  # fmt: skip
     trainer.create_optimizer()
@@ -91,14 +91,14 @@ def test_the_figures_are_those_of_whole_rows(task, name, pairs):
     """Every metric, from the definitions on whole rows of each example alone; batches and pieces are not to be seen."""
     settings = CASES[name]
     development = make_pairs(13, 2)
-    if not pairs and not task_options(task, "none", **settings).needs_rejected:
+    if not pairs and not task_plan(task, "none", **settings).reads_rejected:
         development = [example._replace(rejected=[]) for example in development]
     trainer = make_trainer(task, settings, {"per_device_eval_batch_size": 5}, make_pairs(20, 1), development)
     assert trainer.room.piece < sum(len(example.chosen) for example in development) / 4
     got = trainer.evaluate()
 
-    options, model = trainer._options, trainer.model
-    rule, weight, temperature = options.parsed_rule, options.starting_weight, options.temperatures.aligner
+    plan, model = trainer._plan, trainer.model
+    objective, rule, weight, temperature = plan.objective, plan.rule, plan.weight, plan.temperatures.aligner
     sums, losses, rejected, won = [], [], [], []
     for i, example in enumerate(development):
         alone, decoded, gains, rewards = {}, {}, {}, {}
@@ -129,13 +129,13 @@ def test_the_figures_are_those_of_whole_rows(task, name, pairs):
                 )  # fmt: skip
             else:
                 rejected.append(alone[which])
-        if options.objective == "likelihood":
+        if objective.name == "likelihood":
             loss = decoded["chosen"].sum() / 4
-            if options.contrast:
+            if objective.contrast:
                 loss = loss - 0.5 * torch.nn.functional.logsigmoid(gains["chosen"] - gains["rejected"])
-        elif options.objective == "ram":
+        elif objective.name == "ram":
             loss = (alone["chosen"].sum() - 0.1 * alone["rejected"].sum()) / 4
-        elif options.objective == "preference":
+        elif objective.name == "preference":
             loss = -torch.nn.functional.logsigmoid(0.1 * (alone["rejected"].sum() - alone["chosen"].sum()))
         else:
             loss = alone["chosen"].sum() / 4
@@ -182,14 +182,14 @@ def test_a_look_takes_no_more_than_a_training_step(task, name, training):
 def test_a_dry_run_says_so(task, tmp_path, name, size):
     """At the vocabulary and the length of real ones, where the longest development examples are longer than training's."""
     settings = {"cache_top_k": 64} | CASES[name]
-    options = task_options(task, "none", {"per_device_train_batch_size": size, "bf16": True}, **settings)
-    arguments = training_arguments(options)
+    plan = task_plan(task, "none", {"per_device_train_batch_size": size, "bf16": True}, **settings)
+    arguments = training_arguments(plan)
     arguments.output_dir = str(tmp_path)
     config = tiny_model("llama", 32000, max_position_embeddings=512).config
     examples, development = ([Example([1] * n, [2] * n, [3] * n) for n in (50, 120, longest)] * 2 for longest in (200, 220))
-    if not options.needs_rejected:
+    if not plan.reads_rejected:
         examples = [example._replace(rejected=[]) for example in examples]
-    rehearsal = Rehearsal(options, arguments, config, 32000, 100.0)
+    rehearsal = Rehearsal(plan, arguments, config, 32000, 100.0)
     step = rehearsal.step(sorted(examples, key=lambda example: -len(example.prompt))[:size])
     assert rehearsal.evaluation(examples, development) < step.batch + step.peak - step.optimizer
 
@@ -216,7 +216,7 @@ def test_a_drafters_figures_are_those_of_whole_rows(task):
     base = make_trainer(task, settings, {}, make_pairs(20, 1), development)
     aligner, draft = tiny_model("llama", V, seed=5), tiny_model("llama", V, seed=6)
     trainer = DraftTrainer(
-        base._options, V, 4.0, aligner=aligner, weight=0.7, model=draft, args=base.args, data_collator=collate,
+        base._plan, V, 4.0, aligner=aligner, weight=0.7, model=draft, args=base.args, data_collator=collate,
         train_dataset=base.train_dataset, eval_dataset=base.eval_dataset,
     )  # fmt: skip
     got = trainer.evaluate()

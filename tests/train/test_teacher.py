@@ -21,6 +21,7 @@ from trimtab.files import read_json
 from trimtab.models.loading import load_model
 from trimtab.train import teacher_answers
 from trimtab.train.dry_run import Expected, estimate
+from trimtab.train.plan import resolve
 from trimtab.train.run import train
 from trimtab.train.samples import LIMIT
 from trimtab.train.teacher import Teacher
@@ -127,7 +128,7 @@ def test_the_digest_is_of_what_is_said_and_not_of_where_it_is_kept(tmp_path):
 )
 def test_what_does_not_go_with_a_teacher_is_refused(task, settings, error):
     with pytest.raises(InvalidOption, match=error):
-        options_of(task, "refused", **settings)
+        resolve(options_of(task, "refused", **settings))
 
 
 def test_what_would_change_nothing_is_refused(task, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import V, make_task, task_options
+from tiny_task import V, asked, make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Product
@@ -19,7 +19,7 @@ from trimtab.train import temper
 from trimtab.train.batches import Item, answer_rows, collate
 from trimtab.train.footprint import Ledger
 from trimtab.train.inputs import read_parts
-from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.plan import Temperatures, resolve
 from trimtab.train.rows import Layout, ModelRows
 from trimtab.train.run import train
 from trimtab.train.temper import LEAST, MOST, fit_exponents
@@ -152,7 +152,7 @@ def test_what_an_aligner_knows_by_heart_is_not_trusted(tmp_path):
     train(again)
     fitted = Temperatures(**json.loads((task / "again" / "start.json").read_text()))
     model = AlignedModel.from_pretrained(task / "proposal", task / "again", weight=1.0)
-    records = read_parts(again, tiny_tokenizer())[1]
+    records = read_parts(resolve(again), tiny_tokenizer())[1]
     texts = [record.prompt for record in records], [record.chosen for record in records]
 
     def loss(temperature: float) -> float:
@@ -162,8 +162,8 @@ def test_what_an_aligner_knows_by_heart_is_not_trusted(tmp_path):
 
 
 def test_who_starts_tempered():
-    assert TrainOptions(**NAMES).starts_tempered
-    assert TrainOptions(**NAMES, use_peft=True).starts_tempered
+    assert resolve(asked(**NAMES)).fits_temperatures
+    assert resolve(asked(**NAMES, use_peft=True)).fits_temperatures
     for other in (
         {"rule": "geometric"},
         {"objective": "sft"},
@@ -171,8 +171,8 @@ def test_who_starts_tempered():
         {"aligner_temperature": 2.0},
         {"weight": 0.0},
     ):
-        assert not TrainOptions(**NAMES, **other).starts_tempered
+        assert not resolve(asked(**NAMES, **other)).fits_temperatures
     with pytest.raises(InvalidOption, match="leave out --aligner_temperature"):
-        TrainOptions(**NAMES, start="tempered", aligner_temperature=2.0)
+        resolve(asked(**NAMES, start="tempered", aligner_temperature=2.0))
     with pytest.raises(InvalidOption, match="likelihood with product"):
-        TrainOptions(**NAMES, start="tempered", objective="sft")
+        resolve(asked(**NAMES, start="tempered", objective="sft"))

@@ -14,16 +14,17 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
-from trimtab.core.objectives import likelihood
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, answers, encode_records
 from trimtab.data.records import read_records
 from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
-from trimtab.models.aligner import Manifest
+from trimtab.models.aligner import Manifest, describe
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, Item, answer_rows, cached_rows, collate
+from trimtab.train.objectives import Batch, Rows
+from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import ModelRows
 from trimtab.train.run import train
 from trimtab.train.trainer import AlignerTrainer
@@ -68,7 +69,7 @@ def test_contrast_is_dpo_of_what_is_decoded_against_the_proposal(task, rule):
     rows = task_rows(64)[48:]
     for gamma in (0.0, 3.0):
         name = f"contrast-{rule}-{gamma:g}"
-        report = train(task_options(task, name, contrast=gamma, beta=0.3, **data))
+        report = train(task_options(task, name, contrast=gamma, **({"beta": 0.3} if gamma else {}), **data))
         temperature = json.loads((task / name / "trimtab.json").read_text())["proposal_temperature"]
         weight = 0.5 if rule == "geometric" else 1.0
         model = AlignedModel.from_pretrained(task / "proposal", task / name, weight=weight)
@@ -148,7 +149,7 @@ def test_a_drafter_that_changes_between_two_runs_is_noticed_where_one_is_trained
 
 def test_only_a_later_round_of_the_same_training_takes_the_manifests_temperatures(task):
     warps = {"proposal_temperature": 1.5, "aligner_temperature": 3.0, "proposal_top_p": 0.9}
-    manifest = Manifest("sha256:0", objective="likelihood", weight=0.7, **warps)
+    found = describe(task / "start")._replace(manifest=Manifest("sha256:0", objective="likelihood", weight=0.7, **warps))
     for said, expected in (
         ({"start": "pretrained"}, (0.7, 0.9, 1.5, 3.0)),
         ({"start": "pretrained", "rule": "product()"}, (0.7, 0.9, 1.5, 3.0)),
@@ -157,11 +158,12 @@ def test_only_a_later_round_of_the_same_training_takes_the_manifests_temperature
         ({"start": "pretrained", "objective": "sft", "rule": "geometric"}, (0.5, None, 1.0, 1.0)),
         ({"start": "auto"}, (1.0, None, 1.0, 1.0)),
     ):
-        options = task_options(task, "none", **said).continuing(manifest)
-        assert (options.starting_weight, options.proposal_top_p, *options.temperatures) == expected
+        plan = resolve(task_options(task, "none", **said), Facts(found))
+        assert (plan.weight, plan.asked.proposal_top_p, *plan.temperatures) == expected
     with pytest.raises(InvalidOption, match="start was trained at other settings: an endpoint's rows have temperature 1"):
-        task_options(task, "none", start="pretrained", proposal_endpoint=("http://a/v1",), cache_top_k=5).continuing(manifest)
-    assert task_options(task, "none", start="pretrained").continuing(None) == task_options(task, "none", start="pretrained")
+        resolve(task_options(task, "none", start="pretrained", proposal_endpoint=("http://a/v1",), cache_top_k=5), Facts(found))
+    alone = resolve(task_options(task, "none", start="pretrained"), Facts(describe(task / "start")))
+    assert (alone.weight, alone.asked.proposal_top_p, *alone.temperatures) == (1.0, None, 1.0, 1.0)
 
 
 def test_a_run_on_drawn_tails_is_close_to_one_on_exact_rows(task):
@@ -275,27 +277,25 @@ def test_a_lora_run_saves_an_adapter_that_decodes(task):
 )
 def test_the_loss_of_a_contrasted_step_is_the_one_that_is_evaluated_and_its_regulariser(task, settings):
     """From logits and compressed rows, or from whole rows: the same losses and gradients."""
-    options = task_options(task, "none", contrast=2.0, **settings)
+    plan = resolve(task_options(task, "none", contrast=2.0, **settings), Facts(records=48))
     source = ModelRows(HuggingFaceLM(load_model(task / "proposal", device="cpu"), V), "sha256:0")
     records = read_records(str(task / "train.jsonl"), need="rejected")
     examples = encode_records(records, Encoder(load_tokenizer(task / "proposal"), V, (0,)), 64)[:6]
-    kinds = {
-        which: source.compress(answers(examples, which), options.row_layout(V), 1.3).rows for which in ("chosen", "rejected")
-    }
+    kinds = {which: source.compress(answers(examples, which), plan.row_layout(V), 1.3).rows for which in ("chosen", "rejected")}
     batch = collate([Item(e, {which: rows[i] for which, rows in kinds.items()}) for i, e in enumerate(examples)])
     model, data = load_model(task / "start", device="cpu"), ExampleDataset(examples)
-    arguments = training_arguments(options)
-    trainer = AlignerTrainer(options, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    arguments = training_arguments(plan)
+    trainer = AlignerTrainer(plan, V, 3.0, model=model, args=arguments, train_dataset=data, eval_dataset=data)
     found = []
 
-    def plain(which):
-        logp, logq = cached_rows(batch, V, which), trainer._rows(model, batch, which)
-        return likelihood(options.parsed_rule, logp, logq, options.starting_weight, batch[f"{which}_tokens"])
+    def plain(loss, which):
+        logp, logq = cached_rows(batch, V, which), answer_rows(model, batch, which, V, plan.temperatures.aligner)
+        return loss.of_rows(Rows(batch[f"{which}_tokens"], logq, logp, plan.setting))
 
     for compute in (
         lambda: trainer.compute_loss(model, batch),
         lambda: (
-            trainer._losses(batch, {which: plain(which) for which in kinds}).sum()
+            plan.objective.loss(Batch(batch, plan.setting, 3.0, plain, training=False)).sum()
             - settings.get("sft_weight", 0.3)
             / 3.0
             * gather(answer_rows(model, batch, "chosen", V), batch["chosen_tokens"]).sum()
@@ -349,7 +349,7 @@ def test_chats_go_the_whole_way(tmp_path, objective, layout):
         else:
             chats.append({"prompt": user, "chosen": good, "rejected": bad})
     write_rows(folder / "train.jsonl", chats[:48])
-    report = train(task_options(folder, "out", objective=objective, alpha=1e-3))
+    report = train(task_options(folder, "out", objective=objective, **({"alpha": 1e-3} if objective == "ram" else {})))
     losses = [row["eval_loss"] for row in report["history"] if "eval_loss" in row]
     assert losses[-1] < losses[0]
     model = AlignedModel.from_pretrained(folder / "proposal", folder / "out")

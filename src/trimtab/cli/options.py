@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import yaml
 
 from trimtab.cli.parser import Parser, choice, underscored
 from trimtab.errors import InvalidOption
-from trimtab.options import check_effects, check_required, meant
+from trimtab.options import check_effects, check_required, meant, nest
 
 __all__ = ["add_options", "read_options"]
 
@@ -30,8 +30,8 @@ def add_options(parser: Parser, options: type) -> None:
     """Add a flag for each field; nothing is set for flags that are not given."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        if field.name == "training":
-            _add_training(parser, field.metadata.get("defaults", {}))
+        if "nested" in field.metadata:
+            _add_nested(parser, field)
             continue
         kind, repeats = _kind(hints[field.name])
         text = field.metadata["help"].replace("%", "%%")
@@ -68,9 +68,8 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
     values |= given
     fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     check_required(options, values)
-    training = {name: values.pop(name) for name in list(values) if name not in fields}
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    made = options(**known, **({"training": training} if "training" in fields else {}))
+    values = nest(options, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    made = options(**values)
     kept = {name for name, field in fields.items() if field.metadata.get("kept")}
     check_effects(made, values.keys() - (kept - given.keys()))
     return made
@@ -149,26 +148,14 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
-def _add_training(parser: Parser, defaults: Mapping[str, Any]) -> None:
-    from transformers import TrainingArguments
-
-    from trimtab.train.arguments import DEFAULTS, IDLE, OWNED
-
-    group = parser.add_argument_group("transformers.TrainingArguments", "as in TRL; see transformers' documentation")
+def _add_nested(parser: Parser, field: "dataclasses.Field[Any]") -> None:
+    group = parser.add_argument_group(field.metadata["title"], field.metadata.get("text"))
     taken = {action.dest for action in parser._actions}
-    for field in dataclasses.fields(TrainingArguments):
-        if field.name in OWNED | IDLE or field.name in taken:
+    for name, (kind, text) in field.metadata["nested"]().items():
+        if name in taken:
             continue
-        default = {**DEFAULTS, **defaults}.get(field.name, None if field.default is dataclasses.MISSING else field.default)
-        kind = _training_kind(field.type)
-        text = "" if default is None else f"[default: {getattr(default, 'value', default)}]"
+        text = text.replace("%", "%%")
         if kind is bool:
-            group.add_argument(f"--{field.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
+            group.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
         else:
-            group.add_argument(f"--{field.name}", type=kind, metavar=str(kind.__name__).upper(), help=text)
-
-
-def _training_kind(hint: Any) -> type:
-    """What a value is converted to; what is neither a number nor a truth value stays text, as transformers parses it."""
-    kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
-    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool) else str
+            group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)

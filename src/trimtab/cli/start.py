@@ -53,7 +53,7 @@ def _rehearse(options: Options) -> dict[str, Any]:
     from trimtab.train.arguments import training_arguments
     from trimtab.train.folder import refuse_foreign
 
-    training_arguments(options.as_training)
+    training_arguments(options.plan)
     refuse_foreign(Path(options.out), options.overwrite_output_dir, "out")
     config = find_config(options.proposal, options.expected_proposal).config
     layers = parse_layers(options.layers, config.num_hidden_layers)

@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.data.options import idle_for_files
 from trimtab.errors import InvalidOption
-from trimtab.files import expand_home
 from trimtab.hardware import in_bytes
-from trimtab.models.aligner import manifest_of
 from trimtab.models.estimates import DryRunOptions, check_expected, describe_model, in_time
 from trimtab.options import option
 from trimtab.train.options import TrainOptions
-from trimtab.train.rounds import of_head
 
 __all__ = ["Options", "render", "run"]
 
@@ -26,29 +22,8 @@ class Options(DryRunOptions, TrainOptions):
     )
 
     def idle(self) -> dict[str, str]:
-        """What the objective, a teacher, fresh adapters, or files leave unread."""
-        idle = idle_for_files(self.dataset, self.eval_dataset)
-        if self.objective != "ram":
-            idle["alpha"] = "is for --objective ram"
-        manifest = manifest_of(expand_home(self.aligner)) if self.aligner else None
-        known = of_head(self, manifest) if manifest is not None and manifest.head is not None else self
-        contrast = known.default_contrast if self.contrast is None else self.contrast
-        if self.objective != "preference" and not contrast:
-            idle["beta"] = "is for --objective preference, and for the --contrast of likelihood"
-        if self.teacher_prompt is None:
-            idle["teacher_max_tokens"] = "needs --teacher_prompt"
-        if not known.use_peft:
-            names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-            idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
-        if known.trains_head:
-            idle["use_peft"] = "has no effect on a head, which is an adapter anyway"
-            if self.teacher_prompt is None:
-                idle["cache_top_k"] = "has no effect on a head, whose own layers have the proposal's rows"
-        if not self.aligner:
-            idle["expected_aligner"] = "is for --aligner"
-        if self.eval_dataset is not None:
-            idle["dev_fraction"] = "has no effect with --eval_dataset"
-        return idle
+        """What is for an aligner that is named."""
+        return {} if self.aligner else {"expected_aligner": "is for --aligner"}
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -84,7 +59,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _render_estimate(report: dict[str, Any]) -> str:
-    from trimtab.train.checkpointing import CHECKPOINTING
+    from trimtab.train.arguments import CHECKPOINTING
 
     data, memory, aligner, caching = (report[name] for name in ("data", "memory", "aligner", "caching"))
     lines = [f"proposal   {describe_model(report['proposal'])}"]

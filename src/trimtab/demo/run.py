@@ -126,7 +126,8 @@ def _align(out: Path, final: Path, name: str, objective: str, rule: str, seed: i
         max_length=256,
         dev_fraction=DEV_FRACTION,
         cache_top_k=64 if rule == "product" else 256,  # for other rules the tail is spread evenly, which costs much at 64
-        sft_weight=0.0 if objective == "likelihood" else None,  # so small a model has no room to be a language model, too
+        # so small a model has no room to be a language model, too
+        objective_options={"sft_weight": 0.0} if objective == "likelihood" else {},
         dev_samples=0,  # the report has its own
         train_draft=False,  # at this size, a draft costs as much as a token
         training={

@@ -46,7 +46,6 @@ MANIFEST_NAME = "trimtab.json"
 DRAFT_NAME = "draft"
 """The folder in an aligner's folder that may hold its drafter: an ordinary transformers model, or a head's, see `reduced`."""
 FORMAT_VERSION = 1
-OBJECTIVES = ("likelihood", "sft", "ram", "preference")
 _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
     REDUCED_NAME,
@@ -68,7 +67,7 @@ class Manifest:
         rule: a decoding rule as `parse_rule` reads it.
         weight: λ; None stands for the rule's default.
         proposal_temperature, proposal_top_p, aligner_temperature: the warps before the rule.
-        objective: what it was trained with, if we know.
+        objective: the name of what it was trained with, if we know; it need not be installed here.
         head: for a head (`trimtab.models.head`), `{"tap": …, "layers": …, "proposal": …}`.
     """
 
@@ -111,8 +110,8 @@ class Manifest:
             and isinstance(proposal.get("revision"), (str, type(None)))
         ):
             raise ManifestError(f"proposal must be {{'id': …, 'revision': …}}, not {proposal!r}")
-        if self.objective is not None and self.objective not in OBJECTIVES:
-            raise ManifestError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if self.objective is not None and not (isinstance(self.objective, str) and self.objective.isidentifier()):
+            raise ManifestError(f"objective must be the name of one, not {self.objective!r}")
         _ = self.parsed_head  # raises where it cannot be
         if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
             raise ManifestError(f"vocabulary must be a fingerprint 'sha256:…', not {self.vocabulary!r}")

@@ -12,38 +12,17 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import InvalidOption
 from trimtab.reasons import reason_of
-from trimtab.train.options import TrainOptions
+from trimtab.train.defaults import DEFAULTS, IDLE, OWNED
+from trimtab.train.plan import Plan
 
-__all__ = ["DEFAULTS", "IDLE", "OWNED", "training_arguments"]
+__all__ = ["CHECKPOINTING", "checkpoints", "switch_checkpointing", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
-OWNED = {
-    "output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
-    "push_to_hub", "include_for_metrics", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only",
-}  # fmt: skip
-"""`TrainingArguments` that a run sets itself."""
-
-IDLE = {
-    "label_smoothing_factor", "average_tokens_across_devices", "eval_use_gather_object", "eval_accumulation_steps",
-    "length_column_name", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-}  # fmt: skip
-"""`TrainingArguments` of what a run does not do: losses, evaluation and batches are its own, and it pushes nothing."""
-
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-4,
-    "warmup_steps": 0.05,
-    "logging_steps": 10,
-    "eval_strategy": "steps",
-    "eval_steps": 0.1,
-    "save_strategy": "steps",
-    "save_steps": 0.1,
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": False,
-}
-"""Where we differ from `TrainingArguments`: look ten times a run, and keep the best on the development prompts."""
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""The field of `TrainingArguments` by the installed transformers' name for it: it was gradient checkpointing once."""
 
 FOR_HEADS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -54,28 +33,26 @@ FOR_HEADS: dict[str, Any] = {
 }
 """Where heads differ from that: a low-rank adapter takes larger steps, and has learnt by heart what it sees twice."""
 
-FOR_PREFERENCES: dict[str, Any] = {"learning_rate": 1e-4}
-"""Where a head that learns them differs from that: at 1e-3 and 3e-4 its loss on the development pairs of HH rises early."""
 
-
-def training_arguments(options: TrainOptions) -> TrainingArguments:
+def training_arguments(plan: Plan) -> TrainingArguments:
     """The options that are transformers' own, over our defaults.
 
     Raises:
         InvalidOption: one that a run sets itself, one without effect, or a value that transformers refuses.
     """
-    if owned := OWNED & set(options.training):
+    training = plan.asked.training
+    if owned := OWNED & set(training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
-    if idle := IDLE & set(options.training):
+    if idle := IDLE & set(training):
         raise InvalidOption(f"{min(idle)} has no effect on the training of aligners: leave it out")
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
-    of_head = FOR_HEADS if options.trains_head else {}
-    settings = DEFAULTS | of_head | (FOR_PREFERENCES if options.has_reference else {}) | here | options.training
+    of_head = FOR_HEADS if plan.trains_head else {}
+    settings = DEFAULTS | of_head | dict(plan.objective.arguments(plan.setting)) | here | training
     if isinstance(settings.get("report_to"), str):
         settings["report_to"] = settings["report_to"].replace(",", " ").split()
     if str(settings.get("fsdp")).lower() in ("true", "false"):
         settings["fsdp"] = str(settings["fsdp"]).lower() == "true"  # as text, transformers takes it for a name
-    fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": options.output_dir}
+    fixed = {"remove_unused_columns": False, "label_names": [], "output_dir": plan.asked.output_dir}
     try:
         arguments = TrainingArguments(**settings, **fixed)
     except (TypeError, ValueError) as error:
@@ -107,3 +84,18 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise InvalidOption(f"report_to: {error}") from None
         except (RuntimeError, ImportError) as error:
             raise InvalidOption(f"report_to: '{name}' is not installed here (pip install {name}): {error}") from None
+
+
+def checkpoints(arguments: TrainingArguments) -> bool:
+    """Whether training recomputes activations in the backward pass."""
+    return bool(getattr(arguments, CHECKPOINTING))
+
+
+def switch_checkpointing(model: Any, arguments: TrainingArguments, on: bool) -> None:
+    """Let a model recompute activations in the backward pass, or keep them."""
+    if on:
+        how = f"{CHECKPOINTING}_kwargs"
+        getattr(model, f"{CHECKPOINTING}_enable")(**{how: getattr(arguments, how)})
+    else:
+        getattr(model, f"{CHECKPOINTING}_disable")()
+        model.disable_input_require_grads()  # which checkpointing turns on for adapters, and leaves on

@@ -10,21 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan
 from trimtab.train.tune import RANGES, Tuned
 from trimtab.words import repetition, split_words
 
-__all__ = ["MATCHES", "Written", "check_texts", "warn_of_rule", "warn_of_start", "warn_of_weight"]
+__all__ = ["Written", "check_texts", "warn_of_rule", "warn_of_start", "warn_of_weight"]
 
 logger = logging.getLogger(__name__)
-
-MATCHES = {
-    "likelihood": ("product", "geometric"),
-    "sft": ("nucleus", "geometric", "kl_gate"),
-    "ram": ("product", "candidates", "nucleus", "kl_gate"),
-    "preference": ("product", "candidates"),
-}
-"""The rules that decode what each objective trains."""
 
 DEAR = 2.0
 """Nats of KL(aligned‖p̃) for a nat of likelihood that are too many; 1 is par."""
@@ -49,13 +41,13 @@ class Written(NamedTuple):
         return [bool(split_words(text)) for text in self.texts]
 
 
-def warn_of_rule(options: TrainOptions) -> None:
+def warn_of_rule(plan: Plan) -> None:
     """Say it where objective and rule do not fit."""
-    fitting = ("geometric",) if options.has_reference else MATCHES[options.objective]
-    if options.parsed_rule.name not in fitting:
+    fitting = plan.objective.fits(plan.setting)
+    if fitting and plan.rule.name not in fitting:
         logger.warning(
             "objective '%s' does not train what rule '%s' decodes; it fits %s",
-            options.objective, options.rule, " or ".join(fitting),
+            plan.asked.objective, plan.asked.rule, " or ".join(fitting),
         )  # fmt: skip
 
 
@@ -83,15 +75,15 @@ def warn_of_start(exponent: float, bounds: tuple[float, float], started: float, 
         )  # fmt: skip
 
 
-def warn_of_weight(options: TrainOptions, tuned: Tuned) -> None:
+def warn_of_weight(plan: Plan, tuned: Tuned) -> None:
     """Say it where the tuned weight is far below the trained one or at its range's end, or its divergence is dear.
 
     Args:
-        options: what was trained.
+        plan: of the run.
         tuned: what was found on the development answers; the range begins at 0, which is the proposal.
     """
-    rule, trained = options.parsed_rule, options.starting_weight
-    likely = options.objective == "likelihood"
+    rule, trained = plan.rule, plan.weight
+    likely = plan.objective.likely
     best, (low, high) = tuned.weight, RANGES[rule.name]
     losses = dict(tuned.tried)
     if not tuned.bound and best == low:

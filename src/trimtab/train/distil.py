@@ -34,7 +34,7 @@ class DistilTrainer(AlignerTrainer):
         logits, positions = answer_logits(model, inputs, "chosen")
         target = self.target(inputs)(cached_rows(inputs, self._vocab_size), positions)
         losses = distillation(target, rows_at(logits, positions, self._vocab_size))
-        loss = (self._sum(losses, inputs, "chosen") / self._mean_length * inputs["share"]).sum()
+        loss = self._weigh(losses, inputs)
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:

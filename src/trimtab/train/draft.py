@@ -20,17 +20,17 @@ from trimtab.models.loading import load_model
 from trimtab.models.masks import context_of
 from trimtab.train.batches import answer_logits, rows_at
 from trimtab.train.distil import DistilTrainer, Target
-from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import Piece
+from trimtab.train.plan import Plan
 
-__all__ = ["CHECKPOINTS", "DraftTrainer", "check_draft_start", "draft_options"]
+__all__ = ["CHECKPOINTS", "DraftTrainer", "check_draft_start", "draft_plan"]
 
 CHECKPOINTS = "draft_checkpoints"
 """The folder in the output folder where a drafter's training keeps its checkpoints."""
 
 
-def draft_options(options: TrainOptions, learning_rate: float, epochs: float | None = None) -> TrainOptions:
-    """A run's options for its drafter: as many epochs over the same updates, at twice the aligner's rate, falling as a cosine.
+def draft_plan(plan: Plan, learning_rate: float, epochs: float | None = None) -> Plan:
+    """A run's plan for its drafter: as many epochs over the same updates, at twice the aligner's rate, falling as a cosine.
 
     Or so many `epochs`, where they are given: a head's drafter has other data.
 
@@ -44,7 +44,9 @@ def draft_options(options: TrainOptions, learning_rate: float, epochs: float | N
         "greater_is_better": False,
         "report_to": "none",
     } | ({} if epochs is None else {"num_train_epochs": epochs, "max_steps": -1})
-    return dataclasses.replace(options, output_dir=f"{options.output_dir}/{CHECKPOINTS}", training={**options.training, **own})
+    output = f"{plan.asked.output_dir}/{CHECKPOINTS}"
+    asked = dataclasses.replace(plan.asked, output_dir=output, training={**plan.asked.training, **own})
+    return dataclasses.replace(plan, asked=asked)
 
 
 def check_draft_start(folder: Path, vocab_size: int, length: int) -> str:
@@ -91,7 +93,7 @@ class DraftTrainer(DistilTrainer):
             logits, _ = answer_logits(self._aligner, inputs, "chosen")
 
         def aligned(logp: Tensor, positions: Tensor) -> Tensor:
-            logq = rows_at(logits, positions, self._vocab_size, self._options.temperatures.aligner)
+            logq = rows_at(logits, positions, self._vocab_size, self._plan.temperatures.aligner)
             return self._rule.target(logp, [logq], logq.new_tensor([self._weight]))
 
         return aligned

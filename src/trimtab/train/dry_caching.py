@@ -14,7 +14,7 @@ from trimtab.models.shapes import FoundConfig
 from trimtab.train.cache import ProposalCache, bytes_per_token, shard_bytes
 from trimtab.train.head import hidden_answers
 from trimtab.train.hidden import hidden_bytes
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan
 from trimtab.train.rehearse_caching import rehearse_caching, rehearse_hidden
 from trimtab.train.rows import Layout
 from trimtab.train.taught_rows import TaughtCache
@@ -25,9 +25,9 @@ SAMPLED = 4
 """Examples that stand for all where operations are counted."""
 
 
-def proposal_dtype(options: TrainOptions, proposal: FoundConfig) -> torch.dtype:
+def proposal_dtype(plan: Plan, proposal: FoundConfig) -> torch.dtype:
     """The dtype that the proposal is loaded in."""
-    named = options.dtype if options.dtype != "auto" else getattr(proposal.config, "dtype", None) or torch.float32
+    named = plan.asked.dtype if plan.asked.dtype != "auto" else getattr(proposal.config, "dtype", None) or torch.float32
     return getattr(torch, named) if isinstance(named, str) else named
 
 
@@ -35,7 +35,7 @@ class Passes(NamedTuple):
     """The passes over the data of a run.
 
     Attributes:
-        options: of the run.
+        plan: of the run.
         proposal: whose rows and states they are.
         vocab_size: V.
         tap: the first layer of a head; None where none is trained.
@@ -43,7 +43,7 @@ class Passes(NamedTuple):
         development: those of development, or some like them.
     """
 
-    options: TrainOptions
+    plan: Plan
     proposal: FoundConfig
     vocab_size: int
     tap: int | None
@@ -55,11 +55,11 @@ class Passes(NamedTuple):
 
         None where nothing is cached.
         """
-        options, config, dtype = self.options, self.proposal.config, proposal_dtype(self.options, self.proposal)
-        device = pick_device(None if options.device == "auto" else options.device)
+        plan, config, dtype = self.plan, self.proposal.config, proposal_dtype(self.plan, self.proposal)
+        device = pick_device(None if plan.asked.device == "auto" else plan.asked.device)
         found, flops = [], {"flops": 0.0, "hidden_flops": 0.0}
-        if kinds := dict.fromkeys(which for _, which in options.cached_answers):
-            layout, temperature = options.row_layout(self.vocab_size), options.temperatures.proposal
+        if kinds := dict.fromkeys(which for _, which in plan.cached_answers):
+            layout, temperature = plan.row_layout(self.vocab_size), plan.temperatures.proposal
             how = self.vocab_size, layout, temperature
             found.append(rehearse_caching(config, dtype, device, *how, *self._read(list(kinds))))
             flops["flops"] = found[-1].flops
@@ -75,7 +75,7 @@ class Passes(NamedTuple):
 
     def flops(self, each: Mapping[str, Any], counts: Mapping[str, int]) -> float:
         """Operations of all passes over so many examples of `train` and of `dev`; `each` is what `memory` says."""
-        rows = sum(counts[part] for part, _ in self.options.cached_answers)
+        rows = sum(counts[part] for part, _ in self.plan.cached_answers)
         return float(rows * each["flops"] + sum(counts[part] for part, _ in self._hidden) * each["hidden_flops"])
 
     def disk(self, *, known: bool) -> dict[str, Any]:
@@ -84,20 +84,20 @@ class Passes(NamedTuple):
         A token of an answer takes `bytes_per_token`, of a teacher's rows `teacher_bytes_per_token`, and a token of a prompt or
         an answer that a head reads `hidden_bytes_per_token`; they are left out where there are none.
         """
-        options, parts = self.options, {"train": self.examples, "dev": self.development}
-        plain: tuple[Layout, type[ProposalCache]] = options.row_layout(self.vocab_size), ProposalCache
-        taught: tuple[Layout, type[ProposalCache]] = options.taught_layout(self.vocab_size), TaughtCache
-        width, dtype = self.proposal.config.hidden_size, proposal_dtype(options, self.proposal)
+        plan, parts = self.plan, {"train": self.examples, "dev": self.development}
+        plain: tuple[Layout, type[ProposalCache]] = plan.row_layout(self.vocab_size), ProposalCache
+        taught: tuple[Layout, type[ProposalCache]] = plan.taught_layout(self.vocab_size), TaughtCache
+        width, dtype = self.proposal.config.hidden_size, proposal_dtype(plan, self.proposal)
         size, tokens = 0, 0
-        for part, which in options.cached_answers:
+        for part, which in plan.cached_answers:
             name, how = ("chosen", taught) if which == "teacher" else (which, plain)
             lengths = [len(getattr(example, name)) for example in parts[part]]
             size, tokens = size + sum(shard_bytes(lengths, *how)), tokens + sum(lengths)
         for part, which in self._hidden:
             lengths = [len(one.prompt) + len(one.chosen) for one in answers(parts[part], which)]
             size, tokens = size + sum(hidden_bytes(lengths, width, dtype)), tokens + sum(lengths)
-        each = {"bytes_per_token": bytes_per_token(*plain)} if self.tap is None or options.cached_answers else {}
-        each |= {} if options.teacher_prompt is None else {"teacher_bytes_per_token": bytes_per_token(*taught)}
+        each = {"bytes_per_token": bytes_per_token(*plain)} if self.tap is None or plan.cached_answers else {}
+        each |= {} if plan.asked.teacher_prompt is None else {"teacher_bytes_per_token": bytes_per_token(*taught)}
         each |= {} if not self.tap else {"hidden_bytes_per_token": width * dtype.itemsize}
         return {**each, "tokens": tokens if known else None, "bytes": size if known else None}
 
@@ -106,7 +106,7 @@ class Passes(NamedTuple):
         """Which answers of which part hidden states are kept on."""
         if self.tap is None:
             return []
-        return hidden_answers(self.tap, self.examples, self.development, pairs=self.options.needs_rejected)
+        return hidden_answers(self.tap, self.examples, self.development, pairs=self.plan.reads_rejected)
 
     def _read(self, kinds: Sequence[str]) -> tuple[int, list[Example]]:
         """Tokens of the longest sequence that the proposal reads on these answers, and some that stand for all."""

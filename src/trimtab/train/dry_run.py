@@ -31,18 +31,16 @@ from trimtab.models.masks import context_of
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.supported import check_supported
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
-from trimtab.train.arguments import training_arguments
-from trimtab.train.checkpointing import checkpoints
+from trimtab.train.arguments import checkpoints, training_arguments
 from trimtab.train.checks import warn_of_rule
 from trimtab.train.dry_caching import Passes, proposal_dtype
 from trimtab.train.folder import refuse_foreign
 from trimtab.train.head import KEPT_TOKENS, HeadPlan, plan_head
-from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
-from trimtab.train.options import Temperatures, TrainOptions
+from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date, settle_pairs
+from trimtab.train.options import TrainOptions
 from trimtab.train.own_samples import longest_sample
-from trimtab.train.pairs import settle_pairs
+from trimtab.train.plan import Facts, Plan, Temperatures, announce_round, resolve
 from trimtab.train.rehearsal import Rehearsal, largest_step
-from trimtab.train.rounds import settle
 from trimtab.train.start import read_lora
 from trimtab.train.teacher import Teacher, lack_answers
 
@@ -82,25 +80,26 @@ class _Data(NamedTuple):
     """How many pairs have two equal answers, if that is known."""
 
 
-def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
+def estimate(asked: TrainOptions, expected: Expected) -> dict[str, Any]:
     """Check a run and say what it will take: bytes, steps, floating-point operations and seconds, for one process.
 
     Raises:
         TrimtabError: what the run itself would raise, as far as it can be known.
     """
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
-        options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
-    here = describe(options.aligner) if options.aligner and expand_home(options.aligner).is_dir() else None
-    options = settle(options, here)
-    warn_of_rule(options)
-    if options.teacher_prompt is not None:
-        Teacher.read(options.teacher_prompt)
+        asked = dataclasses.replace(asked, training={"use_cpu": True} | asked.training)
+    facts = Facts(describe(asked.aligner) if asked.aligner and expand_home(asked.aligner).is_dir() else None)
+    plan = resolve(asked, facts)
+    announce_round(asked, plan)
+    warn_of_rule(plan)
+    if asked.teacher_prompt is not None:
+        Teacher.read(asked.teacher_prompt)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as scratch, _alone():  # the trainer wants a folder; the run's own stays as it is
-        arguments = training_arguments(options)
-        refuse_foreign(Path(options.output_dir), options.overwrite_output_dir)
+        arguments = training_arguments(plan)
+        refuse_foreign(Path(asked.output_dir), asked.overwrite_output_dir)
         arguments.output_dir = scratch
-        return _estimate(options, here, expected, arguments, processes)
+        return _estimate(asked, facts, expected, arguments, processes)
 
 
 @contextlib.contextmanager
@@ -114,38 +113,37 @@ def _alone() -> Iterator[None]:
 
 
 def _estimate(
-    options: TrainOptions, here: Description | None, expected: Expected, arguments: TrainingArguments, processes: int
+    asked: TrainOptions, facts: Facts, expected: Expected, arguments: TrainingArguments, processes: int
 ) -> dict[str, Any]:
-    proposal = find_config(options.proposal, expected.proposal)
+    here, plan = facts.aligner, resolve(asked, facts)
+    proposal = find_config(plan.asked.proposal, expected.proposal)
     adapter = here.folder if here and here.is_adapter else None
-    head = _plan_head(options, here, proposal) if options.trains_head else None
-    start = base_of(adapter) if adapter else Base(options.aligner)
+    head = _plan_head(plan, here, proposal) if plan.trains_head else None
+    start = base_of(adapter) if adapter else Base(plan.asked.aligner)
     aligner = proposal if head else find_config(start.source, expected.aligner, revision=start.revision)
     for found in (proposal, aligner):
         check_supported(found.config)
-    tokenizer, vocab_size = _vocabulary(options, proposal, aligner, here.tokenizer if here else None)
-    context = context_of(proposal.config) - bool(options.proposal_endpoint)
-    longest = min(options.max_length, context_of(aligner.config), context)
-    data = _data(options, expected, tokenizer, proposal, longest, context)
+    tokenizer, vocab_size = _vocabulary(plan, proposal, aligner, here.tokenizer if here else None)
+    context = context_of(proposal.config) - bool(plan.asked.proposal_endpoint)
+    longest = min(plan.asked.max_length, context_of(aligner.config), context)
+    data = _data(plan, expected, tokenizer, proposal, longest, context)
+    facts = _settled(plan, facts, data)
+    plan = resolve(asked, facts)
+    if data.lacking is not None:
+        asked.asked_objective.announce(plan.setting)
     if data.examples is not None and data.development is not None:
-        options, examples, development, equal = settle_pairs(options, data.examples, data.development)
+        examples, development, equal = settle_pairs(plan, data.examples, data.development)
         data = data._replace(examples=examples, development=development, counts=(len(examples), len(development)), equal=equal)
-    elif data.lacking is None and options.contrast is None:  # whatever takes more, unless the columns say otherwise
-        columns = parse_columns(options.columns)
-        options = dataclasses.replace(options, contrast=options.default_contrast * (not columns or "rejected" in columns))
-    else:
-        options = options.with_contrast_for(sum(data.counts or (0,)), lacking=data.lacking or 0)
-    options = options.at(Temperatures(2.0, 2.0)) if options.starts_tempered else options  # whatever but 1
-    of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if options.needs_rejected else [])
+    of_one = Example([0], [0] * (longest - 1), [0] * (longest - 1) if plan.reads_rejected else [])
     batch_size = arguments.train_batch_size
     examples = data.examples or [of_one] * batch_size
     development = data.development or [of_one] * arguments.eval_batch_size
     mean_length = sum(len(example.chosen) for example in examples) / len(examples)
-    kept = _kept(options, tokenizer, longest)
+    kept = _kept(plan, tokenizer, longest)
     trained = [*examples, *kept]
 
     lora = read_lora(adapter) if adapter and not head else None
-    rehearsal = Rehearsal(options, arguments, aligner.config, vocab_size, mean_length, lora, head)
+    rehearsal = Rehearsal(plan, arguments, aligner.config, vocab_size, mean_length, lora, head)
     parameters = rehearsal.parameters
     step = largest_step(rehearsal, examples, kept, batch_size)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
@@ -157,8 +155,8 @@ def _estimate(
         "accelerator": torch.accelerator.is_available(),
         "hardware": describe_hardware(),
         "processes": processes,
-        "proposal": _describe(options.proposal, proposal, None),
-        "aligner": _describe(options.aligner, aligner, parameters),
+        "proposal": _describe(plan.asked.proposal, proposal, None),
+        "aligner": _describe(plan.asked.aligner, aligner, parameters),
         "head": head and {"layers": head.layers, "of": proposal.config.num_hidden_layers, "kept_samples": len(kept)},
         "vocabulary": {"tokens": vocab_size, "checked": tokenizer is not None},
         "data": {
@@ -170,8 +168,8 @@ def _estimate(
             "longest": max(example.length for example in examples),
             "equal_pairs": data.equal,
         },
-        "contrast": options.contrast,
-        "rejected": options.needs_rejected and ("known" if data.lacking is not None else "assumed"),
+        "contrast": dataclasses.asdict(plan.objective).get("contrast", 0.0),
+        "rejected": plan.reads_rejected and ("known" if data.lacking is not None else "assumed"),
         "memory": {
             "weights": weights,
             "gradients": step.gradients,
@@ -190,9 +188,9 @@ def _estimate(
     }
     counts = {"train": data.counts[0] + len(kept), "dev": data.counts[1]} if data.counts else None
     report |= _steps(rehearsal, arguments, counts, processes)
-    report["draft_steps"] = (None if head else report["steps"]) if options.trains_draft else 0
-    passes = Passes(options, proposal, vocab_size, head.tap if head else None, trained, development)
-    report["caching"] = None if options.proposal_endpoint else passes.memory()
+    report["draft_steps"] = (None if head else report["steps"]) if plan.trains_draft else 0
+    passes = Passes(plan, proposal, vocab_size, head.tap if head else None, trained, development)
+    report["caching"] = None if plan.asked.proposal_endpoint else passes.memory()
     report["cache"] = passes.disk(known=data.examples is not None)
     flops: dict[str, Any] = {"micro_batch": _flops(rehearsal, examples, kept, batch_size), "at_most": data.why is not None}
     done = report["micro_batches"]
@@ -202,41 +200,51 @@ def _estimate(
     return report | _work(expected, arguments, flops, report["caching"])
 
 
-def _plan_head(options: TrainOptions, here: Description | None, proposal: FoundConfig) -> HeadPlan:
+def _settled(plan: Plan, facts: Facts, data: _Data) -> Facts:
+    """The facts with what the data say; where they are not at hand, with whatever takes more, unless columns say otherwise."""
+    if data.lacking is None:
+        columns = parse_columns(plan.asked.columns)
+        records, lacking = sum(data.counts or (1,)), int(bool(columns) and "rejected" not in columns)
+    else:
+        records, lacking = sum(data.counts or (0,)), data.lacking
+    return facts._replace(records=records, lacking=lacking, fitted=Temperatures(2.0, 2.0) if plan.fits_temperatures else None)
+
+
+def _plan_head(plan: Plan, here: Description | None, proposal: FoundConfig) -> HeadPlan:
     """What a head is made of, if the proposal can have it."""
     depth = proposal.config.num_hidden_layers
     known = here and here.manifest and here.manifest.parsed_head
     if known and known.layers != depth:
         raise UnsupportedModel(
-            f"'{options.aligner}' is a head of another proposal: of one with {known.layers} layers, and this one has {depth}"
+            f"'{plan.asked.aligner}' is a head of another proposal: of one with {known.layers} layers, and this one has {depth}"
         )
-    tap, lora = plan_head(options, proposal.config, here)
-    return HeadPlan(tap, depth - tap, lora, proposal_dtype(options, proposal))
+    tap, lora = plan_head(plan, proposal.config, here)
+    return HeadPlan(tap, depth - tap, lora, proposal_dtype(plan, proposal))
 
 
-def _kept(options: TrainOptions, tokenizer: Any, longest: int) -> list[Example]:
+def _kept(plan: Plan, tokenizer: Any, longest: int) -> list[Example]:
     """As many examples as a head is kept at the proposal by, as long as they may be; they are yet to be drawn."""
-    if not options.kept_samples:
+    if not plan.kept_samples:
         return []
     encoder = None
     if tokenizer is not None:
-        encoder = Encoder(tokenizer, vocabulary_size(tokenizer), (), run_date(options, tokenizer))
+        encoder = Encoder(tokenizer, vocabulary_size(tokenizer), (), run_date(plan, tokenizer))
     one = longest_sample(encoder, KEPT_TOKENS, longest)
-    return [one._replace(rejected=one.chosen if options.needs_rejected else one.rejected)] * options.kept_samples
+    return [one._replace(rejected=one.chosen if plan.reads_rejected else one.rejected)] * plan.kept_samples
 
 
-def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
+def _vocabulary(plan: Plan, proposal: FoundConfig, aligner: FoundConfig, own: Any) -> tuple[Any, int]:
     """The proposal's tokenizer, if it and the aligner's `own` are at hand and agree, and V."""
-    read_chat_template(options.chat_template_path)
+    read_chat_template(plan.asked.chat_template_path)
     here = [is_here(found.source, "tokenizer_config.json", found.revision) for found in (proposal, aligner)]
-    tokenizer = open_tokenizer(options, proposal.source) if here[0] else None
-    own = open_tokenizer(options, aligner.source, aligner.revision) if own is None and here[1] else own
+    tokenizer = open_tokenizer(plan, proposal.source) if here[0] else None
+    own = open_tokenizer(plan, aligner.source, aligner.revision) if own is None and here[1] else own
     if tokenizer is not None and own is not None:
-        check_same_vocabulary(tokenizer, own, options.aligner)
+        check_same_vocabulary(tokenizer, own, plan.asked.aligner)
     known = {found.source: SHAPES[found.source].tokens for found in (proposal, aligner) if found.source in SHAPES}
     if len(set(known.values())) > 1:
         counts = " and ".join(f"{name} has {tokens} tokens" for name, tokens in known.items())
-        raise VocabularyMismatch(f"the aligner '{options.aligner}' does not share the proposal's vocabulary: {counts}")
+        raise VocabularyMismatch(f"the aligner '{plan.asked.aligner}' does not share the proposal's vocabulary: {counts}")
     columns = min(found.config.vocab_size for found in (proposal, aligner))
     size = vocabulary_size(tokenizer) if tokenizer is not None else next(iter(known.values()), columns)
     if columns < size:
@@ -244,32 +252,30 @@ def _vocabulary(options: TrainOptions, proposal: FoundConfig, aligner: FoundConf
     return tokenizer, size
 
 
-def _data(
-    options: TrainOptions, expected: Expected, tokenizer: Any, proposal: FoundConfig, longest: int, context: int
-) -> _Data:
+def _data(plan: Plan, expected: Expected, tokenizer: Any, proposal: FoundConfig, longest: int, context: int) -> _Data:
     """The examples, if data and tokenizer are at hand; otherwise their number, if that is known."""
-    missing = [why for name in (options.dataset, options.eval_dataset) if name and (why := why_not_at_hand(name))]
+    missing = [why for name in (plan.asked.dataset, plan.asked.eval_dataset) if name and (why := why_not_at_hand(name))]
     if missing:
-        return _Data(None, None, _counts(options, expected.examples), missing[0])
-    records, kept = read_parts(options, tokenizer)
+        return _Data(None, None, _counts(plan, expected.examples), missing[0])
+    records, kept = read_parts(plan, tokenizer)
     lacking = sum(record.rejected is None for record in records + kept)
     if tokenizer is None:
-        why = f"the tokenizer of {options.proposal} is not on this machine"
+        why = f"the tokenizer of {plan.asked.proposal} is not on this machine"
         return _Data(None, None, (len(records), len(kept)), why, lacking)
-    if options.teacher_prompt is not None and lack_answers((records, kept)):
+    if plan.asked.teacher_prompt is not None and lack_answers((records, kept)):
         return _Data(None, None, (len(records), len(kept)), "the answers are yet to be drawn behind teacher_prompt", lacking)
     ends = find_eos_token_ids(proposal, tokenizer)
-    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(options, tokenizer))
-    examples, development = encode_parts((records, kept), options, encoder, longest, context)
+    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), ends, run_date(plan, tokenizer))
+    examples, development = encode_parts((records, kept), plan, encoder, longest, context)
     return _Data(examples, development, (len(examples), len(development)), None, lacking)
 
 
-def _counts(options: TrainOptions, records: int | None) -> tuple[int, int] | None:
+def _counts(plan: Plan, records: int | None) -> tuple[int, int] | None:
     """Of training and development, if every record has a prompt of its own."""
     if records is None:
         return None
-    records = min(records, options.max_examples or records)
-    kept = max(1, round(options.dev_fraction * records)) if options.eval_dataset is None else 0
+    records = min(records, plan.asked.max_examples or records)
+    kept = max(1, round(plan.asked.dev_fraction * records)) if plan.asked.eval_dataset is None else 0
     return records - kept, kept
 
 

@@ -28,10 +28,10 @@ from trimtab.models.layers import cut_config
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.weight_files import WEIGHTS_NAME, expand
 from trimtab.train.hidden import HiddenCache
-from trimtab.train.options import TrainOptions
 from trimtab.train.own_samples import draw_samples, read_samples
-from trimtab.train.proposal import Proposal
+from trimtab.train.plan import Plan
 from trimtab.train.ranks import Ranks
+from trimtab.train.rows import Proposal
 from trimtab.train.start import make_lora, pinned, read_lora
 
 __all__ = [
@@ -123,11 +123,11 @@ class Earlier(NamedTuple):
         return cls({_move(name, -head.tap): weight for name, weight in found.items()}, files)
 
 
-def plan_head(options: TrainOptions, config: Any, found: Description | None) -> tuple[int, Any]:
+def plan_head(plan: Plan, config: Any, found: Description | None) -> tuple[int, Any]:
     """The tap of a head, and the configuration of its adapter in `upper_model`: of a fresh one, or as a folder has them.
 
     Args:
-        options: of the run.
+        plan: of the run.
         config: the proposal's.
         found: the head that is trained on; None for a fresh one.
 
@@ -143,14 +143,14 @@ def plan_head(options: TrainOptions, config: Any, found: Description | None) -> 
             raise InvalidOption(f"aligner: '{found.folder}' sets a rank or a scale by patterns, and is not trained on")
         if (some := lora.layers_to_transform) is not None:
             lora.layers_to_transform = [layer - head.tap for layer in ([some] if isinstance(some, int) else some)]
-        lora.revision = pinned(options.proposal)
+        lora.revision = pinned(plan.asked.proposal)
         return head.tap, lora
     if config.model_type not in FAMILIES:
         raise no_lean_pass(config.model_type)
     known = projections_of(config)
-    if odd := set(options.lora_target_modules) - set(known):
+    if odd := set(plan.asked.lora_target_modules) - set(known):
         raise InvalidOption(f"lora_target_modules: a head of this proposal adapts {', '.join(known)}, not '{min(odd)}'")
-    return pick_tap(config.num_hidden_layers, options.head_layers), make_lora(options, options.proposal, known)
+    return pick_tap(config.num_hidden_layers, plan.asked.head_layers), make_lora(plan, plan.asked.proposal, known)
 
 
 def hidden_answers(
@@ -172,19 +172,19 @@ class HeadStart:
     """A head before it is trained.
 
     Args:
-        options: of the run.
+        plan: of the run.
         proposal: what it reads.
         head: what its manifest will say.
         lora: the configuration of its adapter.
         earlier: what an earlier round has made of it; None for fresh adapters.
     """
 
-    def __init__(self, options: TrainOptions, proposal: Proposal, head: Head, lora: Any, earlier: Earlier | None) -> None:
-        self._options, self._proposal, self.head, self._lora, self.earlier = options, proposal, head, lora, earlier
+    def __init__(self, plan: Plan, proposal: Proposal, head: Head, lora: Any, earlier: Earlier | None) -> None:
+        self._plan, self._proposal, self.head, self._lora, self.earlier = plan, proposal, head, lora, earlier
 
     @classmethod
-    def of(cls, options: TrainOptions, proposal: Proposal, found: Description | None) -> Self:
-        """A head as the options ask for, or the one in a folder.
+    def of(cls, plan: Plan, proposal: Proposal, found: Description | None) -> Self:
+        """A head as the plan asks for, or the one in a folder.
 
         Raises:
             InvalidOption: see `plan_head`.
@@ -194,11 +194,11 @@ class HeadStart:
         assert model is not None  # as `settle_head` has it
         known = found and found.manifest and found.manifest.parsed_head
         if known:
-            known.check(model, options.aligner)
+            known.check(model, plan.asked.aligner)
         depth = model.lean.depth
-        tap, lora = plan_head(options, model.model.config, found)
+        tap, lora = plan_head(plan, model.model.config, found)
         head = known or Head(tap, depth, model.digest)
-        return cls(options, proposal, head, lora, Earlier.read(found.folder, head, model) if found else None)
+        return cls(plan, proposal, head, lora, Earlier.read(found.folder, head, model) if found else None)
 
     @property
     def plan(self) -> HeadPlan:
@@ -209,13 +209,13 @@ class HeadStart:
     @property
     def source(self) -> str:
         """The proposal's name."""
-        return self._options.proposal
+        return self._plan.asked.proposal
 
     def caches(
         self, training: Sequence[Example], development: Sequence[Example], ranks: Ranks, *, pairs: bool
     ) -> dict[str, dict[str, HiddenCache]]:
         """The hidden states on the `hidden_answers` of `train` and `dev`, by the kind of answer."""
-        folder = Path(self._options.proposal_cache or Path(self._options.output_dir) / "proposal_cache")
+        folder = Path(self._plan.asked.proposal_cache or Path(self._plan.asked.output_dir) / "proposal_cache")
         found: dict[str, dict[str, HiddenCache]] = {"train": {}, "dev": {}}
         for part, which in hidden_answers(self.head.tap, training, development, pairs=pairs):
             some, tap = answers(training if part == "train" else development, which), self.head.tap
@@ -228,14 +228,14 @@ class HeadStart:
 
         Among `pairs` each is a pair of two equal answers, in which there is nothing to contrast.
         """
-        count = self._options.kept_samples
+        count = self._plan.kept_samples
         if not count:
             return []
         assert self._proposal.model is not None
         model = AlignedModel(
             self._proposal.model, (), encoder.tokenizer, self._proposal.eos_token_ids, date=encoder.date, draft="none"
         )
-        path = Path(self._options.output_dir) / KEPT
+        path = Path(self._plan.asked.output_dir) / KEPT
         header = {"proposal": self._proposal.rows.fingerprint, "seed": seed, "count": count, **encoder.chat_settings}
         limits = {"max_tokens": KEPT_TOKENS, "max_length": max_length}
         if not ranks.first_does(path.exists):

@@ -27,15 +27,15 @@ from trimtab.models.reduced import reduce_model, save_reduced
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, answer_logits, cached_batch, collate, rows_at
 from trimtab.train.distil import DistilTrainer, Target
-from trimtab.train.draft import draft_options
-from trimtab.train.fit import fit, trained
+from trimtab.train.draft import draft_plan
 from trimtab.train.folder import last_checkpoint
-from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import Piece
+from trimtab.train.plan import Plan
 from trimtab.train.progress import CompactProgress
 from trimtab.train.ranks import Ranks
 from trimtab.train.rows import CachedRows
 from trimtab.train.samples import open_aligned, pick_prompts
+from trimtab.train.trainer import fit, trained
 
 __all__ = ["Answer", "ReducedTrainer", "frequent_tokens", "train_head_draft"]
 
@@ -69,7 +69,7 @@ class Answer(NamedTuple):
 
 
 def train_head_draft(
-    options: TrainOptions,
+    plan: Plan,
     output: Path,
     place: Path,
     head: Head,
@@ -81,7 +81,7 @@ def train_head_draft(
     """Distil the drafter of the finished head in the output folder, and save it there.
 
     Args:
-        options: of the run.
+        plan: of the run.
         output: the head's folder; the drafter goes into its folder `draft`.
         place: where answers and checkpoints are kept, for a run that is killed.
         head: what the head's manifest says.
@@ -94,13 +94,13 @@ def train_head_draft(
         `metrics`, `history`, `seconds`, `layers` and `tokens`, the size of its vocabulary.
     """
     started = time.monotonic()
-    own = draft_options(options, learning_rate, EPOCHS)
+    own = draft_plan(plan, learning_rate, EPOCHS)
     arguments = training_arguments(own)
     prompts = [pick_prompts(part, most) for part, most in zip(parts, (PROMPTS, DEVELOPMENT), strict=True)]
     path = place / "answers.jsonl"
-    ends = ranks.first_does(lambda: _answer(options, output, tokenizer, prompts[0] + prompts[1], path, arguments.seed))
+    ends = ranks.first_does(lambda: _answer(plan, output, tokenizer, prompts[0] + prompts[1], path, arguments.seed))
     answers, development = _read(path, len(prompts[0]) * EACH)
-    whole = load_model(options.proposal, dtype=torch.float32, device="cpu")
+    whole = load_model(plan.asked.proposal, dtype=torch.float32, device="cpu")
     token_ids = frequent_tokens(answers, ends, VOCABULARY)
     layers = tuple(range(min(LAYERS, head.layers)))
     model = reduce_model(whole, layers, token_ids)
@@ -118,7 +118,7 @@ def train_head_draft(
         eval_dataset=_dataset(development, token_ids),
     )
     CompactProgress.install(trainer, "draft")
-    fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
+    fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.asked.output_dir))))
     report = {"layers": list(layers), "tokens": len(token_ids), "metrics": trainer.evaluate()}
     report |= {"history": trainer.state.log_history, "seconds": time.monotonic() - started}
     model, weights = trained(trainer)
@@ -148,7 +148,7 @@ class ReducedTrainer(DistilTrainer):
         logits, positions = answer_logits(model, inputs, "chosen")
         cached = cached_batch(inputs)
         losses = _kl(cached, _at(rows_at(logits, positions, self._vocab_size), cached))
-        loss = (self._sum(losses, inputs, "chosen") / self._mean_length * inputs["share"]).sum()
+        loss = self._weigh(losses, inputs)
         return (loss, {}) if return_outputs else loss
 
     def measure(self, target_of: Target, piece: Piece) -> list[Tensor]:
@@ -188,11 +188,9 @@ def _dataset(answers: Sequence[Answer], token_ids: Tensor) -> ExampleDataset:
     return ExampleDataset([answer.example for answer in answers], caches)
 
 
-def _answer(
-    options: TrainOptions, output: Path, tokenizer: Any, examples: Sequence[Example], path: Path, seed: int
-) -> Sequence[int]:
+def _answer(plan: Plan, output: Path, tokenizer: Any, examples: Sequence[Example], path: Path, seed: int) -> Sequence[int]:
     """Let the aligned model answer prompts, going on where a killed run stopped; the ends of sequence."""
-    model = open_aligned(options, output, tokenizer)
+    model = open_aligned(plan, output, tokenizer)
     if path.exists():
         return model.eos_token_ids
     header = {"models": model.fingerprints, "seed": seed, "prompts": len(examples)}

@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 from trimtab.data.examples import Example
 from trimtab.hardware import free_memory, in_bytes
 from trimtab.reasons import reason_of
-from trimtab.train.checkpointing import CHECKPOINTING, checkpoints
+from trimtab.train.arguments import CHECKPOINTING, checkpoints
 from trimtab.train.footprint import nbytes
 from trimtab.train.head import HeadPlan
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan
 from trimtab.train.rehearsal import Rehearsal, largest_step
 
 __all__ = ["warn_of_memory"]
@@ -29,7 +29,7 @@ SMALL = 10_000_000
 
 
 def warn_of_memory(
-    options: TrainOptions,
+    plan: Plan,
     arguments: TrainingArguments,
     vocab_size: int,
     model: Any,
@@ -42,7 +42,7 @@ def warn_of_memory(
     """Say it where training will take more than is free. Where it cannot be known, that is said, and the run goes on.
 
     Args:
-        options: of the run.
+        plan: of the run.
         arguments: of the run.
         vocab_size: V.
         model: what is trained, or of a head its proposal.
@@ -60,7 +60,7 @@ def warn_of_memory(
         with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder
             own = copy.copy(arguments)
             own.output_dir = scratch
-            rehearsal = Rehearsal(options, own, model.config, vocab_size, mean_length, lora, head)
+            rehearsal = Rehearsal(plan, own, model.config, vocab_size, mean_length, lora, head)
             step = largest_step(rehearsal, examples, kept, own.train_batch_size)
     except Exception as error:  # whatever it is, training may do without it
         logger.warning("whether training fits into memory is not known: %s", reason_of(error))

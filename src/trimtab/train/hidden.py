@@ -16,9 +16,8 @@ from trimtab.decode.prefill import CHUNK, pad
 from trimtab.decode.scoring import by_length
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train.cache import FORMAT_VERSION, SHARD, Shards, file_bytes, missing_shards, sharded
-from trimtab.train.proposal import Proposal
 from trimtab.train.ranks import ALONE, Ranks
-from trimtab.train.rows import BATCH
+from trimtab.train.rows import BATCH, Proposal
 
 __all__ = ["HiddenCache", "hidden_bytes", "hidden_states"]
 

@@ -1,99 +1,89 @@
-"""What `TrainOptions` refuses before any work is done: values out of range, and options that contradict each other."""
+"""What a run refuses before any work is done: options that contradict each other, or what the aligner is."""
 
-import math
-from typing import TYPE_CHECKING
-
-from trimtab.core.rules import Geometric, Product
-from trimtab.data.cut import CUT_ANSWERS
-from trimtab.data.records import parse_columns
-from trimtab.data.template import check_date
 from trimtab.errors import InvalidOption
-from trimtab.models.aligner import OBJECTIVES
-from trimtab.train.teacher import refuse_beside_teacher
+from trimtab.train.objectives import Objective, Setting
+from trimtab.train.options import TrainOptions
 from trimtab.train.tune import RANGES
 
-if TYPE_CHECKING:
-    from trimtab.train.options import TrainOptions
-
-__all__ = ["STARTS", "refuse_contradictions"]
-
-STARTS = ("auto", "tempered", "pretrained", "uniform")
-"""Where training may start."""
+__all__ = ["refuse_contradictions"]
 
 
-def refuse_contradictions(options: "TrainOptions") -> None:
+def refuse_contradictions(
+    asked: TrainOptions, objective: Objective, setting: Setting, *, residual: bool, can_be_tempered: bool
+) -> None:
     """Refuse options with which no run can be what was asked for.
+
+    Args:
+        asked: the options.
+        objective: that is asked for, as it is.
+        setting: what is known of the run.
+        residual: whether the aligner becomes what the proposal lacks.
+        can_be_tempered: whether temperatures can be fitted: the aligner's is free, and counts.
 
     Raises:
         InvalidOption: names the option and says why.
     """
-    for name in ("proposal", "dataset", "output_dir"):
-        if not getattr(options, name):
-            raise InvalidOption(f"--{name} is required")
-    check_date(options.date)
-    if options.aligner and options.would_overwrite(options.aligner):
-        raise InvalidOption(f"output_dir holds the aligner, {options.aligner}: choose another one")
-    if options.objective not in OBJECTIVES:
-        raise InvalidOption(f"objective must be one of {', '.join(OBJECTIVES)}, not '{options.objective}'")
-    if options.start not in STARTS:
-        raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not '{options.start}'")
-    for name, low, high in (
-        ("alpha", 0, math.inf),
-        ("dev_fraction", 1e-9, 0.9),
-        ("beta", 1e-9, math.inf),
-        ("contrast", 0, math.inf),
-        ("sft_weight", 0, math.inf),
-        ("proposal_temperature", 1e-3, math.inf),
-        ("aligner_temperature", 1e-3, math.inf),
-        ("proposal_top_p", 1e-9, 1),
-        ("max_kl", 1e-9, math.inf),
-        ("dev_samples", 0, math.inf),
-        ("max_length", 2, math.inf),
-        ("max_examples", 2, math.inf),
-        ("cache_top_k", 0, math.inf),
-        ("cache_tail_samples", 0, math.inf),
-        ("teacher_max_tokens", 1, math.inf),
-        ("head_layers", 1, math.inf),
-        ("keep_samples", 0, math.inf),
-        ("lora_r", 1, math.inf),
-        ("lora_dropout", 0, 1),
-    ):
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise InvalidOption(f"{name} must be from {low:g} to {high:g}, not {value}")
-    if options.cut_answers not in CUT_ANSWERS:
-        raise InvalidOption(f"cut_answers must be one of {', '.join(CUT_ANSWERS)}, not '{options.cut_answers}'")
-    if options.weight is not None and not math.isfinite(options.weight):
-        raise InvalidOption(f"weight must be a finite number, not {options.weight}")
-    rule = options.parsed_rule
-    if options.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
-        raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
-    if options.max_kl is not None and rule.name not in RANGES:
+    rule = setting.rule
+    if setting.head:
+        _refuse_beside_head(asked, setting)
+    if asked.max_kl is not None and rule.name not in RANGES:
         raise InvalidOption(f"max_kl bounds the weight that is tuned, and '{rule}' has none: leave it out")
-    if options.dev_samples and options.proposal_endpoint:
+    if asked.dev_samples and asked.proposal_endpoint:
         raise InvalidOption("dev_samples: text is sampled from a proposal that is here, not from an endpoint: leave it out")
-    for name in ("contrast", "sft_weight"):
-        if getattr(options, name) and options.objective != "likelihood":
-            raise InvalidOption(f"{name} is a part of likelihood, and '{options.objective}' has none: leave it out")
-    if options.use_peft and options.start == "uniform":
+    if asked.use_peft and asked.start == "uniform":
         raise InvalidOption("start 'uniform' retrains the output layer, which --use_peft keeps: choose one of them")
-    if options.start == "tempered" and not options.can_be_tempered:
+    if asked.start == "tempered" and not can_be_tempered:
         raise InvalidOption(
             "start 'tempered' fits the aligner's temperature for likelihood with product at a weight above 0:"
             " leave out --aligner_temperature, or choose another start"
         )
-    if options.train_draft and not (options.trains_residual or options.trains_head):
+    if asked.train_draft and not (residual or setting.head):
         raise InvalidOption("train_draft: only a residual, which is likelihood with product, and a head need a drafter")
-    if options.keep_samples and options.objective != "likelihood":  # whether it is a head, its folder says
+    if asked.keep_samples and not objective.keeps:  # whether it is a head, its folder says
         raise InvalidOption("keep_samples: only a head is kept at the proposal by its samples, under likelihood: leave it out")
-    if options.keep_samples and options.teacher_prompt is not None:
-        raise InvalidOption("keep_samples: with --teacher_prompt every row is learnt from the proposal: leave it out")
-    if options.teacher_prompt is not None:
-        refuse_beside_teacher(options)
-    _ = options.limits, parse_columns(options.columns)  # raise where they cannot be
-    if options.proposal_endpoint and options.proposal_temperature not in (None, 1) and options.cache_top_k:
+    if asked.teacher_prompt is not None:
+        _refuse_beside_teacher(asked, objective)
+    if asked.proposal_endpoint and asked.proposal_temperature not in (None, 1) and asked.cache_top_k:
         raise InvalidOption(
             "an endpoint's rows have temperature 1: another proposal_temperature needs every entry, --cache_top_k 0"
         )
-    if options.cache_tail_samples and (why := options.no_tail_samples):
-        raise InvalidOption(f"cache_tail_samples must be 0 here: {why}")
+
+
+def _refuse_beside_head(asked: TrainOptions, setting: Setting) -> None:
+    """What a head has no use for."""
+    if asked.proposal_endpoint:
+        why = "the aligner is a head" if asked.aligner else "without one a head is trained"
+        raise InvalidOption(
+            f"aligner: {why}, which reads the proposal's hidden states, and an endpoint gives none: name"
+            " the model to train, or leave out --proposal_endpoint"
+        )
+    if asked.aligner and asked.start not in ("auto", "pretrained"):
+        raise InvalidOption(f"start: a head is trained on as it is: leave out --start {asked.start}")
+    if not asked.aligner and asked.start != "auto":
+        raise InvalidOption(f"start: a head starts at the proposal, and at nothing else: leave out --start {asked.start}")
+    if setting.rule.name == "product":
+        raise InvalidOption(
+            "rule: a head starts as the proposal, and product would multiply the proposal with itself: leave out --rule"
+            " product, for geometric"
+        )
+
+
+def _refuse_beside_teacher(asked: TrainOptions, objective: Objective) -> None:
+    """What a run cannot be told beside `teacher_prompt`."""
+    if objective.taught() is None:
+        raise InvalidOption(
+            f"teacher_prompt is learnt from whole rows, by objective likelihood, and '{objective.name}' looks at tokens:"
+            " leave one of them out"
+        )
+    if asked.keep_samples:
+        raise InvalidOption("keep_samples: with --teacher_prompt every row is learnt from the proposal: leave it out")
+    if asked.proposal_endpoint:
+        raise InvalidOption(
+            "teacher_prompt needs the proposal here: an endpoint names the best tokens of a row, and not how likely those are"
+            " that are best behind the other prompt; leave out --proposal_endpoint"
+        )
+    if asked.cache_top_k and asked.cache_tail_samples == 0:
+        raise InvalidOption(
+            "cache_tail_samples 0 would leave out the tail of the teacher's rows: give at least 1, or keep every entry with"
+            " --cache_top_k 0"
+        )

@@ -20,17 +20,17 @@ from trimtab.errors import InvalidOption
 from trimtab.models.lean import no_lean_pass
 from trimtab.models.loading import attention_for
 from trimtab.models.stock import is_stock
+from trimtab.train.arguments import checkpoints, switch_checkpointing
 from trimtab.train.batches import ExampleDataset, Item, collate
 from trimtab.train.cache import ProposalCache
-from trimtab.train.checkpointing import checkpoints, switch_checkpointing
 from trimtab.train.footprint import Ledger, check_rehearsable, count_flops, nbytes
 from trimtab.train.head import HeadPlan, adapted_upper
-from trimtab.train.options import TrainOptions
 from trimtab.train.pieces import shape
+from trimtab.train.plan import Plan
 from trimtab.train.ranks import Ranks
 from trimtab.train.start import prepare_model
 from trimtab.train.taught_rows import TaughtCache
-from trimtab.train.taught_trainer import trainer_of
+from trimtab.train.trainer import AlignerTrainer
 
 __all__ = ["Rehearsal", "Step", "largest_step"]
 
@@ -58,7 +58,7 @@ class Rehearsal:
     """An aligner without weights, in the hands of the trainer.
 
     Args:
-        options: of the run.
+        plan: of the run.
         arguments: transformers' part of them; `output_dir` must be a folder that may be written to.
         config: the aligner's configuration; of a head its proposal's.
         vocab_size: V.
@@ -73,7 +73,7 @@ class Rehearsal:
 
     def __init__(
         self,
-        options: TrainOptions,
+        plan: Plan,
         arguments: TrainingArguments,
         config: Any,
         vocab_size: int,
@@ -81,7 +81,7 @@ class Rehearsal:
         lora: Any = None,
         head: HeadPlan | None = None,
     ) -> None:
-        self._options, self._arguments, self._vocab_size = options, arguments, vocab_size
+        self._plan, self._arguments, self._vocab_size = plan, arguments, vocab_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             dtype = head.dtype if head else torch.float32
@@ -93,15 +93,15 @@ class Rehearsal:
                 below = list(model.model.layers[: head.tap].parameters())
                 model = adapted_upper(model, head.tap, head.lora, arguments.seed)
             else:
-                model = prepare_model(model, options, arguments.seed, lora)
+                model = prepare_model(model, plan, arguments.seed, lora)
             check_rehearsable(model)
         self._hidden = (config.hidden_size, dtype) if head and head.tap else None
         with self._making():
             self._below = [torch.empty(parameter.shape, dtype=dtype) for parameter in below]
             _give_devices(model)
             model.to = lambda *args, **kwargs: model  # it was made where it belongs, and torch cannot move it
-            self.trainer = trainer_of(options)(
-                options,
+            self.trainer = AlignerTrainer(
+                plan,
                 vocab_size,
                 mean_length,
                 model=model,
@@ -160,9 +160,8 @@ class Rehearsal:
             self.model.zero_grad()
             self.trainer.optimizer.state.clear()
         rebuilds = "chosen_proposal_ids" in batch
-        if self._options.trains_head:  # whose own layers have them
-            rebuilds = self._options.objective == "likelihood" and not self._options.is_plain
-            rebuilds = rebuilds and self._options.teacher_prompt is None
+        if self._plan.trains_head:  # whose own layers have them
+            rebuilds = self._plan.objective.reads(self._plan.setting)
         rebuilt = 4 * len(batch["chosen_tokens"]) * self._vocab_size * rebuilds
         return Step(held, saved, peak - held, ledger.peak - held, wide, gradients, optimizer, rebuilt)
 
@@ -210,13 +209,13 @@ class Rehearsal:
         batch = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in lengths.items()}
         if self._hidden is not None:
             width, dtype = self._hidden
-            both = self._options.needs_rejected if pairs is None else pairs
+            both = self._plan.reads_rejected if pairs is None else pairs
             for which in ("chosen", "rejected") if both else ("chosen",):
                 batch[f"{which}_hidden"] = torch.empty(*batch[f"{which}_ids"].shape, width, dtype=dtype)
-        kinds = {which for part, which in self._options.cached_answers if rows or part == "train"}
+        kinds = {which for part, which in self._plan.cached_answers if rows or part == "train"}
         for which in sorted(kinds):
-            taught, options = which == "teacher", self._options
-            kind, layout = (TaughtCache, options.taught_layout) if taught else (ProposalCache, options.row_layout)
+            taught, plan = which == "teacher", self._plan
+            kind, layout = (TaughtCache, plan.taught_layout) if taught else (ProposalCache, plan.row_layout)
             n = len(batch["chosen_tokens" if taught else f"{which}_tokens"])
             for name, (dtype, sides) in kind.columns(layout(self._vocab_size)).items():
                 batch[f"{which}_proposal_{name}"] = torch.empty(n, *sides, dtype=dtype)

@@ -28,6 +28,7 @@ from trimtab.core.noise import uniforms
 from trimtab.data.examples import Example
 from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.models.base import LanguageModel
+from trimtab.models.huggingface import HuggingFaceLM
 
 __all__ = [
     "BATCH",
@@ -35,6 +36,7 @@ __all__ = [
     "Compressed",
     "Layout",
     "ModelRows",
+    "Proposal",
     "RowSource",
     "TaughtRows",
     "compress",
@@ -242,3 +244,14 @@ def _draw(logw: Tensor, points: Tensor) -> Tensor:
     total = mass[..., -1:].clone()
     last = torch.searchsorted(mass, total)  # of those that have mass: a point may be rounded to 1
     return torch.searchsorted(mass, points * total, right=True).minimum(last)
+
+
+class Proposal(NamedTuple):
+    """A proposal as training sees it."""
+
+    rows: RowSource
+    context: int
+    """The most tokens of a prompt and its answer."""
+    eos_token_ids: tuple[int, ...]
+    model: HuggingFaceLM | None
+    """The model itself, if it runs here."""

@@ -23,7 +23,7 @@ from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, answers, fingerprint_examples
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Description, Manifest, describe, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
 from trimtab.models.attention import without_cudnn
 from trimtab.models.head import Head
 from trimtab.models.loading import load_model
@@ -33,31 +33,34 @@ from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checks import warn_of_rule, warn_of_weight
-from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_options
-from trimtab.train.fit import fit, trained
+from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_plan
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
 from trimtab.train.head_draft import train_head_draft
-from trimtab.train.head_options import stay_of
 from trimtab.train.headroom import warn_of_memory
-from trimtab.train.inputs import encode_parts, open_tokenizer, read_parts, run_date
-from trimtab.train.options import ENDPOINT_OPTIONS, Temperatures, TrainOptions
-from trimtab.train.pairs import settle_pairs
+from trimtab.train.inputs import (
+    count_lacking,
+    encode_parts,
+    open_proposal,
+    open_tokenizer,
+    read_parts,
+    run_date,
+    settle_pairs,
+)
+from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
+from trimtab.train.plan import Facts, Plan, Temperatures, announce_round, resolve
 from trimtab.train.progress import CompactProgress
-from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
-from trimtab.train.rounds import settle
 from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model, read_lora
 from trimtab.train.taught_rows import TaughtCache, TeacherRows, warn_of_ends
-from trimtab.train.taught_trainer import trainer_of
 from trimtab.train.teacher import Teacher, lack_answers
 from trimtab.train.teacher_answers import draw_answers
 from trimtab.train.temper import TOP_K, fit_temperatures
-from trimtab.train.trainer import AlignerTrainer
+from trimtab.train.trainer import AlignerTrainer, fit, trained
 from trimtab.train.tune import RANGES, tune_weight
-from trimtab.train.whole_rows import tune_on_whole_rows, wants_whole_rows
+from trimtab.train.whole_rows import tune_on_whole_rows
 
 __all__ = ["open_caches", "train", "training_of_effect"]
 
@@ -67,7 +70,7 @@ logger = logging.getLogger(__name__)
 class _Run(NamedTuple):
     """What both trainings of a run share, the aligner's and its drafter's."""
 
-    options: TrainOptions
+    plan: Plan
     """At the temperatures that were fitted."""
     arguments: TrainingArguments
     output: Path
@@ -95,8 +98,8 @@ class _Run(NamedTuple):
         return sum(len(example.chosen) for example in self.examples) / len(self.examples)
 
 
-def train(options: TrainOptions) -> dict[str, Any]:
-    """Train an aligner and save it in `options.output_dir`.
+def train(asked: TrainOptions) -> dict[str, Any]:
+    """Train an aligner and save it in `asked.output_dir`.
 
     Returns:
         What `training.json` holds: `tokens`, `cache`, `contrast`, `equal_pairs`, `sft_weight`, `learning_rate`, `weight`,
@@ -107,17 +110,18 @@ def train(options: TrainOptions) -> dict[str, Any]:
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
-    found = describe(options.aligner) if options.aligner else None
-    options = settle(options, found)
-    warn_of_rule(options)
-    output = Path(options.output_dir)
-    arguments = training_arguments(options)
+    facts = Facts(describe(asked.aligner) if asked.aligner else None)
+    plan = resolve(asked, facts)
+    announce_round(asked, plan)
+    warn_of_rule(plan)
+    output = Path(asked.output_dir)
+    arguments = training_arguments(plan)
     ranks = Ranks(arguments.process_index, arguments.world_size)
     with contextlib.ExitStack() as stack:
-        ranks.first_does(lambda: _take(stack, output, options.overwrite_output_dir))
+        ranks.first_does(lambda: _take(stack, output, asked.overwrite_output_dir))
         stack.enter_context(named_errors(output))
         stack.enter_context(without_cudnn(arguments.device))
-        return _train(options, found, output, arguments, ranks)
+        return _train(asked, facts, output, arguments, ranks)
 
 
 def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
@@ -134,25 +138,27 @@ def _open(output: Path, run: dict[str, Any], drafting: dict[str, Any] | None, ov
         open_run(output / CHECKPOINTS, drafting, overwrite)
 
 
-def _train(
-    options: TrainOptions, found: Description | None, output: Path, arguments: TrainingArguments, ranks: Ranks
-) -> dict[str, Any]:
-    started = time.monotonic()
-    teacher = Teacher.read(options.teacher_prompt) if options.teacher_prompt is not None else None
-    tokenizer = open_tokenizer(options, options.proposal)
+def _train(asked: TrainOptions, facts: Facts, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
+    started, found, plan = time.monotonic(), facts.aligner, resolve(asked, facts)
+    teacher = Teacher.read(plan.asked.teacher_prompt) if plan.asked.teacher_prompt is not None else None
+    tokenizer = open_tokenizer(plan, asked.proposal)
     if found is not None:
-        check_same_vocabulary(tokenizer, found.tokenizer, options.aligner)
-    start = None if found is None or options.trains_head else load_start(options, found)
-    proposal = open_proposal(options, tokenizer)
-    head = None if start else HeadStart.of(options, proposal, found)
+        check_same_vocabulary(tokenizer, found.tokenizer, plan.asked.aligner)
+    start = None if found is None or plan.trains_head else load_start(plan, found)
+    proposal = open_proposal(plan, tokenizer)
+    head = None if start else HeadStart.of(plan, proposal, found)
     context = min(context_of(start.model.config) if start else proposal.context, proposal.context)
-    options = dataclasses.replace(options, date=ranks.first_does(lambda: run_date(options, tokenizer)))
-    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, options.date)
-    parts = read_parts(options, tokenizer)
-    examples, development = encode_parts(parts, options, encoder, context, proposal.context)
-    settled = settle_pairs(options, examples, development)
+    asked = dataclasses.replace(asked, date=ranks.first_does(partial(run_date, plan, tokenizer)))
+    plan = resolve(asked, facts)
+    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, plan.asked.date)
+    parts = read_parts(plan, tokenizer)
+    examples, development = encode_parts(parts, plan, encoder, context, proposal.context)
     everything = examples + development
-    run = _describe_run(options, arguments, fingerprint_examples(everything, rejected=True))
+    facts = facts._replace(records=len(everything), lacking=count_lacking(everything))
+    plan = resolve(asked, facts)
+    asked.asked_objective.announce(plan.setting)
+    settled = settle_pairs(plan, examples, development)
+    run = _describe_run(plan, arguments, fingerprint_examples(everything, rejected=True))
     run["teacher_prompt"] = teacher and teacher.digest
     run |= {"proposal_weights": proposal.rows.fingerprint}
     if began := start or (head and head.earlier):
@@ -164,27 +170,30 @@ def _train(
             "lora": describe_lora(found.folder)
         }
     drafting: dict[str, Any] | None = None
-    if options.trains_draft:
-        needs = vocabulary_size(tokenizer), min(options.max_length, context)
+    if plan.trains_draft:
+        needs = vocabulary_size(tokenizer), min(plan.asked.max_length, context)
         drafting = {"draft_weights": check_draft_start(found.draft, *needs) if start and found and found.draft else None}
-    ranks.first_does(lambda: _open(output, run, drafting, options.overwrite_output_dir))
-    options, examples, development, equal = settled
+    ranks.first_does(lambda: _open(output, run, drafting, plan.asked.overwrite_output_dir))
+    examples, development, equal = settled
     if drawn := teacher is not None and lack_answers(parts):
-        parts = draw_answers(options, proposal, encoder, output, arguments.seed, ranks, parts)
-        examples, development = encode_parts(parts, options, encoder, context, proposal.context)
-    fitting = partial(_temperatures, options, arguments, output, start and start.model, proposal.rows, development)
-    fitted = ranks.first_does(fitting)
-    scaled = copy.copy(arguments)  # logits that count for less are learnt at a rate that is larger by as much
-    scaled.learning_rate *= fitted.aligner / options.temperatures.aligner
-    options = options.at(fitted)
-    room, pairs = min(options.max_length, context), options.needs_rejected
+        parts = draw_answers(plan, proposal, encoder, output, arguments.seed, ranks, parts)
+        examples, development = encode_parts(parts, plan, encoder, context, proposal.context)
+    scaled = copy.copy(arguments)
+    if plan.fits_temperatures:
+        fitting = partial(_temperatures, plan, arguments, output, start and start.model, proposal.rows, development)
+        facts = facts._replace(fitted=ranks.first_does(fitting))
+        del fitting
+        plan = resolve(asked, facts)
+        # logits that count for less are learnt at a rate that is larger by as much
+        scaled.learning_rate *= plan.temperatures.aligner / plan.given.aligner
+    room, pairs = min(plan.asked.max_length, context), plan.reads_rejected
     kept = head.kept_samples(encoder, room, arguments.seed, ranks, pairs=pairs) if head else []
     if ranks.count == 1 and not is_finished(output):
         whole = proposal.model and proposal.model.model
-        model, plan = (start.model, None) if start else (whole, head.plan if head else None)
+        model, made_of = (start.model, None) if start else (whole, head.plan if head else None)
         lora = read_lora(found.folder) if start and found and found.is_adapter else None
-        warn_of_memory(options, arguments, vocabulary_size(tokenizer), model, whole, plan, lora, examples, kept)
-    caches = open_caches(options, proposal.rows, tokenizer, examples + kept, development, ranks)
+        warn_of_memory(plan, arguments, vocabulary_size(tokenizer), model, whole, made_of, lora, examples, kept)
+    caches = open_caches(plan, proposal.rows, tokenizer, examples + kept, development, ranks)
     if teacher is not None and not drawn:
         ranks.first_does(partial(warn_of_ends, caches["dev"]["teacher"], development, proposal.eos_token_ids))
     hidden = head.caches(examples + kept, development, ranks, pairs=pairs) if head else {"train": {}, "dev": {}}
@@ -192,23 +201,23 @@ def _train(
         "train_dataset": ExampleDataset(examples + kept, caches["train"], hidden["train"], len(kept)),
         "eval_dataset": ExampleDataset(development, caches["dev"], hidden["dev"]),
     }
-    del proposal, fitting
-    this = _Run(options, arguments, output, ranks, tokenizer, data, equal, start and start.draft, teacher, head)
+    del proposal
+    this = _Run(plan, arguments, output, ranks, tokenizer, data, equal, start and start.draft, teacher, head)
     if ranks.first_does(lambda: is_finished(output)):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
     else:
-        model = prepare_model(start.model, options, arguments.seed) if start else head and head.prepare(arguments.seed)
+        model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
         report = _train_aligner(this, scaled, model, started)
         del model
-    if wants_whole_rows(options) and not report["weights_tried"]:
-        report |= ranks.first_does(partial(tune_on_whole_rows, options, output, tokenizer, development))
+    if plan.wants_whole_rows and not report["weights_tried"]:
+        report |= ranks.first_does(partial(tune_on_whole_rows, plan, output, tokenizer, development))
         ranks.first_does(lambda: write_json(output / "training.json", report))
-    draw = partial(draw_samples, options, output, tokenizer, development)
+    draw = partial(draw_samples, plan, output, tokenizer, development)
     if "samples" not in report and (sampled := ranks.first_does(draw)):
         report |= sampled
         ranks.first_does(lambda: write_json(output / "training.json", report))
-    if options.trains_draft and "draft" not in report:
+    if plan.trains_draft and "draft" not in report:
         report["draft"] = _train_head_draft(this, head.head) if head else _train_draft(this, report["weight"])
         ranks.first_does(lambda: write_json(output / "training.json", report))
     return report
@@ -216,10 +225,10 @@ def _train(
 
 def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started: float) -> dict[str, Any]:
     """Train, tune and save an aligner; returns the report."""
-    options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
+    plan, output, ranks, tokenizer = this.plan, this.output, this.ranks, this.tokenizer
     caches = {**this.data["eval_dataset"].caches, **this.data["train_dataset"].caches}
-    trainer = trainer_of(options)(
-        options,
+    trainer = AlignerTrainer(
+        plan,
         vocabulary_size(tokenizer),
         this.mean_length,
         ranks=ranks,
@@ -228,48 +237,47 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         data_collator=collate,
         **this.data,
     )
-    CompactProgress.install(trainer, options.objective)
+    CompactProgress.install(trainer, plan.asked.objective)
     fit(trainer, ranks.first_does(lambda: last_checkpoint(output)))
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts if "chosen" in caches else None,
-        "contrast": options.contrast,
+        "contrast": 0.0,
+        "sft_weight": 0.0,
+        **dataclasses.asdict(plan.objective),
         "equal_pairs": this.equal_pairs,
-        "sft_weight": options.regulariser if options.objective == "likelihood" else 0.0,
         "learning_rate": arguments.learning_rate,
         "metrics": trainer.evaluate(),
-        "weight": options.starting_weight,
+        "weight": plan.weight,
         "weights_tried": [],
     }
-    if options.parsed_rule.name in RANGES and not wants_whole_rows(options):
-        tuned = tune_weight(options.parsed_rule, trainer.losses_at, ranks, options.max_kl, stay=stay_of(options))
-        warn_of_weight(options, tuned)
+    if plan.rule.name in RANGES and not plan.wants_whole_rows:
+        tuned = tune_weight(plan.rule, trainer.losses_at, ranks, plan.asked.max_kl, stay=plan.stay)
+        warn_of_weight(plan, tuned)
         report |= {"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl}
     if this.teacher is not None:
         report["teacher"] = {"prompt": this.teacher.digest, "cache": caches["teacher"].facts}
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(finite(report))
-    manifest = _manifest(options, tokenizer, report["weight"], this.head)
+    manifest = _manifest(plan, tokenizer, report["weight"], this.head)
     _save(trainer, Aligner(None, tokenizer, manifest, str(output)), report, output, ranks, this.head)
     return report
 
 
 def _temperatures(
-    options: TrainOptions, arguments: TrainingArguments, output: Path, model: Any, rows: RowSource, examples: list[Example]
+    plan: Plan, arguments: TrainingArguments, output: Path, model: Any, rows: RowSource, examples: list[Example]
 ) -> Temperatures:
-    """The temperatures to train at where the options name none; `start.json` keeps what was fitted."""
-    if not options.starts_tempered:
-        return options.temperatures
+    """The temperatures to train at where none is given; `start.json` keeps what was fitted."""
     path = output / "start.json"
     if not path.exists():
-        taught = options.teacher_prompt is not None  # the proposal is its own teacher: its temperature is nothing to fit
-        given = options.temperatures.proposal if taught else options.proposal_temperature
+        # with a teacher the proposal is its own: its temperature is nothing to fit
+        given = plan.given.proposal if plan.has_teacher else plan.asked.proposal_temperature
         layout = Layout.of(TOP_K, 0, rows.vocab_size)
-        if options.proposal_endpoint and options.cache_top_k:  # these rows have temperature 1, and no more entries
-            given, layout = 1.0, options.row_layout(rows.vocab_size)
+        if plan.asked.proposal_endpoint and plan.asked.cache_top_k:  # these rows have temperature 1, and no more entries
+            given, layout = 1.0, plan.row_layout(rows.vocab_size)
         fitted = fit_temperatures(model, rows, examples, arguments.eval_batch_size, given, layout)
-        fitted = fitted._replace(aligner=fitted.aligner * options.starting_weight)
+        fitted = fitted._replace(aligner=fitted.aligner * plan.weight)
         write_json(path, fitted._asdict())
     fitted = Temperatures(**read_json(path))
     logger.info("the start fits best at proposal_temperature %g and aligner_temperature %g", *fitted)
@@ -279,11 +287,11 @@ def _temperatures(
 def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     """Distil the finished aligner's drafter from the aligned model, and save it; returns its report."""
     started = time.monotonic()
-    options, output, ranks, tokenizer = this.options, this.output, this.ranks, this.tokenizer
+    plan, output, ranks, tokenizer = this.plan, this.output, this.ranks, this.tokenizer
     assert this.draft_start is not None  # as for all but heads
-    base, own = this.draft_start, training_arguments(draft_options(options, this.arguments.learning_rate))
+    base, own = this.draft_start, training_arguments(draft_plan(plan, this.arguments.learning_rate))
     trainer = DraftTrainer(
-        options,
+        plan,
         vocabulary_size(tokenizer),
         this.mean_length,
         aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
@@ -306,7 +314,7 @@ def _train_head_draft(this: _Run, head: Head) -> dict[str, Any]:
     """The same for a finished head."""
     parts = this.examples, this.data["eval_dataset"].examples
     output, rate = this.output, this.arguments.learning_rate
-    return train_head_draft(this.options, output, output / CHECKPOINTS, head, this.tokenizer, parts, this.ranks, rate)
+    return train_head_draft(this.plan, output, output / CHECKPOINTS, head, this.tokenizer, parts, this.ranks, rate)
 
 
 def _save(
@@ -324,25 +332,25 @@ def _save(
 
 
 def open_caches(
-    options: TrainOptions, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
+    plan: Plan, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, dict[str, ProposalCache]]:
     """The cached rows of both parts, by the kind of answer that they are on."""
-    folder = Path(options.proposal_cache or Path(options.output_dir) / "proposal_cache")
+    folder = Path(plan.asked.proposal_cache or Path(plan.asked.output_dir) / "proposal_cache")
     parts = {"train": examples, "dev": development}
     caches: dict[str, dict[str, ProposalCache]] = {part: {} for part in parts}
-    for part, which in options.cached_answers:
+    for part, which in plan.cached_answers:
         name = part if which == "chosen" else f"{part}_{which}"
-        source, kind, some, layout = rows, ProposalCache, parts[part], options.row_layout
+        source, kind, some, layout = rows, ProposalCache, parts[part], plan.row_layout
         if which == "teacher":
             assert isinstance(rows, ModelRows)  # as `refuse_beside_teacher` has it
-            source, kind, layout = TeacherRows(rows), TaughtCache, options.taught_layout
+            source, kind, layout = TeacherRows(rows), TaughtCache, plan.taught_layout
         cache = caches[part][which] = kind.build(
             folder / name,
             source,
             fingerprint_vocabulary(tokenizer),
             some if which == "teacher" else answers(some, which),
             layout=layout(rows.vocab_size),
-            temperature=options.temperatures.proposal,
+            temperature=plan.temperatures.proposal,
             ranks=ranks,
         )
         facts = cache.facts
@@ -354,13 +362,18 @@ def open_caches(
     return caches
 
 
-def _describe_run(options: TrainOptions, arguments: TrainingArguments, data: str) -> dict[str, Any]:
+OBJECTIVE_OPTIONS = {"alpha": 1e-4, "beta": None, "contrast": None, "sft_weight": None}
+"""What `run.json` says of options of objectives that nobody has named; any others stand there only if they are."""
+
+
+def _describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
     apart = {"output_dir", "overwrite_output_dir", "train_draft", "dev_samples"}  # a finished aligner may get these two later
-    ignored = {*apart, "training", "proposal_cache", "device", *ENDPOINT_OPTIONS}
+    ignored = {*apart, "training", "objective_options", "proposal_cache", "device", *ENDPOINT_OPTIONS}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
-    described = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
-    described |= {"training": training_of_effect(options.training), "seed": arguments.seed, "data": data}
+    described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
+    described |= OBJECTIVE_OPTIONS | plan.asked.objective_options
+    described |= {"training": training_of_effect(plan.asked.training), "seed": arguments.seed, "data": data}
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
 
 
@@ -370,15 +383,15 @@ def training_of_effect(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if not any(word in key for word in reporting)}
 
 
-def _manifest(options: TrainOptions, tokenizer: Any, weight: float, head: HeadStart | None) -> Manifest:
+def _manifest(plan: Plan, tokenizer: Any, weight: float, head: HeadStart | None) -> Manifest:
     return Manifest(
         vocabulary=fingerprint_vocabulary(tokenizer),
-        proposal={"id": options.proposal_id or options.proposal, "revision": None},
-        rule=options.rule,
+        proposal={"id": plan.asked.proposal_id or plan.asked.proposal, "revision": None},
+        rule=plan.asked.rule,
         weight=weight,
-        proposal_temperature=options.temperatures.proposal,
-        proposal_top_p=1.0 if options.proposal_top_p is None else options.proposal_top_p,
-        aligner_temperature=options.temperatures.aligner,
-        objective=options.objective,
+        proposal_temperature=plan.temperatures.proposal,
+        proposal_top_p=1.0 if plan.asked.proposal_top_p is None else plan.asked.proposal_top_p,
+        aligner_temperature=plan.temperatures.aligner,
+        objective=plan.asked.objective,
         head=None if head is None else dataclasses.asdict(head.head),
     )

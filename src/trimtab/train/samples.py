@@ -14,7 +14,7 @@ from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.train.checks import Written, check_texts
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan
 
 __all__ = ["LIMIT", "draw_samples", "open_aligned", "pick_prompts"]
 
@@ -27,7 +27,7 @@ SHOWN = 3
 """Prompts in the log; all of them are in the report."""
 
 
-def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, development: Sequence[Example]) -> dict[str, Any]:
+def draw_samples(plan: Plan, output: Path, tokenizer: Any, development: Sequence[Example]) -> dict[str, Any]:
     """Answer some development prompts greedily, by the proposal and by the aligned model that is in the output folder.
 
     And by the proposal behind the teacher's prompt, if there is one.
@@ -40,19 +40,19 @@ def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, developmen
         `sample_figures`, see `check_texts`, which warns where they are bad. Nothing where no samples are wanted, or the
         proposal is behind endpoints.
     """
-    if not options.samples:
-        if options.proposal_endpoint:
+    if not plan.samples:
+        if plan.asked.proposal_endpoint:
             logger.info("no samples of the development prompts are drawn: the proposal is not here, but behind an endpoint")
         return {}
     gc.collect()  # a trainer is a ring of references, and holds its optimizer's state until it is collected
-    logger.info("answering %d development prompts, by the proposal and aligned", options.samples)
-    aligned = open_aligned(options, output, tokenizer)
-    examples = pick_prompts(development, options.samples)
+    logger.info("answering %d development prompts, by the proposal and aligned", plan.samples)
+    aligned = open_aligned(plan, output, tokenizer)
+    examples = pick_prompts(development, plan.samples)
     prompts = [list(example.prompt) for example in examples]
     greedy = SamplingParams(max_tokens=LIMIT, temperature=0.0, seed=0)
     bare, taught = aligned.with_aligners([]), [list(example.teacher) for example in examples]
     written = {"proposal": _written(bare.generate(prompts, greedy))}
-    if options.teacher_prompt is not None:
+    if plan.asked.teacher_prompt is not None:
         written["teacher"] = _written(bare.generate(taught, greedy))
     written["aligned"] = _written(aligned.generate(prompts, greedy))
     cut = [tokenizer.decode(example.chosen[:LIMIT], skip_special_tokens=True).strip() for example in examples]
@@ -66,14 +66,14 @@ def draw_samples(options: TrainOptions, output: Path, tokenizer: Any, developmen
     return {"samples": samples, "sample_figures": check_texts(**written)}
 
 
-def open_aligned(options: TrainOptions, output: Path, tokenizer: Any) -> AlignedModel:
+def open_aligned(plan: Plan, output: Path, tokenizer: Any) -> AlignedModel:
     """The aligned model of a finished output folder, without a drafter."""
     return AlignedModel.from_pretrained(
-        options.proposal,
+        plan.asked.proposal,
         output,
         tokenizer=tokenizer,
-        dtype=options.dtype,
-        device=options.device,
+        dtype=plan.asked.dtype,
+        device=plan.asked.device,
         draft="none",
         num_speculative_tokens=0,
     )

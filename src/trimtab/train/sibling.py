@@ -31,16 +31,15 @@ from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.distil import DistilTrainer
-from trimtab.train.fit import fit, trained
 from trimtab.train.folder import LOCK, last_checkpoint, open_run, refuse_foreign
-from trimtab.train.inputs import open_tokenizer, run_date
-from trimtab.train.options import TrainOptions
+from trimtab.train.inputs import open_proposal, open_tokenizer, run_date
 from trimtab.train.own_samples import draw_samples, read_samples
+from trimtab.train.plan import Plan
 from trimtab.train.progress import CompactProgress
-from trimtab.train.proposal import open_proposal
 from trimtab.train.ranks import Ranks
 from trimtab.train.run import open_caches, training_of_effect
 from trimtab.train.sibling_options import StartOptions
+from trimtab.train.trainer import fit, trained
 
 __all__ = ["make_start"]
 
@@ -57,7 +56,7 @@ def make_start(options: StartOptions) -> dict[str, Any]:
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
-    output, settings = Path(options.out), options.as_training
+    output, settings = Path(options.out), options.plan
     arguments = training_arguments(settings)
     ranks = Ranks(arguments.process_index, arguments.world_size)
     with contextlib.ExitStack() as stack:
@@ -71,13 +70,12 @@ def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
     stack.enter_context(only_writer(output / LOCK))
 
 
-def _make(
-    options: StartOptions, settings: TrainOptions, output: Path, arguments: TrainingArguments, ranks: Ranks
-) -> dict[str, Any]:
+def _make(options: StartOptions, settings: Plan, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
     tokenizer = open_tokenizer(settings, options.proposal)
     date = ranks.first_does(lambda: run_date(settings, tokenizer))
-    options, settings = dataclasses.replace(options, date=date), dataclasses.replace(settings, date=date)
+    options = dataclasses.replace(options, date=date)
+    settings = options.plan
     records = _records(options)
     model, layers, total, weights = _pick(options)
     max_length = min(options.max_length, context_of(model.config))
@@ -124,7 +122,7 @@ def _make(
 
 
 def _make_trainer(
-    settings: TrainOptions,
+    settings: Plan,
     arguments: TrainingArguments,
     ranks: Ranks,
     tokenizer: Any,

@@ -2,12 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.layers import parse_layers
+from trimtab.train.defaults import training_flags
 from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
+from trimtab.train.plan import Plan, resolve
 
 __all__ = ["ANSWERS", "TRAINING", "StartOptions"]
 
@@ -93,7 +96,9 @@ class StartOptions:
     overwrite_output_dir: bool = _as_in_train(
         "overwrite_output_dir", help="discard what an earlier run left in A instead of resuming it"
     )
-    training: dict[str, Any] = field(default_factory=dict, metadata={"defaults": TRAINING})
+    training: dict[str, Any] = field(
+        default_factory=dict, metadata={**_OF_TRAINING["training"].metadata, "nested": partial(training_flags, TRAINING)}
+    )
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
@@ -116,16 +121,16 @@ class StartOptions:
         folder, output = expand_home(self.proposal).resolve(), expand_home(self.out).resolve()
         if output in (folder, *folder.parents):
             raise InvalidOption(f"out holds the proposal, {self.proposal}: choose another folder")
-        _ = self.as_training  # the rest is checked there
+        _ = self.plan  # the rest is checked there
 
     @property
-    def as_training(self) -> TrainOptions:
-        """The training run that the distillation is: of rows that sums over them are right for, as `product` wants them."""
+    def plan(self) -> Plan:
+        """That of the training run that the distillation is: of rows that sums over them are right for, as `product` wants."""
         names = {option.name for option in dataclasses.fields(self)} & set(_OF_TRAINING)
         given = {name: getattr(self, name) for name in names}
         given |= {"aligner": self.proposal, "output_dir": self.out, "dataset": self.dataset or f"{self.out}/samples.jsonl"}
-        given |= {"start": "pretrained", "contrast": 0.0, "training": {**TRAINING, **self.training}}
-        return TrainOptions(**given)
+        given |= {"start": "pretrained", "training": {**TRAINING, **self.training}}
+        return resolve(TrainOptions(**given, objective_options={"contrast": 0.0}))
 
     def describe(self) -> dict[str, Any]:
         """What the result depends on, beside weights, data and `TrainingArguments`."""

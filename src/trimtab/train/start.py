@@ -17,7 +17,7 @@ from trimtab.models.loading import load_model, readable
 from trimtab.models.shapes import is_here
 from trimtab.models.weight_files import commit_of, folder_of
 from trimtab.reasons import reason_of
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan
 
 __all__ = ["Start", "describe_lora", "load_start", "make_lora", "pinned", "prepare_model", "read_lora"]
 
@@ -33,31 +33,31 @@ class Start(NamedTuple):
     """What its drafter would start from."""
 
 
-def load_start(options: TrainOptions, found: Description) -> Start:
+def load_start(plan: Plan, found: Description) -> Start:
     """Load the aligner that training starts from."""
     if found.is_adapter:
         read_lora(found.folder)
         model, files = load_files(found, dtype=torch.float32, device="cpu", trainable=True)
         base = base_of(found.folder)
     else:
-        base = Base(options.aligner)
-        model, files = Files.of(partial(load_model, options.aligner, dtype=torch.float32, device="cpu"), base)
+        base = Base(plan.asked.aligner)
+        model, files = Files.of(partial(load_model, plan.asked.aligner, dtype=torch.float32, device="cpu"), base)
     return Start(model, files, Base(str(found.draft)) if found.draft else base)
 
 
-def prepare_model(model: Any, options: TrainOptions, seed: int, lora: Any = None) -> Any:
-    """The aligner as it starts, with fresh adapters of the given configuration or of the options, unless it has some."""
-    if options.start == "uniform":
+def prepare_model(model: Any, plan: Plan, seed: int, lora: Any = None) -> Any:
+    """The aligner as it starts, with fresh adapters of the given configuration or of the plan, unless it has some."""
+    if plan.asked.start == "uniform":
         logger.info("the output layer starts at zero: the aligned model starts at the proposal")
         _zero_output_layer(model)
-    if not options.use_peft or hasattr(model, "peft_config"):
+    if not plan.asked.use_peft or hasattr(model, "peft_config"):
         return model
     if lora is not None:
         model.name_or_path = lora.base_model_name_or_path
-    elif Path(options.aligner).exists():
-        model.name_or_path = str(Path(options.aligner).resolve())  # the adapter must find its base from anywhere
+    elif Path(plan.asked.aligner).exists():
+        model.name_or_path = str(Path(plan.asked.aligner).resolve())  # the adapter must find its base from anywhere
     try:
-        return _add_lora(model, lora or make_lora(options, options.aligner), seed)
+        return _add_lora(model, lora or make_lora(plan, plan.asked.aligner), seed)
     except ValueError as error:
         name = "aligner" if lora else "lora_target_modules"
         raise InvalidOption(f"{name}: {reason_of(error)}") from error
@@ -102,11 +102,11 @@ def describe_lora(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in apart}
 
 
-def make_lora(options: TrainOptions, base: str, modules: Sequence[str] | str = "all-linear") -> Any:
+def make_lora(plan: Plan, base: str, modules: Sequence[str] | str = "all-linear") -> Any:
     """The configuration of fresh LoRA adapters, which belong to this state of a base that is on the hub.
 
     Args:
-        options: of the run.
+        plan: of the run.
         base: what they adapt.
         modules: which of its modules, where the options name none.
     """
@@ -114,10 +114,10 @@ def make_lora(options: TrainOptions, base: str, modules: Sequence[str] | str = "
 
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=list(options.lora_target_modules) or modules,
+        r=plan.asked.lora_r,
+        lora_alpha=plan.asked.lora_alpha,
+        lora_dropout=plan.asked.lora_dropout,
+        target_modules=list(plan.asked.lora_target_modules) or modules,
         revision=pinned(base),
     )
 

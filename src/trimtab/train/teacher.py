@@ -8,17 +8,15 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from trimtab.data.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
 from trimtab.data.records import Record
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.files import expand_home, json_digest
+from trimtab.train.plan import Plan
 
-if TYPE_CHECKING:
-    from trimtab.train.options import TrainOptions
-
-__all__ = ["Parts", "Teacher", "lack_answers", "refuse_beside_teacher", "teach"]
+__all__ = ["Parts", "Teacher", "lack_answers", "teach"]
 
 Parts: TypeAlias = tuple[list[Record], list[Record]]
 """Training and development records."""
@@ -108,20 +106,20 @@ def _joined(before: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str,
     return [{**systems[0], "content": "\n\n".join(said)}, *rest]
 
 
-def teach(options: "TrainOptions", parts: Parts) -> Parts:
+def teach(plan: Plan, parts: Parts) -> Parts:
     """The records with their prompts as the teacher of the options gets them; as they are, if there is none.
 
     Raises:
         InvalidOption: the teacher cannot be read; or drawn answers are spoken of and all are given, or the other way around.
         DataError: the teacher cannot be put before a record, or only some records have answers.
     """
-    if options.teacher_prompt is None:
+    if plan.asked.teacher_prompt is None:
         return parts
-    teacher = Teacher.read(options.teacher_prompt)
+    teacher = Teacher.read(plan.asked.teacher_prompt)
     drawn = lack_answers(parts)
-    if not drawn and options.teacher_max_tokens is not None:
+    if not drawn and plan.asked.teacher_max_tokens is not None:
         raise InvalidOption("teacher_max_tokens would change nothing: the records have answers; leave it out")
-    if drawn and options.cut_answers != "auto":
+    if drawn and plan.asked.cut_answers != "auto":
         raise InvalidOption(
             "cut_answers would change nothing: of answers that are drawn it is known how they end; leave it out"
         )
@@ -142,30 +140,3 @@ def lack_answers(parts: Parts) -> bool:
             " draws them behind teacher_prompt"
         )
     return bool(lacking)
-
-
-def refuse_beside_teacher(options: "TrainOptions") -> None:
-    """Refuse what a run cannot be told beside `teacher_prompt`.
-
-    Raises:
-        InvalidOption: names the option and says why.
-    """
-    if options.objective != "likelihood":
-        raise InvalidOption(
-            f"teacher_prompt is learnt from whole rows, by objective likelihood, and '{options.objective}' looks at tokens:"
-            " leave one of them out"
-        )
-    if options.contrast:
-        raise InvalidOption(
-            "contrast: a teacher's rows say how likely every token is, unwanted ones too: leave it out beside teacher_prompt"
-        )
-    if options.proposal_endpoint:
-        raise InvalidOption(
-            "teacher_prompt needs the proposal here: an endpoint names the best tokens of a row, and not how likely those are"
-            " that are best behind the other prompt; leave out --proposal_endpoint"
-        )
-    if options.cache_top_k and options.cache_tail_samples == 0:
-        raise InvalidOption(
-            "cache_tail_samples 0 would leave out the tail of the teacher's rows: give at least 1, or keep every entry with"
-            " --cache_top_k 0"
-        )

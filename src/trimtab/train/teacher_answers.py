@@ -19,10 +19,9 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import DataError, InvalidRequest
 from trimtab.propose.local import propose
-from trimtab.train.options import TrainOptions
-from trimtab.train.proposal import Proposal
+from trimtab.train.plan import Plan
 from trimtab.train.ranks import Ranks
-from trimtab.train.rows import ModelRows
+from trimtab.train.rows import ModelRows, Proposal
 from trimtab.train.teacher import Parts
 
 __all__ = ["FOLDER", "draw_answers"]
@@ -33,22 +32,22 @@ FOLDER = "teacher_answers"
 """Where they are, in the output folder."""
 
 MAX_TOKENS = 256
-"""Of an answer, where the options name no other limit."""
+"""Of an answer, where nobody names another limit."""
 
 BATCH = 32
 """Answers drawn at once."""
 
 
 def draw_answers(
-    options: TrainOptions, proposal: Proposal, encoder: Encoder, output: Path, seed: int, ranks: Ranks, parts: Parts
+    plan: Plan, proposal: Proposal, encoder: Encoder, output: Path, seed: int, ranks: Ranks, parts: Parts
 ) -> Parts:
     """The records with an answer each; those that the proposal cannot take or finish are left out, and counted.
 
     Where fewer than half of all answers ended, those that did not are kept, with a warning.
 
     Args:
-        options: of the run.
-        proposal: who draws, at the temperature of the options.
+        plan: of the run.
+        proposal: who draws, at the temperature of the plan.
         encoder: of the run.
         output: its folder.
         seed: of the first record; each further one adds to it.
@@ -62,7 +61,7 @@ def draw_answers(
     model = AlignedModel(
         proposal.rows.model, (), encoder.tokenizer, proposal.eos_token_ids, max_num_seqs=BATCH, date=encoder.date
     )
-    at, most = options.temperatures.proposal, options.teacher_max_tokens or MAX_TOKENS
+    at, most = plan.temperatures.proposal, plan.asked.teacher_max_tokens or MAX_TOKENS
     found = []
     for name, records in zip(("train", "dev"), parts, strict=True):
         path, fitting = output / FOLDER / f"{name}.jsonl", _fitting(model, records)

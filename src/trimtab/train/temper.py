@@ -22,8 +22,8 @@ from torch import Tensor
 from trimtab.data.examples import Example, answers
 from trimtab.train.batches import Item, answer_logits, cached_batch, collate
 from trimtab.train.checks import warn_of_start
-from trimtab.train.options import Temperatures
 from trimtab.train.pieces import Room, pieces
+from trimtab.train.plan import Temperatures
 from trimtab.train.rows import Layout, RowSource
 
 __all__ = ["TOP_K", "fit_exponents", "fit_temperatures"]

@@ -5,6 +5,7 @@ token, and the same gradient however a batch is cut into micro-batches or spread
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,24 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from trimtab.core.logprobs import kl_divergence
-from trimtab.core.objectives import likelihood, per_example, preference, ram, sft
+from trimtab.core.objectives import per_example
 from trimtab.data.examples import answers
 from trimtab.models.peft_saving import unasked
-from trimtab.train.batches import ExampleDataset, answer_logits, answer_rows, cached_batch, kept_of, rows_at
+from trimtab.train.batches import ExampleDataset, answer_logits, cached_batch, kept_of, rows_at
 from trimtab.train.diagnostics import measure, summarise
-from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
-from trimtab.train.head_options import stay_of
-from trimtab.train.options import TrainOptions
+from trimtab.train.objectives import Alone, Batch, Logits, Rows, Setting, TokenLoss
 from trimtab.train.order import EpochLoader, Updates, whole_passes
 from trimtab.train.pieces import Passes, Piece, Room, pieces
+from trimtab.train.plan import Plan
 from trimtab.train.ranks import ALONE, Ranks
-from trimtab.train.rows import CachedRows
+from trimtab.train.rows import CachedRows, TaughtRows
+from trimtab.train.taught_rows import taught_batch
 from trimtab.train.tune import Losses, tune_weight
 
-__all__ = ["AlignerTrainer"]
+__all__ = ["AlignerTrainer", "fit", "trained"]
+
+logger = logging.getLogger(__name__)
+
+MEASURES = 9
+"""How many sums `measure` gives."""
 
 LOSSES = 6
 """How many sums `AlignerTrainer.look` gives beside its diagnostics."""
@@ -42,7 +48,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     """Train an aligner on an `ExampleDataset`.
 
     Args:
-        options: objective, rule and their settings.
+        plan: of the run.
         vocab_size: V.
         mean_length: mean number of tokens in the training answers.
         ranks: the processes that train together.
@@ -50,34 +56,39 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     """
 
     control: Any
-    measures = 9
-    """How many sums `_measure` gives."""
 
-    def __init__(
-        self, options: TrainOptions, vocab_size: int, mean_length: float, *, ranks: Ranks = ALONE, **arguments: Any
-    ) -> None:
+    def __init__(self, plan: Plan, vocab_size: int, mean_length: float, *, ranks: Ranks = ALONE, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our losses are means over examples already
-        self._options, self._vocab_size, self._mean_length, self._ranks = options, vocab_size, mean_length, ranks
-        self._rule, self._weight = options.parsed_rule, options.starting_weight
-        self._temperature = options.temperatures.aligner
+        self._plan, self._vocab_size, self._mean_length, self._ranks = plan, vocab_size, mean_length, ranks
+        self._objective, self._setting, self._rule, self._weight = plan.objective, plan.setting, plan.rule, plan.weight
+        self._temperature = plan.temperatures.aligner
+        self._first = self._objective.token_losses(self._setting)[0]
+        self._figures_of = self._objective.figures(self._setting)
+        self.measures = MEASURES + len(self._figures_of)
+        """How many sums `_measure` gives."""
 
     @property
     def has_proposal(self) -> bool:
         """Whether what is trained is, without its adapter, the proposal."""
-        return self._options.trains_head
+        return self._plan.trains_head
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss of a micro-batch, of which the mean over an update's micro-batches is the update's."""
-        if self._options.objective == "likelihood":
-            losses = self._likelihood(model, inputs)
-        else:
-            kinds = ("chosen", "rejected") if self._options.needs_rejected else ("chosen",)
-            tokens = {which: sft(self._rows(model, inputs, which), inputs[f"{which}_tokens"]) for which in kinds}
-            losses = self._losses(inputs, tokens)
-        loss = (losses * inputs["share"]).sum()
+        seen: dict[str, Logits] = {}
+
+        def tokens(loss: TokenLoss, which: str) -> Tensor:
+            if which not in seen:
+                seen[which] = self._logits(model, inputs, which)
+            losses = loss.of_logits(seen[which])
+            if which == "chosen" and loss == self._first and self._keeps(inputs):
+                return self._keep(model, inputs, seen[which], losses)
+            return losses
+
+        batch = Batch(inputs, self._setting, self._mean_length, tokens, training=True)
+        loss = (self._objective.loss(batch) * inputs["share"]).sum()
         return (loss, {}) if return_outputs else loss
 
     def get_train_dataloader(self) -> EpochLoader:
@@ -108,11 +119,11 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         aligner would be decoded.
         """
         metrics = self._figures(eval_dataset, metric_key_prefix, self._weight)
-        if (most := self._options.max_kl) is not None:
+        if (most := self._plan.asked.max_kl) is not None:
             weight = self._weight
             if metrics[f"{metric_key_prefix}_kl_aligned_proposal"] > most:
                 looks = partial(self.losses_at, eval_dataset)
-                weight = tune_weight(self._rule, looks, self._ranks, most, stay=stay_of(self._options)).weight
+                weight = tune_weight(self._rule, looks, self._ranks, most, stay=self._plan.stay).weight
                 metrics = self._figures(eval_dataset, metric_key_prefix, weight)
             metrics[f"{metric_key_prefix}_weight"] = weight
         self.log(metrics)
@@ -142,68 +153,79 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             Diagnostics `[measures]`, and sums with what to divide them by `[LOSSES]`: of losses, of rejected tokens' ones, and
             of pairs whose implicit reward is higher for the chosen answer.
         """
-        weight = self._weight if weight is None else weight
-        sums, alone, decoded = torch.zeros(self.measures, dtype=torch.float64), {}, {}
+        setting = self._setting._replace(weight=self._weight if weight is None else weight)
+        sums, wanted = torch.zeros(self.measures, dtype=torch.float64), self._objective.token_losses(setting)
+        found: dict[tuple[TokenLoss, str], Tensor] = {}
         for which, some in passes:
-            values = []
+            values: dict[TokenLoss, list[Tensor]] = {loss: [] for loss in (Alone(), *wanted)}
             for piece in some:
-                values.append([sft(piece.logq, piece.tokens)] * 2)
-                if piece.cached is not None:
-                    logp = piece.logp
-                    if self._options.objective == "likelihood":
-                        values[-1][1] = self._decoded(inputs, piece, logp, weight)
-                    if which == "chosen":
-                        sums += self._measure(inputs, piece, logp, weight)
-            alone[which], decoded[which] = map(torch.cat, zip(*values, strict=True))
-        loss = self._losses(inputs, decoded).sum()
-        rejected = alone.get("rejected", loss.new_zeros(0))
-        losses = [loss, loss.new_tensor(len(inputs["chosen_ids"])), rejected.sum(), loss.new_tensor(len(rejected))]
-        return sums, torch.stack([*losses, *self._won(inputs, decoded)]).double().cpu()
+                rows = self._rows(inputs, piece, setting)
+                alone = Alone().of_rows(rows)
+                for loss, parts in values.items():
+                    readable = loss != Alone() and (rows.proposal is not None or not loss.reads_proposal)
+                    parts.append(loss.of_rows(rows) if readable else alone)
+                if piece.cached is not None and which == "chosen":
+                    sums += self._measure(rows, piece.cached)
+            found |= {(loss, which): torch.cat(parts) for loss, parts in values.items()}
+        batch = Batch(inputs, setting, self._mean_length, lambda loss, which: found[loss, which], training=False)
+        losses = self._objective.loss(batch).sum()
+        rejected = found.get((Alone(), "rejected"), losses.new_zeros(0))
+        counts = losses.new_tensor(len(inputs["chosen_ids"])), losses.new_tensor(len(rejected))
+        totals = [losses, counts[0], rejected.sum(), counts[1], *self._won(inputs, batch, wanted[0])]
+        return sums, torch.stack(totals).double().cpu()
 
-    def _won(self, inputs: dict[str, Tensor], decoded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _won(self, inputs: dict[str, Tensor], batch: Batch, first: TokenLoss) -> tuple[Tensor, Tensor]:
         """How many pairs have a higher log P_θ − log P_M of the chosen answer, as TRL counts it, and how many pairs there are.
 
         None where no cache has what the proposal gave both answers; pairs of two equal answers do not count.
         """
-        known = [which for which in decoded if f"{which}_proposal_token_logp" in inputs]
-        if len(known) < 2:
-            none = decoded["chosen"].new_zeros(())
+        kinds = ("chosen", "rejected")
+        if not all(f"{which}_proposal_token_logp" in inputs for which in kinds):
+            none = inputs["share"].new_zeros(())
             return none, none
-        wanted, unwanted = (self._gain(inputs, which, decoded[which]) for which in known)
-        return ((wanted > unwanted) & inputs["differs"]).sum(), inputs["differs"].sum()
+        wanted, unwanted = (batch.gain(batch.tokens(first, which), which) for which in kinds)
+        return ((wanted > unwanted) & batch.differs).sum(), batch.differs.sum()
 
     def losses_at(self, dataset: Any = None) -> Losses:
         """What `tune_weight` reads of the wanted development answers."""
         for inputs, passes in self.development(dataset):
             for _, some in passes:
                 for piece in some:
-                    yield partial(self._at, inputs, piece, piece.logp)
+                    yield partial(self._at, self._rows(inputs, piece, self._setting))
 
-    def _at(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-        aligned = self._rule.target(logp, [piece.logq], logp.new_tensor([weight]))
-        return self._decoded(inputs, piece, logp, weight), kl_divergence(aligned, logp)
+    def _at(self, rows: Rows, weight: float) -> tuple[Tensor, Tensor]:
+        setting = self._setting._replace(weight=weight)
+        aligned = self._rule.target(rows.logp, [rows.logq], rows.logq.new_tensor([weight]))
+        losses = self._objective.tuned(setting).of_rows(rows._replace(setting=setting))
+        return losses, kl_divergence(aligned, rows.logp)
 
-    def _decoded(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
-        """`likelihood` of a piece's tokens `[n]` at a weight."""
-        return likelihood(self._rule, logp, piece.logq, weight, piece.tokens)
+    def _rows(self, inputs: Mapping[str, Tensor], piece: Piece, setting: Setting) -> Rows:
+        """What a loss sees of a piece."""
+        taught = None
+        if setting.taught:
+            taught = TaughtRows(*(column[piece.part] for column in taught_batch(inputs)))
+        return Rows(piece.tokens, piece.logq, None if piece.cached is None else piece.logp, setting, taught)
 
-    def _measure(self, inputs: dict[str, Tensor], piece: Piece, logp: Tensor, weight: float) -> Tensor:
-        """Sums over a piece's tokens `[measures]`, at a weight."""
-        assert piece.cached is not None
-        said = self._options.proposal_top_p
+    def _measure(self, rows: Rows, cached: CachedRows) -> Tensor:
+        """Sums over a piece's tokens `[measures]`."""
+        said, logp = self._plan.asked.proposal_top_p, rows.logp
         top_p = said if said is not None and said < 1 else 0.95
-        even = piece.cached.evenly().rebuild(self._vocab_size) if piece.cached.samples.shape[-1] else logp
-        return measure(self._rule, logp, piece.logq, weight, piece.tokens, top_p, even)
+        even = cached.evenly().rebuild(self._vocab_size) if cached.samples.shape[-1] else logp
+        sums = measure(self._rule, logp, rows.logq, rows.setting.weight, rows.tokens, top_p, even)
+        more = [loss.of_rows(rows).double().sum() for loss in self._figures_of.values()]
+        return torch.cat([sums, torch.stack(more).cpu()]) if more else sums
 
     def _summary(self, sums: Tensor) -> dict[str, float]:
         """Means from the sums of all pieces."""
-        return dataclasses.asdict(summarise([sums]))
+        plain = len(sums) - len(self._figures_of)
+        means = (sums[plain:] / sums[0]).tolist()
+        return dataclasses.asdict(summarise([sums[:plain]])) | dict(zip(self._figures_of, means, strict=True))
 
     @property
     def room(self) -> Room:
         """How large training's largest micro-batch is."""
         examples = self.train_dataset.examples
-        return Room.of(examples if self._options.needs_rejected else answers(examples, "chosen"), self._train_batch_size)
+        return Room.of(examples if self._plan.reads_rejected else answers(examples, "chosen"), self._train_batch_size)
 
     def development(self, dataset: Any = None, *, pairs: bool = False) -> Iterator[tuple[dict[str, Tensor], Passes]]:
         """This process's development batches, each with its `passes`, which are run as they are asked for.
@@ -230,7 +252,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                 logits, positions = answer_logits(self.model, inputs, which)
             cached, bare = None, None
             if self.has_proposal:
-                bare = self._bare_logits(self.model, inputs, which)[0], self._options.temperatures.proposal
+                bare = self._bare_logits(self.model, inputs, which)[0], self._plan.temperatures.proposal
             elif f"{which}_proposal_ids" in inputs:
                 cached = cached_batch(inputs, which)
             tokens = inputs[f"{which}_tokens"]
@@ -241,29 +263,27 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         said = {name: getattr(self.args, f"dataloader_{name}") for name in LOADER if hasattr(self.args, f"dataloader_{name}")}
         return EpochLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **said)
 
-    def _likelihood(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """What `_losses` says of `likelihood`, from logits and compressed rows; and the regulariser, which evaluation lacks."""
-        options = self._options
-        kinds = ("chosen", "rejected") if options.contrast else ("chosen",)
-        found = {which: answer_logits(model, inputs, which) for which in kinds}
-        losses = {which: self._fused(inputs, which, *logits) for which, logits in found.items()}
-        if "kept_rows" in inputs or (options.kept_samples and self.is_fsdp_enabled):  # where all processes make the same passes
-            losses["chosen"] = self._keep(model, inputs, *found["chosen"], losses["chosen"])
-        loss = self._contrasted(inputs, losses)
-        if options.regulariser:
-            alone = fused_sft(*found["chosen"], inputs["chosen_tokens"], self._vocab_size)
-            loss = loss + options.regulariser * self._sum(alone, inputs, "chosen") / self._mean_length
-        return loss
+    def _weigh(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """A micro-batch's loss from those of its wanted tokens `[N]`, weighed as an objective's is."""
+        each = per_example(losses, inputs["chosen_owner"], len(inputs["chosen_ids"]))
+        return (each / self._mean_length * inputs["share"]).sum()
 
-    def _fused(self, inputs: dict[str, Tensor], which: str, logits: Tensor, positions: Tensor) -> Tensor:
-        """The loss of each token of the `which` answers `[N]`."""
-        if self._options.is_plain:
-            return fused_sft(logits, positions, inputs[f"{which}_tokens"], self._vocab_size)
-        tokens, how = inputs[f"{which}_tokens"], (self._weight, self._temperature, self._vocab_size)
-        if self.has_proposal:
-            rows = rows_at(*self._bare_logits(self.model, inputs, which), self._vocab_size, self._options.temperatures.proposal)
-            return fused_likelihood(self._rule, CachedRows.whole(rows, tokens), logits, positions, *how)
-        return fused_likelihood(self._rule, cached_batch(inputs, which), logits, positions, *how)
+    def _logits(self, model: Any, inputs: dict[str, Tensor], which: str) -> Logits:
+        """What a loss sees of the `which` answers in training; the proposal's rows are made, or rebuilt, if it reads them."""
+        tokens = inputs[f"{which}_tokens"]
+
+        def proposal() -> CachedRows:
+            if not self.has_proposal:
+                return cached_batch(inputs, which)
+            bare = self._bare_logits(self.model, inputs, which)
+            return CachedRows.whole(rows_at(*bare, self._vocab_size, self._plan.temperatures.proposal), tokens)
+
+        logits, positions = answer_logits(model, inputs, which)
+        return Logits(logits, positions, tokens, self._vocab_size, self._setting, proposal, partial(taught_batch, inputs))
+
+    def _keeps(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether some of a batch is to stay as the proposal said it; with FSDP all processes make the same passes."""
+        return "kept_rows" in inputs or bool(self._plan.kept_samples and self.is_fsdp_enabled)
 
     @torch.no_grad()
     def _bare_logits(self, model: Any, inputs: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
@@ -272,57 +292,35 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
         with self.compute_loss_context_manager(), alone.disable_adapter():
             return answer_logits(model if self.is_fsdp_enabled else alone, inputs, which)
 
-    def _keep(self, model: Any, inputs: dict[str, Tensor], logits: Tensor, positions: Tensor, losses: Tensor) -> Tensor:
+    def _keep(self, model: Any, inputs: dict[str, Tensor], seen: Logits, losses: Tensor) -> Tensor:
         """Losses `[N]` with KL(proposal‖head) in the place of those of what the proposal said itself."""
         kept, places = kept_of(inputs)
         bare = self._bare_logits(model, kept, "chosen")
         if "kept_rows" not in inputs:
             return losses
         proposal = rows_at(*bare, self._vocab_size)
-        head = rows_at(logits, positions[places], self._vocab_size)
+        head = rows_at(seen.logits, seen.positions[places], self._vocab_size)
         return losses.index_copy(0, places, kl_divergence(proposal, head).to(losses.dtype))
 
-    def _contrasted(self, inputs: dict[str, Tensor], losses: dict[str, Tensor]) -> Tensor:
-        """`likelihood` and what `contrast` adds to it `[B]`, from each token's −log-probability as it is decoded.
 
-        A pair of two equal answers has no contrast.
-        """
-        loss = self._sum(losses["chosen"], inputs, "chosen") / self._mean_length
-        if not self._options.contrast:
-            return loss
-        gains = {}  # log P_θ − log p̃ in nats a token: sums would be won by length
-        for which in ("chosen", "rejected"):
-            lengths = self._sum(torch.ones_like(losses[which]), inputs, which)
-            gains[which] = self._gain(inputs, which, losses[which]) / lengths
-        contrast = preference(gains["chosen"], gains["rejected"], self._options.inverse_temperature)
-        return loss + self._options.contrast * torch.where(inputs["differs"], contrast, 0.0)
+def fit(trainer: AlignerTrainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one, and end with the weights that count."""
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # transformers would train one step too many
+            trainer.state = state
+            best = Path(state.best_model_checkpoint or checkpoint).name
+            trainer._load_from_checkpoint(
+                str(checkpoint.with_name(best if trainer.args.load_best_model_at_end else checkpoint.name))
+            )
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    def _losses(self, inputs: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
-        """One loss for each example `[B]`, from −log-probabilities of its answers' tokens `[N]`.
 
-        For `likelihood` those are as decoded, otherwise the aligner's alone; unwanted answers may be there without being used.
-        """
-        o = self._options
-        if o.objective == "likelihood":
-            return self._contrasted(inputs, tokens)
-        if o.has_reference:
-            wanted, unwanted = (self._gain(inputs, which, tokens[which]) for which in ("chosen", "rejected"))
-            return preference(wanted, unwanted, o.inverse_temperature)
-        chosen = self._sum(tokens["chosen"], inputs, "chosen")
-        if not o.needs_rejected:
-            return chosen / self._mean_length
-        rejected = self._sum(tokens["rejected"], inputs, "rejected")
-        if o.objective == "ram":
-            return ram(-chosen, -rejected, o.alpha) / self._mean_length
-        return preference(-chosen, -rejected, o.inverse_temperature)
-
-    def _gain(self, inputs: dict[str, Tensor], which: str, losses: Tensor) -> Tensor:
-        """By how much the `which` answers' log-probabilities `[B]` are above the proposal's, from each token's negative one."""
-        return -self._sum(losses + cached_batch(inputs, which).token_logp, inputs, which)
-
-    def _rows(self, model: Any, inputs: dict[str, Tensor], which: str) -> Tensor:
-        """Log q at the decoding temperature `[N, V]`."""
-        return answer_rows(model, inputs, which, self._vocab_size, self._temperature)
-
-    def _sum(self, values: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
-        return per_example(values, inputs[f"{which}_owner"], len(inputs[f"{which}_ids"]))
+def trained(trainer: AlignerTrainer) -> tuple[Any, Any]:
+    """The model, and its weights where they are spread over processes: then all take part in gathering them."""
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True  # the trainer turns it off, and `generate` would go by what is saved
+    return model, weights

@@ -22,11 +22,11 @@ from trimtab.decode.scoring import by_length, completion_rows
 from trimtab.files import finite
 from trimtab.models.aligner import rewrite_manifest
 from trimtab.train.checks import warn_of_weight
-from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Plan
 from trimtab.train.samples import open_aligned
 from trimtab.train.tune import tune_weight
 
-__all__ = ["tune_on_whole_rows", "wants_whole_rows"]
+__all__ = ["tune_on_whole_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,8 @@ BATCH = 8
 """Examples of like length whose rows are made together."""
 
 
-def wants_whole_rows(options: TrainOptions) -> bool:
-    """Whether the tuned weight needs more than cached rows, and more can be had: a head has had them all along."""
-    alone = options.trains_head or options.proposal_endpoint or options.teacher_prompt is not None
-    return options.parsed_rule.name == "geometric" and options.cache_top_k != 0 and not alone
-
-
 @torch.inference_mode()
-def tune_on_whole_rows(options: TrainOptions, output: Path, tokenizer: Any, development: Sequence[Example]) -> dict[str, Any]:
+def tune_on_whole_rows(plan: Plan, output: Path, tokenizer: Any, development: Sequence[Example]) -> dict[str, Any]:
     """Tune the weight of the aligner in the output folder, and write it into its manifest.
 
     Returns:
@@ -49,7 +43,7 @@ def tune_on_whole_rows(options: TrainOptions, output: Path, tokenizer: Any, deve
     """
     gc.collect()  # a trainer is a ring of references, and holds its optimizer's state until it is collected
     logger.info("tuning the weight on whole rows of the proposal")
-    model = open_aligned(options, output, tokenizer)
+    model = open_aligned(plan, output, tokenizer)
     pairs = [(example.prompt, example.chosen) for example in development]
     both = [model.proposal, *model.aligners]
 
@@ -60,18 +54,18 @@ def tune_on_whole_rows(options: TrainOptions, output: Path, tokenizer: Any, deve
                 index = there.flatten().nonzero().squeeze(-1).to(tokens.device)
                 logp, logq = (
                     warp(one.flatten(0, 1).index_select(0, index), Warp(temperature))
-                    for one, temperature in zip(rows, options.temperatures, strict=True)
+                    for one, temperature in zip(rows, plan.temperatures, strict=True)
                 )
-                yield partial(_at, options, logp, logq, tokens.flatten().index_select(0, index))
+                yield partial(_at, plan, logp, logq, tokens.flatten().index_select(0, index))
 
-    tuned = tune_weight(options.parsed_rule, losses, max_kl=options.max_kl)
-    warn_of_weight(options, tuned)
+    tuned = tune_weight(plan.rule, losses, max_kl=plan.asked.max_kl)
+    warn_of_weight(plan, tuned)
     rewrite_manifest(output, weight=tuned.weight)
     return dict(finite({"weight": tuned.weight, "weights_tried": tuned.tried, "kl": tuned.kl, "tuned_on": "whole rows"}))
 
 
-def _at(options: TrainOptions, logp: Tensor, logq: Tensor, tokens: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def _at(plan: Plan, logp: Tensor, logq: Tensor, tokens: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """What `tune_weight` asks of rows `[n, V]`, at a weight."""
-    rule = options.parsed_rule
+    rule = plan.rule
     aligned = rule.target(logp, [logq], logp.new_tensor([weight]))
     return likelihood(rule, logp, logq, weight, tokens), kl_divergence(aligned, logp)

@@ -1,0 +1,27 @@
+"""What a run minimises: one file for each objective, and what each of them is made of."""
+
+from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
+from trimtab.train.objectives.likelihood import Likelihood
+from trimtab.train.objectives.losses import Alone, Decoded, LanguageModel
+from trimtab.train.objectives.preference import Preference
+from trimtab.train.objectives.ram import RAM
+from trimtab.train.objectives.seen import Batch, Logits, Rows, Setting, TokenLoss
+from trimtab.train.objectives.sft import SFT
+
+__all__ = [
+    "OBJECTIVES",
+    "RAM",
+    "SFT",
+    "Alone",
+    "Batch",
+    "Decoded",
+    "EqualPairs",
+    "LanguageModel",
+    "Likelihood",
+    "Logits",
+    "Objective",
+    "Preference",
+    "Rows",
+    "Setting",
+    "TokenLoss",
+]

@@ -1,0 +1,60 @@
+"""`preference`: DPO of the product model against the proposal, which cancels; of a head, of what is decoded against it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from trimtab.core.objectives import preference
+from trimtab.options import option
+from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
+from trimtab.train.objectives.losses import Alone
+from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
+
+__all__ = ["Preference"]
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True)
+class Preference(Objective):
+    """−log σ(β(log Q(y_w|x) − log Q(y_l|x))); of a head log Q − log P_M in the place of log Q."""
+
+    name: ClassVar[str] = "preference"
+    equal_pairs: ClassVar[EqualPairs] = EqualPairs("left out", dropped=True, instead="take --objective sft")
+
+    beta: float = option(0.1, "inverse temperature of the reward, which is summed over an answer", low=1e-9)
+
+    def fits(self, setting: Setting) -> tuple[str, ...]:
+        """For a head what decodes its own row."""
+        return ("geometric",) if setting.head else ("product", "candidates")
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Both."""
+        return ("chosen", "rejected")
+
+    def compares(self, setting: Setting) -> bool:
+        """A head with the proposal; of a residual's reward the proposal cancels."""
+        return setting.head
+
+    def has_reference(self, setting: Setting) -> bool:
+        """For a head."""
+        return setting.head
+
+    def arguments(self, setting: Setting) -> Mapping[str, Any]:
+        """At the 1e-3 and 3e-4 of other heads, a head's loss on the development pairs of HH rises early."""
+        return {"learning_rate": 1e-4} if setting.head else {}
+
+    def token_losses(self, setting: Setting) -> tuple[TokenLoss, ...]:
+        """By the aligner alone."""
+        return (Alone(),)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """From rewards that are summed over tokens."""
+        losses = {which: batch.tokens(Alone(), which) for which in self.answers}
+        if self.compares(batch.setting):
+            rewards = {which: batch.gain(loss, which) for which, loss in losses.items()}
+        else:
+            rewards = {which: -batch.sum(loss, which) for which, loss in losses.items()}
+        return preference(rewards["chosen"], rewards["rejected"], self.beta)

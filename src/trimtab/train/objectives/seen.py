@@ -1,0 +1,139 @@
+"""What a loss sees: a run's setting, the rows of some answer tokens, and the examples of a batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from trimtab.core.objectives import per_example
+from trimtab.core.rules import Rule
+from trimtab.train.batches import cached_batch, rows_at
+from trimtab.train.rows import CachedRows, TaughtRows
+
+__all__ = ["Batch", "Logits", "Rows", "Setting", "TokenLoss"]
+
+
+class Setting(NamedTuple):
+    """What an objective may know of the run that it is for."""
+
+    rule: Rule
+    weight: float
+    """λ, that is trained or looked at."""
+    temperature: float = 1.0
+    """Of the aligner's rows."""
+    head: bool = False
+    """Whether the aligner is a head, which starts as the proposal and has its rows at hand."""
+    taught: bool = False
+    """Whether a teacher's rows are learnt."""
+    tempered: bool = False
+    """Whether the start is at temperatures that are fitted first."""
+    records: int | None = None
+    """How many there are; None while that is not known."""
+    lacking: int = 0
+    """How many of them have no rejected answer."""
+
+
+class Rows(NamedTuple):
+    """What a loss sees of n answer tokens."""
+
+    tokens: Tensor
+    """`[n]`."""
+    logq: Tensor
+    """`[n, V]` log-probabilities of the aligner, at its temperature."""
+    proposal: Tensor | None
+    """`[n, V]` log-probabilities of the proposal, at its temperature; None where they are not read."""
+    setting: Setting
+    taught: TaughtRows | None = None
+    """A teacher's rows and the proposal's, where there is one."""
+
+    @property
+    def logp(self) -> Tensor:
+        """The proposal's rows `[n, V]`, for a loss that says that it reads them."""
+        assert self.proposal is not None
+        return self.proposal
+
+
+class Logits(NamedTuple):
+    """The same before a row has been made: for losses that need none. The proposal's rows are made when they are asked for."""
+
+    logits: Tensor
+    """`[M, W]` of the aligner, W ≥ V, in its own precision and at temperature 1."""
+    positions: Tensor
+    """`[n]`, which of them predict the tokens."""
+    tokens: Tensor
+    """`[n]`."""
+    vocab_size: int
+    setting: Setting
+    proposal: Callable[[], CachedRows]
+    teacher: Callable[[], TaughtRows]
+
+    def rows(self, *, proposal: bool) -> Rows:
+        """As `TokenLoss.of_rows` takes them, with the proposal's or without."""
+        logq = rows_at(self.logits, self.positions, self.vocab_size, self.setting.temperature)
+        logp = self.proposal().rebuild(self.vocab_size) if proposal else None
+        return Rows(self.tokens, logq, logp, self.setting, self.teacher() if self.setting.taught else None)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A number for each answer token. Instances are values: equal ones are computed once for a batch."""
+
+    reads_proposal: ClassVar[bool] = False
+    """Whether `of_rows` looks at the proposal's rows."""
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        """The numbers `[n]`, differentiable in `rows.logq`."""
+        raise NotImplementedError
+
+    def of_logits(self, logits: Logits) -> Tensor:
+        """The same from logits, with less work if there is a way: the contract suite holds it to `of_rows`."""
+        return self.of_rows(logits.rows(proposal=self.reads_proposal))
+
+
+class Batch:
+    """B examples as a loss sees them.
+
+    Args:
+        inputs: tensors of the batch, see `trimtab.train.batches.collate`.
+        setting: of the run.
+        mean_length: mean number of tokens in the training answers; losses are sums over tokens, divided by it.
+        tokens: gives a token loss on the answers of a kind.
+        training: whether a gradient is wanted; looks leave out what only keeps training in bounds.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        setting: Setting,
+        mean_length: float,
+        tokens: Callable[[TokenLoss, str], Tensor],
+        *,
+        training: bool,
+    ) -> None:
+        self._inputs, self._tokens = inputs, tokens
+        self.setting, self.mean_length, self.training = setting, mean_length, training
+        self._found: dict[tuple[TokenLoss, str], Tensor] = {}
+
+    def tokens(self, loss: TokenLoss, which: str = "chosen") -> Tensor:
+        """A loss that `Objective.token_losses` names, of each token of the `which` answers `[N]`."""
+        if (loss, which) not in self._found:
+            self._found[loss, which] = self._tokens(loss, which)
+        return self._found[loss, which]
+
+    def sum(self, values: Tensor, which: str = "chosen") -> Tensor:
+        """Values `[N]` of tokens, added up by example: `[B]`."""
+        return per_example(values, self._inputs[f"{which}_owner"], len(self._inputs[f"{which}_ids"]))
+
+    def gain(self, losses: Tensor, which: str = "chosen") -> Tensor:
+        """By how much the `which` answers' log-probabilities `[B]` are above the proposal's, from each token's negative one.
+
+        For objectives that `compares` says it of.
+        """
+        return -self.sum(losses + cached_batch(self._inputs, which).token_logp, which)
+
+    @cached_property
+    def differs(self) -> Tensor:
+        """`[B]`, whether the two answers of an example differ."""
+        return self._inputs["differs"]
