@@ -58,7 +58,7 @@ def run_processes(
 def _work(folder: Path, jobs: Sequence[dict[str, Any]], dies: str) -> None:
     from tiny_task import task_options
     from trimtab.train import cache
-    from trimtab.train.run import train
+    from trimtab.train.run import run_training as train
 
     cache.SHARD = SHARD
     if dies and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:

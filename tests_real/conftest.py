@@ -8,7 +8,7 @@ import pytest
 from real_study import study_module
 from trimtab import AlignedModel
 from trimtab.train.options import TrainOptions
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 GGUF = Path(__file__).parents[1] / "real-model" / study_module("fetch").FILE
 

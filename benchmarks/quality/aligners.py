@@ -9,7 +9,7 @@ from rounds import sampled_pairs
 
 from trimtab.options import make_options
 from trimtab.train.options import TrainOptions
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 __all__ = ["FEW", "MAIN", "METHODS", "SECOND", "best_aligner", "distil_draft", "options"]
 

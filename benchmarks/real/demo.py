@@ -33,7 +33,7 @@ from trimtab.files import only_writer, read_json, write_json
 from trimtab.hardware import describe_hardware, keep_freed_memory
 from trimtab.models.loading import load_model, quiet_loading
 from trimtab.train.options import TrainOptions
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 __all__ = ["ALIGNED", "Scale", "run_demo"]
 

@@ -13,7 +13,7 @@ from trimtab.data.encoding import Encoder
 from trimtab.data.records import Record
 from trimtab.errors import InvalidOption
 from trimtab.train.inputs import encode_parts, read_parts
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 TEXT = "return the list of all open files and close each one that nobody else needs before we go on with other work"
 WORDS = TEXT.split()

@@ -16,7 +16,7 @@ from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
 from trimtab.models.gguf import unpack_gguf
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.train.options import TrainOptions
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 KINDS = ("llama", "qwen2", "qwen3")
 GEMMA = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}

@@ -20,7 +20,7 @@ from trimtab.train.arguments import _one_device_each
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.order import Pick
 from trimtab.train.rows import CachedRows, Compressed, Layout, ModelRows
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 DEATHS = ["cache 2", "checkpoint 2", "tune 1", "save 1"]

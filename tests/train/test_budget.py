@@ -9,7 +9,7 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import kl_divergence
 from trimtab.decode.scoring import completion_rows
 from trimtab.errors import InvalidOption
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 BUDGET = 0.1
 

@@ -11,7 +11,7 @@ from trimtab.core.logprobs import kl_divergence
 from trimtab.core.rules import Product
 from trimtab.train.checks import Written, check_texts, warn_of_start, warn_of_weight
 from trimtab.train.plan import resolve
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.tune import Tuned, tune_weight
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}

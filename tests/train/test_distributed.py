@@ -11,7 +11,7 @@ from processes import SHARD, run_processes
 from tiny_task import make_task, task_options
 from trimtab.errors import InvalidOption
 from trimtab.train import cache
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 HALF = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 5, "logging_steps": 1}
 QUARTER = HALF | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -15,7 +15,7 @@ from trimtab.train import run
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.inputs import encode_parts, read_parts
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from trimtab.train.pieces import Room
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_caching
 from trimtab.train.rows import BATCH, Layout, ModelRows, compress, tail_points
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.start import prepare_model
 from trimtab.train.trainer import AlignerTrainer
 

@@ -23,7 +23,7 @@ from trimtab.train.plan import resolve
 from trimtab.train.rehearsal import Rehearsal
 from trimtab.train.rehearse_caching import rehearse_hidden
 from trimtab.train.rows import compress, tail_points
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 QUICK = Expected(tflops=1.0)

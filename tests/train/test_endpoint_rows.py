@@ -20,7 +20,7 @@ from trimtab.train.endpoint_rows import EndpointRows, _best
 from trimtab.train.options import TrainOptions
 from trimtab.train.plan import resolve
 from trimtab.train.rows import Layout, ModelRows, compress
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 QUICK = Limits(concurrency=3, request_timeout=20, max_retries=2, backoff=0.02)
 MODELS = [{"id": "other"}, {"id": "served", "root": "org/P"}]

@@ -23,7 +23,7 @@ from trimtab.train.head import adapted_upper, pick_tap, upper_model
 from trimtab.train.hidden import hidden_states
 from trimtab.train.inputs import read_parts
 from trimtab.train.plan import resolve
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 

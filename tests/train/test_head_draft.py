@@ -21,7 +21,7 @@ from trimtab.train.draft import CHECKPOINTS
 from trimtab.train.head_draft import Answer, ReducedTrainer, frequent_tokens
 from trimtab.train.inputs import read_parts
 from trimtab.train.plan import resolve
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 
 def options(folder, name, **settings):

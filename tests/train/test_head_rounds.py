@@ -15,7 +15,7 @@ from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.models.aligner import describe
 from trimtab.train.arguments import training_arguments
 from trimtab.train.plan import Facts, resolve
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 ADAPTER = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from trimtab.hardware import in_bytes
 from trimtab.models.loading import load_model
 from trimtab.train import headroom
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 
 HEAD = {"aligner": "", "head_layers": 1, "contrast": 0.0, "keep_samples": 0}
 KINDS = {"an aligner": {}, "an adapter": {"use_peft": True}, "a head": HEAD}

@@ -14,7 +14,7 @@ from trimtab import AlignedModel
 from trimtab.errors import InvalidOption
 from trimtab.models.aligner import Aligner
 from trimtab.train.dry_run import Expected, estimate
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 SECOND = {"start": "pretrained", "contrast": 3.0, "beta": 1.0}

@@ -22,7 +22,7 @@ from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.inputs import count_lacking, encode_parts, read_parts, settle_pairs
 from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import ModelRows
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 DIFFERENT = Example([5, 6], [7, 8, 0], [9, 0])

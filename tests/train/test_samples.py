@@ -10,7 +10,7 @@ from tiny_task import make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.data.examples import Example
 from trimtab.errors import InvalidOption
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.samples import LIMIT, pick_prompts
 
 

@@ -17,7 +17,7 @@ from trimtab.models.vocabulary import fingerprint_vocabulary
 from trimtab.train import sibling
 from trimtab.train.distil import DistilTrainer
 from trimtab.train.own_samples import read_samples
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.sibling import make_start
 from trimtab.train.sibling_options import StartOptions
 

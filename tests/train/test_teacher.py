@@ -22,7 +22,7 @@ from trimtab.models.loading import load_model
 from trimtab.train import teacher_answers
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.plan import resolve
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.samples import LIMIT
 from trimtab.train.teacher import Teacher
 

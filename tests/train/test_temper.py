@@ -21,7 +21,7 @@ from trimtab.train.footprint import Ledger
 from trimtab.train.inputs import read_parts
 from trimtab.train.plan import Temperatures, resolve
 from trimtab.train.rows import Layout, ModelRows
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.temper import LEAST, MOST, fit_exponents
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}

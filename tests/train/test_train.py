@@ -26,7 +26,7 @@ from trimtab.train.batches import ExampleDataset, Item, answer_rows, cached_rows
 from trimtab.train.objectives import Batch, Rows
 from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import ModelRows
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
 TURNS = (("user", "prompt"), ("assistant", "chosen"), ("assistant", "rejected"))

@@ -8,7 +8,7 @@ from tiny_task import make_task, task_options, task_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.files import read_json
 from trimtab.models.aligner import manifest_of
-from trimtab.train.run import train
+from trimtab.train.run import run_training as train
 from trimtab.train.whole_rows import wants_whole_rows
 
 SETTINGS = {"objective": "sft", "rule": "geometric", "proposal_temperature": 0.8, "aligner_temperature": 1.25}

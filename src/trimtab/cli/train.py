@@ -1,48 +1,21 @@
 """`trimtab train`: an aligner for a frozen proposal."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from trimtab.errors import InvalidOption
 from trimtab.hardware import in_bytes
-from trimtab.models.estimates import DryRunOptions, check_expected, describe_model, in_time
-from trimtab.options import option
-from trimtab.train.options import TrainOptions
+from trimtab.models.estimates import describe_model, in_time
+from trimtab.train import call
+from trimtab.train.options import TrainOptions as Options
 
 __all__ = ["Options", "render", "run"]
 
 
-@dataclass(frozen=True)
-class Options(DryRunOptions, TrainOptions):
-    """Flags of `trimtab train`."""
-
-    expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A", kept=True)
-    assume_tflops: float | None = option(
-        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True
-    )
-
-    def idle(self) -> dict[str, str]:
-        """What is for an aligner that is named."""
-        return {} if self.aligner else {"expected_aligner": "is for --aligner"}
-
-
 def run(options: Options) -> dict[str, Any]:
     """Train, tune the weight, save; or say what that will take."""
-    from trimtab.models.loading import quiet_loading
-    from trimtab.train.dry_run import Expected, estimate
-    from trimtab.train.run import train
-
-    quiet_loading()
-    if options.assume_tflops is not None and options.assume_tflops <= 0:
-        raise InvalidOption(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
-    check_expected(options)
-    if options.dry_run:
-        known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
-        return estimate(options, Expected(*known))
-    report = train(options)
-    report.pop("history")
+    report = call.run(options)
+    report.pop("history", None)
     report.get("draft", {}).pop("history", None)
-    return {"output_dir": options.output_dir, **report}
+    return report
 
 
 def render(report: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from trimtab.evaluate.intervals import ratio_interval
 from trimtab.files import atomic_folder, atomic_write, read_json, write_json
 from trimtab.hardware import describe_hardware
 from trimtab.train.options import TrainOptions
-from trimtab.train.run import train
+from trimtab.train.run import run_training
 
 __all__ = ["Scale", "run_demo"]
 
@@ -141,7 +141,7 @@ def _align(out: Path, final: Path, name: str, objective: str, rule: str, seed: i
             "seed": seed,
         },
     )
-    return train(options)
+    return run_training(options)
 
 
 def _results(scores: dict[str, list[Score]], eos: int) -> dict[str, Any]:

@@ -15,17 +15,21 @@ from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.aligner import manifest_of
+from trimtab.models.estimates import DryRunOptions
 from trimtab.options import Flag, check_ranges, option
 from trimtab.train.defaults import training_flags
 from trimtab.train.objectives import OBJECTIVES, Objective
 
-__all__ = ["ENDPOINT_OPTIONS", "STARTS", "TrainOptions", "make_objective", "objective_flags"]
+__all__ = ["ENDPOINT_OPTIONS", "OF_DRY_RUN", "STARTS", "TrainOptions", "make_objective", "objective_flags"]
 
 STARTS = ("auto", "tempered", "pretrained", "uniform")
 """Where training may start."""
 
 ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
 """Where rows come from, and not what they are."""
+
+OF_DRY_RUN = (*(one.name for one in dataclasses.fields(DryRunOptions)), "expected_aligner", "assume_tflops")
+"""What says nothing of a run."""
 
 
 def objective_flags() -> dict[str, Flag]:
@@ -72,7 +76,7 @@ def make_objective(name: str, settings: dict[str, Any]) -> Objective:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(DryRunOptions):
     """What is asked for; `trimtab.train.plan.resolve` makes a plan of it.
 
     The options of the objective go into `objective_options`, and those of `transformers.TrainingArguments` into `training`; in
@@ -216,6 +220,11 @@ class TrainOptions:
         },
     )
 
+    expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A", kept=True)
+    assume_tflops: float | None = option(
+        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True
+    )
+
     def __post_init__(self) -> None:
         """Refuse values that cannot be, whatever the others are.
 
@@ -232,6 +241,8 @@ class TrainOptions:
             if getattr(self, name) not in choices:
                 raise InvalidOption(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
         check_ranges(self)
+        if self.assume_tflops is not None and self.assume_tflops <= 0:
+            raise InvalidOption(f"--assume_tflops must be above 0, not {self.assume_tflops:g}")
         if self.weight is not None and not math.isfinite(self.weight):
             raise InvalidOption(f"weight must be a finite number, not {self.weight}")
         if self.rule:
@@ -268,6 +279,8 @@ class TrainOptions:
         elif not self.use_peft:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
+        if not self.aligner:
+            idle["expected_aligner"] = "is for --aligner"
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"
         return idle

@@ -47,7 +47,7 @@ from trimtab.train.inputs import (
     run_date,
     settle_pairs,
 )
-from trimtab.train.options import ENDPOINT_OPTIONS, TrainOptions
+from trimtab.train.options import ENDPOINT_OPTIONS, OF_DRY_RUN, TrainOptions
 from trimtab.train.plan import Facts, Plan, Temperatures, announce_round, resolve
 from trimtab.train.progress import CompactProgress
 from trimtab.train.ranks import Ranks
@@ -62,7 +62,7 @@ from trimtab.train.trainer import AlignerTrainer, fit, trained
 from trimtab.train.tune import RANGES, tune_weight
 from trimtab.train.whole_rows import tune_on_whole_rows
 
-__all__ = ["open_caches", "train", "training_of_effect"]
+__all__ = ["open_caches", "run_training", "training_of_effect"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class _Run(NamedTuple):
         return sum(len(example.chosen) for example in self.examples) / len(self.examples)
 
 
-def train(asked: TrainOptions) -> dict[str, Any]:
+def run_training(asked: TrainOptions) -> dict[str, Any]:
     """Train an aligner and save it in `asked.output_dir`.
 
     Returns:
@@ -369,7 +369,7 @@ OBJECTIVE_OPTIONS = {"alpha": 1e-4, "beta": None, "contrast": None, "sft_weight"
 def _describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[str, Any]:
     """What a run's result depends on, as plain JSON."""
     apart = {"output_dir", "overwrite_output_dir", "train_draft", "dev_samples"}  # a finished aligner may get these two later
-    ignored = {*apart, "training", "objective_options", "proposal_cache", "device", *ENDPOINT_OPTIONS}
+    ignored = {*apart, "training", "objective_options", "proposal_cache", "device", *ENDPOINT_OPTIONS, *OF_DRY_RUN}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
     described |= OBJECTIVE_OPTIONS | plan.asked.objective_options
