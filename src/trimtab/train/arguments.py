@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import InvalidOption
+from trimtab.extras import need
 from trimtab.reasons import reason_of
 from trimtab.train.options import TrainOptions
 
-__all__ = ["DEFAULTS", "IDLE", "OWNED", "training_arguments"]
+__all__ = ["DEFAULTS", "IDLE", "OWNED", "need_training", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,25 @@ FOR_PREFERENCES: dict[str, Any] = {"learning_rate": 1e-4}
 """Where a head that learns them differs from that: at 1e-3 and 3e-4 its loss on the development pairs of HH rises early."""
 
 
+def need_training(what: str = "training") -> None:
+    """Refuse to begin what trains where the packages for it are missing.
+
+    Raises:
+        InvalidOption: the extra `train` is not installed.
+    """
+    need("train", what, "accelerate", "peft")
+
+
 def training_arguments(options: TrainOptions) -> TrainingArguments:
     """The options that are transformers' own, over our defaults.
 
     Raises:
-        InvalidOption: one that a run sets itself, one without effect, or a value that transformers refuses.
+        InvalidOption: one that a run sets itself, one without effect, or a value that transformers refuses; or the extra
+            `train` is not installed.
     """
+    need_training()
+    from accelerate.utils import DistributedType
+
     if owned := OWNED & set(options.training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")
     if idle := IDLE & set(options.training):

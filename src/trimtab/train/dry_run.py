@@ -31,7 +31,7 @@ from trimtab.models.masks import context_of
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.supported import check_supported
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
-from trimtab.train.arguments import training_arguments
+from trimtab.train.arguments import need_training, training_arguments
 from trimtab.train.checkpointing import checkpoints
 from trimtab.train.checks import warn_of_rule
 from trimtab.train.dry_caching import Passes, proposal_dtype
@@ -88,6 +88,7 @@ def estimate(options: TrainOptions, expected: Expected) -> dict[str, Any]:
     Raises:
         TrimtabError: what the run itself would raise, as far as it can be known.
     """
+    need_training()
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         options = dataclasses.replace(options, training={"use_cpu": True} | options.training)
     here = describe(options.aligner) if options.aligner and expand_home(options.aligner).is_dir() else None
