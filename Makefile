@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-real test-vllm test-llamacpp test-quantized lint browser real-model clean
+.PHONY: demo demo-real test test-slow test-real test-vllm test-llamacpp test-quantized lint browser real-model clean
 
 demo: $(VENV)/.train
 	$(BIN)/trimtab demo --out demo-out
@@ -13,13 +13,20 @@ demo: $(VENV)/.train
 demo-real: $(VENV)/.real real-model
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/real/demo.py
 
-test: lint browser
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
-# The playground's tests drive a real browser.
+# Lint, types, and all tests but the slow ones.
+test: lint
+	$(PYTEST) -m 'not slow'
+
+# The rest: dry runs, recipes, training in several processes, sweeps over families that are trained, other people's tools, browsers.
+test-slow: $(VENV)/.dev browser
+	$(PYTEST) -m slow
+
+# The tests of pages drive a real browser.
 browser:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || (apt-get update -q && apt-get install -qy chromium) || \
-		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
+		(echo 'The slow tests need chromium: install it, and run make test-slow again.' && exit 1)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests tests_real tests_vllm tests_llamacpp tests_quantized benchmarks recipes
