@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
+from models.test_head import save_base, save_head
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
@@ -94,12 +95,14 @@ def run_all(core: Path, commands: dict[str, list[str]]) -> dict[str, Done]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A proposal, an aligner, a LoRA adapter of a base, and one with PEFT's own kind of layers; data to go with them."""
+    """A proposal; an aligner, a head, a LoRA adapter of a base and one with layers that only PEFT has; data to go with them."""
     folder: Path = tmp_path_factory.mktemp("models")
     tokenizer = tiny_tokenizer()
-    for seed, name in enumerate(("proposal", "aligner", "base")):
+    save_base(folder / "proposal")
+    for seed, name in enumerate(("aligner", "base")):
         save_tiny(folder / name, tiny_model("llama", 28, seed=seed, spread=0.5), tokenizer)
     save_lora(folder / "lora", folder / "base", r=2, target_modules=["q_proj", "down_proj"])
+    save_head(folder / "head", folder / "proposal", tap=1)
     save_lora(folder / "dora", folder / "base", r=2, target_modules=["q_proj"], use_dora=True)
     (folder / "data.jsonl").write_text(json.dumps({"prompt": PROMPT, "completion": "cd"}) + "\n", encoding="utf-8")
     (folder / "data.parquet").write_bytes(b"PAR1")
@@ -123,6 +126,7 @@ def done(core: Path, models: Path) -> dict[str, Done]:
     commands = {
         "aligner": ["generate", *words_for(models), *generate],
         "lora": ["generate", *words_for(models, "lora"), *generate],
+        "head": ["generate", *words_for(models, "head"), *generate],
         "score": ["score", *words_for(models), *data],
         "propose": ["propose", "--proposal", str(models / "proposal"), *data, *sampled],
         "bench": ["bench", *words_for(models), "--max_tokens", "4", "--repeats", "1"],
@@ -131,7 +135,7 @@ def done(core: Path, models: Path) -> dict[str, Done]:
     return run_all(core, {name: [*words, "--json"] for name, words in commands.items()})
 
 
-@pytest.mark.parametrize("aligner", ["aligner", "lora"])
+@pytest.mark.parametrize("aligner", ["aligner", "lora", "head"])
 def test_the_core_decodes_and_gives_the_same_text_as_a_whole_install(done, models, aligner):
     here = AlignedModel.from_pretrained(models / "proposal", models / aligner, device="cpu")
     completion = here.generate([PROMPT], SamplingParams(max_tokens=8, seed=3))[0]

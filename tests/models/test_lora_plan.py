@@ -63,6 +63,7 @@ def test_modules_ranks_and_scalings_are_those_of_peft(kind, name):
         {"target_modules": ["no_such_module"]},
         {"target_modules": ["q_proj"], "r": 0},
         {"target_modules": ["q_proj"], "r": "2"},
+        {"target_modules": ["q_proj"], "lora_alpha": "16"},
         {"target_modules": ["q_proj"], "rank_pattern": None},
         {"target_modules": ["q_proj"], "layers_to_transform": ["1"]},
         {"target_modules": ["q_proj"], "layers_pattern": "layers"},

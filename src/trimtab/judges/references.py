@@ -47,7 +47,7 @@ class ReferenceMetric:
             raise InvalidOption(f"there is no tokenizer '{tokenizer}'; there are {', '.join(TOKENIZERS)}")
         self.name = name
         self.tokenizer = None if name == "chrf" else tokenizer or "ascii"
-        need("eval", f"the metric '{name}'", "sacrebleu" if name == "chrf" else "rouge_score")
+        need("eval", f"the metric '{name}'", "sacrebleu.metrics" if name == "chrf" else "rouge_score.rouge_scorer")
         self._best = _chrf() if name == "chrf" else _rouge(name, self.tokenizer == "unicode")
 
     def score(self, answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[float]:

@@ -33,9 +33,9 @@ def plan_of(values: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int,
         if not path or not _is_chosen(path, values):
             continue
         rank = ranks.get(_pattern_of(path, ranks), values.get("r", RANK))
-        if not isinstance(module, nn.Linear) or type(rank) is not int or rank <= 0:
-            return None
         alpha = alphas.get(_pattern_of(path, alphas), values.get("lora_alpha", ALPHA))
+        if not isinstance(module, nn.Linear) or type(rank) is not int or rank <= 0 or type(alpha) not in (int, float):
+            return None
         plan[path] = (rank, alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank)
     return plan or None
 
