@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-real test-vllm test-llamacpp test-quantized lint browser real-model clean
+.PHONY: demo demo-real test test-slow test-real test-vllm test-llamacpp test-quantized lint browser real-model clean
 
-demo: $(VENV)/.core
+demo: $(VENV)/.train
 	$(BIN)/trimtab demo --out demo-out
 
 # The same on a real model, which is downloaded: demo-real-out/report.html. A run that was killed goes on. Threads that wait
@@ -13,13 +13,20 @@ demo: $(VENV)/.core
 demo-real: $(VENV)/.real real-model
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/real/demo.py
 
-test: lint browser
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
-# The playground's tests drive a real browser.
+# Lint, types, and all tests but the slow ones.
+test: lint
+	$(PYTEST) -m 'not slow'
+
+# The rest: dry runs, recipes, training in several processes, sweeps over families that are trained, other people's tools, browsers.
+test-slow: $(VENV)/.dev browser
+	$(PYTEST) -m slow
+
+# The tests of pages drive a real browser.
 browser:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || (apt-get update -q && apt-get install -qy chromium) || \
-		(echo 'The tests need chromium: install it, and run make test again.' && exit 1)
+		(echo 'The slow tests need chromium: install it, and run make test-slow again.' && exit 1)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests tests_real tests_vllm tests_llamacpp tests_quantized benchmarks recipes
@@ -41,7 +48,7 @@ test-vllm: $(VENV)-vllm/.ready
 $(VENV)-vllm/.ready: pyproject.toml constraints.txt tests_vllm/requirements.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests_vllm/requirements.txt --editable .
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests_vllm/requirements.txt --editable '.[train]'
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not fit torch's
 	touch $@
 
@@ -52,7 +59,7 @@ test-llamacpp: $(VENV)-llamacpp/.ready
 $(VENV)-llamacpp/.ready: pyproject.toml constraints.txt tests_llamacpp/requirements.txt
 	$(PYTHON) -m venv $(VENV)-llamacpp
 	$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_llamacpp/requirements.txt --editable '.[llamacpp,serve]'
+	$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_llamacpp/requirements.txt --editable '.[train,llamacpp,serve]'
 	touch $@
 
 # Folders that other libraries quantised, in an environment of its own: $(VENV)-quantized.
@@ -62,7 +69,7 @@ test-quantized: $(VENV)-quantized/.ready
 $(VENV)-quantized/.ready: pyproject.toml constraints.txt tests_quantized/requirements.txt
 	$(PYTHON) -m venv $(VENV)-quantized
 	$(VENV)-quantized/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(VENV)-quantized/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_quantized/requirements.txt --editable .
+	$(VENV)-quantized/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests_quantized/requirements.txt --editable '.[train]'
 	touch $@
 
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -70,6 +77,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.train: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
@@ -81,7 +92,7 @@ $(VENV)/.gguf: $(VENV)/.core
 	touch $@
 
 $(VENV)/.real: $(VENV)/.gguf
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval,gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,gguf]'
 	touch $@
 
 clean:

@@ -11,6 +11,8 @@ from trimtab.demo.corpus import read_corpus
 from trimtab.demo.pretrain import Size
 from trimtab.demo.run import Scale, run_demo
 
+pytestmark = pytest.mark.slow
+
 SIZE = Size(hidden=32, layers=1, steps=30, learning_rate=5e-3)
 SCALE = Scale(proposal=SIZE, small=SIZE, vocab_size=512, epochs=2, records=60, shown=2)
 

@@ -91,6 +91,7 @@ def demo_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_on_serving_works(demo_out: Path):
     start, *rest = blocks("serving.md", "bash")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -130,6 +131,7 @@ def test_every_command_of_the_page_on_serving_works(demo_out: Path):
         assert server.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_votes_of_the_arena_train_an_aligner_by_the_pages_command(demo_out: Path):
     (command,) = (block for block in blocks("serving.md", "sh") if block.startswith("trimtab train"))
     book = VoteBook(demo_out / "votes.jsonl")

@@ -11,6 +11,7 @@ import pytest
 
 import trimtab
 from trimtab import errors
+from trimtab.cli import COMMANDS
 
 ROOT = Path(trimtab.__file__).parent
 INSIDE_VLLM = {f"trimtab.vllm.{name}" for name in ("command", "internals", "processor")}
@@ -62,6 +63,40 @@ def test_importing_trimtab_imports_nothing_but_the_standard_library():
     ).split()
     assert set(new) - set(sys.stdlib_module_names) == {"trimtab"}
     assert in_a_fresh_python("import sys, trimtab\ntrimtab.SamplingParams\nprint('torch' in sys.modules)") == "True"
+
+
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "httpx2", "asyncio")
+"""What takes long to import."""
+MOST_SECONDS = 0.3
+"""Of processor time, above that of a bare Python: what else runs on the machine does not count."""
+SHOWN = sorted(set(COMMANDS) - {"train", "start"})
+"""Commands whose `--help` needs nothing heavy; that of the others shows the fields of `transformers.TrainingArguments`."""
+TIMED = f"""
+import contextlib, sys, time
+start = time.process_time()
+with contextlib.suppress(SystemExit):
+    %s
+print(time.process_time() - start, *set(sys.modules) & {set(HEAVY)!r}, file=sys.stderr)
+"""
+
+
+def check_quick(code: str, says: str) -> None:
+    """The fastest of three runs counts."""
+    command = [sys.executable, "-c", TIMED % code]
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=60, check=True) for _ in range(3)]
+    for done in runs:
+        assert done.stdout.startswith(says)
+        assert done.stderr.split()[1:] == [], "heavy modules were imported"
+    assert min(float(done.stderr.split()[0]) for done in runs) < MOST_SECONDS
+
+
+def test_importing_trimtab_is_quick():
+    check_quick("import trimtab; print(trimtab.__version__)", trimtab.__version__)
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in SHOWN)], ids=lambda words: words[0] if words else "trimtab")
+def test_help_is_quick(words):
+    check_quick(f"from trimtab.cli import main; main([*{words!r}, '--help'])", f"usage: {' '.join(['trimtab', *words])} [-h]")
 
 
 @pytest.mark.parametrize("name", ["trimtab", *MODULES])

@@ -16,6 +16,8 @@ from trimtab.data.records import read_records
 from trimtab.evaluate.paper import TASKS, aligned_decoding
 from trimtab.models import shapes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 TRAINING = [path for path in FILES if "propose" not in path.name and "eval" not in path.name]

@@ -1,6 +1,6 @@
 """Is an aligner for a real model better than what users try first? Every task by every system, one file a cell.
 
-    make real-model && . .venv/bin/activate && pip install -c constraints.txt '.[eval,gguf]' && pip install trl
+    make real-model && . .venv/bin/activate && pip install -c constraints.txt '.[train,eval,gguf]' && pip install trl
     python benchmarks/real/study.py --out real --data ../shared/data
     python benchmarks/real/report.py real > benchmarks/REAL.md
 

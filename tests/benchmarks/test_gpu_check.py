@@ -9,6 +9,8 @@ import torch
 
 from trimtab.models.lean import LeanDecoder
 
+pytestmark = pytest.mark.slow
+
 SPEC = importlib.util.spec_from_file_location("gpu_check", Path(__file__).parents[2] / "benchmarks" / "gpu_check.py")
 gpu_check = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_check)

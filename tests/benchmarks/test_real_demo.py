@@ -14,6 +14,8 @@ from tiny import bpe_tokenizer, save_tiny, tiny_model
 from trimtab import AlignedModel
 from trimtab.errors import InvalidOption
 
+pytestmark = pytest.mark.slow
+
 chats, demo, demo_report = (study_module(name) for name in ("chats", "demo", "demo_report"))
 
 TEMPLATE = (

@@ -146,6 +146,7 @@ def test_a_missing_trl_is_said_before_any_work(tmp_path: Path, proposal: Path, m
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_command_lines_are_what_train_takes(tmp_path: Path, proposal: Path, capsys: pytest.CaptureFixture[str]):
     """Every line of the table passes the command's own dry run."""
     for name in trained.TRAINED:

@@ -192,6 +192,7 @@ def test_a_limit_of_cost_ends_with_one_line_that_says_how_to_go_on(task, judge, 
 # ---- kills
 
 
+@pytest.mark.slow
 def test_killed_while_it_answers_and_while_it_judges_it_ends_as_if_it_had_not_been(task, capsys, tmp_path):
     """`kill -9` in the middle of either; then all figures are those of a run that was left alone, and each question was
     asked once but for the eight that were in flight."""

@@ -33,7 +33,7 @@ from trimtab.evaluate import harness
 from trimtab.evaluate.harness import LOADING, OWN, TrimtabLM
 from trimtab.models.table import TableLM
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_network")]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 CONTEXT = 64

@@ -9,6 +9,8 @@ import pytest
 from serving import Server, folder_service, running
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 V = 28
 
 

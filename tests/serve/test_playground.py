@@ -23,9 +23,12 @@ from trimtab.serve.playground.page import add_playground
 from trimtab.serve.registry import Registry
 from trimtab.serve.service import Opened, Service, Settings
 
-pytestmark = pytest.mark.filterwarnings(  # Gradio 6.31 with pandas 3
-    "ignore:'future.no_silent_downcasting' is deprecated", "ignore:The copy keyword is deprecated"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(  # Gradio 6.31 with pandas 3
+        "ignore:'future.no_silent_downcasting' is deprecated", "ignore:The copy keyword is deprecated"
+    ),
+]
 LETTERS = "abcdefghijklmnop u<>&\"'/=${}`\n"
 """What the tiny models write looks like HTML and like templates at every turn."""
 KEY = "a-key"

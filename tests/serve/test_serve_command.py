@@ -60,6 +60,7 @@ def serving(folder: Path, *flags: str, **environment: str) -> Iterator[tuple[sub
             stream.close()
 
 
+@pytest.mark.slow
 def test_the_log_says_who_drafts_and_that_aligners_may_be_told_to(folder):
     """`--draft aligner` is for each of them; the bare proposal, which is asked here too, has nobody."""
     process = subprocess.Popen(
@@ -128,6 +129,7 @@ def test_a_running_stream_is_finished_before_the_server_stops(folder):
         assert json.loads(out)["unfinished_sequences"] == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_finished_in_time_is_told_so(folder):
     with serving(folder, "--json", "--shutdown_timeout", "0.3") as (process, url):
         lines = stream_lines(url, 4000)
@@ -141,6 +143,7 @@ def test_what_cannot_be_finished_in_time_is_told_so(folder):
         assert json.loads(out)["unfinished_sequences"] == 1
 
 
+@pytest.mark.slow
 def test_a_killed_server_starts_again_and_gives_the_same(folder):
     body = {"model": "q", "prompt": "abc", "max_tokens": 20, "seed": 1, "ignore_eos": True}
     texts = []
@@ -151,6 +154,7 @@ def test_a_killed_server_starts_again_and_gives_the_same(folder):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_second_server_on_a_port_says_so(folder):
     with serving(folder) as (_, url):
         port = url.rpartition(":")[2]
@@ -173,7 +177,6 @@ def test_a_second_server_on_a_port_says_so(folder):
         (["--request_timeout", "0"], 2, "--request_timeout must be above 0"),
         (["--shutdown_timeout", "-1"], 2, "--shutdown_timeout must be at least 0"),
         (["--api_key", " "], 2, "API key must be printable"),
-        (["--host", "999.1.1.1"], 1, "not known"),
     ],
 )
 def test_wrong_usage_is_one_line_and_no_server(folder, flags, status, says, capsys):
@@ -187,6 +190,7 @@ def test_wrong_usage_is_one_line_and_no_server(folder, flags, status, says, caps
         (["--aligner", "z=/nowhere/at/all"], 1, "'/nowhere/at/all' does not exist"),
         (["--rule", "magic"], 2, "there is no rule 'magic'"),
         (["--max_aligner_memory", "0.000001"], 1, "aligner 'q' needs"),
+        (["--host", "999.1.1.1"], 1, "not known"),  # not above: by then, the process's logging is that of a server
     ],
 )
 def test_what_cannot_be_loaded_ends_the_server_in_one_line(folder, flags, status, says):

@@ -23,6 +23,8 @@ from trimtab.train.rows import CachedRows, Compressed, Layout, ModelRows
 from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
+pytestmark = pytest.mark.slow
+
 DEATHS = ["cache 2", "checkpoint 2", "tune 1", "save 1"]
 """Between shards; while the second checkpoint is written; and when all is trained."""
 

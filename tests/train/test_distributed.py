@@ -13,6 +13,8 @@ from trimtab.errors import InvalidOption
 from trimtab.train import cache
 from trimtab.train.run import run_training as train
 
+pytestmark = pytest.mark.slow
+
 HALF = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 5, "logging_steps": 1}
 QUARTER = HALF | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 WHOLE = HALF | {"per_device_train_batch_size": 8}

@@ -26,6 +26,8 @@ from trimtab.train.run import run_training as train
 from trimtab.train.start import prepare_model
 from trimtab.train.trainer import AlignerTrainer
 
+pytestmark = pytest.mark.slow
+
 QUICK = Expected(tflops=1.0)
 
 

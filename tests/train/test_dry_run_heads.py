@@ -26,6 +26,8 @@ from trimtab.train.rows import compress, tail_points
 from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
+pytestmark = pytest.mark.slow
+
 QUICK = Expected(tflops=1.0)
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
 

@@ -69,6 +69,7 @@ def test_what_was_trained_is_what_is_decoded(task):
     assert tried[1.0] == pytest.approx(report["metrics"]["eval_nll_aligned"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo3", "phi3", "qwen3_moe", "smollm3"])
 def test_what_was_trained_is_what_is_decoded_in_other_families(task, kind, layers, tmp_path):

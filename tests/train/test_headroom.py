@@ -13,6 +13,8 @@ from trimtab.train import headroom
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.run import run_training as train
 
+pytestmark = pytest.mark.slow
+
 HEAD = {"aligner": "", "head_layers": 1, "contrast": 0.0, "keep_samples": 0}
 KINDS = {"an aligner": {}, "an adapter": {"use_peft": True}, "a head": HEAD}
 

@@ -127,6 +127,7 @@ def test_nothing_to_prefer_is_an_error(task, settings, parts, message):
         settle_pairs(plan_on(task, parts, settings), *parts)
 
 
+@pytest.mark.slow
 def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
     for name, settings in (("contrast", {}), ("preference", {"objective": "preference"})):
         options = task_options(task, name, {"max_steps": 2}, **settings)
@@ -156,6 +157,7 @@ def test_a_run_reports_what_its_dry_run_foretells(task, capsys):
         train(task_options(task, "refused", dataset=str(task / "equal.jsonl")))
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(task):
     for name, settings in (("contrast-1", {}), ("preference-1", {"objective": "preference"})):
         train(task_options(task, name, {"max_steps": 3}, **settings))

@@ -177,6 +177,7 @@ def test_a_look_takes_no_more_than_a_training_step(task, name, training):
     assert ledger.peak < step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_dry_run_says_so(task, tmp_path, name, size):

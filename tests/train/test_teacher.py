@@ -371,6 +371,7 @@ def test_prompts_that_fill_the_context_behind_the_teacher_are_left_out(tmp_path,
     assert "prompts fill the context of 20 tokens behind teacher_prompt, and are left out" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_dry_run_knows_the_bytes_of_both_caches_and_writes_nothing(task):
     options = options_of(task, "dry", {"max_steps": 2}, cache_top_k=4, cache_tail_samples=3)
     told = estimate(options, Expected(tflops=1.0))

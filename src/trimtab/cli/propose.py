@@ -15,7 +15,6 @@ from trimtab.decode.options import (
 from trimtab.errors import InvalidOption
 from trimtab.files import refuse_overwriting
 from trimtab.jsonlines import kept_header
-from trimtab.judges.reward import load_reward_model
 from trimtab.models.estimates import (
     DryRunOptions,
     aligner_weights,
@@ -133,6 +132,7 @@ def _date(options: Options) -> str:
 def _ranking(options: Options, pairs: int, records: Any, date: str) -> Any:
     """How samples become pairs, if they do."""
     from trimtab.data.template import refuse_idle_date
+    from trimtab.judges.reward import load_reward_model
     from trimtab.propose.ranking import Ranking
 
     if options.reward_model is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.data.options import TemplateOptions
 from trimtab.decode.options import ModelOptions
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
+from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.options import option
 
@@ -107,14 +108,9 @@ def run(options: Options) -> dict[str, Any]:
     """Serve until the process is told to stop."""
     if options.engine == "vllm":
         return _run_vllm(options)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InvalidOption(
-            f"serving needs the extra 'serve' ({error.name} is missing): pip install 'trimtab[serve]'"
-        ) from None
+    need("serve", "serving", "fastapi", "prometheus_client", "uvicorn")
+    if options.playground:
+        need("playground", "the playground", "gradio")
     from trimtab.data.template import check_date, read_chat_template
     from trimtab.models.loading import quiet_loading
     from trimtab.serve.app import make_app
@@ -307,11 +303,6 @@ def _cache_bytes(device: Any, registry: "Registry") -> int | None:
 
 
 def _add_playground(app: Any, service: Any, options: Options) -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        missing = f"({error.name} is missing): pip install 'trimtab[playground]'"
-        raise InvalidOption(f"the playground needs the extra 'playground' {missing}") from None
     from trimtab.serve.playground.page import add_playground
 
     add_playground(app, service, votes=Path(options.votes or "votes.jsonl"))

@@ -29,6 +29,7 @@ from trimtab.data.implicit import implicit_prompt
 from trimtab.data.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
 from trimtab.data.unwanted import LABEL, refuse_unwanted
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
+from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.reasons import reason_of
 
@@ -119,6 +120,7 @@ def read_records(
         answers: whether answers are of interest; otherwise records have none, and what `label` says of them does not matter.
 
     Raises:
+        InvalidOption: a Parquet file or a hub data set, and the extra `train` is not installed.
         DataError: names the file and the line, or the row; an answer that is not wanted stands where a wanted one should.
     """
     columns = parse_columns(how.columns) if how else {}
@@ -148,6 +150,7 @@ def is_local(dataset: str) -> bool:
 
 def is_cached(dataset: str) -> bool:
     """Whether a hub data set was loaded on this machine before."""
+    _need_datasets(dataset)
     from datasets import config
 
     return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
@@ -192,6 +195,7 @@ def _json_object(line: bytes, source: str) -> dict[str, Any]:
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    need("train", f"'{name}', a Parquet file,", "pyarrow.parquet")
     import pyarrow
     import pyarrow.parquet
 
@@ -216,7 +220,12 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def _need_datasets(name: str) -> None:
+    need("train", f"'{name}' is no file here, and a data set of the hub", "datasets")
+
+
 def _hub_rows(name: str, how: DataOptions | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    _need_datasets(name)
     from datasets import load_dataset
 
     config, folder, split = (how.dataset_config, how.dataset_data_dir, how.dataset_split) if how else (None, None, "train")

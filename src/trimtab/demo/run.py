@@ -26,6 +26,7 @@ from trimtab.errors import ModelError
 from trimtab.evaluate.intervals import ratio_interval
 from trimtab.files import atomic_folder, atomic_write, read_json, write_json
 from trimtab.hardware import describe_hardware
+from trimtab.train.arguments import need_training
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import run_training
 
@@ -55,7 +56,11 @@ def run_demo(out: Path, seed: int, scale: Scale | None = None) -> dict[str, Any]
 
     They appear there together at the end; until then, what an earlier demo left stays as it is. Everything but the timings
     is a function of the seed, the Python version and the number of threads.
+
+    Raises:
+        InvalidOption: the extra `train` is not installed.
     """
+    need_training("the demo, which trains,")
     with atomic_folder(out) as work:
         return _run(work, out, seed, scale or Scale())
 

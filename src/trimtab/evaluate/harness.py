@@ -27,6 +27,7 @@ from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import completion_rows
 from trimtab.decode.shaping import BatchShaping
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
+from trimtab.extras import how_to_install
 
 try:
     from lm_eval import utils
@@ -39,7 +40,8 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
-    raise ModuleNotFoundError("lm-evaluation-harness is not installed: pip install 'trimtab[eval]'", name="lm_eval") from None
+    reason = f"lm-evaluation-harness is not installed: {how_to_install('eval')}"
+    raise ModuleNotFoundError(reason, name="lm_eval") from None
 
 __all__ = ["TrimtabLM", "main"]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from trimtab.errors import InvalidOption
 from trimtab.evaluate.alpaca import Annotation
 from trimtab.evaluate.intervals import bootstrap
+from trimtab.extras import how_to_install
 
 __all__ = ["LENGTH_CONTROLS", "LengthControl", "control_length", "length_only_fit", "why_not_alpaca_eval"]
 
@@ -141,7 +142,7 @@ def why_not_alpaca_eval(annotations: Sequence[Annotation]) -> str:
             warnings.simplefilter("ignore")  # pkg_resources, which it imports, is deprecated
             import alpaca_eval  # noqa: F401
     except ImportError as error:
-        return f"alpaca_eval cannot be imported ({error}): pip install 'trimtab[eval]'"
+        return f"alpaca_eval cannot be imported ({error}): {how_to_install('eval')}"
     return "" if _table_can_be_had() else f"{TABLE[1]} of {TABLE[0]} is not in the hub's cache, and the hub does not answer"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trimtab.errors import DataError, InvalidOption
+from trimtab.extras import need
 
 __all__ = ["METRICS", "TOKENIZERS", "ReferenceMetric", "preference", "unicode_words"]
 
@@ -46,12 +47,8 @@ class ReferenceMetric:
             raise InvalidOption(f"there is no tokenizer '{tokenizer}'; there are {', '.join(TOKENIZERS)}")
         self.name = name
         self.tokenizer = None if name == "chrf" else tokenizer or "ascii"
-        try:
-            self._best = _chrf() if name == "chrf" else _rouge(name, self.tokenizer == "unicode")
-        except ImportError as error:
-            raise InvalidOption(
-                f"the metric '{name}' needs the extra 'eval' ({error.name} is missing): pip install 'trimtab[eval]'"
-            ) from None
+        need("eval", f"the metric '{name}'", "sacrebleu.metrics" if name == "chrf" else "rouge_score.rouge_scorer")
+        self._best = _chrf() if name == "chrf" else _rouge(name, self.tokenizer == "unicode")
 
     def score(self, answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[float]:
         """One score from 0 to 1 for each answer.

@@ -34,7 +34,16 @@ from trimtab.decode.scoring import by_length
 from trimtab.errors import CheckpointError, DataError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.attention import without_cudnn
 from trimtab.models.fingerprint import Files, fingerprint_model
-from trimtab.models.loading import check_finite, expand, load_tokenizer, loading_arguments, quietly_reported, readable
+from trimtab.models.loading import (
+    check_finite,
+    check_placeable,
+    expand,
+    load_tokenizer,
+    loading_arguments,
+    placed,
+    quietly_reported,
+    readable,
+)
 from trimtab.models.stored import check_filled
 from trimtab.models.weight_files import folder_of
 
@@ -321,8 +330,10 @@ def _load_classifier(
         source = expand(source)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_labels(config, source)
+        check_placeable(config, source)
         with quietly_reported():
             model, report = AutoModelForSequenceClassification.from_pretrained(source, **how)
+    model = placed(model, device)
     missing = sorted(str(key) for key in report.get("missing_keys") or ())
     head = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
     if head:  # transformers would go on with a random one

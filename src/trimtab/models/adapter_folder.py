@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from trimtab.errors import CheckpointError, ModelError
+from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.models.loading import check_finite, load_model, readable
 from trimtab.models.peft_kinds import check_adapters, check_known
@@ -78,12 +79,14 @@ def load_adapter(folder: Path, *, dtype: str | torch.dtype, device: str | torch.
 
     Raises:
         UnsupportedModel: an adapter of which a part would be left out, see `trimtab.models.peft_kinds`.
+        InvalidOption: PEFT is not installed.
         CheckpointError: weights that are missing, pickled, not finite, of another shape than the adapter's, or without a place.
     """
-    from peft import PeftConfig, PeftModel
-
     base = base_of(folder)
     check_weights(folder)
+    need("train", f"'{folder}', an adapter that shares no base with others,", "peft")
+    from peft import PeftConfig, PeftModel
+
     with readable(folder, "aligner"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unexpected keyword arguments", category=UserWarning)  # see `check_known`
         config = PeftConfig.from_pretrained(str(folder))

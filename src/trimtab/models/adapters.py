@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
+from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.models.adapter_layout import Layout, Shape
 from trimtab.models.base import LanguageModel, State
@@ -33,6 +34,7 @@ from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import read_plain
+from trimtab.models.lora_plan import plan_of
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
@@ -128,7 +130,7 @@ class AdapterStore:
         folder = expand_home(folder)
         values = read_plain(folder)
         with readable(folder, "aligner"):
-            plan = self._plan(values)
+            plan = self._plan(folder, values)
             if odd := set(plan) - set(self._layout.places):
                 known = ", ".join(projections_of(self._model.config))
                 where = f", from layer {self._first} on" if self._first else ""
@@ -145,13 +147,16 @@ class AdapterStore:
         different = set(adapters)
         return slots * self.gathered_bytes(different - {None}) if len(different) > 1 else 0
 
-    def _plan(self, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
-        """Rank and scaling of each adapted module. PEFT itself lays them out, around a base without weights."""
+    def _plan(self, folder: Path, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
+        """Rank and scaling of each adapted module. Where only PEFT knows, it lays them out around a base without weights."""
+        with torch.device("meta"):
+            skeleton = type(self._model)(copy.deepcopy(self._model.config))
+        if (plan := plan_of(values, skeleton)) is not None:
+            return plan
+        need("train", f"'{folder}', an adapter whose adapter_config.json does not name its modules,", "peft")
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora.layer import LoraLayer
 
-        with torch.device("meta"):
-            skeleton = type(self._model)(copy.deepcopy(self._model.config))
         config = LoraConfig.from_peft_type(**values)
         inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
         layers = [(path, module) for path, module in skeleton.named_modules() if isinstance(module, LoraLayer)]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from trimtab.errors import CheckpointError, InvalidOption, ModelError, UnsupportedModel
+from trimtab.errors import CheckpointError, ModelError, UnsupportedModel
+from trimtab.extras import need
 from trimtab.files import cache_folder, expand_home
 from trimtab.models.digests import Seen, digest_file
 from trimtab.models.gguf_tokenizer import read_tokenizer
@@ -85,10 +86,9 @@ def load_gguf_tokenizer(source: str | Path) -> Any:
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     """A file's reader, and its metadata."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InvalidOption("GGUF files need the package gguf: pip install 'trimtab[gguf]'") from None
+    need("gguf", f"'{path}', a GGUF file,", "gguf")
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(path)
         return reader, {name: field.contents() for name, field in reader.fields.items()}

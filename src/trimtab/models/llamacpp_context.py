@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.errors import InvalidOption, ModelError
+from trimtab.errors import ModelError
+from trimtab.extras import need
 
 __all__ = ["MOST_ROWS", "MOST_SLOTS", "MOST_TOKENS", "Context", "Idle", "Token", "Weights", "library"]
 
@@ -41,11 +42,9 @@ def library() -> Any:
     Raises:
         InvalidOption: it is not installed.
     """
-    try:
-        from llama_cpp import llama_cpp
-    except ImportError as error:
-        how = "pip install 'trimtab[llamacpp]'"
-        raise InvalidOption(f"llama.cpp needs the package llama-cpp-python ({error}): {how}") from error
+    need("llamacpp", "the backend llamacpp", "llama_cpp")
+    from llama_cpp import llama_cpp
+
     llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp

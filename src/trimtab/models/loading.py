@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from trimtab.errors import CheckpointError, InvalidOption, ModelError, TrimtabError
+from trimtab.extras import is_here, need
 from trimtab.files import expand_home
 from trimtab.models.blocks import FAMILIES
 from trimtab.models.composite import KEY_MAPPING, text_config
@@ -28,12 +29,14 @@ __all__ = [
     "attention_for",
     "check_dtype",
     "check_finite",
+    "check_placeable",
     "expand",
     "load_configs",
     "load_model",
     "load_tokenizer",
     "loading_arguments",
     "pick_device",
+    "placed",
     "quiet_loading",
     "quietly_reported",
     "readable",
@@ -69,7 +72,8 @@ def load_model(
         revision: a hub revision.
 
     Raises:
-        InvalidOption: with `"auto"`, it does not fit into the memory of the GPUs, or of the machine where there is none.
+        InvalidOption: with `"auto"`, it does not fit into the memory of the GPUs, or of the machine where there is none; or
+            accelerate is not installed, which `"auto"` and quantised folders need.
         CheckpointError: missing, pickled, incomplete, corrupt or non-finite weights, or codes, see `trimtab.models.stored`.
         UnsupportedModel: an architecture that ragged slots cannot decode.
     """
@@ -81,12 +85,14 @@ def load_model(
         whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         config = text_config(whole)
         check_supported(config)
+        check_placeable(config, source)
         _check_size(config, source)
         if config is not whole:
             logger.info("of '%s', a '%s' model, its text model is used: '%s'", source, whole.model_type, config.model_type)
             how |= {"config": config, "key_mapping": KEY_MAPPING}
         with quietly_reported(parts=config is not whole):
             model, report = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention_for(config), **how)
+    model = placed(model, device)
     _check_spread(model, source)
     if getattr(config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
         wanted = getattr(torch, dtype, model.dtype) if isinstance(dtype, str) else dtype
@@ -146,12 +152,32 @@ def loading_arguments(dtype: str | torch.dtype, device: str | torch.device | Non
     return {
         "revision": revision,
         "dtype": dtype,
-        "device_map": "auto" if device == "auto" else {"": pick_device(device)},
+        **_device_map(device),
         "use_safetensors": True,
         "trust_remote_code": False,
         "ignore_mismatched_sizes": True,  # they are reported, and refused by name, see `check_filled`
         "output_loading_info": True,
     }
+
+
+def _device_map(device: str | torch.device | None) -> dict[str, Any]:
+    """Where transformers puts weights while it reads them, which it cannot choose without accelerate: see `placed`."""
+    if device == "auto":
+        need("train", "device 'auto'", "accelerate")
+        return {"device_map": "auto"}
+    chosen = pick_device(device)
+    return {"device_map": {"": chosen}} if is_here("accelerate") else {}
+
+
+def check_placeable(config: Any, source: str | Path) -> None:
+    """Refuse a quantised folder without accelerate, with which alone transformers reads one."""
+    if getattr(config, "quantization_config", None):
+        need("train", f"'{source}', a quantised folder,", "accelerate")
+
+
+def placed(model: Any, device: str | torch.device | None) -> Any:
+    """A model as `from_pretrained` gave it, on its device: without accelerate, all are read into the machine's memory first."""
+    return model if is_here("accelerate") else model.to(pick_device(device))
 
 
 @contextlib.contextmanager

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trimtab.errors import InvalidOption
+from trimtab.extras import need
 from trimtab.reasons import reason_of
 from trimtab.train.defaults import DEFAULTS, IDLE, OWNED
 from trimtab.train.plan import Plan
 
-__all__ = ["CHECKPOINTING", "checkpoints", "switch_checkpointing", "training_arguments"]
+__all__ = ["CHECKPOINTING", "checkpoints", "need_training", "switch_checkpointing", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,25 @@ FOR_HEADS: dict[str, Any] = {
 """Where heads differ from that: a low-rank adapter takes larger steps, and has learnt by heart what it sees twice."""
 
 
+def need_training(what: str = "training") -> None:
+    """Refuse to begin what trains where the packages for it are missing.
+
+    Raises:
+        InvalidOption: the extra `train` is not installed.
+    """
+    need("train", what, "accelerate", "peft")
+
+
 def training_arguments(plan: Plan) -> TrainingArguments:
     """The options that are transformers' own, over our defaults.
 
     Raises:
-        InvalidOption: one that a run sets itself, one without effect, or a value that transformers refuses.
+        InvalidOption: one that a run sets itself, one without effect, or a value that transformers refuses; or the extra
+            `train` is not installed.
     """
+    need_training()
+    from accelerate.utils import DistributedType
+
     training = plan.asked.training
     if owned := OWNED & set(training):
         raise InvalidOption(f"{min(owned)} is set by trimtab itself")

