@@ -1,18 +1,21 @@
 """Options as fields of dataclasses: a default, a help text, and what else there is to say of each.
 
 Metadata of a field: `help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a
-configuration file may hold it for another run). A method `idle` says which options have no effect beside the others, and why; a
-class says it of what it declares, or knows more of.
+configuration file may hold it for another run), and the range of a number, or of each one of several: `low` and `high` are in
+it, `above` and `below` are not; `below=math.inf` asks for a finite one. A method `idle` says which options have no effect
+beside the others, and why; a class says it of what it declares, or knows more of.
 """
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from numbers import Real
+from typing import Any, NamedTuple, Self, TypeVar
 
 from trimtab.errors import InvalidOption
 
-__all__ = ["check_effects", "check_required", "make_options", "meant", "option"]
+__all__ = ["Range", "check_effects", "check_ranges", "check_required", "make_options", "meant", "option", "same"]
 
 T = TypeVar("T")
 
@@ -20,6 +23,70 @@ T = TypeVar("T")
 def option(default: Any, text: str, **more: Any) -> Any:
     """A dataclass field with help; further metadata may follow."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+def same(kind: type, name: str, **changes: Any) -> Any:
+    """A field as another dataclass has it, but for a `default` or metadata that are given."""
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    return dataclasses.field(default=changes.pop("default", field.default), metadata={**field.metadata, **changes})
+
+
+class Range(NamedTuple):
+    """Which numbers an option takes: from `low` to `high`, both in it, or between `above` and `below`, which are not."""
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Self:
+        """What the metadata of a field say of it."""
+        return cls(**{end: metadata[end] for end in cls._fields if end in metadata})
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is a number that is in it; NaN is in none that has an end."""
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        number = float(value)
+        return (
+            (self.low is None or number >= self.low)
+            and (self.above is None or number > self.above)
+            and (self.high is None or number <= self.high)
+            and (self.below is None or number < self.below)
+        )
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether a reader learns more than that counts are none, and sizes some."""
+        lowest = self.above is not None or self.low in (None, 0, 1)
+        return not (lowest and self.above in (None, 0) and self.high is None and self.below in (None, math.inf))
+
+    def __str__(self) -> str:
+        """In words that follow "must be"."""
+        low, above, high, below = (None if end is None else f"{end:g}" if isinstance(end, float) else str(end) for end in self)
+        if low is not None and high is not None:
+            return f"from {low} to {high}"
+        if above is not None and below not in (None, "inf"):
+            return f"between {above} and {below}"
+        ends = (("at least ", low), ("above ", above), ("at most ", high), ("below ", below))
+        return " and ".join("finite" if end == "inf" else word + end for word, end in ends if end is not None)
+
+
+def check_ranges(options: Any) -> None:
+    """Refuse numbers outside the ranges of their fields; None is in every range.
+
+    Raises:
+        InvalidOption: names the option, its range and the value.
+    """
+    for field in dataclasses.fields(options):
+        allowed = Range.of(field.metadata)
+        if allowed == Range():
+            continue
+        given = getattr(options, field.name)
+        for value in given if isinstance(given, tuple | list) else (given,):
+            if value is not None and not allowed.holds(value):
+                raise InvalidOption(f"--{field.name} must be {allowed}, not {value!r}")
 
 
 def check_effects(options: Any, given: Collection[str]) -> None:
@@ -63,6 +130,7 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     else:
         check_required(kind, given)
         made = kind(**given)
+    check_ranges(made)
     check_effects(made, given.keys())
     return made
 

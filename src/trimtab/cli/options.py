@@ -1,10 +1,8 @@
 """Flags and configuration files from dataclasses: a field is a flag, its metadata its help.
 
-Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats). Metadata:
-`help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a configuration file may hold it
-for another run). A field named `training` stands for the fields of `transformers.TrainingArguments`, and its `defaults` are
-some of theirs. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
-declares, or knows more of.
+Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats); what their
+metadata mean, `trimtab.options` says. A field named `training` stands for the fields of `transformers.TrainingArguments`, and
+its `defaults` are some of theirs.
 """
 
 import argparse
@@ -19,7 +17,7 @@ import yaml
 
 from trimtab.cli.parser import Parser, choice, underscored
 from trimtab.errors import InvalidOption
-from trimtab.options import check_effects, check_required, meant
+from trimtab.options import Range, check_effects, check_ranges, check_required, meant
 
 __all__ = ["add_options", "read_options"]
 
@@ -34,11 +32,7 @@ def add_options(parser: Parser, options: type) -> None:
             _add_training(parser, field.metadata.get("defaults", {}))
             continue
         kind, repeats = _kind(hints[field.name])
-        text = field.metadata["help"].replace("%", "%%")
-        if field.metadata.get("required"):
-            text += " (required)"
-        elif field.default not in (None, (), False, "") and "[default" not in text:
-            text += f" [default: {field.default}]"
+        text = _help(field)
         metavar, read = _metavar(field, kind), kind
         if "choices" in field.metadata:
             metavar, read = "{" + ",".join(field.metadata["choices"]) + "}", choice(field.metadata["choices"])
@@ -60,8 +54,8 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
         given: the flags that were given, and maybe `config`.
 
     Raises:
-        InvalidOption: the configuration file cannot be read or has an unknown key, something required is missing, or an option
-            has no effect beside the others.
+        InvalidOption: the configuration file cannot be read or has an unknown key, something required is missing, a number is
+            out of its range, or an option has no effect beside the others.
     """
     given = dict(given)
     values = _read_config(options, given.pop("config")) if "config" in given else {}
@@ -71,6 +65,7 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
     training = {name: values.pop(name) for name in list(values) if name not in fields}
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     made = options(**known, **({"training": training} if "training" in fields else {}))
+    check_ranges(made)
     kept = {name for name, field in fields.items() if field.metadata.get("kept")}
     check_effects(made, values.keys() - (kept - given.keys()))
     return made
@@ -135,6 +130,19 @@ def _kind(hint: Any) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+def _help(field: "dataclasses.Field[Any]") -> str:
+    """A flag's help: what it is, its range where that says something, and its default."""
+    text, bracket, default = str(field.metadata["help"]).partition(" [default")
+    if (allowed := Range.of(field.metadata)).is_telling:
+        text += f" ({allowed})"
+    text += bracket + default
+    if field.metadata.get("required"):
+        text += " (required)"
+    elif field.default not in (None, (), False, "") and not bracket:
+        text += f" [default: {field.default}]"
+    return text.replace("%", "%%")
 
 
 def _metavar(field: "dataclasses.Field[Any]", kind: type) -> str:

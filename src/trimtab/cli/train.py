@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.data.options import idle_for_files
-from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.hardware import in_bytes
 from trimtab.models.aligner import manifest_of
-from trimtab.models.estimates import DryRunOptions, check_expected, describe_model, in_time
+from trimtab.models.estimates import DryRunOptions, describe_model, in_time
 from trimtab.options import option
 from trimtab.train.options import TrainOptions
 from trimtab.train.rounds import of_head
@@ -22,7 +21,7 @@ class Options(DryRunOptions, TrainOptions):
 
     expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A", kept=True)
     assume_tflops: float | None = option(
-        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True
+        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True, above=0
     )
 
     def idle(self) -> dict[str, str]:
@@ -58,9 +57,6 @@ def run(options: Options) -> dict[str, Any]:
     from trimtab.train.run import train
 
     quiet_loading()
-    if options.assume_tflops is not None and options.assume_tflops <= 0:
-        raise InvalidOption(f"--assume_tflops must be above 0, not {options.assume_tflops:g}")
-    check_expected(options)
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
         return estimate(options, Expected(*known))

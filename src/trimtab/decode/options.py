@@ -1,11 +1,13 @@
 """What can be said of the models and of how they decode, as options of commands; and what they become."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from trimtab.data.options import LengthOptions, TemplateOptions
+from trimtab.decode.pace import MAX_DRAFT
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.options import option
 
@@ -43,7 +45,7 @@ class RowOptions:
     cuda_graphs: bool | None = option(None, "replay short passes as CUDA graphs [default: on one GPU, where a model can]")
     quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
     backend: str | None = option(None, "who runs GGUF files [default: torch, in float32]", choices=("llamacpp",))
-    max_num_seqs: int = option(32, "most sequences in a batch")
+    max_num_seqs: int = option(32, "most sequences in a batch", low=1)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
@@ -60,8 +62,6 @@ class RowOptions:
             check_dtype(self.aligner_dtype, "aligner_dtype")
             if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
-        if self.max_num_seqs < 1:
-            raise InvalidOption(f"--max_num_seqs must be at least 1, not {self.max_num_seqs}")
         warps = self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
         try:
             check_shaping(self.weight, *warps)
@@ -90,23 +90,11 @@ class ModelOptions(RowOptions):
         metavar="MODEL",
     )
     draft_temperature: float | None = option(
-        None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]"
+        None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]", above=0, below=math.inf
     )
     num_speculative_tokens: int | None = option(
-        None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]"
+        None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]", low=0, high=MAX_DRAFT
     )
-
-    def __post_init__(self) -> None:
-        """Refuse a draft length and temperature that cannot be, too."""
-        from trimtab.decode.pace import Pace
-        from trimtab.decode.request import check_number
-
-        super().__post_init__()
-        Pace(self.num_speculative_tokens)
-        try:
-            check_number("draft_temperature", 1.0 if self.draft_temperature is None else self.draft_temperature, above=0)
-        except InvalidRequest as error:
-            raise InvalidOption(str(error)) from error
 
     @property
     def no_drafts(self) -> str | None:
