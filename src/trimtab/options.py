@@ -2,8 +2,9 @@
 
 Metadata of a field: `help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a
 configuration file may hold it for another run), and the range of a number, or of each one of several: `low` and `high` are in
-it, `above` and `below` are not; `below=math.inf` asks for a finite one. A method `idle` says which options have no effect
-beside the others, and why; a class says it of what it declares, or knows more of.
+it, `above` and `below` are not; `below=math.inf` asks for a finite one. `check(name, value)` takes the place of the range where
+it stands, and raises. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
+declares, or knows more of.
 """
 
 import dataclasses
@@ -13,11 +14,14 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, Self, TypeVar
 
-from trimtab.errors import InvalidOption
+from trimtab.errors import InvalidOption, InvalidRequest
 
 __all__ = ["Range", "check_effects", "check_ranges", "check_required", "make_options", "meant", "option", "same"]
 
 T = TypeVar("T")
+
+FAR = 1e6
+"""Ends as far away as this keep numbers from overflowing, and are nothing that a reader need know."""
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
@@ -58,9 +62,9 @@ class Range(NamedTuple):
 
     @property
     def is_telling(self) -> bool:
-        """Whether a reader learns more than that counts are none, and sizes some."""
-        lowest = self.above is not None or self.low in (None, 0, 1)
-        return not (lowest and self.above in (None, 0) and self.high is None and self.below in (None, math.inf))
+        """Whether a reader learns more than that counts are none or some, and sizes above 0."""
+        at_most = min(self.high or math.inf, self.below or math.inf)
+        return at_most < FAR or (self.low or 0) not in (-1, 0, 1, -FAR) or self.above not in (None, 0)
 
     def __str__(self) -> str:
         """In words that follow "must be"."""
@@ -80,12 +84,15 @@ def check_ranges(options: Any) -> None:
         InvalidOption: names the option, its range and the value.
     """
     for field in dataclasses.fields(options):
-        allowed = Range.of(field.metadata)
-        if allowed == Range():
+        given, allowed = getattr(options, field.name), Range.of(field.metadata)
+        if (check := field.metadata.get("check")) is not None and given is not None:
+            try:
+                check(field.name, given)
+            except InvalidRequest as error:
+                raise InvalidOption(str(error)) from error
             continue
-        given = getattr(options, field.name)
         for value in given if isinstance(given, tuple | list) else (given,):
-            if value is not None and not allowed.holds(value):
+            if value is not None and allowed != Range() and not allowed.holds(value):
                 raise InvalidOption(f"--{field.name} must be {allowed}, not {value!r}")
 
 

@@ -4,9 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.decode.options import ModelOptions, load_aligned_model, make_sampling_params
+from trimtab.decode.options import ModelOptions, SamplingOptions, load_aligned_model, make_sampling_params
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.options import option
+from trimtab.options import option, same
 
 __all__ = ["Options", "render", "run"]
 
@@ -19,10 +19,10 @@ class Options(ModelOptions):
 
     batch: tuple[int, ...] = option((1,), "sequences decoded together; repeat the flag for several [default: 1]", low=1)
     context: tuple[int, ...] = option((32,), "tokens of each prompt; repeat the flag for several [default: 32]", low=1)
-    max_tokens: int = option(64, "tokens generated for each prompt")
-    temperature: float = option(1.0, "0 is greedy")
+    max_tokens: int = same(SamplingOptions, "max_tokens", default=64, help="tokens generated for each prompt")
+    temperature: float = same(SamplingOptions, "temperature")
     repeats: int = option(5, "timed runs of each contestant, after one to warm up", low=1)
-    seed: int = option(0, "of the prompts and of the draws")
+    seed: int = same(SamplingOptions, "seed", default=0, help="of the prompts and of the draws")
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from trimtab.models.estimates import (
     describe_size,
     model_weights,
 )
-from trimtab.options import option
+from trimtab.options import option, same
 
 if TYPE_CHECKING:
     from trimtab.propose.local import Written
@@ -55,7 +55,7 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
     pairs: int | None = option(None, "pairs of each prompt for --reward_model, at most half of --n [default: 1]")
     dataset: str = option("", "data with a 'prompt' or 'messages'", required=True, metavar="D")
     max_examples: int | None = option(None, "take only the first so many records [default: all]", low=1)
-    seed: int = option(0, "of the first prompt; each further one adds to it [default: 0]")
+    seed: int = same(SamplingOptions, "seed", default=0, help="of the first prompt; each further one adds to it [default: 0]")
     out: str = option("", "the data set to write; an interrupted run goes on", required=True, metavar="FILE")
     dtype: str | None = option(None, "auto, float32, bfloat16 or float16 [default: auto]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")

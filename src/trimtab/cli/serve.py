@@ -10,7 +10,8 @@ from trimtab.data.options import TemplateOptions
 from trimtab.decode.options import ModelOptions
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.files import expand_home
-from trimtab.options import option
+from trimtab.knobs import shaping_of
+from trimtab.options import option, same
 
 if TYPE_CHECKING:
     from trimtab.serve.registry import Registry
@@ -33,7 +34,9 @@ class Options(TemplateOptions, ModelOptions):
     aligner: tuple[str, ...] = option(
         (), "an aligner, and what requests call it; may repeat. It stays in memory", metavar="NAME=PATH"
     )
-    weight: tuple[float, ...] = option((), "default weight of each --aligner [default: the manifest's, or the rule's]")
+    weight: tuple[float, ...] = same(
+        ModelOptions, "weight", help="default weight of each --aligner [default: the manifest's, or the rule's]"
+    )
     engine: str = option(
         "trimtab", "what decodes: our own engine, or vLLM with our plugin (needs the extra 'vllm')", choices=("trimtab", "vllm")
     )
@@ -259,11 +262,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         dtype=options.dtype,
         aligner_dtype=options.aligner_dtype,
         device=options.device,
-        rule=options.rule,
-        proposal_temperature=options.proposal_temperature,
-        proposal_top_k=options.proposal_top_k,
-        proposal_top_p=options.proposal_top_p,
-        aligner_temperature=options.aligner_temperature,
+        **shaping_of(options) | {"weight": None},  # weights are those of the aligners that are named
         draft=options.draft,
         draft_temperature=options.draft_temperature,
         num_speculative_tokens=options.num_speculative_tokens,

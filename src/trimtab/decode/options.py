@@ -9,7 +9,8 @@ from typing import Any
 from trimtab.data.options import LengthOptions, TemplateOptions
 from trimtab.decode.pace import MAX_DRAFT
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
-from trimtab.options import option
+from trimtab.knobs import Drawing, Ending, Shaping, shaping_of
+from trimtab.options import option, same
 
 __all__ = [
     "ModelOptions",
@@ -26,19 +27,23 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RowOptions:
-    """Which models, and how their rows are combined."""
+class PairOptions:
+    """Which models."""
 
     proposal: str = option("", "the frozen model: a folder or a hub id", required=True, metavar="P")
     aligner: tuple[str, ...] = option(
         (), "an aligner: a folder or a hub id; may repeat; none for the bare proposal", metavar="A"
     )
-    rule: str | None = option(None, "decoding rule, such as product or 'candidates(n=8)' [default: the manifest's, or product]")
-    weight: tuple[float, ...] = option((), "weight of each --aligner, in order [default: the manifest's, or the rule's]")
-    proposal_temperature: float | None = option(None, "temperature of the proposal's row, before the rule")
-    proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")
-    proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
-    aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
+
+
+@dataclass(frozen=True)
+class RowOptions(Shaping, PairOptions):
+    """Which models, and how their rows are combined."""
+
+    rule: str | None = same(Shaping, "rule")
+    weight: tuple[float, ...] = same(
+        Shaping, "weight", default=(), help="weight of each --aligner, in order [default: the manifest's, or the rule's]"
+    )
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     aligner_dtype: str | None = option(None, "that of aligners and drafters that are models of their own [default: --dtype]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
@@ -51,7 +56,6 @@ class RowOptions:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
         from trimtab.core.rules import parse_rule
         from trimtab.decode.draft import DRAFTS
-        from trimtab.decode.request import check_shaping
         from trimtab.models.loading import check_dtype
 
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
@@ -62,11 +66,6 @@ class RowOptions:
             check_dtype(self.aligner_dtype, "aligner_dtype")
             if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
-        warps = self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
-        try:
-            check_shaping(self.weight, *warps)
-        except InvalidRequest as error:
-            raise InvalidOption(str(error)) from error
 
     @property
     def aligns(self) -> bool:
@@ -115,18 +114,11 @@ class ModelOptions(RowOptions):
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(Drawing):
     """How to draw from the aligned row."""
 
-    max_tokens: int = option(128, "most tokens of a completion")
-    n: int = option(1, "completions of each prompt")
-    temperature: float = option(1.0, "0 is greedy")
-    top_p: float = option(1.0, "keep the most probable tokens up to this mass")
-    top_k: int = option(0, "keep the k most probable tokens; 0 keeps all")
-    min_p: float = option(0.0, "keep tokens at least this fraction as probable as the best")
-    repetition_penalty: float = option(1.0, "above 1 makes tokens of the prompt and the text so far rarer")
-    stop: tuple[str, ...] = option((), "text that ends a completion; may repeat")
-    seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
+    stop: tuple[str, ...] = same(Ending, "stop", help="text that ends a completion; may repeat")
+    seed: int | None = same(Ending, "seed")
 
     def idle(self) -> dict[str, str]:
         """What says which tokens to draw from where none is drawn."""
@@ -164,20 +156,15 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
         model = AlignedModel.from_pretrained(
             options.proposal,
             list(options.aligner),
-            rule=options.rule,
-            weight=list(options.weight) or None,
             dtype=options.dtype,
             aligner_dtype=options.aligner_dtype,
             device=options.device,
-            proposal_temperature=options.proposal_temperature,
-            proposal_top_k=options.proposal_top_k,
-            proposal_top_p=options.proposal_top_p,
-            aligner_temperature=options.aligner_temperature,
             cuda_graphs=options.cuda_graphs,
             quantize=options.quantize,
             backend=options.backend,
             max_num_seqs=options.max_num_seqs,
             date=None if chats is None else pick_date(chats.date, kept_date),
+            **shaping_of(options),
             **drafting,
         )
     except InvalidRequest as error:
@@ -223,7 +210,7 @@ def make_sampling_params(options: Any, **more: Any) -> Any:
     from trimtab.decode.request import SamplingParams
 
     try:
-        asked = {f.name: getattr(options, f.name) for f in fields(SamplingOptions) if hasattr(options, f.name)}
+        asked = {field.name: getattr(options, field.name) for field in fields(SamplingOptions) if hasattr(options, field.name)}
         return SamplingParams(**asked | more)
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error

@@ -9,7 +9,7 @@ from trimtab.decode.options import ModelOptions, SamplingOptions
 from trimtab.endpoints.settings import Limits
 from trimtab.judges.references import METRICS
 from trimtab.models.estimates import DryRunOptions
-from trimtab.options import option
+from trimtab.options import option, same
 
 __all__ = ["EvalOptions", "is_url"]
 
@@ -69,9 +69,14 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
     max_kl: float | None = option(None, "nats per sequence that the pick of a sweep may be away from the proposal", low=0)
     dev_dataset: str | None = option(None, "development prompts of a sweep [default: a part of --dataset]", metavar="D")
     dev_fraction: float = option(0.2, "the part, drawn by prompt", above=0, below=1)
-    seed: int = option(0, "prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]")
+    seed: int = same(
+        SamplingOptions,
+        "seed",
+        default=0,
+        help="prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]",
+    )
     out: str | None = option(None, "the folder to write; a run that is started again goes on", metavar="DIR")
-    max_tokens: int = option(512, "most tokens of an answer")
+    max_tokens: int = same(SamplingOptions, "max_tokens", default=512, help="most tokens of an answer")
     expected_aligner: str | None = option(None, "for --dry_run: the same for every --aligner", metavar="A", kept=True)
 
     def __post_init__(self) -> None:
