@@ -14,7 +14,7 @@ import pytest
 from trimtab import AlignedModel, SamplingParams, knobs
 from trimtab.core.rules import Product
 from trimtab.decode.aligned import Further
-from trimtab.decode.options import RowOptions, SamplingOptions
+from trimtab.decode.options import ModelOptions, RowOptions, SamplingOptions, settings_of
 from trimtab.endpoints.completions import NEUTRAL, OPENAI
 from trimtab.errors import InvalidRequest
 from trimtab.evaluate.harness import LOADING, SAMPLING
@@ -114,6 +114,20 @@ def test_unknown_keywords_of_an_aligned_model_are_errors():
             AlignedModel(proposal, **{name: 1.0})
     with pytest.raises(InvalidRequest, match=r"proposal_top_k must be an integer of at least -1, not 2\.5"):
         AlignedModel(proposal, proposal_top_k=2.5)
+
+
+def test_flags_that_load_a_model_are_arguments_of_from_pretrained():
+    """So a new one passes from its field to where it acts, and no command names it."""
+    takes = {*inspect.signature(AlignedModel.from_pretrained).parameters, *Further.__annotations__}
+    for kind in (RowOptions, ModelOptions):
+        given = settings_of(kind(proposal="p", aligner=("a", "b"), weight=(1.0, 2.0), dtype="float16", max_num_seqs=3))
+        assert given.keys() | {"proposal", "aligner"} == {*names_of(kind), "draft"}
+        assert given.keys() <= takes
+        assert (given["weight"], given["dtype"], given["max_num_seqs"]) == ([1.0, 2.0], "float16", 3)
+    assert settings_of(RowOptions(proposal="p"))["draft"] == "none", "where nothing is drawn"
+    assert settings_of(ModelOptions(proposal="p"))["draft"] is None
+    assert settings_of(ModelOptions(proposal="p", draft="ngram"))["draft"] == "ngram"
+    assert settings_of(ModelOptions(proposal="p"))["weight"] is None
 
 
 def test_no_weights_among_flags_stand_for_none():

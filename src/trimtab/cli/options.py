@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,22 +28,15 @@ def add_options(parser: Parser, options: type) -> None:
     """Add a flag for each field; nothing is set for flags that are not given."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
+        said = field.metadata
         if field.name == "training":
-            _add_training(parser, field.metadata.get("defaults", {}))
+            _add_training(parser, said.get("defaults", {}))
             continue
         kind, repeats = _kind(hints[field.name])
-        text = _help(field)
-        metavar, read = _metavar(field, kind), kind
-        if "choices" in field.metadata:
-            metavar, read = "{" + ",".join(field.metadata["choices"]) + "}", choice(field.metadata["choices"])
-        if field.metadata.get("verbatim"):
+        choices, metavar = said.get("choices", ()), said.get("metavar", "")
+        _add(parser, field.name, kind, _help(field), repeats=repeats, choices=choices, metavar=metavar)
+        if said.get("verbatim"):
             parser.verbatim.add(f"--{field.name}")
-        if kind is bool:
-            parser.add_argument(f"--{field.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
-        else:
-            parser.add_argument(
-                f"--{field.name}", action="append" if repeats else "store", type=read, metavar=metavar, help=text
-            )
 
 
 def read_options(options: type[T], given: dict[str, Any]) -> T:
@@ -145,8 +138,24 @@ def _help(field: "dataclasses.Field[Any]") -> str:
     return text.replace("%", "%%")
 
 
-def _metavar(field: "dataclasses.Field[Any]", kind: type) -> str:
-    return str(field.metadata.get("metavar") or {int: "N", float: "X"}.get(kind, "TEXT"))
+def _add(
+    parser: argparse._ActionsContainer,
+    name: str,
+    kind: type,
+    text: str,
+    *,
+    repeats: bool = False,
+    choices: Sequence[str] = (),
+    metavar: str = "",
+) -> None:
+    """Add one flag; a truth value may go without its value."""
+    how: dict[str, Any] = {"action": "append" if repeats else "store", "type": kind}
+    how["metavar"] = metavar or {int: "N", float: "X"}.get(kind, "TEXT")
+    if choices:
+        how |= {"type": choice(choices), "metavar": "{" + ",".join(choices) + "}"}
+    if kind is bool:
+        how = {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
+    parser.add_argument(f"--{name}", help=text, **how)
 
 
 def _boolean(text: str) -> bool:
@@ -170,10 +179,7 @@ def _add_training(parser: Parser, defaults: Mapping[str, Any]) -> None:
         default = {**DEFAULTS, **defaults}.get(field.name, None if field.default is dataclasses.MISSING else field.default)
         kind = _training_kind(field.type)
         text = "" if default is None else f"[default: {getattr(default, 'value', default)}]"
-        if kind is bool:
-            group.add_argument(f"--{field.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
-        else:
-            group.add_argument(f"--{field.name}", type=kind, metavar=str(kind.__name__).upper(), help=text)
+        _add(group, field.name, kind, text, metavar=kind.__name__.upper())
 
 
 def _training_kind(hint: Any) -> type:

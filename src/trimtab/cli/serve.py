@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.data.options import TemplateOptions
-from trimtab.decode.options import ModelOptions
+from trimtab.decode.options import ModelOptions, settings_of
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.files import expand_home
-from trimtab.knobs import shaping_of
 from trimtab.options import option, same
 
 if TYPE_CHECKING:
@@ -259,17 +258,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     base = AlignedModel.from_pretrained(
         options.proposal,
         tokenizer=tokenizer,
-        dtype=options.dtype,
-        aligner_dtype=options.aligner_dtype,
-        device=options.device,
-        **shaping_of(options) | {"weight": None},  # weights are those of the aligners that are named
-        draft=options.draft,
-        draft_temperature=options.draft_temperature,
-        num_speculative_tokens=options.num_speculative_tokens,
-        cuda_graphs=options.cuda_graphs,
-        quantize=options.quantize,
-        backend=options.backend,
-        max_num_seqs=options.max_num_seqs,
+        **settings_of(options) | {"weight": None},  # weights are those of the aligners that are named
         prefix_cache_tokens=options.prefix_cache_tokens,
         date=options.date,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.data.options import LengthOptions, TemplateOptions
 from trimtab.decode.pace import MAX_DRAFT
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
-from trimtab.knobs import Drawing, Ending, Shaping, shaping_of
+from trimtab.knobs import Drawing, Ending, Shaping
 from trimtab.options import option, same
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_aligned_model",
     "make_sampling_params",
     "places_that_fit",
+    "settings_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,17 @@ def kernels_of(model: Any) -> dict[str, Any]:
     return {"proposal": describe_kernels(model.proposal), "aligners": [describe_kernels(part) for part in model.aligners]}
 
 
+def settings_of(options: RowOptions) -> dict[str, Any]:
+    """The flags beside the models' names, as keyword arguments of `AlignedModel.from_pretrained`, whose names they have.
+
+    Where there are no flags that say who drafts, nobody does: nothing is drawn there.
+    """
+    kind = ModelOptions if isinstance(options, ModelOptions) else RowOptions
+    models = {field.name for field in fields(PairOptions)}
+    given = {field.name: getattr(options, field.name) for field in fields(kind) if field.name not in models}
+    return {"draft": "none", **given, "weight": list(options.weight) or None}
+
+
 def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
     """The models that the flags name, ready to decode, or to score without the flags that say who drafts.
 
@@ -149,24 +161,9 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
 
     template = read_chat_template(chats.chat_template_path) if chats is not None else None
     quiet_loading()
-    drafting: dict[str, Any] = {"draft": "none"}
-    if isinstance(options, ModelOptions):
-        drafting = {name: getattr(options, name) for name in ("draft", "draft_temperature", "num_speculative_tokens")}
+    date = None if chats is None else pick_date(chats.date, kept_date)
     try:
-        model = AlignedModel.from_pretrained(
-            options.proposal,
-            list(options.aligner),
-            dtype=options.dtype,
-            aligner_dtype=options.aligner_dtype,
-            device=options.device,
-            cuda_graphs=options.cuda_graphs,
-            quantize=options.quantize,
-            backend=options.backend,
-            max_num_seqs=options.max_num_seqs,
-            date=None if chats is None else pick_date(chats.date, kept_date),
-            **shaping_of(options),
-            **drafting,
-        )
+        model = AlignedModel.from_pretrained(options.proposal, list(options.aligner), date=date, **settings_of(options))
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
     if template is not None:
