@@ -13,12 +13,12 @@ import pytest
 
 from trimtab import AlignedModel, SamplingParams, knobs
 from trimtab.core.rules import Product
-from trimtab.decode.aligned import Further
+from trimtab.decode.aligned import ModelSettings
 from trimtab.decode.options import ModelOptions, RowOptions, SamplingOptions, settings_of
 from trimtab.endpoints.completions import NEUTRAL, OPENAI
 from trimtab.errors import InvalidRequest
 from trimtab.evaluate.harness import LOADING, SAMPLING
-from trimtab.knobs import KNOBS, SHAPING, Drawing, Shaping, Warps, shaping_of
+from trimtab.knobs import KNOBS, SHAPING, DrawingKnobs, ShapingKnobs, WarpSettings, shaping_of
 from trimtab.models.aligner import Manifest
 from trimtab.models.table import TableLM
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -52,18 +52,18 @@ def test_the_representation_that_resumed_files_compare_is_as_it_was():
 
 def test_keyword_arguments_that_type_checkers_see_are_the_schema():
     """`rule` and `weight` are spelt out in signatures, for their types are wider than one number."""
-    hints = {name: hint for name, hint in typing.get_type_hints(Shaping).items() if name not in ("rule", "weight")}
-    assert typing.get_type_hints(Warps) == hints
+    hints = {name: hint for name, hint in typing.get_type_hints(ShapingKnobs).items() if name not in ("rule", "weight")}
+    assert typing.get_type_hints(WarpSettings) == hints
     for takes in (AlignedModel.__init__, AlignedModel.from_pretrained):
         assert {"rule", "weight"} <= inspect.signature(takes).parameters.keys()
     arguments = inspect.signature(AlignedModel.__init__).parameters
-    own = set(Further.__annotations__) - set(Warps.__annotations__)
+    own = set(ModelSettings.__annotations__) - set(WarpSettings.__annotations__)
     assert {name: arguments[name].default is not inspect.Parameter.empty for name in own} == dict.fromkeys(own, True)
 
 
 def test_flags_are_the_schemas_with_its_ranges():
     assert [name for name in names_of(RowOptions) if name in KNOBS] == list(SHAPING)
-    assert names_of(SamplingOptions) == [name for name in KNOBS if name in (*names_of(Drawing), "stop", "seed")]
+    assert names_of(SamplingOptions) == [name for name in KNOBS if name in (*names_of(DrawingKnobs), "stop", "seed")]
     for name, said in (metadata_of(RowOptions) | metadata_of(SamplingOptions)).items():
         if name in KNOBS:
             assert {**said, "help": ""} == {**KNOBS[name].said, "help": ""}
@@ -90,7 +90,7 @@ def test_the_other_surfaces_are_the_schemas_too():
     assert list(FIELDS) == ["aligner", *SHAPING]
     assert set(SHAPING) <= LOADING
     assert set(SHAPING) <= SAMPLING <= set(KNOBS)
-    assert {*OPENAI, *NEUTRAL} >= set(names_of(Drawing))
+    assert {*OPENAI, *NEUTRAL} >= set(names_of(DrawingKnobs))
     assert NEUTRAL == {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     assert {*OPENAI} == {"max_tokens", "n", "temperature", "top_p", "seed"}
 
@@ -118,7 +118,7 @@ def test_unknown_keywords_of_an_aligned_model_are_errors():
 
 def test_flags_that_load_a_model_are_arguments_of_from_pretrained():
     """So a new one passes from its field to where it acts, and no command names it."""
-    takes = {*inspect.signature(AlignedModel.from_pretrained).parameters, *Further.__annotations__}
+    takes = {*inspect.signature(AlignedModel.from_pretrained).parameters, *ModelSettings.__annotations__}
     for kind in (RowOptions, ModelOptions):
         given = settings_of(kind(proposal="p", aligner=("a", "b"), weight=(1.0, 2.0), dtype="float16", max_num_seqs=3))
         assert given.keys() | {"proposal", "aligner"} == {*names_of(kind), "draft"}

@@ -3,8 +3,8 @@
 A field of one of the three groups is a knob. From the groups are made `trimtab.SamplingParams` and its checks, the settings of
 `AlignedModel`, flags and keys of configuration files, the fields of HTTP bodies and of vLLM's `extra_args`, the arguments of
 lm-evaluation-harness, what endpoints are sent, what a manifest's values may be, and which of all these counts. So a new knob is
-a field here (a plain one of `Shaping` stands in `Warps`, too), its line in the docstring of `SamplingParams`, and the code that
-acts on it.
+a field here (a plain one of `ShapingKnobs` stands in `WarpSettings`, too), its line in the docstring of `SamplingParams`, and
+the code that acts on it.
 
 Metadata of a knob, beside those of every option (`trimtab.options`):
 
@@ -34,11 +34,11 @@ __all__ = [
     "KNOBS",
     "MAX_FACTOR",
     "SHAPING",
-    "Drawing",
-    "Ending",
+    "DrawingKnobs",
+    "EndingKnobs",
     "Knob",
-    "Shaping",
-    "Warps",
+    "ShapingKnobs",
+    "WarpSettings",
     "check_number",
     "shaping_of",
 ]
@@ -61,10 +61,11 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, above: float 
         raise InvalidRequest(f"{name} must be a number {' and '.join(limits) or 'that is finite'}, not {value!r}")
 
 
-def _check_integer(name: str, value: Any, *, low: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
-        floor = "" if low is None else f" of at least {low}"
-        raise InvalidRequest(f"{name} must be an integer{floor}, not {value!r}")
+def _check_integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if not fits or (low is not None and value < low) or (high is not None and value > high):
+        ends = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        raise InvalidRequest(f"{name} must be an integer{' of ' * bool(ends)}{' and '.join(ends)}, not {value!r}")
 
 
 def _check_truth(name: str, value: Any) -> None:
@@ -109,7 +110,7 @@ _number, _integer = partial(_knob, check=check_number), partial(_knob, check=_ch
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawingKnobs:
     """How long a completion may be, how many there are, and how tokens are drawn; every one has a flag."""
 
     max_tokens: int = _integer(128, "length", "most tokens of a completion", low=1, openai=True, http=False, harness=False)
@@ -124,7 +125,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Ending:
+class EndingKnobs:
     """Which tokens are likelier, where a completion ends, its random numbers, and what is told of it; few have a flag."""
 
     logit_bias: Mapping[int, float] = dataclasses.field(
@@ -148,7 +149,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Shaping:
+class ShapingKnobs:
     """How the aligned row comes about; None leaves it to the model's own settings, and those to the aligners' manifests."""
 
     rule: Any = _knob(  # noqa: RUF009 - a field, whose type is a rule, which this module does not know
@@ -173,8 +174,8 @@ class Shaping:
     )
 
 
-class Warps(TypedDict, total=False):
-    """The plain knobs of `Shaping`, as keyword arguments: `rule` and `weight` apart, which signatures spell out."""
+class WarpSettings(TypedDict, total=False):
+    """The plain knobs of `ShapingKnobs`, as keyword arguments: `rule` and `weight` apart, which signatures spell out."""
 
     proposal_temperature: float | None
     proposal_top_k: int | None
@@ -222,10 +223,10 @@ def _read(group: type) -> dict[str, Knob]:
     return knobs
 
 
-KNOBS: dict[str, Knob] = _read(Drawing) | _read(Ending) | _read(Shaping)
+KNOBS: dict[str, Knob] = _read(DrawingKnobs) | _read(EndingKnobs) | _read(ShapingKnobs)
 """Every knob, by name."""
 
-SHAPING: tuple[str, ...] = tuple(_read(Shaping))
+SHAPING: tuple[str, ...] = tuple(_read(ShapingKnobs))
 """Those of how the row comes about: all that a request to vLLM may say, which samples itself."""
 
 

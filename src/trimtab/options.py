@@ -9,7 +9,6 @@ declares, or knows more of.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, Self, TypeVar
@@ -52,8 +51,8 @@ class Range(NamedTuple):
         """Whether a value is a number that is in it; NaN is in none that has an end."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        number = float(value)
-        return (
+        number: Any = value
+        return bool(
             (self.low is None or number >= self.low)
             and (self.above is None or number > self.above)
             and (self.high is None or number <= self.high)
@@ -63,8 +62,8 @@ class Range(NamedTuple):
     @property
     def is_telling(self) -> bool:
         """Whether a reader learns more than that counts are none or some, and sizes above 0."""
-        at_most = min(self.high or math.inf, self.below or math.inf)
-        return at_most < FAR or (self.low or 0) not in (-1, 0, 1, -FAR) or self.above not in (None, 0)
+        near_end = any(end is not None and end < FAR for end in (self.high, self.below))
+        return near_end or self.low not in (None, -1, 0, 1, -FAR) or self.above not in (None, 0)
 
     def __str__(self) -> str:
         """In words that follow "must be"."""

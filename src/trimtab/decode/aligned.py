@@ -28,7 +28,7 @@ from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.settings import settle
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
-from trimtab.knobs import Warps, check_number
+from trimtab.knobs import WarpSettings, check_number
 from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
 from trimtab.models.fingerprint import fingerprint_of
@@ -36,7 +36,7 @@ from trimtab.models.fingerprint import fingerprint_of
 __all__ = ["AlignedModel"]
 
 
-class Further(Warps, total=False):
+class ModelSettings(WarpSettings, total=False):
     """What `AlignedModel.from_pretrained` passes on to `AlignedModel`, which says what each is."""
 
     draft_temperature: float | None
@@ -87,9 +87,9 @@ class AlignedModel:
         max_num_seqs: int = 32,
         prefix_cache_tokens: int = PREFIX_CACHE_TOKENS,
         date: str | None = None,
-        **warps: Unpack[Warps],
+        **warps: Unpack[WarpSettings],
     ) -> None:
-        if unknown := warps.keys() - Warps.__annotations__.keys():
+        if unknown := warps.keys() - WarpSettings.__annotations__.keys():
             raise TypeError(f"AlignedModel() got an unexpected keyword argument '{min(unknown)}'")
         if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
             raise InvalidOption(f"max_num_seqs must be an integer of at least 1, not {max_num_seqs!r}")
@@ -127,7 +127,7 @@ class AlignedModel:
         quantize: str | None = None,
         aligner_dtype: str | torch.dtype | None = None,
         backend: str | None = None,
-        **settings: Unpack[Further],
+        **settings: Unpack[ModelSettings],
     ) -> Self:
         """Load a proposal and its aligners.
 
@@ -156,7 +156,7 @@ class AlignedModel:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        if unknown := settings.keys() - Further.__annotations__.keys():
+        if unknown := settings.keys() - ModelSettings.__annotations__.keys():
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         how: dict[str, Any] = {
             "dtype": dtype,

@@ -9,8 +9,8 @@ from typing import Any
 from trimtab.data.options import LengthOptions, TemplateOptions
 from trimtab.decode.pace import MAX_DRAFT
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
-from trimtab.knobs import Drawing, Ending, Shaping
-from trimtab.options import option, same
+from trimtab.knobs import DrawingKnobs, EndingKnobs, ShapingKnobs
+from trimtab.options import check_ranges, option, same
 
 __all__ = [
     "ModelOptions",
@@ -38,12 +38,12 @@ class PairOptions:
 
 
 @dataclass(frozen=True)
-class RowOptions(Shaping, PairOptions):
+class RowOptions(ShapingKnobs, PairOptions):
     """Which models, and how their rows are combined."""
 
-    rule: str | None = same(Shaping, "rule")
+    rule: str | None = same(ShapingKnobs, "rule")
     weight: tuple[float, ...] = same(
-        Shaping, "weight", default=(), help="weight of each --aligner, in order [default: the manifest's, or the rule's]"
+        ShapingKnobs, "weight", default=(), help="weight of each --aligner, in order [default: the manifest's, or the rule's]"
     )
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     aligner_dtype: str | None = option(None, "that of aligners and drafters that are models of their own [default: --dtype]")
@@ -59,6 +59,7 @@ class RowOptions(Shaping, PairOptions):
         from trimtab.decode.draft import DRAFTS
         from trimtab.models.loading import check_dtype
 
+        check_ranges(self)  # of options made by hand, too
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
         parse_rule(self.rule or "product")
@@ -115,11 +116,11 @@ class ModelOptions(RowOptions):
 
 
 @dataclass(frozen=True)
-class SamplingOptions(Drawing):
+class SamplingOptions(DrawingKnobs):
     """How to draw from the aligned row."""
 
-    stop: tuple[str, ...] = same(Ending, "stop", help="text that ends a completion; may repeat")
-    seed: int | None = same(Ending, "seed")
+    stop: tuple[str, ...] = same(EndingKnobs, "stop", help="text that ends a completion; may repeat")
+    seed: int | None = same(EndingKnobs, "seed")
 
     def idle(self) -> dict[str, str]:
         """What says which tokens to draw from where none is drawn."""

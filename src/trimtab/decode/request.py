@@ -5,14 +5,14 @@ from typing import Any
 
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.knobs import KNOBS, Drawing, Ending, Shaping
+from trimtab.knobs import KNOBS, DrawingKnobs, EndingKnobs, ShapingKnobs
 from trimtab.options import same
 
 __all__ = ["Completion", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_params", "refuse_row_settings"]
 
 
 @dataclass(frozen=True)
-class SamplingParams(Shaping, Ending, Drawing):
+class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
     """How to decode one request.
 
     The first group acts on the aligned row, as it would on the row of any single model. The second group replaces, for
@@ -44,7 +44,7 @@ class SamplingParams(Shaping, Ending, Drawing):
         aligner_temperature: shapes each aligner's row before the rule sees it.
     """
 
-    rule: str | Rule | None = same(Shaping, "rule")  # noqa: RUF009 - a field
+    rule: str | Rule | None = same(ShapingKnobs, "rule")  # noqa: RUF009 - a field
 
     def __post_init__(self) -> None:
         """Check every field that can be checked without a model."""

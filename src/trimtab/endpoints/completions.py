@@ -12,13 +12,13 @@ from trimtab.data.prompts import Prompt, is_chat, read_chat
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.errors import DataError, EndpointError
-from trimtab.knobs import KNOBS, Drawing
+from trimtab.knobs import KNOBS, DrawingKnobs
 
 __all__ = ["RemoteModel", "Sample", "check_sendable"]
 
 OPENAI = [name for name, knob in KNOBS.items() if knob.said.get("openai") and knob.kind is not None]
 """What OpenAI's API has: sent as it is."""
-NEUTRAL = {field.name: field.default for field in dataclasses.fields(Drawing) if field.name not in OPENAI}
+NEUTRAL = {field.name: field.default for field in dataclasses.fields(DrawingKnobs) if field.name not in OPENAI}
 """What OpenAI's own API does not have: sent where it is not neutral, and to servers with defaults of their own."""
 
 OWN_DEFAULTS = ("vllm", "sglang")
