@@ -16,7 +16,7 @@ from trimtab.core.rules import Product
 from trimtab.decode.aligned import ModelSettings
 from trimtab.decode.options import ModelOptions, RowOptions, SamplingOptions, settings_of
 from trimtab.endpoints.completions import NEUTRAL, OPENAI
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.evaluate.harness import LOADING, SAMPLING
 from trimtab.knobs import KNOBS, SHAPING, DrawingKnobs, ShapingKnobs, WarpSettings, shaping_of
 from trimtab.models.aligner import Manifest
@@ -130,6 +130,15 @@ def test_flags_that_load_a_model_are_arguments_of_from_pretrained():
     assert settings_of(ModelOptions(proposal="p"))["weight"] is None
 
 
+def test_options_that_are_made_by_hand_are_checked_too():
+    with pytest.raises(InvalidOption, match="--max_num_seqs must be at least 1, not 0"):
+        ModelOptions(proposal="p", max_num_seqs=0)
+    with pytest.raises(InvalidOption, match=r"^proposal_temperature must be a number above 0, not 0"):
+        ModelOptions(proposal="p", proposal_temperature=0.0)
+    with pytest.raises(InvalidOption, match="--num_speculative_tokens must be from 0 to 16, not 17"):
+        ModelOptions(proposal="p", num_speculative_tokens=17)
+
+
 def test_no_weights_among_flags_stand_for_none():
     flags = RowOptions(proposal="p", aligner=("a",), weight=(2.0,), proposal_top_k=3)
     assert shaping_of(flags) == dict.fromkeys(SHAPING) | {"weight": (2.0,), "proposal_top_k": 3}
@@ -140,7 +149,7 @@ ADDED = {
     "    proposal_temperature: float | None = _number(": "    tilt: float | None = _number("
     'None, "proposal", "how far rows lean [default: 1]", above=0, high=4, neutral=1.0)\n',
     "    proposal_temperature: float | None\n": "    tilt: float | None\n",
-    "    top_k: int = _integer(": '    spice: int = _integer(0, "row", "grains", low=0)\n',
+    "    top_k: int = _integer(": '    spice: int = _integer(0, "row", "grains", low=0, high=9)\n',
 }
 """A knob of each group and its line for type checkers, before the lines that begin so."""
 
@@ -176,9 +185,10 @@ def refused(call, kind, text):
 # Python
 params = SamplingParams(tilt=2.0, spice=3)
 assert (params.tilt, params.spice) == (2.0, 3)
-tilted, spiced = "tilt must be a number above 0 and at most 4", "spice must be an integer of at least 0"
+tilted, spiced = "tilt must be a number above 0 and at most 4", "spice must be an integer of at least 0 and at most 9"
 refused(lambda: SamplingParams(tilt=5), InvalidRequest, tilted)
 refused(lambda: SamplingParams(spice=-1), InvalidRequest, spiced)
+refused(lambda: SamplingParams(spice=10), InvalidRequest, spiced)
 model = AlignedModel(TableLM.random(5, seed=0), tilt=2.0)
 assert model.defaults.tilt == 2.0
 
@@ -204,6 +214,7 @@ for kind in (CompletionRequest, ChatRequest):
     found = kind.model_json_schema()["properties"]
     assert found["tilt"]["anyOf"][0] == {"exclusiveMinimum": 0, "maximum": 4, "type": "number"}
     assert found["tilt"]["description"] == "How far rows lean."
+    assert found["spice"]["anyOf"][0] == {"minimum": 0, "maximum": 9, "type": "integer"}
     assert found["spice"]["default"] == 0
 body = CompletionRequest.model_validate_json('{"model": "m", "prompt": "x", "tilt": 2, "spice": 3}')
 assert SamplingParams(**body.sampling(5, False, 0)) == SamplingParams(max_tokens=5, tilt=2.0, spice=3)

@@ -68,7 +68,7 @@ class Oven:
 @pytest.mark.parametrize(
     ("ends", "words", "inside", "outside"),
     [
-        ({"low": 1}, "at least 1", [1, 2, 1.5, math.inf], [0, 0.99, math.nan, True, "1", None]),
+        ({"low": 1}, "at least 1", [1, 2, 1.5, 10**400, math.inf], [0, 0.99, math.nan, True, "1", None]),
         ({"above": 0}, "above 0", [1e-300, math.inf], [0, -1, 0.0, math.nan]),
         ({"above": 0, "below": math.inf}, "above 0 and finite", [1e300], [math.inf, 0, math.nan]),
         ({"low": 0, "high": 16}, "from 0 to 16", [0, 16], [-1, 17, math.nan]),

@@ -4,7 +4,8 @@ A field of one of the three groups is a knob. From the groups are made `trimtab.
 `AlignedModel`, flags and keys of configuration files, the fields of HTTP bodies and of vLLM's `extra_args`, the arguments of
 lm-evaluation-harness, what endpoints are sent, what a manifest's values may be, and which of all these counts. So a new knob is
 a field here (a plain one of `ShapingKnobs` stands in `WarpSettings`, too), its line in the docstring of `SamplingParams`, and
-the code that acts on it.
+the code that acts on it. All of `DrawingKnobs` and `ShapingKnobs` have flags, and of `EndingKnobs` those that
+`trimtab.decode.options.SamplingOptions` names; a request to vLLM, which samples itself, may say those of `ShapingKnobs`.
 
 Metadata of a knob, beside those of every option (`trimtab.options`):
 

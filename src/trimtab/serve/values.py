@@ -74,7 +74,7 @@ _MOST = {"n": MAX_N}
 
 def _type_of(knob: Knob) -> Any:
     """What a knob's value is in JSON: within the bounds that `SamplingParams` has, and where it has none, 32 bits, or 64."""
-    if knob.name in _SHAPES:
+    if knob.kind is None:
         return _SHAPES[knob.name]
     if knob.kind is bool:
         return bool
