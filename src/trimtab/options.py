@@ -1,21 +1,38 @@
 """Options as fields of dataclasses: a default, a help text, and what else there is to say of each.
 
 Metadata of a field: `help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a
-configuration file may hold it for another run). A method `idle` says which options have no effect beside the others, and why; a
-class says it of what it declares, or knows more of.
+configuration file may hold it for another run), and the range of a number, or of each one of several: `low` and `high` are in
+it, `above` and `below` are not; `below=math.inf` asks for a finite one. `check(name, value)` takes the place of the range where
+it stands, and raises. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
+declares, or knows more of.
 """
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from numbers import Real
+from typing import Any, NamedTuple, Self, TypeVar
 
-from trimtab.errors import InvalidOption
+from trimtab.errors import InvalidOption, InvalidRequest
 
-__all__ = ["Flag", "check_effects", "check_ranges", "check_required", "make_options", "meant", "nest", "option"]
+__all__ = [
+    "Flag",
+    "Range",
+    "check_effects",
+    "check_ranges",
+    "check_required",
+    "help_of",
+    "make_options",
+    "meant",
+    "nest",
+    "option",
+    "same",
+]
 
 T = TypeVar("T")
+
+FAR = 1e6
+"""Ends as far away as this keep numbers from overflowing, and are nothing that a reader need know."""
 
 
 class Flag(NamedTuple):
@@ -35,6 +52,86 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
+def same(kind: type, name: str, **changes: Any) -> Any:
+    """A field as another dataclass has it, but for a `default` or metadata that are given."""
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    return dataclasses.field(default=changes.pop("default", field.default), metadata={**field.metadata, **changes})
+
+
+class Range(NamedTuple):
+    """Which numbers an option takes: from `low` to `high`, both in it, or between `above` and `below`, which are not."""
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Self:
+        """What the metadata of a field say of it."""
+        return cls(**{end: metadata[end] for end in cls._fields if end in metadata})
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is a number that is in it; NaN is in none that has an end."""
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        number: Any = value
+        return bool(
+            (self.low is None or number >= self.low)
+            and (self.above is None or number > self.above)
+            and (self.high is None or number <= self.high)
+            and (self.below is None or number < self.below)
+        )
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether a reader learns more than that counts are none or some, and sizes above 0."""
+        near_end = any(end is not None and end < FAR for end in (self.high, self.below))
+        return near_end or self.low not in (None, -1, 0, 1, -FAR) or self.above not in (None, 0)
+
+    def __str__(self) -> str:
+        """In words that follow "must be"."""
+        low, above, high, below = (None if end is None else f"{end:g}" if isinstance(end, float) else str(end) for end in self)
+        if low is not None and high is not None:
+            return f"from {low} to {high}"
+        if above is not None and below not in (None, "inf"):
+            return f"between {above} and {below}"
+        ends = (("at least ", low), ("above ", above), ("at most ", high), ("below ", below))
+        return " and ".join("finite" if end == "inf" else word + end for word, end in ends if end is not None)
+
+
+def help_of(field: "dataclasses.Field[Any]") -> str:
+    """An option's help: what it is, its range where that says something, and its default."""
+    text, bracket, default = str(field.metadata["help"]).partition(" [default")
+    if (allowed := Range.of(field.metadata)).is_telling:
+        text += f" ({allowed})"
+    text += bracket + default
+    if field.metadata.get("required"):
+        text += " (required)"
+    elif field.default not in (None, (), False, "") and not bracket:
+        text += f" [default: {field.default}]"
+    return text
+
+
+def check_ranges(options: Any) -> None:
+    """Refuse numbers outside the ranges of their fields; None is in every range.
+
+    Raises:
+        InvalidOption: names the option, its range and the value.
+    """
+    for field in dataclasses.fields(options):
+        given, allowed = getattr(options, field.name), Range.of(field.metadata)
+        if (check := field.metadata.get("check")) is not None and given is not None:
+            try:
+                check(field.name, given)
+            except InvalidRequest as error:
+                raise InvalidOption(str(error)) from error
+            continue
+        for value in given if isinstance(given, tuple | list) else (given,):
+            if value is not None and allowed != Range() and not allowed.holds(value):
+                raise InvalidOption(f"--{field.name} must be {allowed}, not {value!r}")
+
+
 def check_effects(options: Any, given: Collection[str]) -> None:
     """Refuse what is asked for and would not be done. An option that is off (false, "none", empty) asks for nothing."""
     idle: dict[str, str] = {}
@@ -46,15 +143,6 @@ def check_effects(options: Any, given: Collection[str]) -> None:
         off = value is None or value is False or value in ("", "none", ())
         if name in idle and name in given and not off:
             raise InvalidOption(f"--{name} {idle[name]}")
-
-
-def check_ranges(options: Any) -> None:
-    """Refuse numbers below `low` or above `high`, of fields that have such bounds; None is always right."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        low, high = (field.metadata.get(name, bound) for name, bound in (("low", -math.inf), ("high", math.inf)))
-        if value is not None and ("low" in field.metadata or "high" in field.metadata) and not low <= value <= high:
-            raise InvalidOption(f"{field.name} must be from {low:g} to {high:g}, not {value}")
 
 
 def check_required(kind: type, values: Mapping[str, Any]) -> None:
@@ -85,6 +173,7 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     else:
         check_required(kind, given)
         made = kind(**given)
+    check_ranges(made)
     check_effects(made, given.keys())
     return made
 

@@ -274,7 +274,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"proposal_temperature": 0}, "proposal_temperature must be above 0, not 0"),
     ({"proposal_temperature": None}, "proposal_temperature must be a finite number"),
     ({"proposal_top_p": 0.0}, "proposal_top_p must be above 0"),
-    ({"proposal_top_p": 1.1}, "proposal_top_p must be at most 1, not 1.1"),
+    ({"proposal_top_p": 1.1}, "proposal_top_p must be above 0 and at most 1, not 1.1"),
     ({"aligner_temperature": -1.0}, "aligner_temperature must be above 0"),
     ({"aligner_temperature": float("inf")}, "aligner_temperature must be a finite number"),
     ({"objective": "a b"}, "objective must be the name of one, not 'a b'"),

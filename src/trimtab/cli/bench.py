@@ -4,9 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.decode.options import ModelOptions, load_aligned_model, make_sampling_params
+from trimtab.decode.options import ModelOptions, SamplingOptions, load_aligned_model, make_sampling_params
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.options import option
+from trimtab.options import option, same
 
 __all__ = ["Options", "render", "run"]
 
@@ -17,22 +17,18 @@ logger = logging.getLogger(__name__)
 class Options(ModelOptions):
     """Flags of `trimtab bench`."""
 
-    batch: tuple[int, ...] = option((1,), "sequences decoded together; repeat the flag for several [default: 1]")
-    context: tuple[int, ...] = option((32,), "tokens of each prompt; repeat the flag for several [default: 32]")
-    max_tokens: int = option(64, "tokens generated for each prompt")
-    temperature: float = option(1.0, "0 is greedy")
-    repeats: int = option(5, "timed runs of each contestant, after one to warm up")
-    seed: int = option(0, "of the prompts and of the draws")
+    batch: tuple[int, ...] = option((1,), "sequences decoded together; repeat the flag for several [default: 1]", low=1)
+    context: tuple[int, ...] = option((32,), "tokens of each prompt; repeat the flag for several [default: 32]", low=1)
+    max_tokens: int = same(SamplingOptions, "max_tokens", default=64, help="tokens generated for each prompt")
+    temperature: float = same(SamplingOptions, "temperature")
+    repeats: int = option(5, "timed runs of each contestant, after one to warm up", low=1)
+    seed: int = same(SamplingOptions, "seed", default=0, help="of the prompts and of the draws")
 
 
 def run(options: Options) -> dict[str, Any]:
     """Load everything twice, once for the baselines, and let the contestants take turns."""
     if len(options.aligner) != 1:
         raise InvalidOption("bench wants exactly one --aligner")
-    for name in ("batch", "context", "repeats"):
-        values = getattr(options, name)
-        if min(values if isinstance(values, tuple) else (values,)) < 1:
-            raise InvalidOption(f"--{name} must be at least 1")
     from transformers.utils import logging as transformers_logging
 
     from trimtab.evaluate.speed import Stock, describe_machine, load_stock, measure_speed, random_prompts

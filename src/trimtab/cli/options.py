@@ -1,17 +1,15 @@
 """Flags and configuration files from dataclasses: a field is a flag, its metadata its help.
 
-Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats). Metadata:
-`help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a configuration file may hold it
-for another run). A field named `training` stands for the fields of `transformers.TrainingArguments`, and its `defaults` are
-some of theirs. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
-declares, or knows more of.
+Field types are `str`, `int`, `float`, `bool`, one of these or None, or a tuple of one of them (the flag repeats); what their
+metadata mean, `trimtab.options` says. A field named `training` stands for the fields of `transformers.TrainingArguments`, and
+its `defaults` are some of theirs.
 """
 
 import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +17,7 @@ import yaml
 
 from trimtab.cli.parser import Parser, choice, underscored
 from trimtab.errors import InvalidOption
-from trimtab.options import check_effects, check_required, meant, nest
+from trimtab.options import check_effects, check_ranges, check_required, help_of, meant, nest
 
 __all__ = ["add_options", "read_options"]
 
@@ -30,26 +28,15 @@ def add_options(parser: Parser, options: type) -> None:
     """Add a flag for each field; nothing is set for flags that are not given."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        if "nested" in field.metadata:
+        said = field.metadata
+        if "nested" in said:
             _add_nested(parser, field)
             continue
         kind, repeats = _kind(hints[field.name])
-        text = field.metadata["help"].replace("%", "%%")
-        if field.metadata.get("required"):
-            text += " (required)"
-        elif field.default not in (None, (), False, "") and "[default" not in text:
-            text += f" [default: {field.default}]"
-        metavar, read = _metavar(field, kind), kind
-        if "choices" in field.metadata:
-            metavar, read = "{" + ",".join(field.metadata["choices"]) + "}", choice(field.metadata["choices"])
-        if field.metadata.get("verbatim"):
+        choices, metavar = said.get("choices", ()), said.get("metavar", "")
+        _add(parser, field.name, kind, help_of(field), repeats=repeats, choices=choices, metavar=metavar)
+        if said.get("verbatim"):
             parser.verbatim.add(f"--{field.name}")
-        if kind is bool:
-            parser.add_argument(f"--{field.name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
-        else:
-            parser.add_argument(
-                f"--{field.name}", action="append" if repeats else "store", type=read, metavar=metavar, help=text
-            )
 
 
 def read_options(options: type[T], given: dict[str, Any]) -> T:
@@ -60,8 +47,8 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
         given: the flags that were given, and maybe `config`.
 
     Raises:
-        InvalidOption: the configuration file cannot be read or has an unknown key, something required is missing, or an option
-            has no effect beside the others.
+        InvalidOption: the configuration file cannot be read or has an unknown key, something required is missing, a number is
+            out of its range, or an option has no effect beside the others.
     """
     given = dict(given)
     values = _read_config(options, given.pop("config")) if "config" in given else {}
@@ -70,6 +57,7 @@ def read_options(options: type[T], given: dict[str, Any]) -> T:
     check_required(options, values)
     values = nest(options, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     made = options(**values)
+    check_ranges(made)
     kept = {name for name, field in fields.items() if field.metadata.get("kept")}
     check_effects(made, values.keys() - (kept - given.keys()))
     return made
@@ -136,8 +124,24 @@ def _kind(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def _metavar(field: "dataclasses.Field[Any]", kind: type) -> str:
-    return str(field.metadata.get("metavar") or {int: "N", float: "X"}.get(kind, "TEXT"))
+def _add(
+    parser: argparse._ActionsContainer,
+    name: str,
+    kind: type,
+    text: str,
+    *,
+    repeats: bool = False,
+    choices: Sequence[str] = (),
+    metavar: str = "",
+) -> None:
+    """Add one flag; a truth value may go without its value."""
+    how: dict[str, Any] = {"action": "append" if repeats else "store", "type": kind}
+    how["metavar"] = metavar or {int: "N", float: "X"}.get(kind, "TEXT")
+    if choices:
+        how |= {"type": choice(choices), "metavar": "{" + ",".join(choices) + "}"}
+    if kind is bool:
+        how = {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
+    parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
 
 
 def _boolean(text: str) -> bool:
@@ -154,8 +158,4 @@ def _add_nested(parser: Parser, field: "dataclasses.Field[Any]") -> None:
     for name, (kind, text) in field.metadata["nested"]().items():
         if name in taken:
             continue
-        text = text.replace("%", "%%")
-        if kind is bool:
-            group.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=text)
-        else:
-            group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+        _add(group, name, kind, text, metavar=kind.__name__.upper())

@@ -18,12 +18,11 @@ from trimtab.jsonlines import kept_header
 from trimtab.models.estimates import (
     DryRunOptions,
     aligner_weights,
-    check_expected,
     describe_model,
     describe_size,
     model_weights,
 )
-from trimtab.options import option
+from trimtab.options import option, same
 
 if TYPE_CHECKING:
     from trimtab.propose.local import Written
@@ -54,13 +53,13 @@ class Options(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, Sampli
     )
     pairs: int | None = option(None, "pairs of each prompt for --reward_model, at most half of --n [default: 1]")
     dataset: str = option("", "data with a 'prompt' or 'messages'", required=True, metavar="D")
-    max_examples: int | None = option(None, "take only the first so many records [default: all]")
-    seed: int = option(0, "of the first prompt; each further one adds to it [default: 0]")
+    max_examples: int | None = option(None, "take only the first so many records [default: all]", low=1)
+    seed: int = same(SamplingOptions, "seed", default=0, help="of the first prompt; each further one adds to it [default: 0]")
     out: str = option("", "the data set to write; an interrupted run goes on", required=True, metavar="FILE")
     dtype: str | None = option(None, "auto, float32, bfloat16 or float16 [default: auto]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     backend: str | None = option(None, "who runs GGUF files [default: torch, in float32]", choices=("llamacpp",))
-    max_num_seqs: int | None = option(None, "most completions drawn at once [default: 32]")
+    max_num_seqs: int | None = option(None, "most completions drawn at once [default: 32]", low=1)
     endpoint: tuple[str, ...] = option(
         (), "an OpenAI-compatible server to sample from instead, such as http://localhost:8000/v1; may repeat", metavar="URL"
     )
@@ -93,7 +92,6 @@ def run(options: Options) -> dict[str, Any]:
     )
     params = make_sampling_params(options, seed=options.seed)
     refuse_overwriting(options.out, options.dataset)
-    check_expected(options)
     pairs = _pairs(options)
     if options.dry_run:
         return _rehearse(options, pairs)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.data.options import TemplateOptions
-from trimtab.decode.options import ModelOptions
+from trimtab.decode.options import ModelOptions, settings_of
 from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.extras import need
 from trimtab.files import expand_home
-from trimtab.options import option
+from trimtab.options import option, same
 
 if TYPE_CHECKING:
     from trimtab.serve.registry import Registry
@@ -34,7 +34,9 @@ class Options(TemplateOptions, ModelOptions):
     aligner: tuple[str, ...] = option(
         (), "an aligner, and what requests call it; may repeat. It stays in memory", metavar="NAME=PATH"
     )
-    weight: tuple[float, ...] = option((), "default weight of each --aligner [default: the manifest's, or the rule's]")
+    weight: tuple[float, ...] = same(
+        ModelOptions, "weight", help="default weight of each --aligner [default: the manifest's, or the rule's]"
+    )
     engine: str = option(
         "trimtab", "what decodes: our own engine, or vLLM with our plugin (needs the extra 'vllm')", choices=("trimtab", "vllm")
     )
@@ -42,7 +44,7 @@ class Options(TemplateOptions, ModelOptions):
         "", "further flags of `vllm serve`, such as '--tensor-parallel-size 2'", metavar="FLAGS", verbatim=True
     )
     host: str = option("127.0.0.1", "address to listen on; the default lets in this machine alone")
-    port: int = option(8000, "port to listen on; 0 for any that is free")
+    port: int = option(8000, "port to listen on; 0 for any that is free", low=0, high=65535)
     api_key: tuple[str, ...] = option((), f"a key that clients must send; may repeat [default: ${KEY_VARIABLE}]", metavar="KEY")
     allowed_origins: tuple[str, ...] = option(
         (),
@@ -64,24 +66,32 @@ class Options(TemplateOptions, ModelOptions):
         None, "let clients load and unload aligners under this folder, by /v1/load_aligner", metavar="FOLDER"
     )
     max_aligner_memory: float | None = option(
-        None, "GiB that aligners may take; those unused longest are evicted, but not those named here [default: no limit]"
+        None,
+        "GiB that aligners may take; those unused longest are evicted, but not those named here [default: no limit]",
+        above=0,
     )
-    max_num_batched_tokens: int = option(512, "prompt tokens read between two decoding steps")
+    max_num_batched_tokens: int = option(512, "prompt tokens read between two decoding steps", low=1)
     max_cache_tokens: int | None = option(
-        None, "tokens that all sequences together may hold in the cache [default: what half of the free memory holds]"
+        None,
+        "tokens that all sequences together may hold in the cache [default: what half of the free memory holds]",
+        above=0,
     )
     prefix_cache_tokens: int = option(
-        8192, "tokens of finished requests to keep for prompts that begin alike, within the memory for caches; 0 for none"
+        8192,
+        "tokens of finished requests to keep for prompts that begin alike, within the memory for caches; 0 for none",
+        low=0,
     )
-    max_waiting: int = option(256, "sequences that may wait for a slot; more are refused with 429")
-    max_prompt_tokens: int | None = option(None, "longest prompt [default: what fits the context]")
+    max_waiting: int = option(256, "sequences that may wait for a slot; more are refused with 429", above=0)
+    max_prompt_tokens: int | None = option(None, "longest prompt [default: what fits the context]", above=0)
     max_tokens: int | None = option(
-        None, "longest completion [default: what fits the context; a chat that does not say gets up to 4096]"
+        None, "longest completion [default: what fits the context; a chat that does not say gets up to 4096]", above=0
     )
-    max_body_bytes: int = option(2**20, "longest request body")
-    request_timeout: float = option(600.0, "seconds a request may take")
-    stream_interval: float = option(0.02, "seconds between two chunks of a stream at the least; 0 sends each step's tokens")
-    shutdown_timeout: float = option(30.0, "seconds that running requests get when the server stops")
+    max_body_bytes: int = option(2**20, "longest request body", above=0)
+    request_timeout: float = option(600.0, "seconds a request may take", above=0)
+    stream_interval: float = option(
+        0.02, "seconds between two chunks of a stream at the least; 0 sends each step's tokens", low=0
+    )
+    shutdown_timeout: float = option(30.0, "seconds that running requests get when the server stops", low=0)
     log_prompts: bool = option(False, "write prompts and completions to the log")
     playground: bool = option(False, "show the playground at /playground (needs the extra 'playground')")
     votes: str | None = option(None, "where the playground's arena keeps its votes [default: votes.jsonl]", metavar="FILE")
@@ -164,16 +174,6 @@ def _settings(options: Options) -> "Settings":
     """The limits among the flags, checked."""
     from trimtab.serve.service import Settings
 
-    counts = ("max_waiting", "max_cache_tokens", "max_prompt_tokens", "max_tokens", "max_body_bytes")
-    for name in (*counts, "request_timeout", "max_aligner_memory"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise InvalidOption(f"--{name} must be above 0, not {value}")
-    for name in ("shutdown_timeout", "stream_interval", "prefix_cache_tokens"):
-        if not getattr(options, name) >= 0:
-            raise InvalidOption(f"--{name} must be at least 0, not {getattr(options, name)}")
-    if not 0 <= options.port <= 65535:
-        raise InvalidOption(f"--port must be from 0 to 65535, not {options.port}")
     if bool(options.ssl_keyfile) != bool(options.ssl_certfile):
         raise InvalidOption("--ssl_keyfile and --ssl_certfile go together")
     for name in ("ssl_keyfile", "ssl_certfile"):
@@ -254,21 +254,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     base = AlignedModel.from_pretrained(
         options.proposal,
         tokenizer=tokenizer,
-        dtype=options.dtype,
-        aligner_dtype=options.aligner_dtype,
-        device=options.device,
-        rule=options.rule,
-        proposal_temperature=options.proposal_temperature,
-        proposal_top_k=options.proposal_top_k,
-        proposal_top_p=options.proposal_top_p,
-        aligner_temperature=options.aligner_temperature,
-        draft=options.draft,
-        draft_temperature=options.draft_temperature,
-        num_speculative_tokens=options.num_speculative_tokens,
-        cuda_graphs=options.cuda_graphs,
-        quantize=options.quantize,
-        backend=options.backend,
-        max_num_seqs=options.max_num_seqs,
+        **settings_of(options) | {"weight": None},  # weights are those of the aligners that are named
         prefix_cache_tokens=options.prefix_cache_tokens,
         date=options.date,
     )

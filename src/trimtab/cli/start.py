@@ -6,7 +6,7 @@ from typing import Any
 
 from trimtab.data.options import idle_for_files
 from trimtab.files import check_writable
-from trimtab.models.estimates import DryRunOptions, check_expected, describe_model, describe_size, model_weights
+from trimtab.models.estimates import DryRunOptions, describe_model, describe_size, model_weights
 from trimtab.train.sibling_options import StartOptions
 
 __all__ = ["Options", "render", "run"]
@@ -32,7 +32,6 @@ def run(options: Options) -> dict[str, Any]:
     from trimtab.train.sibling import make_start
 
     quiet_loading()
-    check_expected(options)
     check_writable(options.out, folder=True)
     if options.dry_run:
         return _rehearse(options)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -20,9 +20,7 @@ from trimtab.decode.request import (
     Completion,
     SamplingParams,
     TokenEvent,
-    check_number,
     check_params,
-    check_shaping,
     refuse_row_settings,
 )
 from trimtab.decode.scoring import Score, by_length, score_tokens
@@ -30,11 +28,22 @@ from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.settings import settle
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
+from trimtab.knobs import WarpSettings, check_number
 from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
 from trimtab.models.fingerprint import fingerprint_of
 
 __all__ = ["AlignedModel"]
+
+
+class ModelSettings(WarpSettings, total=False):
+    """What `AlignedModel.from_pretrained` passes on to `AlignedModel`, which says what each is."""
+
+    draft_temperature: float | None
+    num_speculative_tokens: int | None
+    max_num_seqs: int
+    prefix_cache_tokens: int
+    date: str | None
 
 
 class AlignedModel:
@@ -46,8 +55,7 @@ class AlignedModel:
         tokenizer: the shared tokenizer, or None to work with token ids alone.
         eos_token_ids: ids that end a completion.
         manifests: how each aligner wants to be decoded; None for one that does not say.
-        rule, weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature: as in `SamplingParams`,
-            which overrides them for a request; they override the manifests.
+        rule, weight: as in `SamplingParams`, which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, or a `LanguageModel` of the same
             vocabulary that only drafts. Default: the first aligner if there is one, and nobody if its manifest says that it
             is a residual (`Manifest.is_residual`), whose drafts are rarely accepted, or it is a head, which cannot draft.
@@ -60,6 +68,7 @@ class AlignedModel:
         prefix_cache_tokens: tokens of finished requests to keep for prompts that begin alike; 0 for none. Models that were lent
             are not kept for, for their owners may train them.
         date: what chat templates that write the date take for today, `YYYY-MM-DD`; None takes the clock's.
+        warps: `proposal_temperature`, `proposal_top_k`, `proposal_top_p`, `aligner_temperature`: as `rule` and `weight`.
     """
 
     def __init__(
@@ -72,17 +81,16 @@ class AlignedModel:
         manifests: Sequence[Manifest | None] | None = None,
         rule: str | Rule | None = None,
         weight: float | Sequence[float] | None = None,
-        proposal_temperature: float | None = None,
-        proposal_top_k: int | None = None,
-        proposal_top_p: float | None = None,
-        aligner_temperature: float | None = None,
         draft: str | LanguageModel | None = None,
         draft_temperature: float | None = None,
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
         prefix_cache_tokens: int = PREFIX_CACHE_TOKENS,
         date: str | None = None,
+        **warps: Unpack[WarpSettings],
     ) -> None:
+        if unknown := warps.keys() - WarpSettings.__annotations__.keys():
+            raise TypeError(f"AlignedModel() got an unexpected keyword argument '{min(unknown)}'")
         if not isinstance(max_num_seqs, int) or max_num_seqs < 1:
             raise InvalidOption(f"max_num_seqs must be an integer of at least 1, not {max_num_seqs!r}")
         for token in eos_token_ids:
@@ -96,17 +104,9 @@ class AlignedModel:
         self.prefixes = Prefixes(prefix_cache_tokens)
         self.encoder = Encoder(tokenizer, proposal.vocab_size, self.eos_token_ids, date)
         self.pace = Pace(num_speculative_tokens)
-        check_shaping(weight, proposal_temperature, proposal_top_k, proposal_top_p, aligner_temperature)
         check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
         self._draft_temperature = draft_temperature
-        self.defaults = SamplingParams(
-            rule=None if rule is None else parse_rule(rule),
-            weight=weight,
-            proposal_temperature=proposal_temperature,
-            proposal_top_k=proposal_top_k,
-            proposal_top_p=proposal_top_p,
-            aligner_temperature=aligner_temperature,
-        )
+        self.defaults = SamplingParams(rule=None if rule is None else parse_rule(rule), weight=weight, **warps)
         self.shaping(self.defaults)  # contradictions show now, not with the first request
 
     @classmethod
@@ -127,7 +127,7 @@ class AlignedModel:
         quantize: str | None = None,
         aligner_dtype: str | torch.dtype | None = None,
         backend: str | None = None,
-        **settings: Any,
+        **settings: Unpack[ModelSettings],
     ) -> Self:
         """Load a proposal and its aligners.
 
@@ -156,7 +156,7 @@ class AlignedModel:
             ModelError: something cannot be loaded, see `trimtab.errors`.
             VocabularyMismatch: an aligner's tokenizer is not the proposal's.
         """
-        if unknown := set(settings) - SETTINGS:
+        if unknown := settings.keys() - ModelSettings.__annotations__.keys():
             raise InvalidOption(f"from_pretrained: there is no option '{min(unknown)}'")
         how: dict[str, Any] = {
             "dtype": dtype,
@@ -389,10 +389,3 @@ class AlignedModel:
             total = f"{len(prompt)} + {len(completion)} tokens"
             raise InvalidRequest(f"prompts[{i}] and completions[{i}] have {total}, but the context holds {self.max_length}")
         return prompt, completion, num_bytes
-
-
-SETTINGS = {
-    "proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature", "draft_temperature",
-    "num_speculative_tokens", "max_num_seqs", "prefix_cache_tokens", "date",
-}  # fmt: skip
-"""What `from_pretrained` passes on."""

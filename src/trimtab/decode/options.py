@@ -1,13 +1,16 @@
 """What can be said of the models and of how they decode, as options of commands; and what they become."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from trimtab.data.options import LengthOptions, TemplateOptions
+from trimtab.decode.pace import MAX_DRAFT
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
-from trimtab.options import option
+from trimtab.knobs import DrawingKnobs, EndingKnobs, ShapingKnobs
+from trimtab.options import check_ranges, option, same
 
 __all__ = [
     "ModelOptions",
@@ -18,40 +21,45 @@ __all__ = [
     "load_aligned_model",
     "make_sampling_params",
     "places_that_fit",
+    "settings_of",
 ]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RowOptions:
-    """Which models, and how their rows are combined."""
+class PairOptions:
+    """Which models."""
 
     proposal: str = option("", "the frozen model: a folder or a hub id", required=True, metavar="P")
     aligner: tuple[str, ...] = option(
         (), "an aligner: a folder or a hub id; may repeat; none for the bare proposal", metavar="A"
     )
-    rule: str | None = option(None, "decoding rule, such as product or 'candidates(n=8)' [default: the manifest's, or product]")
-    weight: tuple[float, ...] = option((), "weight of each --aligner, in order [default: the manifest's, or the rule's]")
-    proposal_temperature: float | None = option(None, "temperature of the proposal's row, before the rule")
-    proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")
-    proposal_top_p: float | None = option(None, "top-p of the proposal's row, before the rule")
-    aligner_temperature: float | None = option(None, "temperature of the aligners' rows, before the rule")
+
+
+@dataclass(frozen=True)
+class RowOptions(ShapingKnobs, PairOptions):
+    """Which models, and how their rows are combined."""
+
+    rule: str | None = same(ShapingKnobs, "rule")
+    weight: tuple[float, ...] = same(
+        ShapingKnobs, "weight", default=(), help="weight of each --aligner, in order [default: the manifest's, or the rule's]"
+    )
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     aligner_dtype: str | None = option(None, "that of aligners and drafters that are models of their own [default: --dtype]")
     device: str | None = option(None, "cpu, cuda, cuda:1, or auto to spread [default: the first GPU, or the CPU]")
     cuda_graphs: bool | None = option(None, "replay short passes as CUDA graphs [default: on one GPU, where a model can]")
     quantize: str | None = option(None, "keep weights in 8 bits: faster on a CPU, and close", choices=("int8",))
     backend: str | None = option(None, "who runs GGUF files [default: torch, in float32]", choices=("llamacpp",))
-    max_num_seqs: int = option(32, "most sequences in a batch")
+    max_num_seqs: int = option(32, "most sequences in a batch", low=1)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
         from trimtab.core.rules import parse_rule
         from trimtab.decode.draft import DRAFTS
-        from trimtab.decode.request import check_shaping
         from trimtab.models.loading import check_dtype
 
+        check_ranges(self)  # of options made by hand, too
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
         parse_rule(self.rule or "product")
@@ -60,13 +68,6 @@ class RowOptions:
             check_dtype(self.aligner_dtype, "aligner_dtype")
             if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
-        if self.max_num_seqs < 1:
-            raise InvalidOption(f"--max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        warps = self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
-        try:
-            check_shaping(self.weight, *warps)
-        except InvalidRequest as error:
-            raise InvalidOption(str(error)) from error
 
     @property
     def aligns(self) -> bool:
@@ -90,23 +91,11 @@ class ModelOptions(RowOptions):
         metavar="MODEL",
     )
     draft_temperature: float | None = option(
-        None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]"
+        None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]", above=0, below=math.inf
     )
     num_speculative_tokens: int | None = option(
-        None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]"
+        None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]", low=0, high=MAX_DRAFT
     )
-
-    def __post_init__(self) -> None:
-        """Refuse a draft length and temperature that cannot be, too."""
-        from trimtab.decode.pace import Pace
-        from trimtab.decode.request import check_number
-
-        super().__post_init__()
-        Pace(self.num_speculative_tokens)
-        try:
-            check_number("draft_temperature", 1.0 if self.draft_temperature is None else self.draft_temperature, above=0)
-        except InvalidRequest as error:
-            raise InvalidOption(str(error)) from error
 
     @property
     def no_drafts(self) -> str | None:
@@ -127,18 +116,11 @@ class ModelOptions(RowOptions):
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(DrawingKnobs):
     """How to draw from the aligned row."""
 
-    max_tokens: int = option(128, "most tokens of a completion")
-    n: int = option(1, "completions of each prompt")
-    temperature: float = option(1.0, "0 is greedy")
-    top_p: float = option(1.0, "keep the most probable tokens up to this mass")
-    top_k: int = option(0, "keep the k most probable tokens; 0 keeps all")
-    min_p: float = option(0.0, "keep tokens at least this fraction as probable as the best")
-    repetition_penalty: float = option(1.0, "above 1 makes tokens of the prompt and the text so far rarer")
-    stop: tuple[str, ...] = option((), "text that ends a completion; may repeat")
-    seed: int | None = option(None, "the same seed gives the same text, in float32 [default: a fresh one]")
+    stop: tuple[str, ...] = same(EndingKnobs, "stop", help="text that ends a completion; may repeat")
+    seed: int | None = same(EndingKnobs, "seed")
 
     def idle(self) -> dict[str, str]:
         """What says which tokens to draw from where none is drawn."""
@@ -152,6 +134,17 @@ def kernels_of(model: Any) -> dict[str, Any]:
     from trimtab.models.huggingface import describe_kernels
 
     return {"proposal": describe_kernels(model.proposal), "aligners": [describe_kernels(part) for part in model.aligners]}
+
+
+def settings_of(options: RowOptions) -> dict[str, Any]:
+    """The flags beside the models' names, as keyword arguments of `AlignedModel.from_pretrained`, whose names they have.
+
+    Where there are no flags that say who drafts, nobody does: nothing is drawn there.
+    """
+    kind = ModelOptions if isinstance(options, ModelOptions) else RowOptions
+    models = {field.name for field in fields(PairOptions)}
+    given = {field.name: getattr(options, field.name) for field in fields(kind) if field.name not in models}
+    return {"draft": "none", **given, "weight": list(options.weight) or None}
 
 
 def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None, kept_date: Any = None) -> Any:
@@ -169,29 +162,9 @@ def load_aligned_model(options: RowOptions, chats: TemplateOptions | None = None
 
     template = read_chat_template(chats.chat_template_path) if chats is not None else None
     quiet_loading()
-    drafting: dict[str, Any] = {"draft": "none"}
-    if isinstance(options, ModelOptions):
-        drafting = {name: getattr(options, name) for name in ("draft", "draft_temperature", "num_speculative_tokens")}
+    date = None if chats is None else pick_date(chats.date, kept_date)
     try:
-        model = AlignedModel.from_pretrained(
-            options.proposal,
-            list(options.aligner),
-            rule=options.rule,
-            weight=list(options.weight) or None,
-            dtype=options.dtype,
-            aligner_dtype=options.aligner_dtype,
-            device=options.device,
-            proposal_temperature=options.proposal_temperature,
-            proposal_top_k=options.proposal_top_k,
-            proposal_top_p=options.proposal_top_p,
-            aligner_temperature=options.aligner_temperature,
-            cuda_graphs=options.cuda_graphs,
-            quantize=options.quantize,
-            backend=options.backend,
-            max_num_seqs=options.max_num_seqs,
-            date=None if chats is None else pick_date(chats.date, kept_date),
-            **drafting,
-        )
+        model = AlignedModel.from_pretrained(options.proposal, list(options.aligner), date=date, **settings_of(options))
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
     if template is not None:
@@ -235,7 +208,7 @@ def make_sampling_params(options: Any, **more: Any) -> Any:
     from trimtab.decode.request import SamplingParams
 
     try:
-        asked = {f.name: getattr(options, f.name) for f in fields(SamplingOptions) if hasattr(options, f.name)}
+        asked = {field.name: getattr(options, field.name) for field in fields(SamplingOptions) if hasattr(options, field.name)}
         return SamplingParams(**asked | more)
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error

@@ -1,33 +1,22 @@
 """What a user asks for and what comes back: `SamplingParams` in, `Completion` and `TokenEvent` out."""
 
-import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
+from dataclasses import dataclass
 from typing import Any
 
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.knobs import KNOBS, DrawingKnobs, EndingKnobs, ShapingKnobs
+from trimtab.options import same
 
-__all__ = [
-    "Completion",
-    "SamplingParams",
-    "TokenEvent",
-    "TokenLogprobs",
-    "check_number",
-    "check_params",
-    "check_shaping",
-    "refuse_row_settings",
-]
+__all__ = ["Completion", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_params", "refuse_row_settings"]
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
     """How to decode one request.
 
     The first group acts on the aligned row, as it would on the row of any single model. The second group replaces, for
-    this request, the model's own settings of how the row comes about; None keeps them.
+    this request, the model's own settings of how the row comes about; None keeps them. `trimtab.knobs` says which there are.
 
     Attributes:
         max_tokens: the most tokens to generate, end of sequence included.
@@ -55,57 +44,16 @@ class SamplingParams:
         aligner_temperature: shapes each aligner's row before the rule sees it.
     """
 
-    max_tokens: int = 128
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: bool = False
-    top_logprobs: int = 0
-    rule: str | Rule | None = None
-    weight: float | Sequence[float] | None = None
-    proposal_temperature: float | None = None
-    proposal_top_k: int | None = None
-    proposal_top_p: float | None = None
-    aligner_temperature: float | None = None
+    rule: str | Rule | None = same(ShapingKnobs, "rule")  # noqa: RUF009 - a field
 
     def __post_init__(self) -> None:
         """Check every field that can be checked without a model."""
-        _integer("max_tokens", self.max_tokens, 1)
-        _integer("n", self.n, 1)
-        _integer("top_k", self.top_k, -1)
-        _integer("top_logprobs", self.top_logprobs, 0)
-        check_number("temperature", self.temperature, low=0)
-        check_number("top_p", self.top_p, above=0, high=1)
-        check_number("min_p", self.min_p, low=0, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, low=1e-3, high=1e3)
-        if self.seed is not None:
-            _integer("seed", self.seed)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("ignore_eos", "logprobs"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequest(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name, knob in KNOBS.items():
+            knob.check(getattr(self, name))
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=True")
-        if not isinstance(self.stop_token_ids, Sequence):
-            raise InvalidRequest(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
-        if not isinstance(self.logit_bias, Mapping):
-            raise InvalidRequest(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")
-        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InvalidRequest(f"stop must be a text or a list of texts, none of them empty, not {self.stop!r}")
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0)
-        for token, bias in self.logit_bias.items():
-            _integer("logit_bias: a token id", token, 0)
-            check_number(f"logit_bias[{token}]", bias, low=-MAX_FACTOR, high=MAX_FACTOR)
         if self.rule is not None:
             if not isinstance(self.rule, (str, Rule)):
                 raise InvalidRequest(f"rule must be the name of a rule, or a rule, not {self.rule!r}")
@@ -113,9 +61,6 @@ class SamplingParams:
                 object.__setattr__(self, "rule", parse_rule(self.rule))
             except InvalidOption as error:
                 raise InvalidRequest(str(error)) from None
-        check_shaping(
-            self.weight, self.proposal_temperature, self.proposal_top_k, self.proposal_top_p, self.aligner_temperature
-        )
 
 
 @dataclass(frozen=True)
@@ -194,59 +139,18 @@ class TokenEvent:
     top_aligned: list[tuple[int, float]] | None = None
 
 
-MAX_FACTOR = 1e6
-"""The largest weight or bias: far beyond any use, and far from where float32 ends."""
-
-
 def check_params(params: Any) -> None:
     """Refuse what is no `SamplingParams`."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
 
 
-def check_shaping(
-    weight: float | Sequence[float] | None,
-    proposal_temperature: float | None,
-    proposal_top_k: int | None,
-    proposal_top_p: float | None,
-    aligner_temperature: float | None,
-) -> None:
-    """Check the settings that shape the rows before the rule; None is always right."""
-    if weight is not None:
-        several = isinstance(weight, Sequence) and not isinstance(weight, str)
-        for i, number in enumerate(weight if several else [weight]):  # type: ignore[arg-type]
-            check_number(f"weight[{i}]" if several else "weight", number, low=-MAX_FACTOR, high=MAX_FACTOR)
-    if proposal_temperature is not None:
-        check_number("proposal_temperature", proposal_temperature, above=0)
-    if proposal_top_k is not None:
-        _integer("proposal_top_k", proposal_top_k, -1)
-    if proposal_top_p is not None:
-        check_number("proposal_top_p", proposal_top_p, above=0, high=1)
-    if aligner_temperature is not None:
-        check_number("aligner_temperature", aligner_temperature, above=0)
-
-
 def refuse_row_settings(params: SamplingParams, rule: Rule) -> None:
     """Without an aligned row there is nothing for the sampling knobs to act on; say so instead of dropping them."""
     plain = SamplingParams()
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "logprobs"):
+    for name in (name for name, knob in KNOBS.items() if knob.said["acts"] == "row"):
         if getattr(params, name) != getattr(plain, name) and not (name == "top_k" and params.top_k <= 0):
             raise InvalidRequest(
                 f"{name} acts on the aligned row, which rule '{rule}' does not have: leave it at "
                 f"{getattr(plain, name)!r}, or use proposal_temperature, proposal_top_p and aligner_temperature"
             )
-
-
-def _integer(name: str, value: Any, low: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
-        floor = "" if low is None else f" of at least {low}"
-        raise InvalidRequest(f"{name} must be an integer{floor}, not {value!r}")
-
-
-def check_number(name: str, value: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
-    number: Any = value
-    fits = not isinstance(value, bool) and isinstance(value, Real) and abs(number) <= sys.float_info.max
-    if not fits or number < low or number <= above or number > high:
-        limits = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
-        limits += [f"at most {high:g}"] * (high < math.inf)
-        raise InvalidRequest(f"{name} must be a number {' and '.join(limits) or 'that is finite'}, not {value!r}")

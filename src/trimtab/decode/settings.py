@@ -9,6 +9,7 @@ from trimtab.core.rules import Rule, parse_rule
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.knobs import KNOBS
 from trimtab.models.aligner import Manifest
 
 __all__ = ["settle", "with_weight"]
@@ -45,12 +46,11 @@ def settle(
         weights = tuple(float(number) for number in numbers)
     if len(weights) != count and (count or params.weight is not None):
         raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
-    temperature = params.aligner_temperature or defaults.aligner_temperature
-    temperatures = [temperature or (m.aligner_temperature if m else None) or 1.0 for m in manifests]
+    temperatures = [_shared("aligner_temperature", params, defaults, [manifest]) for manifest in manifests]
     proposal = Warp(
-        _shared("proposal_temperature", params, defaults, manifests) or 1.0,
-        max(_shared("proposal_top_k", params, defaults, manifests) or 0, 0),
-        _shared("proposal_top_p", params, defaults, manifests) or 1.0,
+        _shared("proposal_temperature", params, defaults, manifests),
+        max(_shared("proposal_top_k", params, defaults, manifests), 0),
+        _shared("proposal_top_p", params, defaults, manifests),
     )
     return Shaping(rule.bind(eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)))
 
@@ -71,7 +71,7 @@ def with_weight(manifest: Manifest | None, weight: float | None, rule: Rule | st
 
 
 def _shared(name: str, params: SamplingParams, defaults: SamplingParams, manifests: Sequence[Manifest | None]) -> Any:
-    """A setting that all aligners of a request share."""
+    """A setting that these aligners share; where nobody says anything, the neutral one, or None if there is none."""
     for source in (params, defaults):
         if getattr(source, name) is not None:
             return getattr(source, name)
@@ -79,4 +79,4 @@ def _shared(name: str, params: SamplingParams, defaults: SamplingParams, manifes
     if len(wanted) > 1:
         values = " and ".join(sorted(map(str, wanted)))
         raise InvalidOption(f"the aligners' manifests disagree on {name}: {values}; say which with {name}=")
-    return next(iter(wanted), None)
+    return next(iter(wanted), KNOBS[name].said.get("neutral"))

@@ -12,10 +12,13 @@ from trimtab.data.prompts import Prompt, is_chat, read_chat
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.errors import DataError, EndpointError
+from trimtab.knobs import KNOBS, DrawingKnobs
 
 __all__ = ["RemoteModel", "Sample", "check_sendable"]
 
-NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+OPENAI = [name for name, knob in KNOBS.items() if knob.said.get("openai") and knob.kind is not None]
+"""What OpenAI's API has: sent as it is."""
+NEUTRAL = {field.name: field.default for field in dataclasses.fields(DrawingKnobs) if field.name not in OPENAI}
 """What OpenAI's own API does not have: sent where it is not neutral, and to servers with defaults of their own."""
 
 OWN_DEFAULTS = ("vllm", "sglang")
@@ -76,7 +79,7 @@ class RemoteModel:
     def _request(self, prompt: Any, params: SamplingParams) -> tuple[str, dict[str, Any]]:
         """Path and body."""
         body: dict[str, Any] = {"model": self.name}
-        body |= {field: getattr(params, field) for field in ("max_tokens", "n", "temperature", "top_p", "seed")}
+        body |= {field: getattr(params, field) for field in OPENAI}
         if params.stop:
             body["stop"] = list(params.stop)
         given = {field: getattr(params, field) for field in NEUTRAL}

@@ -32,8 +32,6 @@ def check_flags(options: EvalOptions, baseline: System, system: System) -> None:
     given = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
     if options.n != 1:
         raise InvalidOption("--n must be 1: one answer to a prompt is judged")
-    if options.max_prompts is not None and options.max_prompts < 1:
-        raise InvalidOption(f"--max_prompts must be at least 1, not {options.max_prompts}")
     if options.length_control not in LENGTH_CONTROLS:
         raise InvalidOption(f"--length_control must be one of {', '.join(LENGTH_CONTROLS)}, not '{options.length_control}'")
     for spec in options.judge:
@@ -105,10 +103,6 @@ def _check_sweep(options: EvalOptions, system: System, given: set[str]) -> None:
         raise InvalidOption("--sweep_weight needs --system aligned with one --aligner")
     if not options.judge:
         raise InvalidOption("--sweep_weight needs a --judge to pick by")
-    if not 0 < options.dev_fraction < 1:
-        raise InvalidOption(f"--dev_fraction must be between 0 and 1, not {options.dev_fraction}")
-    if options.max_kl is not None and not options.max_kl >= 0:
-        raise InvalidOption(f"--max_kl must be at least 0, not {options.max_kl}")
     for text in options.sweep_rule:
         try:
             rule = parse_rule(text)

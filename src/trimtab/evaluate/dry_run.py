@@ -11,7 +11,7 @@ from trimtab.evaluate.checks import check_data, check_flags
 from trimtab.evaluate.options import EvalOptions, is_url
 from trimtab.evaluate.setup import make_judges, make_settings, name_system, read_prompts
 from trimtab.evaluate.systems import System
-from trimtab.models.estimates import aligner_weights, check_expected, describe_model, describe_size, model_weights
+from trimtab.models.estimates import aligner_weights, describe_model, describe_size, model_weights
 
 __all__ = ["rehearse", "render_rehearsal"]
 
@@ -20,7 +20,6 @@ def rehearse(options: EvalOptions) -> dict[str, Any]:
     """Check everything that can be without a network, and count."""
     baseline, system = systems = _system(options.baseline, "baseline"), _system(options.system, "system")
     check_flags(options, baseline, system)
-    check_expected(options)
     parse_columns(options.columns)
     params = make_sampling_params(options, seed=options.seed)
     settings = make_settings(options, params)

@@ -28,6 +28,7 @@ from trimtab.decode.scoring import completion_rows
 from trimtab.decode.shaping import BatchShaping
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 from trimtab.extras import how_to_install
+from trimtab.knobs import KNOBS, SHAPING
 
 try:
     from lm_eval import utils
@@ -45,12 +46,11 @@ except ModuleNotFoundError as error:
 
 __all__ = ["TrimtabLM", "main"]
 
-SHAPING = {"rule", "weight", "proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature"}
 DRAFTING = {"draft", "draft_temperature", "num_speculative_tokens"}
-LOADING = {"aligner", "tokenizer", "dtype", "revision", "date"} | DRAFTING | SHAPING
+LOADING = {"aligner", "tokenizer", "dtype", "revision", "date", *SHAPING} | DRAFTING
 """Options that are `AlignedModel.from_pretrained`'s."""
 OWN = {"add_bos_token", "batch_size", "device", "max_gen_toks", "max_length", "max_num_seqs", "prefix_token_id", "seed"}
-SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "seed"} | SHAPING
+SAMPLING = {name for name, knob in KNOBS.items() if knob.said.get("harness", True)}
 """Generation settings that are `SamplingParams`' under their own names."""
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]

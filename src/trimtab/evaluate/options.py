@@ -9,7 +9,7 @@ from trimtab.decode.options import ModelOptions, SamplingOptions
 from trimtab.endpoints.settings import Limits
 from trimtab.judges.references import METRICS
 from trimtab.models.estimates import DryRunOptions
-from trimtab.options import option
+from trimtab.options import option, same
 
 __all__ = ["EvalOptions", "is_url"]
 
@@ -35,7 +35,7 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
     dataset: str | None = option(
         None, "prompts, with wanted answers if there are any: a TRL layout, or AlpacaEval's JSON", metavar="D"
     )
-    max_prompts: int | None = option(None, "take only the first so many prompts")
+    max_prompts: int | None = option(None, "take only the first so many prompts", low=1)
     apply_chat_template: bool = option(False, "ask a prompt that is a text as a user's message")
     system: str = option(
         "aligned", "whose win rate: proposal, aligned, references, URL#MODEL, or a file of outputs", metavar="S"
@@ -55,7 +55,7 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
     null: bool = option(True, "also judge the baseline against itself with another seed")
     references: bool = option(True, "also judge the data's own answers against the baseline")
     length_control: str = option("auto", "auto, alpaca_eval, or 'length-only fit'", metavar="HOW")
-    judge_max_tokens: int = option(4, "room for an endpoint judge's answer; a model that thinks first needs hundreds")
+    judge_max_tokens: int = option(4, "room for an endpoint judge's answer; a model that thinks first needs hundreds", low=1)
     prompt_price: float | None = option(None, "of a million tokens that an endpoint judge reads")
     completion_price: float | None = option(None, "of a million tokens that it writes")
     max_cost: float | None = option(None, "the most to spend on each endpoint judge, earlier parts of the run included")
@@ -66,12 +66,17 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
         (), "try this weight on development prompts, and go on with the one that wins most; may repeat"
     )
     sweep_rule: tuple[str, ...] = option((), "with this rule; may repeat [default: --rule]", metavar="RULE")
-    max_kl: float | None = option(None, "nats per sequence that the pick of a sweep may be away from the proposal")
+    max_kl: float | None = option(None, "nats per sequence that the pick of a sweep may be away from the proposal", low=0)
     dev_dataset: str | None = option(None, "development prompts of a sweep [default: a part of --dataset]", metavar="D")
-    dev_fraction: float = option(0.2, "the part, drawn by prompt")
-    seed: int = option(0, "prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]")
+    dev_fraction: float = option(0.2, "the part, drawn by prompt", above=0, below=1)
+    seed: int = same(
+        SamplingOptions,
+        "seed",
+        default=0,
+        help="prompt i is answered with this seed + i; the same seed gives the same text, in float32 [default: 0]",
+    )
     out: str | None = option(None, "the folder to write; a run that is started again goes on", metavar="DIR")
-    max_tokens: int = option(512, "most tokens of an answer")
+    max_tokens: int = same(SamplingOptions, "max_tokens", default=512, help="most tokens of an answer")
     expected_aligner: str | None = option(None, "for --dry_run: the same for every --aligner", metavar="A", kept=True)
 
     def __post_init__(self) -> None:

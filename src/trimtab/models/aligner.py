@@ -19,6 +19,7 @@ import torch
 from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption, ManifestError, VocabularyMismatch
 from trimtab.files import atomic_folder, atomic_write, write_json
+from trimtab.knobs import KNOBS
 from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapter
 from trimtab.models.fingerprint import Files
 from trimtab.models.head import Head
@@ -26,6 +27,7 @@ from trimtab.models.loading import expand, load_model, load_tokenizer, readable
 from trimtab.models.peft_saving import embeddings_of, unasked
 from trimtab.models.reduced import REDUCED_NAME
 from trimtab.models.vocabulary import fingerprint_vocabulary
+from trimtab.options import Range
 
 __all__ = [
     "DRAFT_NAME",
@@ -90,18 +92,16 @@ class Manifest:
             parse_rule(self.rule)
         except (InvalidOption, AttributeError) as error:
             raise ManifestError(str(error)) from None
-        for name in ("weight", "proposal_temperature", "proposal_top_p", "aligner_temperature"):
-            value = getattr(self, name)
-            if value is None and name == "weight":
+        for name, knob in KNOBS.items():
+            if not knob.said.get("manifest") or knob.range == Range():
+                continue
+            value, neutral = getattr(self, name), knob.said.get("neutral")
+            if value is None and neutral is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ManifestError(f"{name} must be a finite number, not {value!r}")
-            if name == "weight" and abs(value) > 1e6:
-                raise ManifestError(f"weight must be from -1e+06 to 1e+06, not {value}")
-            if name != "weight" and value <= 0:
-                raise ManifestError(f"{name} must be above 0, not {value}")
-        if self.proposal_top_p > 1:
-            raise ManifestError(f"proposal_top_p must be at most 1, not {self.proposal_top_p}")
+            if not knob.range.holds(value):
+                raise ManifestError(f"{name} must be {knob.range}, not {value}")
         proposal = self.proposal
         if proposal is not None and not (
             isinstance(proposal, Mapping)

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.hardware import in_bytes
 from trimtab.options import option
@@ -12,7 +11,6 @@ from trimtab.options import option
 __all__ = [
     "DryRunOptions",
     "aligner_weights",
-    "check_expected",
     "describe_model",
     "describe_size",
     "in_time",
@@ -29,7 +27,7 @@ class DryRunOptions:
         None, "for --dry_run, where an earlier command will make --proposal: a model of its shape", metavar="P", kept=True
     )
     expected_examples: int | None = option(
-        None, "for --dry_run, where --dataset is not at hand: how many records it has", kept=True
+        None, "for --dry_run, where --dataset is not at hand: how many records it has", kept=True, low=2
     )
 
     def idle(self) -> dict[str, str]:
@@ -38,12 +36,6 @@ class DryRunOptions:
         if self.dry_run:
             return {"backend": "is not for --dry_run, which counts what torch would take"}
         return dict.fromkeys(names, "is for --dry_run")
-
-
-def check_expected(options: DryRunOptions) -> None:
-    """Refuse a number of records that no data set has."""
-    if options.expected_examples is not None and options.expected_examples < 2:
-        raise InvalidOption(f"--expected_examples must be at least 2, not {options.expected_examples}")
 
 
 def in_time(seconds: float | None) -> str:

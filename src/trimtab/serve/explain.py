@@ -10,7 +10,6 @@ from pydantic_core import ErrorDetails
 
 from trimtab.serve.schema import (
     CONTENT,
-    MAX_STOPS,
     Call,
     ChatMessage,
     ChatRequest,
@@ -24,6 +23,7 @@ from trimtab.serve.schema import (
     ToolCall,
     UnloadAligner,
 )
+from trimtab.serve.values import MAX_STOPS
 
 __all__ = ["explain"]
 

@@ -7,14 +7,26 @@ ignored; nothing else is.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.core.rules import MAX_TEXT
 from trimtab.data.prompts import join_chat
-from trimtab.serve.registry import NAME
+from trimtab.serve.values import (
+    MAX_ALIGNERS,
+    MAX_INT,
+    SAMPLING,
+    AlignerName,
+    Count,
+    Empty,
+    OnlyFalse,
+    OnlyOne,
+    OnlyZero,
+    Text,
+    TokenIds,
+    Whole,
+)
 
 __all__ = [
     "Call",
@@ -31,44 +43,9 @@ __all__ = [
     "UnloadAligner",
 ]
 
-MAX_N = 128
+
 MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_ALIGNERS = 8
-MAX_BIASES = 4096
 MAX_TOOLS = 128
-MAX_INT = 2**31 - 1
-"""The largest count or token id: they end up in tensors, where a JSON integer of any size would not fit."""
-
-
-def _only_false(value: bool) -> bool:
-    if value:
-        raise PydanticCustomError("only_false", "only false or null is supported here")
-    return value
-
-
-def _whole(value: Any) -> Any:
-    """To JSON, 5.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = BeforeValidator(_whole)
-# Not `Literal[False]`, which takes 0 for false.
-OnlyFalse = Annotated[bool, AfterValidator(_only_false), Field(json_schema_extra={"const": False})]
-OnlyOne = Annotated[int, Field(ge=1, le=1), Whole]
-OnlyZero = Annotated[float, Field(ge=0, le=0)]
-Count = Annotated[int, Field(ge=1, le=MAX_INT), Whole]
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT), Whole]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
-Biases = Annotated[dict[TokenKey, Factor], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})]
-Temperature = Annotated[float, Field(gt=0)]
-TopK = Annotated[int, Field(ge=-1, le=MAX_INT), Whole]
-TopP = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-Empty = Annotated[list[Any], Field(max_length=0)]
-AlignerName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
 def _conflict(field: str, message: str) -> PydanticCustomError:
@@ -95,24 +72,32 @@ def _needs(field: str, given: Mapping[str, Any], other: str, value: Any) -> dict
 _STREAM_OPTIONS = _needs("stream_options", {"type": "object"}, "stream", True)
 
 
-_SAMPLING: tuple[str, ...] = ("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "ignore_eos")
-_SAMPLING += ("stop", "stop_token_ids", "rule", "weight", "proposal_temperature", "proposal_top_k", "proposal_top_p")
-_SAMPLING += ("aligner_temperature",)
-"""Fields that go to `SamplingParams` under their own names, unless they are null."""
-
-
-class _Request(_Strict):
-    """What both kinds of request have."""
+class _Asked(_Strict):
+    """Of whom, and how the answer comes."""
 
     model: str = Field(description="An aligner's name, BASE:ALIGNER, or the base, which is then unaligned.")
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    n: Annotated[int, Field(ge=1, le=MAX_N), Whole] | None = 1
-    temperature: Annotated[float, Field(ge=0)] | None = Field(1.0, description="0 is greedy.")
-    top_p: TopP | None = 1.0
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
-    logit_bias: Biases | None = Field(None, description="Added to the log-probability of token ids.")
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _conflict("stream_options", "stream_options is allowed only when stream is true")
+        return self
+
+
+if TYPE_CHECKING:
+
+    class _Sampled(_Asked):
+        n: int | None
+        logit_bias: dict[str, float] | None
+else:
+    _Sampled = create_model("_Sampled", __base__=_Asked, __module__=__name__, **SAMPLING)
+
+
+class _Request(_Sampled):
+    """What both kinds of request have."""
+
     presence_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
     frequency_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
     user: str | None = Field(None, description="Ignored.")
@@ -136,31 +121,9 @@ class _Request(_Strict):
     reasoning_effort: None = None
     web_search_options: None = None
 
-    top_k: TopK | None = Field(0, description="0 or -1 keeps all tokens.")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = 1.0
-    ignore_eos: bool | None = False
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
-
     aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
         None, description="One aligner or several, where `model` is the base."
     )
-    rule: Annotated[str, Field(max_length=MAX_TEXT)] | None = Field(
-        None, description="A decoding rule, such as `product` or `candidates(n=8)`."
-    )
-    weight: Factor | Annotated[list[Factor], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
-        None, description="The aligner's strength, or one for each aligner."
-    )
-    proposal_temperature: Temperature | None = None
-    proposal_top_k: TopK | None = None
-    proposal_top_p: TopP | None = None
-    aligner_temperature: Temperature | None = None
-
-    @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise _conflict("stream_options", "stream_options is allowed only when stream is true")
-        return self
 
     @property
     def completions(self) -> int:
@@ -174,7 +137,7 @@ class _Request(_Strict):
 
     def sampling(self, max_tokens: int, logprobs: bool, top_logprobs: int) -> dict[str, Any]:
         """Keyword arguments for `SamplingParams`; what is null is left out, and so has its default there."""
-        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         if self.logit_bias:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return given | {"max_tokens": max_tokens, "logprobs": logprobs, "top_logprobs": top_logprobs}

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from trimtab.models.estimates import check_expected
 from trimtab.options import make_options
 from trimtab.train.options import TrainOptions
 
@@ -42,7 +41,6 @@ def run(options: TrainOptions) -> dict[str, Any]:
     from trimtab.train.run import run_training
 
     quiet_loading()
-    check_expected(options)
     if options.dry_run:
         known = (options.expected_proposal, options.expected_aligner, options.expected_examples, options.assume_tflops)
         return estimate(options, Expected(*known))

@@ -16,7 +16,7 @@ from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.aligner import manifest_of
 from trimtab.models.estimates import DryRunOptions
-from trimtab.options import Flag, check_ranges, option
+from trimtab.options import Flag, check_ranges, help_of, option
 from trimtab.train.defaults import training_flags
 from trimtab.train.objectives import OBJECTIVES, Objective
 
@@ -46,8 +46,7 @@ def objective_flags() -> dict[str, Flag]:
             known = found.get(one.name)
             if one.name in taken or (known is not None and known.kind != _of_one(hints[one.name])):
                 raise InvalidOption(f"objective: the option '{one.name}' of '{name}' has the name of another one: rename it")
-            default = "" if one.default is None or "[default" in one.metadata["help"] else f" [default: {one.default}]"
-            text = f"{name}: {one.metadata['help']}{default}"
+            text = f"{name}: {help_of(one)}"
             found[one.name] = Flag(_of_one(hints[one.name]), text if known is None else f"{known.text}; {text}")
     return found
 

@@ -29,7 +29,7 @@ from trimtab.models.head import Head
 from trimtab.models.loading import load_model
 from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
-from trimtab.train.arguments import training_arguments
+from trimtab.train.arguments import need_training, training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checks import warn_of_rule, warn_of_weight
@@ -110,6 +110,7 @@ def run_training(asked: TrainOptions) -> dict[str, Any]:
     Raises:
         TrimtabError: something cannot be read, used or combined; said before any work is done where that is possible.
     """
+    need_training()
     facts = Facts(describe(asked.aligner) if asked.aligner else None)
     plan = resolve(asked, facts)
     announce_round(asked, plan)

@@ -15,9 +15,10 @@ from typing import Any
 
 from trimtab.errors import InvalidOption
 from trimtab.extras import how_to_install, is_here
+from trimtab.knobs import SHAPING, shaping_of
 from trimtab.models.loading import load_tokenizer
 from trimtab.vllm.middleware import HOSTS_VARIABLE
-from trimtab.vllm.settings import KEY, SHAPING, Catalog, read_settings
+from trimtab.vllm.settings import KEY, Catalog, read_settings
 
 __all__ = ["command_line", "idle_options", "launch"]
 
@@ -141,6 +142,6 @@ def _additional_config(options: Any, named: Sequence[tuple[str, str, float | Non
     if not named:
         return {}
     aligners = {name: path if weight is None else {"path": path, "weight": weight} for name, path, weight in named}
-    defaults = {name: getattr(options, name) for name in SHAPING if name != "weight" and getattr(options, name) is not None}
+    defaults = {name: value for name, value in shaping_of(options).items() if name != "weight" and value is not None}
     memory = {} if options.max_aligner_memory is None else {"memory_gib": options.max_aligner_memory}
     return {KEY: {"aligners": aligners, "dtype": options.aligner_dtype or options.dtype, **defaults, **memory}}

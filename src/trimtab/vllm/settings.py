@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trimtab.decode.request import SamplingParams, check_number, check_shaping
+from trimtab.decode.request import SamplingParams
 from trimtab.decode.settings import settle, with_weight
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.knobs import KNOBS, SHAPING, check_number
 from trimtab.models.aligner import Manifest, describe
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary
 
-__all__ = ["FIELDS", "KEY", "SHAPING", "Arguments", "Catalog", "Settings", "field_of", "read_settings"]
+__all__ = ["FIELDS", "KEY", "Arguments", "Catalog", "Settings", "field_of", "read_settings"]
 
 KEY = "trimtab"
 """Where `additional_config` holds our settings."""
 
-SHAPING = ("weight", "rule", "proposal_temperature", "proposal_top_k", "proposal_top_p", "aligner_temperature")
 FIELDS = ("aligner", *SHAPING)
 """What a request may say."""
 
@@ -179,7 +179,7 @@ def _aligners(given: Any) -> dict[str, Any]:
         aligners[name] = path
         if weight is not None:
             try:
-                check_shaping(weight, None, None, None, None)
+                KNOBS["weight"].check(weight)
             except InvalidRequest as error:
                 raise InvalidOption(f"{KEY}.aligners.{name}: {error}") from None
             weights[name] = weight

@@ -9,6 +9,7 @@ from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import RULES
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import TrimtabError
+from trimtab.knobs import KNOBS
 from trimtab.serve.playground.duel import Answer, Question
 from trimtab.serve.playground.tab import Tab, Update, add_html
 from trimtab.serve.playground.tokens_html import legend_html, panel_html, text_html, tokens_html
@@ -112,15 +113,15 @@ class Compare(Tab):
         That is the same distribution as the bare proposal, and it spends its random numbers as the aligned model does, whose
         aligner drafts. So texts from one seed differ only where the aligner makes them differ.
         """
-        plain: Any = self.service.registry.base.shaping(SamplingParams()).proposal
+        plain = self.service.registry.base.defaults
+        neutral = {name: knob.said["neutral"] for name, knob in KNOBS.items() if knob.said["acts"] == "proposal"}
+        own = {name: getattr(plain, name) for name in neutral}
         return {
+            **{name: value if own[name] is None else own[name] for name, value in neutral.items()},
             "rule": "product"
             if aligned.shaping.rule.name == "product"
             else "geometric",  # drafts as the aligned one's rule does
             "weight": 0.0,
-            "proposal_temperature": 1.0 if plain.temperature is None else plain.temperature,
-            "proposal_top_k": plain.top_k or 0,
-            "proposal_top_p": 1.0 if plain.top_p is None else plain.top_p,
         }
 
     async def _own_strength(self, aligner: str | None, rule: str, own: bool) -> Update:
