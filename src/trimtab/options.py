@@ -5,20 +5,22 @@ configuration file may hold it for another run). A method `idle` says which opti
 class says it of what it declares, or knows more of.
 """
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from trimtab.errors import InvalidOption
+from trimtab.errors import InvalidOption, TrimtabError
 
-__all__ = ["check_effects", "check_required", "make_options", "meant", "option"]
+__all__ = ["check_effects", "check_required", "make_options", "meant", "named_for_python", "option"]
 
 T = TypeVar("T")
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with help; further metadata may follow."""
+def option(default: Any, text: str | Callable[[], str], **more: Any) -> Any:
+    """A dataclass field with help, or with what gives it when it is shown; further metadata may follow."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
@@ -47,24 +49,37 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
 
     Args:
         kind: the dataclass.
-        options: an instance of it.
+        options: an instance of it; what differs from the defaults counts as asked for.
         settings: in its place, or over its fields; a list counts as a tuple.
 
     Raises:
         InvalidOption: an option is not known, is missing, cannot have its value, or has no effect beside the others.
     """
-    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
             raise InvalidOption(f"there is no option '{name}'{meant(name, fields)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    if options is not None:
-        made: T = dataclasses.replace(options, **given)  # type: ignore[type-var]
-    else:
-        check_required(kind, given)
-        made = kind(**given)
-    check_effects(made, given.keys())
+    asked = {} if options is None else {name: getattr(options, name) for name in fields}
+    check_required(kind, asked | given)
+    made = kind(**given) if options is None else dataclasses.replace(options, **given)  # type: ignore[type-var]
+    check_effects(made, given.keys() | {name for name, value in asked.items() if value != fields[name].default})
     return made
+
+
+@contextlib.contextmanager
+def named_for_python(kind: type) -> Iterator[None]:
+    """Messages name options as flags; of those that leave a call from Python the dashes are taken."""
+    try:
+        yield
+    except TrimtabError as error:
+        names = {field.name for field in dataclasses.fields(kind)}
+
+        def bare(flag: "re.Match[str]") -> str:
+            return flag[1] if flag[1] in names else flag[0]
+
+        error.args = tuple(re.sub(r"--(\w+)", bare, part) if isinstance(part, str) else part for part in error.args)
+        raise
 
 
 def meant(word: str, known: Iterable[str]) -> str:
