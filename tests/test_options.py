@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from trimtab.errors import InvalidOption
-from trimtab.options import make_options, option
+from trimtab.options import make_options, named_for_python, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +46,38 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_what_has_no_effect_and_was_not_asked_for_is_fine():
     assert make_options(Brew, None, {"leaves": "bag"}).strain
+
+
+@dataclasses.dataclass(frozen=True)
+class Kettle(Brew):
+    """With a choice."""
+
+    heat: str = option("gas", lambda: "how", choices=("gas", "wood"))
+
+
+def test_one_value_of_an_option_that_repeats_is_one_of_it_alone():
+    assert make_options(Brew, None, {"leaves": "green", "milk": "oat"}).milk == ("oat",)
+
+
+def test_a_choice_is_one_of_its_choices():
+    with pytest.raises(InvalidOption, match=r"^--heat must be one of gas, wood, not 'sun'$"):
+        make_options(Kettle, None, {"leaves": "green", "heat": "sun"})
+
+
+def test_options_that_are_given_whole_get_the_checks_too():
+    with pytest.raises(InvalidOption, match="--leaves is required"):
+        make_options(Brew, Brew(), {})
+    with pytest.raises(InvalidOption, match="--strain is for loose leaves"):
+        make_options(Strained, Strained("bag", strain=True), {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Strained(Brew):
+    """Off by default."""
+
+    strain: bool = option(False, "the leaves out")
+
+
+def test_from_python_messages_name_options_without_dashes_and_leave_other_words():
+    with pytest.raises(InvalidOption, match=r"^leaves and milk, not --sugar$"), named_for_python(Brew):
+        raise InvalidOption("--leaves and --milk, not --sugar")

@@ -50,7 +50,8 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     Args:
         kind: the dataclass.
         options: an instance of it; what differs from the defaults counts as asked for.
-        settings: in its place, or over its fields; a list counts as a tuple.
+        settings: in its place, or over its fields. Where an option repeats, a list counts as a tuple, and one value as one of
+            it alone.
 
     Raises:
         InvalidOption: an option is not known, is missing, cannot have its value, or has no effect beside the others.
@@ -59,12 +60,22 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     for name in settings:
         if name not in fields:
             raise InvalidOption(f"there is no option '{name}'{meant(name, fields)}")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    given = {name: _repeated(fields[name], value) for name, value in settings.items()}
+    for name, value in given.items():
+        choices = fields[name].metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise InvalidOption(f"--{name} must be one of {', '.join(choices)}, not {value!r}")
     asked = {} if options is None else {name: getattr(options, name) for name in fields}
     check_required(kind, asked | given)
     made = kind(**given) if options is None else dataclasses.replace(options, **given)  # type: ignore[type-var]
     check_effects(made, given.keys() | {name for name, value in asked.items() if value != fields[name].default})
     return made
+
+
+def _repeated(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(field.default, tuple) and not isinstance(value, tuple) else value
 
 
 @contextlib.contextmanager

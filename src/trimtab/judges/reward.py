@@ -1,5 +1,6 @@
 """A reward as a judge: the answer with the higher one is better."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ class RewardJudge(Judge):
         known = self.reward.identity()
 
         def describe(pair: Pair) -> dict[str, Any]:
-            read = {"columns": dict(pair.columns)} if self.reads_columns else {}
+            read = {"columns": json.dumps(dict(pair.columns), default=str)} if self.reads_columns else {}
             return {**known, **read, "prompt": pair.prompt}
 
         def score(asked: list[tuple[Pair, str]]) -> Sequence[float | None]:

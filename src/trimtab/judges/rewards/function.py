@@ -55,18 +55,18 @@ class FunctionReward(Reward):
         self._needs, self._takes = _parameters(function)
         if trainers := [name for name in self._needs if name in OF_TRAINERS]:
             raise InvalidOption(f"the reward function {own} needs '{trainers[0]}', which only a trainer has")
-        self._names: tuple[str, ...] | None = None
+        self._names: dict[str, None] = {}
         self.reads_columns = self._takes is None or bool(self._takes - {*GIVEN, *OF_TRAINERS})
 
     def check(self, asked: Asked) -> None:
         """Refuse data without a column that the function cannot be without."""
-        names = tuple(dict.fromkeys(name for row in asked.columns for name in row))
+        names = dict.fromkeys(name for row in asked.columns for name in row)
         if missing := [name for name in self._needs if name not in (*GIVEN, *names)]:
             raise InvalidOption(
                 f"{self._called} takes '{missing[0]}', and the data have no such column; beside prompt and completion they"
                 f" have: {', '.join(names) or 'none'}"
             )
-        self._names = names
+        self._names |= names
 
     def score(
         self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]]
@@ -86,7 +86,7 @@ class FunctionReward(Reward):
             ],
         }
         if self.reads_columns:
-            names = self._names if self._names is not None else dict.fromkeys(name for row in columns for name in row)
+            names = self._names | dict.fromkeys(name for row in columns for name in row)
             asked = {name: [row.get(name) for row in columns] for name in names} | asked
         if self._takes is not None:
             asked = {name: value for name, value in asked.items() if name in self._takes}
