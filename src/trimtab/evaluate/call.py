@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from trimtab.decode.options import refuse_beside_loaded
 from trimtab.errors import InvalidOption
 from trimtab.evaluate.options import EvalOptions
-from trimtab.judges.base import Judge
 from trimtab.options import make_options, named_for_python
 
 if TYPE_CHECKING:
@@ -42,9 +41,6 @@ def evaluate(options: EvalOptions | None = None, /, *, model: "AlignedModel | No
     """
     with named_for_python(EvalOptions):
         made = make_options(EvalOptions, options, settings)
-        for judge in made.judge:
-            if not isinstance(judge, (str, Judge)):
-                raise InvalidOption(f"judge must be texts and objects of trimtab.judges.base.Judge, not {judge!r}")
         if model is not None:
             refuse_beside_loaded(made)
         return run(made, model)

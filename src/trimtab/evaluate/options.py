@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trimtab.data.options import DataOptions, LengthOptions, TemplateOptions
 from trimtab.decode.options import ModelOptions, SamplingOptions
 from trimtab.endpoints.settings import Limits, is_url
+from trimtab.errors import InvalidOption
 from trimtab.judges.base import Judge
 from trimtab.judges.kinds import judge_help, options_read
 from trimtab.models.estimates import DryRunOptions
@@ -90,6 +91,9 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
         """Refuse values that cannot be."""
         super().__post_init__()
         Limits(self.concurrency, self.request_timeout, self.max_retries)
+        for judge in self.judge:
+            if not isinstance(judge, (str, Judge)):
+                raise InvalidOption(f"--judge must be a text, or a trimtab.judges.base.Judge, not {judge!r}")
 
     def idle(self) -> dict[str, str]:
         """What is for other systems, other judges, a sweep, or no annotations."""
