@@ -118,6 +118,9 @@ LETTER = RewardKind("letter", "L, how often the letter L is there", make_reward)
 '''
 
 
+POINTS = {"trimtab.judges": {"shorter": "their_judges:SHORTER"}, "trimtab.rewards": {"letter": "their_judges:LETTER"}}
+
+
 def write_functions(folder: Path) -> Path:
     """The functions above in `rewards.py`."""
     (folder / "rewards.py").write_text(FUNCTIONS, encoding="utf-8")
@@ -132,13 +135,12 @@ def write_scores(folder: Path, prompts, answers) -> Path:
 
 
 @contextmanager
-def package(folder: Path, monkeypatch) -> Iterator[None]:
-    """The package above, installed; what the registries have found and loaded is forgotten before and after."""
+def package(folder: Path, monkeypatch, module: str = "their_judges", source: str = PACKAGE, points=POINTS) -> Iterator[None]:
+    """The package above, or another, installed; what the registries have found and loaded is forgotten before and after."""
     for registry in (JUDGES, REWARDS):
         monkeypatch.setattr(registry, "_known", dict(registry._known))
         vars(registry).pop("_brought", None)
-    points = {"trimtab.judges": {"shorter": "their_judges:SHORTER"}, "trimtab.rewards": {"letter": "their_judges:LETTER"}}
-    bring(folder, monkeypatch, "their_judges", PACKAGE, points)
+    bring(folder, monkeypatch, module, source, points)
     yield
     for registry in (JUDGES, REWARDS):
         vars(registry).pop("_brought", None)
