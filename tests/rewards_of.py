@@ -96,7 +96,11 @@ def make(argument, options):
     return Shorter(int(argument))
 
 
-SHORTER = JudgeKind("shorter", "N, the shorter answer wins, up to N letters", make)
+def reads(argument):
+    return ("colour",) if argument == "0" else ()
+
+
+SHORTER = JudgeKind("shorter", "N, the shorter answer wins, up to N letters", make, reads)
 
 
 class Letter(Reward):

@@ -57,6 +57,7 @@ class Kettle(Brew):
 
 def test_one_value_of_an_option_that_repeats_is_one_of_it_alone():
     assert make_options(Brew, None, {"leaves": "green", "milk": "oat"}).milk == ("oat",)
+    assert make_options(Brew, None, {"leaves": "green", "milk": None}).milk == ()
 
 
 def test_a_choice_is_one_of_its_choices():

@@ -50,8 +50,8 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     Args:
         kind: the dataclass.
         options: an instance of it; what differs from the defaults counts as asked for.
-        settings: in its place, or over its fields. Where an option repeats, a list counts as a tuple, and one value as one of
-            it alone.
+        settings: in its place, or over its fields. Where an option repeats, a list counts as a tuple, one value as one of it
+            alone, and None as none.
 
     Raises:
         InvalidOption: an option is not known, is missing, cannot have its value, or has no effect beside the others.
@@ -75,7 +75,9 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
 def _repeated(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return (value,) if isinstance(field.default, tuple) and not isinstance(value, tuple) else value
+    if isinstance(field.default, tuple) and not isinstance(value, tuple):
+        return field.default if value is None else (value,)
+    return value
 
 
 @contextlib.contextmanager

@@ -150,6 +150,7 @@ def test_a_preference_that_is_missing_says_why(text, pair, why, places, tmp_path
         ("reward:file:nowhere.jsonl", "--judge reward:file:nowhere.jsonl: there is no file of scores 'nowhere.jsonl'"),
         ("reward:letter:xy", "--judge reward:letter:xy: letter:xy: give one letter"),
         ("shorter:few", "--judge shorter:few: give a number of letters"),
+        ("shorter:0", "--judge shorter:0: the kind 'shorter' reads 'colour', which is no option of evaluations"),
     ],
 )
 def test_an_argument_that_cannot_be_is_refused_before_any_work(text, message, places):

@@ -193,6 +193,17 @@ def test_a_function_whose_source_cannot_be_read_needs_a_fingerprint():
     assert FunctionReward(write_functions).name == "write_functions"
 
 
+def test_a_module_may_have_dataclasses(tmp_path):
+    source = (
+        "from __future__ import annotations\nimport dataclasses\n\n\n@dataclasses.dataclass\nclass One:\n    x: int = 2\n\n\n"
+    )
+    (tmp_path / "r.py").write_text(
+        source + "def f(completions):\n    return [One().x for _ in completions]\n", encoding="utf-8"
+    )
+    reward = make_reward(f"{tmp_path}/r.py:f", {})
+    assert (reward.name, reward.score(["a"], ["b"], [{}])) == ("r.f", [2.0])
+
+
 def test_a_module_finds_what_lies_beside_it_and_a_package_what_is_here(tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("SCORE = 4\n", encoding="utf-8")
     source = "import beside\n\n\ndef f(completions):\n    return [beside.SCORE] * len(completions)\n"
@@ -213,7 +224,7 @@ def test_chats_with_tools_and_answers_in_messages_are_found_in_a_file(tmp_path):
     tools = [{"name": "look"}]
     rows = [
         {"prompt": chat, "completion": answer, "score": 1},
-        {"prompt": chat, "completion": "x", "tools": tools, "score": 2},
+        {"prompt": chat, "completion": "x", "tools": json.dumps(tools), "score": 2},
         {"prompt": chat, "completion": "y", "score": None},
     ]
     write_rows(tmp_path / "s.jsonl", rows)
@@ -230,7 +241,8 @@ def test_chats_with_tools_and_answers_in_messages_are_found_in_a_file(tmp_path):
         ([{"prompt": "a", "completion": "b"}], "s.jsonl:1: 'score' is missing; it has: prompt, completion"),
         ([{"prompt": "a", "completion": "b", "score": "3"}], "s.jsonl:1: 'score' must be a finite number, or null"),
         ([{"prompt": "a", "completion": "b", "score": float("nan")}], "'score' must be a finite number"),
-        ([{"prompt": "a", "completion": 3, "score": 3}], "'completion' must be a text or messages"),
+        ([{"prompt": "a", "completion": 3, "score": 3}], "'completion' must be a text or a list of messages, not int"),
+        ([{"prompt": "a", "completion": None, "score": 3}], "'completion' must be a text or messages, not None"),
         (
             [{"prompt": "a", "completion": "b", "score": 1}, {"prompt": "a", "completion": "b", "score": 2}],
             "s.jsonl:2: the same prompt and completion have another score above",

@@ -39,6 +39,10 @@ def wordy(prompts, completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
+def lettered(completions, answer):
+    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+
 def test_samples_are_the_commands_whichever_way_they_are_asked_for(task, model, capsys, tmp_path):
     report, expected = commanded(task, capsys, tmp_path / "command.jsonl")
     named = {"proposal": str(task / "proposal"), "aligner": [str(task / "start")]}
@@ -71,6 +75,8 @@ def test_a_dry_run_loads_and_writes_nothing(task, model, monkeypatch, tmp_path):
     out = str(tmp_path / "o.jsonl")
     told = trimtab.propose(proposal=str(task / "proposal"), reward=wordy, dry_run=True, **shared(task, out=out))
     assert (told["rows"], told["pairs"], told["reward"], told["most_tokens"]) == (12, 1, "wordy", 240)
+    with pytest.raises(InvalidOption, match="takes 'answer', and the data have no such column"):
+        trimtab.propose(proposal=str(task / "proposal"), reward=lettered, dry_run=True, **shared(task, out=out))
     told = trimtab.propose(model=model, dry_run=True, **shared(task, out=out))
     assert "proposal" not in told
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,10 @@ def make_judge(text: str, options: Mapping[str, Any]) -> Judge:
         InvalidOption: the text names none, or an option does not fit.
     """
     kind, argument = parse_judge(text)
-    judge = kind.make(argument, {name: options[name] for name in kind.reads(argument)})
+    reads = kind.reads(argument)
+    if unknown := [name for name in reads if name not in options]:
+        raise InvalidOption(f"--judge {text}: the kind '{kind.name}' reads '{unknown[0]}', which is no option of evaluations")
+    judge = kind.make(argument, {name: options[name] for name in reads})
     judge.called = f"--judge {text}"
     return judge
 

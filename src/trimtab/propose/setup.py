@@ -42,14 +42,7 @@ def sample(options: ProposeOptions, model: AlignedModel | None) -> dict[str, Any
     """Sample and write."""
     limits, params, pairs = _checked(options, model)
     reward = _reward(options)
-    records = read_records(
-        options.dataset,
-        need="prompt",
-        how=options,
-        limit=options.max_examples,
-        answers=not pairs,
-        others=reward is not None and reward.reads_columns,
-    )
+    records = _records(options, pairs, reward)
     check_chats(options, [record.prompt for record in records])
     date = _date(options, model)
     ranking = None if reward is None else Ranking(_loaded(reward, records, date), pairs)
@@ -68,6 +61,8 @@ def rehearse(options: ProposeOptions, model: AlignedModel | None) -> dict[str, A
     _, _, pairs = _checked(options, model)
     reward = None if options.reward is None else _reward(options)
     data = count_records(options.dataset, options, options.max_examples, options.expected_examples, answers=not pairs)
+    if reward is not None and data["at_hand"]:
+        reward.check(_Asked(_records(options, pairs, reward)))
     records = data["examples"]
     report: dict[str, Any] = {"dry_run": True, "out": options.out, "data": data, "endpoints": list(options.endpoint)}
     report |= {"rows": None if records is None else records * (pairs or options.n)}
@@ -131,6 +126,14 @@ def _reward(options: ProposeOptions) -> Reward | None:
         raise InvalidOption(f"--reward: {error}") from error
     reward.called = f"--reward_model {classifier}" if classifier is not None else f"--reward {asked}"
     return reward
+
+
+def _records(options: ProposeOptions, pairs: int, reward: Reward | None) -> list[Record]:
+    """The data; answers are written beside samples, and stand in no pair of samples."""
+    others = reward is not None and reward.reads_columns
+    return read_records(
+        options.dataset, need="prompt", how=options, limit=options.max_examples, answers=not pairs, others=others
+    )
 
 
 def _loaded(reward: Reward, records: list[Record], date: str) -> Reward:

@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.prompts import is_chat, join_chat
-from trimtab.data.records import read_rows
+from trimtab.data.prompts import is_chat
+from trimtab.data.records import read_records, read_rows
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import expand_home
 from trimtab.judges.base import Asked
 from trimtab.judges.rewards.base import Reward, RewardKind
 
 __all__ = ["FILE", "FileReward"]
-
-COLUMNS = ("prompt", "completion", "score")
 
 
 class FileReward(Reward):
@@ -42,12 +40,13 @@ class FileReward(Reward):
             self.fingerprint = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
         self._scores: dict[str, float | None] = {}
         self._prompts: set[str] = set()
-        for source, row in read_rows(str(path)):
-            prompt, completion, score = self._read(row, source)
-            key = _key(prompt, completion)
+        records = read_records(str(path), need="prompt", answers=False)
+        for record, (source, row) in zip(records, read_rows(str(path)), strict=True):
+            completion, score = _read(row, source)
+            key = _key(record.prompt, completion)
             if self._scores.setdefault(key, score) != score:
                 raise DataError(f"{source}: the same prompt and completion have another score above: keep one")
-            self._prompts.add(_key(prompt))
+            self._prompts.add(_key(record.prompt))
 
     def check(self, asked: Asked) -> None:
         """Refuse prompts of which the file has no completion."""
@@ -75,18 +74,19 @@ class FileReward(Reward):
         """What it is, for the record."""
         return {"file": self.path, "sha256": self.fingerprint.removeprefix("sha256:")}
 
-    def _read(self, row: Mapping[str, Any], source: str) -> tuple[Any, str, float | None]:
-        if missing := [name for name in COLUMNS if name not in row]:
-            raise DataError(f"{source}: '{missing[0]}' is missing; it has: {', '.join(row) or 'nothing'}")
-        completion, score = row["completion"], row["score"]
-        if is_chat(completion):
-            completion = completion[-1].get("content")
-        if not isinstance(completion, str):
-            raise DataError(f"{source}: 'completion' must be a text or messages, not {row['completion']!r}")
-        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score)):
-            raise DataError(f"{source}: 'score' must be a finite number, or null, not {score!r}")
-        prompt = row["prompt"]
-        return (join_chat(prompt, row) if is_chat(prompt) else prompt), completion, None if score is None else float(score)
+
+def _read(row: Mapping[str, Any], source: str) -> tuple[str, float | None]:
+    """Completion and score of a row."""
+    if missing := [name for name in ("completion", "score") if name not in row]:
+        raise DataError(f"{source}: '{missing[0]}' is missing; it has: {', '.join(row)}")
+    completion, score = row["completion"], row["score"]
+    if isinstance(completion, list) and is_chat(completion):
+        completion = completion[-1].get("content")
+    if not isinstance(completion, str):
+        raise DataError(f"{source}: 'completion' must be a text or messages, not {row['completion']!r}")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score)):
+        raise DataError(f"{source}: 'score' must be a finite number, or null, not {score!r}")
+    return completion, None if score is None else float(score)
 
 
 def _key(*parts: Any) -> str:

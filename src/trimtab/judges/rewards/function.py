@@ -17,7 +17,7 @@ import numbers
 import sys
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -184,10 +184,12 @@ def _from_file(where: str) -> ModuleType:
     path = expand_home(where)
     if not path.is_file():
         raise InvalidOption(f"there is no file '{where}' with a reward function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"trimtab_reward_{hashlib.sha256(bytes(path.absolute())).hexdigest()[:16]}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InvalidOption(f"'{where}' is no module of Python")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
     with _importing(where, path.absolute().parent):
         spec.loader.exec_module(module)
     return module
@@ -207,7 +209,8 @@ def _importing(where: str, folder: Path) -> Iterator[None]:
     except Exception as error:  # whatever somebody's module raises
         raise InvalidOption(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(folder))
+        with suppress(ValueError):  # it may have changed the path itself
+            sys.path.remove(str(folder))
 
 
 FUNCTION = RewardKind(
