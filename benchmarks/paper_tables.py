@@ -15,10 +15,10 @@ from typing import Any
 from trimtab.cli.options import add_options, read_options
 from trimtab.cli.parser import Parser
 from trimtab.errors import InvalidOption, TrimtabError
+from trimtab.evaluate.call import run as evaluate
 from trimtab.evaluate.contests import slug
 from trimtab.evaluate.options import EvalOptions
 from trimtab.evaluate.paper import FAMILIES, TASKS, aligned_decoding, paper_table, proposal_decoding
-from trimtab.evaluate.setup import evaluate
 from trimtab.files import atomic_write, write_json
 
 
@@ -63,7 +63,7 @@ def run(task: str, family: str, given: dict[str, Any]) -> dict[str, Any]:
         def beside(results: dict[str, Any], name: str = label) -> dict[str, Any]:
             return {"paper": paper_table(task, runs | {name: results["judging"]})}
 
-        results = evaluate(read_options(EvalOptions, mine), beside)
+        results = evaluate(read_options(EvalOptions, mine), amend=beside)
         runs[label] = results["judging"]
         if "://" in given["baseline"]:  # asked once: both rows are against the same answers
             given = given | {"baseline": str(out / system / "outputs" / f"{slug(results['systems']['baseline'])}.json")}

@@ -8,7 +8,7 @@ import pytest
 from trimtab.cli.options import add_options, read_options
 from trimtab.cli.parser import Parser
 from trimtab.errors import InvalidOption
-from trimtab.options import Range, check_ranges, make_options, option, same
+from trimtab.options import Range, check_ranges, make_options, named_for_python, option, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,3 +125,39 @@ def test_an_option_can_be_another_ones_but_for_its_default():
     assert Grill().port == 81
     with pytest.raises(InvalidOption, match=r"^--port must be from 0 to 65535, not -1$"):
         make_options(Grill, None, {"port": -1})
+
+
+@dataclasses.dataclass(frozen=True)
+class Kettle(Brew):
+    """With a choice."""
+
+    heat: str = option("gas", lambda: "how", choices=("gas", "wood"))
+
+
+def test_one_value_of_an_option_that_repeats_is_one_of_it_alone():
+    assert make_options(Brew, None, {"leaves": "green", "milk": "oat"}).milk == ("oat",)
+    assert make_options(Brew, None, {"leaves": "green", "milk": None}).milk == ()
+
+
+def test_a_choice_is_one_of_its_choices():
+    with pytest.raises(InvalidOption, match=r"^--heat must be one of gas, wood, not 'sun'$"):
+        make_options(Kettle, None, {"leaves": "green", "heat": "sun"})
+
+
+def test_options_that_are_given_whole_get_the_checks_too():
+    with pytest.raises(InvalidOption, match="--leaves is required"):
+        make_options(Brew, Brew(), {})
+    with pytest.raises(InvalidOption, match="--strain is for loose leaves"):
+        make_options(Strained, Strained("bag", strain=True), {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Strained(Brew):
+    """Off by default."""
+
+    strain: bool = option(False, "the leaves out")
+
+
+def test_from_python_messages_name_options_without_dashes_and_leave_other_words():
+    with pytest.raises(InvalidOption, match=r"^leaves and milk, not --sugar$"), named_for_python(Brew):
+        raise InvalidOption("--leaves and --milk, not --sugar")

@@ -29,17 +29,23 @@ def test_the_public_names_are_these():
         "AlignedModel",
         "Aligner",
         "Completion",
+        "EvalOptions",
+        "ProposeOptions",
         "SamplingParams",
         "Score",
         "TokenEvent",
         "TokenLogprobs",
+        "TrainOptions",
         "TrimtabError",
+        "evaluate",
+        "propose",
+        "train",
     ]
 
 
 @pytest.mark.parametrize("name", trimtab.__all__)
 def test_every_public_name_is_there_and_documented(name):
-    assert getattr(trimtab, name).__name__ == name
+    assert getattr(trimtab, name).__name__.removeprefix("trimtab.") == name
     assert getattr(trimtab, name).__doc__
     assert name in dir(trimtab)
 

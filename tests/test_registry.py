@@ -6,7 +6,7 @@ import pytest
 
 from brought import bring
 from trimtab.errors import InvalidOption
-from trimtab.registry import Registry
+from trimtab.registry import Registry, check_is, help_of
 
 GROUP = "trimtab.colours"
 SOURCE = "class Red:\n    name = 'red'\n\nclass Blue:\n    name = 'navy'\n"
@@ -87,3 +87,20 @@ def test_what_a_check_refuses_is_refused_with_its_reason(tmp_path, monkeypatch):
     registry, _ = colours(check)
     with pytest.raises(InvalidOption, match="colour: 'red' of their_colours cannot be used: it has no hue"):
         registry.find("red")
+
+
+def test_help_has_a_line_for_everything_and_says_why_something_cannot_be_used(tmp_path, monkeypatch):
+    source = "class Value:\n    help = 'like blood'\n"
+    points = {GROUP: {"red": "their_colours:Value", "navy": "their_colours:Missing"}}
+    bring(tmp_path, monkeypatch, "their_colours", source, points)
+    registry = Registry("colour", GROUP)
+    registry.add("green", type("Green", (), {"help": "like grass"}))
+    said = help_of(registry)
+    assert said.startswith("green: like grass; navy (colour: 'navy' of their_colours cannot be imported: AttributeError")
+    assert said.endswith("; red: like blood")
+
+
+def test_values_that_must_be_of_a_class_are_checked(tmp_path, monkeypatch):
+    bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: {"red": "their_colours:Red"}})
+    with pytest.raises(InvalidOption, match=r"it must be a builtins\.str, not <class 'their_colours\.Red'>"):
+        Registry("colour", GROUP, check_is(str)).find("red")

@@ -5,7 +5,7 @@ As `trimtab propose --aligner A --reward_model RM` makes them.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cell import MAX_LENGTH, Cell
 from judge import Judge, train_judge
@@ -14,6 +14,7 @@ from wins import CUT
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
+from trimtab.judges.rewards.base import Reward
 from trimtab.propose.local import propose
 from trimtab.propose.ranking import Ranking
 
@@ -26,17 +27,20 @@ PAIRS = 6
 """That they make."""
 
 
-class _OfTexts(NamedTuple):
+class _OfTexts(Reward):
     """A judge that reads texts."""
 
-    judge: Judge
-    tokenizer: Any
+    name = fingerprint = "reward"
 
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def __init__(self, judge: Judge, tokenizer: Any) -> None:
+        self.judge = judge
+        self.of_texts = tokenizer
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str], columns: Any) -> list[float]:
         """One score for each."""
-        eos = [self.tokenizer.eos_token_id]  # so that no answer is empty
-        ids = [self.tokenizer.encode(answer) + eos for answer in answers]
-        return self.judge.score([self.tokenizer.encode(prompt) for prompt in prompts], ids).tolist()
+        eos = [self.of_texts.eos_token_id]  # so that no answer is empty
+        ids = [self.of_texts.encode(answer) + eos for answer in answers]
+        return self.judge.score([self.of_texts.encode(prompt) for prompt in prompts], ids).tolist()
 
 
 def reward_model(cell: Cell) -> Judge:
@@ -55,5 +59,5 @@ def sampled_pairs(cell: Cell, aligner: Path) -> Path:
         scorer = _OfTexts(reward_model(cell), tokenizer)
         model = AlignedModel.from_pretrained(cell.proposal, aligner, draft="none", num_speculative_tokens=0, max_num_seqs=64)
         params = SamplingParams(n=SAMPLES, max_tokens=CUT, seed=21)
-        propose(model, records, out, params, batch_size=4, ranking=Ranking(scorer, "reward", PAIRS))
+        propose(model, records, out, params, batch_size=4, ranking=Ranking(scorer, PAIRS))
     return out

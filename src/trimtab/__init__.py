@@ -14,30 +14,59 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["AlignedModel", "Aligner", "Completion", "SamplingParams", "Score", "TokenEvent", "TokenLogprobs", "TrimtabError"]
+__all__ = [
+    "AlignedModel",
+    "Aligner",
+    "Completion",
+    "EvalOptions",
+    "ProposeOptions",
+    "SamplingParams",
+    "Score",
+    "TokenEvent",
+    "TokenLogprobs",
+    "TrainOptions",
+    "TrimtabError",
+    "evaluate",
+    "propose",
+    "train",
+]
 
 _HOMES = {
     "AlignedModel": "trimtab.decode.aligned",
     "Aligner": "trimtab.models.aligner",
     "Completion": "trimtab.decode.request",
+    "EvalOptions": "trimtab.evaluate.options",
+    "ProposeOptions": "trimtab.propose.options",
     "SamplingParams": "trimtab.decode.request",
     "Score": "trimtab.decode.scoring",
     "TokenEvent": "trimtab.decode.request",
     "TokenLogprobs": "trimtab.decode.request",
+    "TrainOptions": "trimtab.train.options",
     "TrimtabError": "trimtab.errors",
+    "evaluate": "trimtab.evaluate",
+    "propose": "trimtab.propose",
+    "train": "trimtab.train",
 }
+"""Where a public name is; a package of the name is itself what is called, see `trimtab.callable`."""
 
 if TYPE_CHECKING:
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
     from trimtab.decode.scoring import Score
     from trimtab.errors import TrimtabError
+    from trimtab.evaluate.call import evaluate
+    from trimtab.evaluate.options import EvalOptions
     from trimtab.models.aligner import Aligner
+    from trimtab.propose.call import propose
+    from trimtab.propose.options import ProposeOptions
+    from trimtab.train.call import train
+    from trimtab.train.options import TrainOptions
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home = importlib.import_module(_HOMES[name])
+        return home if _HOMES[name] == f"{__name__}.{name}" else getattr(home, name)
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
 
 

@@ -1,20 +1,18 @@
 """What judges have said, kept in a file that only grows: nothing is asked twice, whatever happens in between.
 
-One line for each answer, written and synced as it comes. A kill loses what was in flight and no more; a torn last line is cut
-off. Keys say what was asked (the judge and everything that it was shown), so a file serves any run that asks the same.
+One line for each answer, written and synced as it comes (`trimtab.kept_lines`). A kill loses what was in flight and no more.
+Keys say what was asked (the judge and everything that it was shown), so a file serves any run that asks the same.
 """
 
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from trimtab.errors import DataError
-from trimtab.files import named_errors, only_writer
+from trimtab.kept_lines import KeptLines
 
 __all__ = ["Journal", "key_of"]
 
@@ -38,14 +36,13 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._answers: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._file = KeptLines(self.path)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(only_writer(self.path.with_name(f".{self.path.name}.lock")))
-            stack.enter_context(named_errors(self.path))
-            self._load()
-            self._stream = stack.enter_context(open(self.path, "ab"))
+            lines = stack.enter_context(self._file).lines
+            self._load(lines)
+            self._file.keep(len(lines))
             self._stack = stack.pop_all()
         return self
 
@@ -72,21 +69,13 @@ class Journal:
 
     def add_all(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep several answers at once."""
-        lines = "".join(json.dumps({"key": key, **answer}) + "\n" for key, answer in answers.items()).encode()
-        with self._lock:
-            self._stream.write(lines)
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._answers |= {key: dict(answer) for key, answer in answers.items()}
+        self._file.append("".join(json.dumps({"key": key, **answer}) + "\n" for key, answer in answers.items()))
+        self._answers |= {key: dict(answer) for key, answer in answers.items()}
 
-    def _load(self) -> None:
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+    def _load(self, lines: list[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
             try:
                 answer = json.loads(line)
                 self._answers[answer.pop("key")] = answer
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise DataError(f"{self.path}:{number}: is no line of a journal: move the file away") from None
-        if whole < len(data):
-            os.truncate(self.path, whole)

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from trimtab.errors import InvalidOption
-from trimtab.files import atomic_write, named_errors, only_writer
+from trimtab.files import atomic_write
+from trimtab.kept_lines import KeptLines
 
 __all__ = ["ResumableLines", "kept_header"]
 
@@ -50,6 +50,7 @@ class ResumableLines:
         if self._out.is_dir():
             raise InvalidOption(f"out: {out} is a folder; name a file")
         self._partial = _partial_of(self._out)
+        self._file = KeptLines(self._partial, called=self._out)
         self._header = json.loads(json.dumps(header, default=str))
         self._group = group
         self.done = 0
@@ -59,10 +60,8 @@ class ResumableLines:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(only_writer(self._partial.with_name(f".{self._partial.name}.lock")))
-            stack.enter_context(named_errors(self._out))
+            stack.enter_context(self._file)
             self.done = self._resume()
-            self._stream = stack.enter_context(open(self._partial, "a", encoding="utf-8"))
             self._stack = stack.pop_all()
         return self
 
@@ -70,7 +69,6 @@ class ResumableLines:
         if kind is not None:
             return self._stack.__exit__(kind, *rest)
         with self._stack:
-            self._stream.flush()
             with atomic_write(self._out, "wb") as target, open(self._partial, "rb") as source:
                 source.readline()
                 for line in source:
@@ -80,19 +78,17 @@ class ResumableLines:
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add whole groups; they are on disk when this returns."""
-        for row in rows:
-            self.failed += bool(row.get("error"))
-            self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        rows = list(rows)
+        self._file.append("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.failed += sum(bool(row.get("error")) for row in rows)
 
     def _resume(self) -> int:
-        data = self._partial.read_bytes() if self._partial.exists() else b""
-        header = json.dumps(self._header).encode() + b"\n"
-        if header.startswith(data):  # nothing yet, or a description cut short
-            self._partial.write_bytes(header)
+        lines, torn = self._file.lines, self._file.torn
+        header = json.dumps(self._header) + "\n"
+        if not lines and header.encode().startswith(torn):  # nothing yet, or a description cut short
+            self._file.keep(0)
+            self._file.append(header)
             return 0
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         found: Any = None
         with contextlib.suppress(ValueError, IndexError):
             found = json.loads(lines[0])
@@ -102,10 +98,9 @@ class ResumableLines:
             what = ", ".join(changed)
             raise InvalidOption(f"{self._partial} is left from a run with other {what}: finish that one, or delete it")
         done = (len(lines) - 1) // self._group
-        kept = sum(map(len, lines[: 1 + done * self._group]))
-        if kept != len(data):
-            os.truncate(self._partial, kept)
-        self.failed = sum(bool(json.loads(line).get("error")) for line in lines[1 : 1 + done * self._group])
+        kept = 1 + done * self._group
+        self.failed = sum(bool(json.loads(line).get("error")) for line in lines[1:kept])
+        self._file.keep(kept)
         if done:
             logger.info("resuming %s after %d prompts", self._out, done)
         return done

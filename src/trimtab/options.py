@@ -7,13 +7,16 @@ it stands, and raises. A method `idle` says which options have no effect beside 
 declares, or knows more of.
 """
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypeVar
 
-from trimtab.errors import InvalidOption, InvalidRequest
+from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 
 __all__ = [
     "Flag",
@@ -24,6 +27,7 @@ __all__ = [
     "help_of",
     "make_options",
     "meant",
+    "named_for_python",
     "nest",
     "option",
     "same",
@@ -47,8 +51,8 @@ class Flag(NamedTuple):
     """Its help."""
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with help; further metadata may follow."""
+def option(default: Any, text: str | Callable[[], str], **more: Any) -> Any:
+    """A dataclass field with help, or with what gives it when it is shown; further metadata may follow."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
@@ -102,7 +106,8 @@ class Range(NamedTuple):
 
 def help_of(field: "dataclasses.Field[Any]") -> str:
     """An option's help: what it is, its range where that says something, and its default."""
-    text, bracket, default = str(field.metadata["help"]).partition(" [default")
+    said = field.metadata["help"]
+    text, bracket, default = str(said() if callable(said) else said).partition(" [default")
     if (allowed := Range.of(field.metadata)).is_telling:
         text += f" ({allowed})"
     text += bracket + default
@@ -157,39 +162,80 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
 
     Args:
         kind: the dataclass.
-        options: an instance of it.
-        settings: in its place, or over its fields; a list counts as a tuple.
+        options: an instance of it; what differs from the defaults counts as asked for.
+        settings: in its place, or over its fields. Where an option repeats, a list counts as a tuple, one value as one of it
+            alone, and None as none.
 
     Raises:
         InvalidOption: an option is not known, is missing, cannot have its value, or has no effect beside the others.
     """
-    given = nest(kind, {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    asked = {} if options is None else {name: getattr(options, name) for name in fields}
+    given = nest(kind, settings, asked)
     for name in given:
-        if name not in known:
-            raise InvalidOption(f"there is no option '{name}'{meant(name, known)}")
-    if options is not None:
-        made: T = dataclasses.replace(options, **given)  # type: ignore[type-var]
-    else:
-        check_required(kind, given)
-        made = kind(**given)
+        if name not in fields:
+            raise InvalidOption(f"there is no option '{name}'{meant(name, _names(kind))}")
+    given = {name: _repeated(fields[name], value) for name, value in given.items()}
+    for name, value in given.items():
+        choices = fields[name].metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise InvalidOption(f"--{name} must be one of {', '.join(choices)}, not {value!r}")
+    check_required(kind, asked | given)
+    made = kind(**given) if options is None else dataclasses.replace(options, **given)  # type: ignore[type-var]
     check_ranges(made)
-    check_effects(made, given.keys())
+    check_effects(made, given.keys() | {name for name, value in asked.items() if value != fields[name].default})
     return made
 
 
-def nest(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by name, with those of nested options in the mappings that they belong to; unknown ones stay where they are."""
+def nest(kind: type, values: Mapping[str, Any], known: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Values by name, with those of nested options in the mappings that they belong to; unknown ones stay where they are.
+
+    Args:
+        kind: the dataclass.
+        values: by name; a mapping that is given whole is added to.
+        known: what the mappings hold already, where `values` has none.
+    """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     nested = {name: field.metadata["nested"]() for name, field in fields.items() if "nested" in field.metadata}
-    given: dict[str, Any] = {}
+    given = {name: value for name, value in values.items() if name in fields}
     for name, value in values.items():
-        home = None if name in fields else next((home for home, flags in nested.items() if name in flags), None)
+        if name in fields:
+            continue
+        home = next((home for home, flags in nested.items() if name in flags), None)
         if home is None:
             given[name] = value
         else:
-            given[home] = {**given.get(home, values.get(home, {})), name: value}
+            given[home] = {**given.get(home, known.get(home, {})), name: value}
     return given
+
+
+def _names(kind: type) -> set[str]:
+    """Every option of a dataclass, nested ones too."""
+    fields = dataclasses.fields(kind)
+    return {name for field in fields for name in (field.name, *field.metadata.get("nested", dict)())}
+
+
+def _repeated(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(field.default, tuple) and not isinstance(value, tuple):
+        return field.default if value is None else (value,)
+    return value
+
+
+@contextlib.contextmanager
+def named_for_python(kind: type) -> Iterator[None]:
+    """Messages name options as flags; of those that leave a call from Python the dashes are taken."""
+    try:
+        yield
+    except TrimtabError as error:
+        names = _names(kind)
+
+        def bare(flag: "re.Match[str]") -> str:
+            return flag[1] if flag[1] in names else flag[0]
+
+        error.args = tuple(re.sub(r"--(\w+)", bare, part) if isinstance(part, str) else part for part in error.args)
+        raise
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from trimtab.errors import InvalidOption
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "check_is", "help_of"]
 
 T = TypeVar("T")
 
@@ -117,6 +117,27 @@ class Registry(Mapping[str, T], Generic[T]):
         except InvalidOption as error:
             raise InvalidOption(f"{self.what}: '{name}' of {_package_of(point)} cannot be used: {error}") from error
         return value
+
+
+def check_is(kind: type) -> Callable[[Any], None]:
+    """What checks that an entry point's value is of a class."""
+
+    def check(value: Any) -> None:
+        if not isinstance(value, kind):
+            raise InvalidOption(f"it must be a {kind.__module__}.{kind.__name__}, not {value!r}")
+
+    return check
+
+
+def help_of(registry: Registry[Any]) -> str:
+    """The `help` of every value, for `--help`; of one that cannot be used, why."""
+    lines = []
+    for name in sorted(registry):
+        try:
+            lines.append(f"{name}: {registry[name].help}")
+        except InvalidOption as error:
+            lines.append(f"{name} ({error})")
+    return "; ".join(lines)
 
 
 def _package_of(point: EntryPoint) -> str:

@@ -22,7 +22,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.evaluate.options import EvalOptions
-from trimtab.judges.reward import RewardModel
+from trimtab.judges.rewards.classifier import RewardModel
 
 JUDGE = [{"id": "judge"}]
 

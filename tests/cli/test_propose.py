@@ -7,7 +7,7 @@ import pytest
 from eval_task import called, make_eval_task
 from scripted import Reply, scripted
 from trimtab import AlignedModel, SamplingParams
-from trimtab.judges.reward import RewardModel
+from trimtab.judges.rewards.classifier import RewardModel
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pickle
 import tracemalloc
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
+from tiny_task import write_rows
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
 from trimtab.data.records import Record, read_records, read_rows
@@ -351,3 +353,19 @@ def test_no_side_is_empty(fraction, expected):
 def test_one_prompt_cannot_be_split():
     with pytest.raises(DataError, match="all records share one prompt"):
         split_by_prompt([record("a", "b"), record("a", "c")], 0.5, seed=0)
+
+
+def test_other_columns_come_along_if_they_are_asked_for(tmp_path):
+    """All but prompt, completion and completion_ids, which is what TRL gives a reward function; mapped ones by their field."""
+    row = {"prompt": "a", "completion": "b", "completion_ids": [1], "answer": "42", "tests": ["x"], "chosen": None}
+    write_rows(tmp_path / "d.jsonl", [row])
+    path = str(tmp_path / "d.jsonl")
+    assert read_records(path)[0].columns == {}
+    for wanted in (True, False):
+        (record,) = read_records(path, need="prompt", answers=wanted, others=True)
+        assert record.columns == {"answer": "42", "tests": ["x"], "chosen": None}
+    how = SimpleNamespace(
+        dataset_split="train", dataset_config=None, dataset_data_dir=None, columns=("prompt=answer", "chosen=completion")
+    )
+    (record,) = read_records(path, how=how, others=True)
+    assert (record.prompt, record.columns) == ("42", {"chosen": "b", "tests": ["x"]})

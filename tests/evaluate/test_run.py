@@ -22,9 +22,10 @@ from trimtab.evaluate.systems import Prompts, System, parse_system
 from trimtab.evaluate.winrate import summarise_annotations
 from trimtab.judges.budget import Budget
 from trimtab.judges.endpoint import EndpointJudge
-from trimtab.judges.references import ReferenceMetric
-from trimtab.judges.reward import RewardModel
-from trimtab.judges.scoring import ReferenceJudge, RewardJudge
+from trimtab.judges.references import ReferenceJudge, ReferenceMetric
+from trimtab.judges.reward import RewardJudge
+from trimtab.judges.rewards.classifier import RewardModel
+from trimtab.judges.rewards.model import ModelReward
 from trimtab.models.table import TableLM
 
 PARAMS = SamplingParams(max_tokens=6, seed=3)
@@ -62,7 +63,7 @@ def evaluated(out, respond, judges=("endpoint",), *, budget=None, **plan):
 def done(task, model, prompts, tmp_path_factory):
     """The folder and the results of a run with every kind of judge."""
     out = tmp_path_factory.mktemp("out")
-    reward = RewardJudge(RewardModel.from_pretrained(task / "reward"), "reward")
+    reward = RewardJudge(ModelReward(RewardModel.from_pretrained(task / "reward")))
     judges = ("endpoint", reward, ReferenceJudge(ReferenceMetric("chrf")))
     return out, evaluated(out, fair, judges, model=model, prompts=prompts)[0]
 
@@ -176,7 +177,7 @@ def test_the_same_run_again_computes_and_asks_nothing(task, model, prompts, done
     for owner, name in ((AlignedModel, "stream"), (RewardModel, "score"), (ReferenceMetric, "score")):
         reward = RewardModel.from_pretrained(task / "reward")
         monkeypatch.setattr(owner, name, None)
-    judges = ("endpoint", RewardJudge(reward, "reward"), ReferenceJudge(ReferenceMetric("chrf")))
+    judges = ("endpoint", RewardJudge(ModelReward(reward)), ReferenceJudge(ReferenceMetric("chrf")))
     again, server = evaluated(out, fair, judges, model=model, prompts=prompts)
     assert server.asked == []
     before, now = (copy.deepcopy(timeless(one)) for one in (results, again))

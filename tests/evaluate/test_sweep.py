@@ -11,8 +11,8 @@ from trimtab.data.records import read_records
 from trimtab.errors import InvalidOption
 from trimtab.evaluate import sweep as module
 from trimtab.evaluate.distribution import summarise, trace
+from trimtab.evaluate.prompts import split_prompts
 from trimtab.evaluate.run import Bench, bare_proposal
-from trimtab.evaluate.setup import _split
 from trimtab.evaluate.sweep import Setting, sweep
 from trimtab.evaluate.systems import Prompts, System
 from trimtab.judges.endpoint import EndpointJudge
@@ -131,7 +131,7 @@ def test_the_same_prompt_is_never_on_both_sides(fraction):
     texts = [f"p{i % 40 if i % 3 else i % 7}" for i in range(100)]
     asked = [[{"role": "user", "content": text}] if i % 5 == 0 else text for i, text in enumerate(texts)]
     prompts = Prompts(asked, texts, [str(i) for i in range(100)])
-    report, development = _split(prompts, fraction)
+    report, development = split_prompts(prompts, fraction)
     assert not set(report.references) & set(development.references)
     assert sorted([*report.sources, *development.sources], key=int) == prompts.sources
     assert [int(i) for i in report.sources] == sorted(map(int, report.sources))

@@ -16,8 +16,9 @@ import pytest
 from scripted import Reply, scripted
 from trimtab.endpoints.settings import Limits
 from trimtab.errors import BudgetExceeded, EndpointError, InvalidOption
+from trimtab.evaluate.contests import position_report
 from trimtab.journal import Journal
-from trimtab.judges.base import Judgement, Pair, position_report
+from trimtab.judges.base import Judgement, Pair
 from trimtab.judges.budget import Budget
 from trimtab.judges.endpoint import EndpointJudge
 

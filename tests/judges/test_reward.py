@@ -16,7 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tiny import CHAT_TEMPLATE, EOS, SHAPES, Trap, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import CheckpointError, InvalidOption, InvalidRequest, ModelError, UnsupportedModel
-from trimtab.judges.reward import RewardModel, preference
+from trimtab.judges.rewards.classifier import RewardModel
+from trimtab.judges.scoring import bradley_terry as preference
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 V = 32

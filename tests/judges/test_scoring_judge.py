@@ -6,9 +6,11 @@ from eval_task import make_eval_task
 from trimtab.journal import Journal
 from trimtab.judges import scoring as scoring_judge
 from trimtab.judges.base import Judgement, Pair
-from trimtab.judges.references import ReferenceMetric
-from trimtab.judges.reward import RewardModel, preference
-from trimtab.judges.scoring import ReferenceJudge, RewardJudge
+from trimtab.judges.references import ReferenceJudge, ReferenceMetric
+from trimtab.judges.reward import RewardJudge
+from trimtab.judges.rewards.classifier import RewardModel
+from trimtab.judges.rewards.model import ModelReward
+from trimtab.judges.scoring import bradley_terry as preference
 
 ANSWERS = ["xyz", "abc", "", "xx yy", "cab", "zy", "abc", "xyz"]
 
@@ -49,7 +51,7 @@ def test_a_reward_model_prefers_by_its_scores_and_scores_each_answer_once(reward
     first = reward.score([pair.prompt for pair in PAIRS], [pair.output_1 for pair in PAIRS])
     second = reward.score([pair.prompt for pair in PAIRS], [pair.output_2 for pair in PAIRS])
     counted.clear()
-    judge = RewardJudge(reward, "r")
+    judge = RewardJudge(ModelReward(reward, "r"))
     with Journal(tmp_path / "j.jsonl") as journal:
         found = judge.judge([*PAIRS, PAIRS[0]], journal)
     assert found[8] == found[0]
@@ -59,9 +61,9 @@ def test_a_reward_model_prefers_by_its_scores_and_scores_each_answer_once(reward
     assert sorted(counted) == sorted({(pair.prompt, text) for pair in PAIRS for text in (pair.output_1, pair.output_2)})
     counted.clear()
     with Journal(tmp_path / "j.jsonl") as journal:
-        assert RewardJudge(reward, "r").judge([*PAIRS, PAIRS[0]], journal) == found
+        assert RewardJudge(ModelReward(reward, "r")).judge([*PAIRS, PAIRS[0]], journal) == found
         assert counted == []
-        RewardJudge(reward, "r").judge([Pair("other", "", "xyz", "abc")], journal)
+        RewardJudge(ModelReward(reward, "r")).judge([Pair("other", "", "xyz", "abc")], journal)
     assert counted == [("other", "xyz"), ("other", "abc")]
     assert judge.describe()["weights"].startswith("sha256:")
     assert judge.cost() is None
@@ -101,9 +103,9 @@ def test_what_was_scored_before_a_failure_is_kept(reward, counted, monkeypatch, 
     with Journal(tmp_path / "j.jsonl") as journal, monkeypatch.context() as patch:
         patch.setattr(RewardModel, "score", failing)
         with pytest.raises(RuntimeError):
-            RewardJudge(reward, "r").judge(PAIRS, journal)
+            RewardJudge(ModelReward(reward, "r")).judge(PAIRS, journal)
     before = len(counted)
     counted.clear()
     with Journal(tmp_path / "j.jsonl") as journal:
-        RewardJudge(reward, "r").judge(PAIRS, journal)
+        RewardJudge(ModelReward(reward, "r")).judge(PAIRS, journal)
     assert (before, len(counted)) == (8, 4)  # of sixteen answers, four are to the same prompt twice

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel
 from trimtab.errors import ModelError
-from trimtab.judges.reward import RewardModel
+from trimtab.judges.rewards.classifier import RewardModel
 from trimtab.models import digests, loading
 from trimtab.models.aligner import describe
 from trimtab.models.digests import Seen, digest_file

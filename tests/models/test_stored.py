@@ -16,7 +16,7 @@ from transformers import BitNetQuantConfig
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab.errors import CheckpointError, ModelError
-from trimtab.judges.reward import RewardModel
+from trimtab.judges.rewards.classifier import RewardModel
 from trimtab.models.aligner import Aligner
 from trimtab.models.layers import OF_LAYERS
 from trimtab.models.loading import check_finite, load_model

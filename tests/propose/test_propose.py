@@ -12,8 +12,10 @@ from trimtab.data.examples import encode_records
 from trimtab.data.records import Record, read_records
 from trimtab.endpoints.completions import Sample
 from trimtab.errors import InvalidOption
-from trimtab.propose.local import propose, write_samples
+from trimtab.judges.rewards.base import Reward
+from trimtab.propose.local import propose
 from trimtab.propose.ranking import Ranking
+from trimtab.propose.writing import write_samples
 
 PARAMS = SamplingParams(max_tokens=4, n=2, seed=5)
 TEXTS = [Record(prompt, None, None, "") for prompt in ("abc", "de", "fgh", "i", "jklm")]
@@ -99,26 +101,28 @@ def test_only_names_of_answers_are_read_as_unfinished(tmp_path):
         assert record.unfinished == expected
 
 
-class Wordiness:
+class Wordiness(Reward):
     """The reward of a text is how many of its letters are vowels; counts what it is asked."""
 
-    def __init__(self):
-        self.asked = []
+    name = "wordiness"
 
-    def score(self, prompts, answers):
+    def __init__(self, fingerprint="vowels"):
+        self.fingerprint, self.asked = fingerprint, []
+
+    def score(self, prompts, answers, columns):
         self.asked += zip(prompts, answers, strict=True)
         return [sum(text.count(letter) for letter in "aeiou") for text in answers]
 
 
 def test_ranked_samples_are_the_best_against_the_worst(model, tmp_path):
     params, scorer = SamplingParams(max_tokens=6, n=5, seed=5), Wordiness()
-    assert propose(model, TEXTS, tmp_path / "out", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2)) == (10, 0)
+    assert propose(model, TEXTS, tmp_path / "out", params, batch_size=2, ranking=Ranking(scorer, 2)) == (10, 0)
     propose(model, TEXTS, tmp_path / "all", params, batch_size=2)
     samples = [(row["prompt"], row["completion"]) for row in rows(tmp_path / "all")]
     assert scorer.asked == samples
     for i, record in enumerate(TEXTS):
         texts = [text for _, text in samples[5 * i : 5 * i + 5]]
-        scores = dict(zip(texts, Wordiness().score([record.prompt] * 5, texts), strict=True))
+        scores = dict(zip(texts, Wordiness().score([record.prompt] * 5, texts, [{}] * 5), strict=True))
         pairs, ordered = rows(tmp_path / "out")[2 * i : 2 * i + 2], sorted(scores[text] for text in texts)
         assert all(pair["prompt"] == record.prompt for pair in pairs)
         assert [scores[pair["chosen"]] for pair in pairs] == ordered[::-1][:2]
@@ -128,17 +132,17 @@ def test_ranked_samples_are_the_best_against_the_worst(model, tmp_path):
 def test_ranked_chats_are_messages_and_an_interrupted_run_of_other_pairs_is_refused(model, tmp_path, monkeypatch):
     chat = Record([{"role": "user", "content": "abc"}], None, None, "")
     params, scorer = SamplingParams(max_tokens=4, n=4, seed=5), Wordiness()
-    propose(model, [chat], tmp_path / "chat", params, batch_size=1, ranking=Ranking(scorer, "vowels"))
+    propose(model, [chat], tmp_path / "chat", params, batch_size=1, ranking=Ranking(scorer))
     (pair,) = rows(tmp_path / "chat")
     assert [pair[which][0]["role"] for which in ("chosen", "rejected")] == ["assistant", "assistant"]
-    propose(model, TEXTS, tmp_path / "whole", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
+    propose(model, TEXTS, tmp_path / "whole", params, batch_size=2, ranking=Ranking(scorer, 2))
     interrupt_the_second_batch(model, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
-    for other in (None, Ranking(scorer, "vowels", 1), Ranking(scorer, "consonants", 2)):
+        propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, 2))
+    for other in (None, Ranking(scorer, 1), Ranking(Wordiness("consonants"), 2)):
         with pytest.raises(InvalidOption, match="ranking"):
             propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=other)
-    propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, "vowels", 2))
+    propose(model, TEXTS, tmp_path / "halves", params, batch_size=2, ranking=Ranking(scorer, 2))
     assert (tmp_path / "halves").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -163,7 +167,7 @@ def test_pairs_of_equal_samples_are_counted_and_another_drafter_is_another_run(t
     aligned = AlignedModel.from_pretrained(*lms, tokenizer=tiny_tokenizer(), eos_token_ids=[0])
     cold = SamplingParams(max_tokens=4, n=4, seed=5, temperature=0.0)
     caplog.set_level(logging.WARNING, "trimtab")  # commands that were run before leave it at INFO
-    propose(aligned, TEXTS, tmp_path / "out", cold, batch_size=5, ranking=Ranking(Wordiness(), "vowels", 2))
+    propose(aligned, TEXTS, tmp_path / "out", cold, batch_size=5, ranking=Ranking(Wordiness(), 2))
     assert [record.getMessage()[:36] for record in caplog.records] == ["10 pairs are of two equal answers, f"]
     header = {"weights": aligned.fingerprints, "draft": "aligner", "shaping": repr(aligned.shaping(PARAMS))}
     undrafted = AlignedModel.from_pretrained(*lms, tokenizer=tiny_tokenizer(), eos_token_ids=[0], draft="none")

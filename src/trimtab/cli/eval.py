@@ -3,25 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InvalidOption
+from trimtab.evaluate.call import run
 from trimtab.evaluate.options import EvalOptions as Options
 
 __all__ = ["Options", "render", "run"]
-
-
-def run(options: Options) -> dict[str, Any]:
-    """Summarise a file, or compare two systems."""
-    if options.annotations is not None:
-        return _summarise(options)
-    from trimtab.evaluate.setup import evaluate
-
-    if options.out is None:
-        raise InvalidOption("--out is required, or --annotations")
-    if options.dry_run:
-        from trimtab.evaluate.dry_run import rehearse
-
-        return rehearse(options)
-    return evaluate(options)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -55,14 +40,3 @@ def _summary_lines(row: dict[str, Any]) -> list[str]:
 
 def _with_interval(rate: float, interval: list[float] | None) -> str:
     return f"{rate:.2f} %" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
-
-
-def _summarise(options: Options) -> dict[str, Any]:
-    from trimtab.evaluate.alpaca import read_annotations
-    from trimtab.evaluate.winrate import summarise_annotations
-
-    assert options.annotations is not None
-    annotations = read_annotations(options.annotations)
-    return summarise_annotations(
-        annotations, length_control=options.length_control, seed=options.seed, source=options.annotations
-    )

@@ -116,11 +116,11 @@ def _read_config(options: type, path: str) -> dict[str, Any]:
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether the flag repeats."""
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    """The type of one value, and whether the flag repeats. Of several types a flag has the first; others come from Python."""
     if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
+        return _kind(typing.get_args(hint)[0])[0], True
+    if isinstance(hint, types.UnionType):
+        return _kind(next(part for part in typing.get_args(hint) if part is not type(None)))
     return hint, False
 
 

@@ -55,6 +55,7 @@ class Record:
         source: where it came from, for messages to the user.
         unfinished: which of `chosen` and `rejected` were cut, and so do not end.
         teacher: the prompt as a teacher gets it (`trimtab.train.teacher`); None without one.
+        columns: what else its row has, by column; empty where that is not asked for.
     """
 
     prompt: Any
@@ -63,6 +64,7 @@ class Record:
     source: str
     unfinished: frozenset[str] = frozenset()
     teacher: Any = None
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def asked(self) -> Any:
@@ -108,7 +110,13 @@ def parse_columns(columns: Sequence[str]) -> dict[str, str]:
 
 
 def read_records(
-    dataset: str, *, need: str = "chosen", how: DataOptions | None = None, limit: int | None = None, answers: bool = True
+    dataset: str,
+    *,
+    need: str = "chosen",
+    how: DataOptions | None = None,
+    limit: int | None = None,
+    answers: bool = True,
+    others: bool = False,
 ) -> list[Record]:
     """Read a data set.
 
@@ -118,6 +126,8 @@ def read_records(
         how: which part of a hub data set, and how its columns are called. Default: the split `train`, as it is.
         limit: take the first so many.
         answers: whether answers are of interest; otherwise records have none, and what `label` says of them does not matter.
+        others: whether records have the other columns of their rows: all but `prompt`, `completion` and `completion_ids`, as
+            TRL gives them to reward functions.
 
     Raises:
         InvalidOption: a Parquet file or a hub data set, and the extra `train` is not installed.
@@ -131,7 +141,8 @@ def read_records(
             continue
         row = _renamed(given, columns, source)
         record = _record(row, source, need)
-        records.append(record if answers else Record(record.prompt, None, None, source))
+        record = record if answers else Record(record.prompt, None, None, source)
+        records.append(dataclasses.replace(record, columns=_others(given, columns)) if others else record)
         if answers and record.chosen is not None and record.rejected is None:
             labels.append((source, None if LABEL in columns.values() else given.get(LABEL)))
     if dead:
@@ -243,6 +254,13 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> di
     if missing := [column for column in columns.values() if column not in row]:
         raise DataError(f"{source}: there is no column '{missing[0]}', which --columns names; it has: {', '.join(row)}")
     return {field: row[column] for field, column in columns.items()} if columns else row
+
+
+def _others(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The columns that are no prompt and no completion, by the layout's names where they are mapped."""
+    mapped = {field: row[column] for field, column in columns.items()}
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return {name: value for name, value in (rest | mapped).items() if name not in ("prompt", "completion", "completion_ids")}
 
 
 def _record(row: Mapping[str, Any], source: str, need: str) -> Record:

@@ -21,6 +21,7 @@ __all__ = [
     "load_aligned_model",
     "make_sampling_params",
     "places_that_fit",
+    "refuse_beside_loaded",
     "settings_of",
 ]
 
@@ -192,6 +193,18 @@ def places_that_fit(
     if len(kept) < len(prompts):
         logger.warning("%d of %d records do not fit into the context, and are left out", len(prompts) - len(kept), len(prompts))
     return kept
+
+
+def refuse_beside_loaded(options: Any) -> None:
+    """Refuse options that say what to load, and how, beside models that are loaded already.
+
+    Raises:
+        InvalidOption: naming the first that differs from its default.
+    """
+    loading = {field.name for kind in (ModelOptions, TemplateOptions) for field in fields(kind)}
+    for field in fields(options):
+        if field.name in loading and getattr(options, field.name) != field.default:
+            raise InvalidOption(f"--{field.name} is for models that are loaded here, and model is loaded: leave it out")
 
 
 def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:

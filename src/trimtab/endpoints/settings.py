@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from trimtab.errors import InvalidOption
 
-__all__ = ["Limits", "base_url", "make_limits", "without_password"]
+__all__ = ["Limits", "base_url", "is_url", "make_limits", "without_password"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ def base_url(url: str) -> str:
         raise InvalidOption(f"'{url}' is no endpoint: give a URL such as http://localhost:8000/v1")
     path = parts.path.rstrip("/").removesuffix("/v1")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is meant for an endpoint's URL, and not for a file or a model."""
+    return text.startswith(("http://", "https://"))
 
 
 def without_password(text: str) -> str:

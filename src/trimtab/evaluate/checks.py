@@ -2,41 +2,41 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from trimtab.core.rules import parse_rule
+from trimtab.decode.aligned import AlignedModel
 from trimtab.endpoints.completions import check_sendable
-from trimtab.endpoints.settings import base_url
 from trimtab.errors import DataError, InvalidOption
 from trimtab.evaluate.alpaca import Annotation
 from trimtab.evaluate.length import LENGTH_CONTROLS, why_not_alpaca_eval
-from trimtab.evaluate.options import EvalOptions, is_url
+from trimtab.evaluate.options import EvalOptions
 from trimtab.evaluate.systems import Prompts, System, answer_from_file, show_prompt
 from trimtab.files import check_writable
 from trimtab.judges.base import Judge
-from trimtab.judges.references import METRICS
-from trimtab.judges.scoring import ReferenceJudge
 
 __all__ = ["check_data", "check_flags"]
 
 
-def check_flags(options: EvalOptions, baseline: System, system: System) -> None:
+def check_flags(options: EvalOptions, baseline: System, system: System, model: AlignedModel | None = None) -> None:
     """Refuse wrong flags, and flags that contradict each other.
 
+    Args:
+        options: the flags.
+        baseline: against whom.
+        system: whose win rate.
+        model: the models, where they are loaded already.
+
     Raises:
-        InvalidOption, InvalidOption: naming the flag.
+        InvalidOption: naming the flag.
     """
-    _check_systems(options, baseline, system)
+    _check_systems(options, baseline, system, model)
     check_writable(options.out or "", folder=True)
     given = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
     if options.n != 1:
         raise InvalidOption("--n must be 1: one answer to a prompt is judged")
     if options.length_control not in LENGTH_CONTROLS:
         raise InvalidOption(f"--length_control must be one of {', '.join(LENGTH_CONTROLS)}, not '{options.length_control}'")
-    for spec in options.judge:
-        _check_judge(spec)
-    _check_sweep(options, system, given)
+    _check_sweep(options, system, given, len(options.aligner if model is None else model.aligners))
 
 
 def check_data(
@@ -48,7 +48,7 @@ def check_data(
         options: the flags.
         systems: baseline and system.
         prompts: what they are asked.
-        judges: those that need not be loaded.
+        judges: who judges; none of them need be loaded.
         reported: whether these are the prompts to report on, rather than those of a sweep.
 
     Raises:
@@ -63,8 +63,7 @@ def check_data(
     if "references" in (one.kind for one in systems) and not all(prompts.references):
         raise DataError(f"{where}: not every prompt has a wanted answer, as the system references needs")
     for judge in judges:
-        if isinstance(judge, ReferenceJudge):
-            _check_references(judge, prompts, where)
+        judge.check(prompts, where)
     names = [answer_from_file(one, prompts)[2] if one.kind == "file" else one.name for one in systems]
     if options.length_control == "alpaca_eval" and reported:
         annotations = [Annotation(None, "", "", generator_1=names[0])] * len(prompts)
@@ -72,34 +71,25 @@ def check_data(
             raise InvalidOption(f"--length_control alpaca_eval: {why}")
 
 
-def _check_systems(options: EvalOptions, baseline: System, system: System) -> None:
+def _check_systems(options: EvalOptions, baseline: System, system: System, model: AlignedModel | None) -> None:
     if options.dataset is None and baseline.kind != "file":
         raise InvalidOption("--dataset is required, unless --baseline is a file of outputs")
     here = [one for one in (baseline, system) if one.here]
-    if here and not options.proposal:
+    if here and not options.proposal and model is None:
         raise InvalidOption("--proposal is required for the systems proposal and aligned")
-    if "aligned" in (baseline.kind, system.kind) and not options.aligner:
+    if "aligned" in (baseline.kind, system.kind) and not (options.aligner if model is None else model.aligners):
         raise InvalidOption("--aligner is required for the system aligned")
     if baseline == system:
         raise InvalidOption(f"--system and --baseline are both {options.system}: --null compares a system with itself")
 
 
-def _check_judge(spec: str) -> None:
-    if is_url(spec):
-        base_url(spec.partition("#")[0])
-    elif spec not in METRICS and not Path(spec).is_dir() and ("/" not in spec or Path(spec).is_absolute()):
-        raise InvalidOption(
-            f"--judge '{spec}' is none: give URL#MODEL, a reward model's folder or hub id, or one of {', '.join(METRICS)}"
-        )
-
-
-def _check_sweep(options: EvalOptions, system: System, given: set[str]) -> None:
+def _check_sweep(options: EvalOptions, system: System, given: set[str], aligners: int) -> None:
     if not options.sweep_weight:
         return
     for name, instead in (("weight", "sweep_weight"), ("rule", "sweep_rule"), ("dev_fraction", "dev_dataset")):
         if name in given and instead in given:
             raise InvalidOption(f"--{name} and --{instead} contradict each other")
-    if system.kind != "aligned" or len(options.aligner) != 1:
+    if system.kind != "aligned" or aligners != 1:
         raise InvalidOption("--sweep_weight needs --system aligned with one --aligner")
     if not options.judge:
         raise InvalidOption("--sweep_weight needs a --judge to pick by")
@@ -110,14 +100,3 @@ def _check_sweep(options: EvalOptions, system: System, given: set[str]) -> None:
             raise InvalidOption(f"--sweep_rule: {str(error).removeprefix('rule: ')}") from error
         if not rule.has_row:
             raise InvalidOption(f"--sweep_rule: '{rule}' has no row in closed form, so its KL cannot be measured")
-
-
-def _check_references(judge: ReferenceJudge, prompts: Prompts, where: str) -> None:
-    known: list[Any] = [one for one in zip(prompts.references, prompts.sources, strict=True) if (one[0] or "").strip()]
-    if not known:
-        raise DataError(f"{where}: has no wanted answers, which --judge {judge.name} compares with")
-    for text, source in known if judge.metric.tokenizer == "ascii" else ():
-        try:
-            judge.metric.score([""], [text])
-        except InvalidOption as error:
-            raise InvalidOption(f"{source}: {error}: --rouge_tokenizer") from error

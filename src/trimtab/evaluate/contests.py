@@ -45,9 +45,14 @@ class Contest(NamedTuple):
 def judge_contest(judge: Judge, contest: Contest, prompts: Prompts, journal: Journal) -> list[Judgement]:
     """One judge's opinion of every prompt's two answers."""
     pairs = [
-        Pair(prompt, show_prompt(prompt), one, other, reference)
-        for prompt, one, other, reference in zip(
-            prompts.prompts, contest.texts_1, contest.texts_2, prompts.references, strict=True
+        Pair(prompt, show_prompt(prompt), one, other, reference, columns)
+        for prompt, one, other, reference, columns in zip(
+            prompts.prompts,
+            contest.texts_1,
+            contest.texts_2,
+            prompts.references,
+            prompts.columns or [{}] * len(prompts),
+            strict=True,
         )
     ]
     reasons = [contest.why_not(i) for i in range(len(pairs))]
@@ -86,7 +91,7 @@ def judge_contests(
     for judge in judges:
         mine = []
         for contest in contests:
-            if judge.kind == "reference" and contest.pair == "references":
+            if judge.by_reference and contest.pair == "references":
                 continue  # a reference is as close to itself as can be
             try:
                 judgements = judge_contest(judge, contest, prompts, journal)

@@ -5,38 +5,39 @@ from typing import Any
 
 from trimtab.data.at_hand import why_not_at_hand
 from trimtab.data.records import parse_columns
+from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.options import make_sampling_params
-from trimtab.endpoints.settings import Limits
 from trimtab.evaluate.checks import check_data, check_flags
-from trimtab.evaluate.options import EvalOptions, is_url
-from trimtab.evaluate.setup import make_judges, make_settings, name_system, read_prompts
+from trimtab.evaluate.options import EvalOptions
+from trimtab.evaluate.prompts import read_prompts
+from trimtab.evaluate.setup import make_judges, make_settings, name_system
 from trimtab.evaluate.systems import System
 from trimtab.models.estimates import aligner_weights, describe_model, describe_size, model_weights
 
 __all__ = ["rehearse", "render_rehearsal"]
 
 
-def rehearse(options: EvalOptions) -> dict[str, Any]:
-    """Check everything that can be without a network, and count."""
+def rehearse(options: EvalOptions, model: AlignedModel | None = None) -> dict[str, Any]:
+    """Check everything that can be without a network, and count; `model` is what is loaded already."""
     baseline, system = systems = _system(options.baseline, "baseline"), _system(options.system, "system")
-    check_flags(options, baseline, system)
+    check_flags(options, baseline, system, model)
     parse_columns(options.columns)
     params = make_sampling_params(options, seed=options.seed)
     settings = make_settings(options, params)
-    limits = Limits(options.concurrency, options.request_timeout, options.max_retries)
-    judges = make_judges(options, limits, reach=False)
+    judges = make_judges(options)
+    named = [(judge if isinstance(judge, str) else judge.name, made) for judge, made in zip(options.judge, judges, strict=True)]
     missing = [why for name in _sources(options, systems) if (why := why_not_at_hand(name))]
     count = options.expected_examples
     if not missing:
-        prompts, _ = read_prompts(options, baseline)
-        check_data(options, systems, prompts, [judge for judge in judges if not isinstance(judge, str)])
+        prompts, _ = read_prompts(options, baseline, columns=any(judge.reads_columns for judge in judges))
+        check_data(options, systems, prompts, judges)
         count = len(prompts)
     elif count is not None:
         count = min(count, options.max_prompts or count)
     pairs = 1 + (options.null and baseline.kind != "file") + (options.references and baseline.kind != "references")
-    asked = None if count is None else count * pairs * (2 if options.orders == "both" else 1)
+    asked = None if count is None else count * pairs
     models = []
-    if any(one.here for one in systems):
+    if any(one.here for one in systems) and model is None:
         models = [model_weights(options.proposal, options.expected_proposal, options.dtype)]
         dtype = options.aligner_dtype or options.dtype
         models += [aligner_weights(name, options.expected_aligner, dtype) for name in options.aligner]
@@ -45,8 +46,10 @@ def rehearse(options: EvalOptions) -> dict[str, Any]:
         "out": options.out,
         "data": {"at_hand": not missing, "why_not": missing[0] if missing else None, "prompts": count},
         "systems": {"baseline": options.baseline, "system": options.system},
-        "judges": list(options.judge),
-        "most_questions": {spec: asked for spec in options.judge if is_url(spec)},
+        "judges": [name for name, _ in named],
+        "most_questions": {
+            name: None if asked is None else asked * judge.questions for name, judge in named if judge.questions
+        },
         "sweep": len(settings),
         "models": models,
     }

@@ -6,27 +6,32 @@ from dataclasses import dataclass
 
 from trimtab.data.options import DataOptions, LengthOptions, TemplateOptions
 from trimtab.decode.options import ModelOptions, SamplingOptions
-from trimtab.endpoints.settings import Limits
-from trimtab.judges.references import METRICS
+from trimtab.endpoints.settings import Limits, is_url
+from trimtab.errors import InvalidOption
+from trimtab.judges.base import Judge
+from trimtab.judges.kinds import judge_help, options_read
 from trimtab.models.estimates import DryRunOptions
 from trimtab.options import option, same
 
-__all__ = ["EvalOptions", "is_url"]
+__all__ = ["EvalOptions"]
 
 FOR_ANNOTATIONS = ("annotations", "length_control", "seed")
-FOR_JUDGING = ("criterion", "orders", "judge_max_tokens", "prompt_price", "completion_price", "max_cost")
 FOR_ENDPOINTS = ("concurrency", "request_timeout", "max_retries")
 FOR_SWEEPS = ("sweep_rule", "max_kl", "dev_dataset", "dev_fraction")
-FOR_REWARDS = ("dtype", "device")
 FOR_DRAFTING = ("draft", "draft_temperature", "num_speculative_tokens")
 FOR_WRITING = tuple(field.name for field in dataclasses.fields(SamplingOptions) if field.name != "seed")
 """All but the seed, which intervals and orders are drawn with, too."""
+AN_ENDPOINT_JUDGE = "needs a --judge that is an endpoint"
+AN_ENDPOINT = "needs an endpoint, as a system or a judge"
 FOR_LAYOUTS = ("columns", "dataset_split", "dataset_config", "dataset_data_dir")
 
 
 @dataclass(frozen=True)
 class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, TemplateOptions, ModelOptions):
-    """Flags of `trimtab eval`."""
+    """Options of `trimtab eval` and `trimtab.evaluate`.
+
+    `needs` in the metadata of an option that judges read says what is missing where none of those that are asked for does.
+    """
 
     annotations: str | None = option(
         None, "summarise this AlpacaEval annotation file, and do nothing else", metavar="FILE.json"
@@ -41,27 +46,35 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
         "aligned", "whose win rate: proposal, aligned, references, URL#MODEL, or a file of outputs", metavar="S"
     )
     baseline: str = option("proposal", "against whom: the same", metavar="S")
-    judge: tuple[str, ...] = option(
-        (),
-        "URL#MODEL of an OpenAI-compatible endpoint, a reward model's folder or hub id, or rouge1, rouge2, rougeL, rougeLsum,"
-        " chrf; may repeat",
-        metavar="J",
+    judge: tuple[str | Judge, ...] = option((), judge_help, metavar="J")
+    criterion: str = option(
+        "helpful", "what an endpoint judges: helpful, harmless or summary", metavar="NAME", needs=AN_ENDPOINT_JUDGE
     )
-    criterion: str = option("helpful", "what an endpoint judges: helpful, harmless or summary", metavar="NAME")
     orders: str = option(
-        "both", "show an endpoint each pair in both orders, or once in a random one", choices=("both", "random")
+        "both",
+        "show an endpoint each pair in both orders, or once in a random one",
+        choices=("both", "random"),
+        needs=AN_ENDPOINT_JUDGE,
     )
-    rouge_tokenizer: str | None = option(None, "ascii, as published, or unicode [default: ascii]")
+    rouge_tokenizer: str | None = option(
+        None,
+        "ascii, as published, or unicode [default: ascii]",
+        needs="needs a --judge that is rouge1, rouge2, rougeL or rougeLsum",
+    )
     null: bool = option(True, "also judge the baseline against itself with another seed")
     references: bool = option(True, "also judge the data's own answers against the baseline")
     length_control: str = option("auto", "auto, alpaca_eval, or 'length-only fit'", metavar="HOW")
-    judge_max_tokens: int = option(4, "room for an endpoint judge's answer; a model that thinks first needs hundreds", low=1)
-    prompt_price: float | None = option(None, "of a million tokens that an endpoint judge reads")
-    completion_price: float | None = option(None, "of a million tokens that it writes")
-    max_cost: float | None = option(None, "the most to spend on each endpoint judge, earlier parts of the run included")
-    concurrency: int = option(8, "most requests in flight for each endpoint")
-    request_timeout: float = option(600.0, "seconds that one request may take")
-    max_retries: int = option(6, "tries after the first, of a request or for an endpoint in a row")
+    judge_max_tokens: int = option(
+        4, "room for an endpoint judge's answer; a model that thinks first needs hundreds", low=1, needs=AN_ENDPOINT_JUDGE
+    )
+    prompt_price: float | None = option(None, "of a million tokens that an endpoint judge reads", needs=AN_ENDPOINT_JUDGE)
+    completion_price: float | None = option(None, "of a million tokens that it writes", needs=AN_ENDPOINT_JUDGE)
+    max_cost: float | None = option(
+        None, "the most to spend on each endpoint judge, earlier parts of the run included", needs=AN_ENDPOINT_JUDGE
+    )
+    concurrency: int = option(8, "most requests in flight for each endpoint", needs=AN_ENDPOINT)
+    request_timeout: float = option(600.0, "seconds that one request may take", needs=AN_ENDPOINT)
+    max_retries: int = option(6, "tries after the first, of a request or for an endpoint in a row", needs=AN_ENDPOINT)
     sweep_weight: tuple[float, ...] = option(
         (), "try this weight on development prompts, and go on with the one that wins most; may repeat"
     )
@@ -83,6 +96,9 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
         """Refuse values that cannot be."""
         super().__post_init__()
         Limits(self.concurrency, self.request_timeout, self.max_retries)
+        for judge in self.judge:
+            if not isinstance(judge, (str, Judge)):
+                raise InvalidOption(f"--judge must be a text, or a trimtab.judges.base.Judge, not {judge!r}")
 
     def idle(self) -> dict[str, str]:
         """What is for other systems, other judges, a sweep, or no annotations."""
@@ -95,6 +111,7 @@ def _idle_options(options: EvalOptions) -> dict[str, str]:
         others = [field.name for field in dataclasses.fields(options) if field.name not in FOR_ANNOTATIONS]
         return dict.fromkeys(others, "has no meaning with --annotations")
     systems = (options.baseline, options.system)
+    read = frozenset[str]().union(*map(options_read, options.judge), FOR_ENDPOINTS if any(map(is_url, systems)) else ())
     given = [not is_url(name) and name not in ("proposal", "aligned") for name in systems]
     idle: dict[str, str] = {}
 
@@ -105,18 +122,16 @@ def _idle_options(options: EvalOptions) -> dict[str, str]:
     add(FOR_DRAFTING, "is for the system aligned, and neither --system nor --baseline is", where="aligned" not in systems)
     add(FOR_WRITING, "is for answers that are written now, and those of --system and --baseline are given", where=all(given))
     if not {"proposal", "aligned"} & {*systems}:
-        scored = any(not is_url(judge) and judge not in METRICS for judge in options.judge)
-        names = [field.name for field in dataclasses.fields(ModelOptions) if not (scored and field.name in FOR_REWARDS)]
+        names = [field.name for field in dataclasses.fields(ModelOptions) if field.name not in read]
         add(names, "is given, but neither --system nor --baseline is proposal or aligned", where=True)
         add(["leave_out_long"], "goes by the context of a model that runs here, and none does", where=True)
         add(["chat_template_path"], "is for chats with a model that runs here, and none does", where=True)
-        add(["date"], "is for chats with a model that runs here, and none does", where=not scored)
+        add(["date"], "is for chats with a model that runs here, and none does", where="date" not in read)
     add(["null"], "needs a --judge, and a --baseline that can answer again", where=given[0] or not options.judge)
     add(["references"], "needs systems that are not the references themselves", where="references" in systems)
-    add(FOR_JUDGING, "needs a --judge that is an endpoint", where=not any(map(is_url, options.judge)))
-    add(FOR_ENDPOINTS, "needs an endpoint, as a system or a judge", where=not any(map(is_url, (*systems, *options.judge))))
-    rouge = any(spec.startswith("rouge") for spec in options.judge if spec in METRICS)
-    add(["rouge_tokenizer"], "needs a --judge that is rouge1, rouge2, rougeL or rougeLsum", where=not rouge)
+    for field in dataclasses.fields(options):
+        if (needs := field.metadata.get("needs")) is not None:
+            add([field.name], needs, where=field.name not in read)
     add(FOR_SWEEPS, "needs --sweep_weight", where=not options.sweep_weight)
     return idle
 
@@ -124,8 +139,3 @@ def _idle_options(options: EvalOptions) -> dict[str, str]:
 def _has_layout(options: EvalOptions) -> bool:
     named = [name for name in (options.dataset, options.dev_dataset) if name]
     return any(not name.endswith((".json", ".json.gz")) for name in named)
-
-
-def is_url(text: str) -> bool:
-    """Whether a judge or a system is an endpoint."""
-    return text.startswith(("http://", "https://"))

@@ -1,77 +1,88 @@
-"""What the flags of `trimtab eval` stand for: prompts, systems, judges and models, checked before any of them is asked."""
+"""What the options of an evaluation stand for: prompts, systems, judges and models, checked before any of them is asked."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from trimtab.data.options import check_chats
-from trimtab.data.records import read_records
 from trimtab.data.template import pick_date, refuse_idle_date
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.options import load_aligned_model, make_sampling_params, places_that_fit
 from trimtab.decode.request import SamplingParams
-from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.settings import Limits, without_password
-from trimtab.errors import DataError, EndpointError, InvalidOption, InvalidRequest
-from trimtab.evaluate.alpaca import read_outputs
+from trimtab.endpoints.reach import reach
+from trimtab.endpoints.settings import Limits
+from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.evaluate.checks import check_data, check_flags
 from trimtab.evaluate.contests import slug
-from trimtab.evaluate.options import EvalOptions, is_url
-from trimtab.evaluate.run import NULL_SEED, Bench, Plan, bare_proposal, run_evaluation
+from trimtab.evaluate.options import EvalOptions
+from trimtab.evaluate.prompts import read_prompts
+from trimtab.evaluate.record import make_record
+from trimtab.evaluate.run import Bench, Plan, bare_proposal, run_evaluation
 from trimtab.evaluate.sweep import Setting, sweep
-from trimtab.evaluate.systems import Prompts, System, answer_from_file, check_answerable, parse_system, show_prompt
-from trimtab.files import expand_home, json_digest, read_json, write_json
+from trimtab.evaluate.systems import Prompts, System, check_answerable, parse_system
+from trimtab.files import read_json, write_json
 from trimtab.judges.base import Judge
-from trimtab.judges.budget import Budget
-from trimtab.judges.endpoint import EndpointJudge
-from trimtab.judges.references import METRICS, ReferenceMetric
-from trimtab.judges.reward import load_reward_model
-from trimtab.judges.scoring import ReferenceJudge, RewardJudge
-from trimtab.models.environment import describe_environment
-from trimtab.models.fingerprint import fingerprint_of
-from trimtab.models.huggingface import describe_kernels
+from trimtab.judges.kinds import make_judge
 
-__all__ = ["evaluate", "make_judges", "make_settings", "name_system", "read_prompts"]
+__all__ = ["compare", "make_judges", "make_settings", "name_system"]
 
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 """The file in the output folder that keeps the date of a run, which chat templates may write."""
-DENIED = (401, 403)
-"""What an endpoint answers to whom it does not know."""
 
 
-def evaluate(options: EvalOptions, amend: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda results: {}) -> dict[str, Any]:
-    """Set everything up, sweep if that is asked for, and compare; `amend` adds sections to the results."""
-    assert options.out is not None
+def compare(
+    options: EvalOptions,
+    out: Path,
+    model: AlignedModel | None = None,
+    amend: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda results: {},
+) -> dict[str, Any]:
+    """Set everything up, sweep if that is asked for, and compare.
+
+    Args:
+        options: what to compare, and how.
+        out: the folder to write.
+        model: the models, where they are loaded already.
+        amend: gives further sections from the results so far.
+
+    Returns:
+        What `results.json` holds, and `out`.
+
+    Raises:
+        InvalidOption: options that cannot be, or contradict each other, or name what does not fit.
+        DataError, ModelError: data or models that cannot be read or used.
+        EndpointError: an endpoint that does not answer.
+        BudgetExceeded: a judge would cost more than it may; what is complete has been written.
+    """
     baseline, system = systems = name_system(options.baseline, "baseline"), name_system(options.system, "system")
-    check_flags(options, baseline, system)
+    check_flags(options, baseline, system, model)
     params = make_sampling_params(options, seed=options.seed)
     settings = make_settings(options, params)
     limits = Limits(options.concurrency, options.request_timeout, options.max_retries)
-    judges = make_judges(options, limits)
-    out, frontier = Path(options.out), None
-    date = pick_date(options.date, _kept_date(out))
-    prompts, development = read_prompts(options, baseline)
+    judges = make_judges(options)
+    for judge in judges:
+        judge.reach()
+    frontier = None
+    date = pick_date(options.date or (None if model is None else model.encoder.date), _kept_date(out))
+    prompts, development = read_prompts(options, baseline, columns=any(judge.reads_columns for judge in judges))
     check_chats(options, prompts.prompts)
-    loaded = [judge for judge in judges if not isinstance(judge, str)]
-    check_data(options, systems, prompts, loaded)
+    check_data(options, systems, prompts, judges)
     if development is not None:
-        check_data(options, systems, development, loaded, reported=False)
+        check_data(options, systems, development, judges, reported=False)
     for one in systems:
         if one.kind == "endpoint":
-            _reach(one.where, one.model, limits)
-    model = _model(options, systems, params, date)
+            reach(one.where, one.model, limits)
+    model = _model(options, systems, params, date, model)
     if model is not None:
         prompts = _that_fit(options, model, prompts)
         development = development and _that_fit(options, model, development)
         _check_prompts(model, systems, params, [prompts, development or prompts])
-    judges = [_reward_judge(judge, options, prompts, date) if isinstance(judge, str) else judge for judge in judges]
-    readers = [judge.model.tokenizer for judge in judges if isinstance(judge, RewardJudge)]
+    for judge in judges:
+        judge.load(prompts, date)
+    readers = [judge.tokenizer for judge in judges if judge.tokenizer is not None]
     refuse_idle_date(options.date, *readers, *([] if model is None else [model.tokenizer]))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RUN, {"date": date})
@@ -90,7 +101,7 @@ def evaluate(options: EvalOptions, amend: Callable[[dict[str, Any]], Mapping[str
         null=options.null,
         references=options.references,
         length_control=options.length_control,
-        record=_record(options, systems, prompts, model, params),
+        record=make_record(options, systems, prompts, model, params),
     )
     return run_evaluation(plan, frontier, amend) | {"out": options.out}
 
@@ -126,11 +137,13 @@ def make_settings(options: EvalOptions, params: SamplingParams) -> list[Setting]
     return settings
 
 
-def _model(options: EvalOptions, systems: Sequence[System], params: SamplingParams, date: str) -> AlignedModel | None:
+def _model(
+    options: EvalOptions, systems: Sequence[System], params: SamplingParams, date: str, loaded: AlignedModel | None
+) -> AlignedModel | None:
     """The models in this process; None if no system needs them."""
     if not any(one.here for one in systems):
         return None
-    model: AlignedModel = load_aligned_model(options, options, date)
+    model: AlignedModel = loaded or load_aligned_model(options, options, date)
     try:
         model.shaping(params)
     except InvalidRequest as error:
@@ -152,80 +165,15 @@ def _check_prompts(model: AlignedModel, systems: Sequence[System], params: Sampl
                 check_answerable(answering, prompts, params)
 
 
-def read_prompts(options: EvalOptions, baseline: System) -> tuple[Prompts, Prompts | None]:
-    """The prompts to report on, and the development prompts of a sweep."""
-    if options.dataset is not None:
-        prompts = _read(options.dataset, options)
-    else:
-        _, prompts, _ = answer_from_file(baseline, None)
-    prompts = prompts.pick(range(min(options.max_prompts or len(prompts), len(prompts))))
-    prompts = _as_chats(prompts) if options.apply_chat_template else prompts
-    if not options.sweep_weight:
-        return prompts, None
-    if options.dev_dataset is None:
-        return _split(prompts, options.dev_fraction)
-    development = _read(options.dev_dataset, options)
-    development = _as_chats(development) if options.apply_chat_template else development
-    reported = set(map(show_prompt, prompts.prompts))
-    kept = [i for i, prompt in enumerate(development.prompts) if show_prompt(prompt) not in reported]
-    if len(kept) < len(development):
-        logger.warning("%d prompts of --dev_dataset are reported on, and left out of it", len(development) - len(kept))
-    if not kept:
-        raise DataError(f"{options.dev_dataset}: every prompt is also one that is reported on")
-    return prompts, development.pick(kept)
+def make_judges(options: EvalOptions) -> list[Judge]:
+    """The judges, checked; nobody is asked and nothing loaded.
 
-
-def _split(prompts: Prompts, fraction: float) -> tuple[Prompts, Prompts]:
-    """Prompts to report on and to tune on, by the prompt's text: the same text is never on both sides."""
-    hashes = [hashlib.sha256(show_prompt(prompt).encode(errors="replace")).hexdigest() for prompt in prompts.prompts]
-    distinct = sorted(set(hashes))
-    chosen = set(distinct[: round(fraction * len(distinct))])
-    sides: tuple[list[int], list[int]] = ([], [])
-    for i, digest in enumerate(hashes):
-        sides[digest in chosen].append(i)
-    if not all(sides):
-        raise InvalidOption(f"--dev_fraction {fraction:g} of {len(distinct)} different prompts leaves one side empty")
-    return prompts.pick(sides[0]), prompts.pick(sides[1])
-
-
-def _read(dataset: str, options: EvalOptions) -> Prompts:
-    if Path(dataset).name.endswith((".json", ".json.gz")):
-        rows = read_outputs(dataset, need_output=False)
-        sources = [f"{dataset} entry {i}" for i in range(1, len(rows) + 1)]
-        return Prompts([row["instruction"] for row in rows], [row["output"] for row in rows], sources)
-    records = read_records(dataset, need="prompt", how=options)
-    return Prompts([r.prompt for r in records], [_text(r.chosen) for r in records], [r.source for r in records])
-
-
-def _text(answer: Any) -> str | None:
-    """A wanted answer as a text; None if there is none."""
-    if answer is None or isinstance(answer, str):
-        return answer
-    content = answer[-1]["content"] if answer else None
-    return None if content is None else str(content)
-
-
-def _as_chats(prompts: Prompts) -> Prompts:
-    asked = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts.prompts]
-    return dataclasses.replace(prompts, prompts=asked)
-
-
-def make_judges(options: EvalOptions, limits: Limits, *, reach: bool = True) -> list[Any]:
-    """The judges, of which endpoints must answer if `reach`; where one is a reward model, its folder or hub id."""
-    judges: list[Any] = []
-    for spec in options.judge:
-        if is_url(spec):
-            budget = Budget(options.prompt_price, options.completion_price, options.max_cost)
-            url, _, model = spec.partition("#")
-            settings: dict[str, Any] = {"criterion": options.criterion, "orders": options.orders, "limits": limits}
-            judge = EndpointJudge(url, model or None, max_tokens=options.judge_max_tokens, budget=budget, **settings)
-            judge.model = _reach(url, judge.model, limits) if reach else judge.model
-            judges.append(judge)
-        elif spec in METRICS:
-            judges.append(ReferenceJudge(ReferenceMetric(spec, tokenizer=options.rouge_tokenizer if spec != "chrf" else None)))
-        else:
-            judges.append(spec)
-    names = [Path(judge).name if isinstance(judge, str) else judge.name for judge in judges]
+    Raises:
+        InvalidOption: one is none, does not fit the options, or has the name of another.
+    """
+    settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    judges = [judge if isinstance(judge, Judge) else make_judge(judge, settings) for judge in options.judge]
+    names = [judge.name for judge in judges]
     files = list(map(slug, names))
     if len(set(files)) < len(files):
         twice = names[files.index(max(files, key=files.count))]
@@ -233,96 +181,3 @@ def make_judges(options: EvalOptions, limits: Limits, *, reach: bool = True) -> 
             f"--judge: two are called '{twice}', and their results could not be told apart: use a folder for each"
         )
     return judges
-
-
-def _reward_judge(spec: str, options: EvalOptions, prompts: Prompts, date: str) -> Judge:
-    """The reward model that a user names, which can take the prompts."""
-    model = load_reward_model("--judge", spec, prompts.prompts, prompts.sources, options.dtype, options.device, date)
-    return RewardJudge(model, Path(spec).name)
-
-
-def _reach(url: str, model: str | None, limits: Limits) -> str:
-    """The model's name at an endpoint that answers: the given one, or the first that is listed.
-
-    Raises:
-        EndpointError: it does not answer, or not to us. That is said soon: only a long run is worth many tries.
-    """
-    soon = dataclasses.replace(
-        limits, max_retries=min(limits.max_retries, 2), request_timeout=min(limits.request_timeout, 30.0)
-    )
-    with Endpoints([url], soon) as endpoints:
-        try:
-            listed = endpoints.pick_model()
-        except EndpointError as error:
-            if model is None or error.status in (None, *DENIED):
-                raise
-            return model  # a server that does not list its models
-    return model or str(listed["id"])
-
-
-def _record(
-    options: EvalOptions, systems: Sequence[System], prompts: Prompts, model: AlignedModel | None, params: SamplingParams
-) -> dict[str, Any]:
-    """Where every figure comes from."""
-    asked = {
-        field.name: _to_record(getattr(options, field.name))
-        for field in dataclasses.fields(options)
-        if getattr(options, field.name) != field.default
-    }
-    path = options.dataset or options.baseline
-    shown = zip(prompts.prompts, prompts.references, strict=True)
-    data: dict[str, Any] = {"path": path, "sha256": _sha256(path) or json_digest(shown)}
-    if any(map(is_url, options.judge)):
-        data["criterion"] = options.criterion
-    record: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": asked,
-        "dataset": data,
-        "systems": {
-            name: {key: _to_record(value) for key, value in dataclasses.asdict(one).items() if value} | _file_hash(one)
-            for name, one in zip(("baseline", "system"), systems, strict=True)
-        },
-        "sampling": {"seed": params.seed, "seed_of_null": (params.seed or 0) + NULL_SEED, "params": repr(params)},
-        "environment": describe_environment(),
-    }
-    if model is not None:
-        shaping = model.shaping(params)
-        sources = {"proposal": (options.proposal, model.proposal)}
-        sources |= {f"aligner {name}": (name, part) for name, part in zip(options.aligner, model.aligners, strict=True)}
-        record["models"] = {
-            name: {
-                "source": source,
-                "weights": fingerprint_of(part),
-                "revision": _revision(part),
-                "kernels": describe_kernels(part),
-            }
-            for name, (source, part) in sources.items()
-        }
-        record["decoding"] = {"rule": str(shaping.rule), "weight": list(shaping.weights)}
-    return record
-
-
-def _to_record(value: Any) -> Any:
-    """An option's value as JSON that anybody may read."""
-    if isinstance(value, tuple):
-        return list(map(_to_record, value))
-    return without_password(value) if isinstance(value, str) else value
-
-
-def _sha256(path: str) -> str | None:
-    """Of a file; None if it is none, but a data set of the hub."""
-    file = expand_home(path)
-    if not file.is_file():
-        return None
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _file_hash(system: System) -> dict[str, Any]:
-    return {"sha256": _sha256(system.where)} if system.kind == "file" else {}
-
-
-def _revision(model: Any) -> str | None:
-    """The hub's commit that the weights were loaded from; of an adapter in a pool, its base's."""
-    files = getattr(getattr(model, "pool", model), "files", None)
-    return None if files is None else files.commit

@@ -26,7 +26,7 @@ from trimtab.decode.pace import Tally
 from trimtab.decode.request import SamplingParams, TokenEvent
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.completions import RemoteModel, Sample
-from trimtab.endpoints.settings import Limits, base_url, without_password
+from trimtab.endpoints.settings import Limits, base_url, is_url, without_password
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.evaluate.alpaca import read_outputs
 from trimtab.evaluate.speed import throughput
@@ -62,11 +62,13 @@ class Prompts:
         prompts: texts or chats.
         references: wanted answers as texts, or None for each prompt that has none.
         sources: where each came from, for errors.
+        columns: what else the data have of each, for judges that read it; empty where none does.
     """
 
     prompts: list[Any]
     references: list[str | None]
     sources: list[str]
+    columns: list[Mapping[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -74,7 +76,10 @@ class Prompts:
     def pick(self, chosen: Sequence[int]) -> "Prompts":
         """Some of them."""
         return Prompts(
-            [self.prompts[i] for i in chosen], [self.references[i] for i in chosen], [self.sources[i] for i in chosen]
+            [self.prompts[i] for i in chosen],
+            [self.references[i] for i in chosen],
+            [self.sources[i] for i in chosen],
+            [self.columns[i] for i in chosen if self.columns],
         )
 
 
@@ -135,7 +140,7 @@ def parse_system(text: str) -> System:
     """
     if text in ("proposal", "aligned", "references"):
         return System(text, text)
-    if text.startswith(("http://", "https://")):
+    if is_url(text):
         url, _, model = text.partition("#")
         base_url(url)
         return System("endpoint", model or without_password(url), url, model or None)

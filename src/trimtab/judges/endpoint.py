@@ -12,15 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.settings import Limits, base_url, without_password
+from trimtab.endpoints.reach import reach
+from trimtab.endpoints.settings import Limits, base_url, is_url, without_password
 from trimtab.errors import BudgetExceeded, EndpointError, InvalidOption
 from trimtab.journal import Journal, key_of
-from trimtab.judges.base import Judgement, Pair
+from trimtab.judges.base import Judge, JudgeKind, Judgement, Pair
 from trimtab.judges.budget import Budget, Size
 from trimtab.judges.criteria import CRITERIA, judge_messages, read_verdict
 from trimtab.judges.dialect import Dialect
 
-__all__ = ["MAX_TOKENS", "ORDERS", "EndpointJudge"]
+__all__ = ["ENDPOINT", "MAX_TOKENS", "ORDERS", "EndpointJudge"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class _Question(NamedTuple):
     """Whether the second answer is shown first."""
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """Asks a model which of two answers is better.
 
     Args:
@@ -113,11 +114,8 @@ class EndpointJudge:
         self._elsewhere: list[str] = []
         """Where else a model of this name has answered."""
         self._public_url = without_password(base_url(url))
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        return self.model or self._public_url
+        self.name = model or self._public_url
+        self.questions = 2 if orders == "both" else 1
 
     def describe(self) -> dict[str, Any]:
         """What it is, for the record."""
@@ -133,15 +131,9 @@ class EndpointJudge:
         """Requests, tokens and, with prices, the amount."""
         return self.budget.report()
 
-    def prepare(self) -> None:
-        """Ask the endpoint for the model's name, if none was given.
-
-        Raises:
-            EndpointError: it does not answer, or lists no model.
-        """
-        if self.model is None:
-            with Endpoints([self.url], self.limits) as endpoints:
-                self.model = str(endpoints.pick_model()["id"])
+    def reach(self) -> None:
+        """See whether the endpoint answers, and ask it for the model's name if none was given."""
+        self.model = self.name = reach(self.url, self.model, self.limits)
 
     def judge(self, pairs: Sequence[Pair], journal: Journal) -> list[Judgement]:
         """An opinion of each pair; identical answers are a draw, without asking.
@@ -150,7 +142,8 @@ class EndpointJudge:
             EndpointError: the endpoint does not answer, or refuses what no other request would change.
             BudgetExceeded: the next question might cost more than is left.
         """
-        self.prepare()
+        if self.model is None:
+            self.reach()
         self._book(journal)
         asked = [[] if pair.output_1 == pair.output_2 else self._questions(pair) for pair in pairs]
         distinct = {question.key: question for questions in asked for question in questions}
@@ -321,3 +314,27 @@ def _usage(answer: Any) -> dict[str, int] | None:
             return None
         counts[name] = value
     return counts
+
+
+def _make(argument: str, options: Mapping[str, Any]) -> EndpointJudge:
+    url, _, model = argument.partition("#")
+    return EndpointJudge(
+        url,
+        model or None,
+        criterion=options["criterion"],
+        orders=options["orders"],
+        max_tokens=options["judge_max_tokens"],
+        limits=Limits(options["concurrency"], options["request_timeout"], options["max_retries"]),
+        budget=Budget(options["prompt_price"], options["completion_price"], options["max_cost"]),
+    )
+
+
+READS = ("criterion", "orders", "judge_max_tokens", "prompt_price", "completion_price", "max_cost")
+LIMITS = ("concurrency", "request_timeout", "max_retries")
+ENDPOINT = JudgeKind(
+    "endpoint",
+    "URL#MODEL, a model behind an OpenAI-compatible endpoint, which is shown both answers; also without the kind",
+    _make,
+    lambda argument: (*READS, *LIMITS),
+    lambda text: text if is_url(text) else None,
+)

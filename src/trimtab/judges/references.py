@@ -8,13 +8,17 @@
 """
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 from trimtab.errors import DataError, InvalidOption
 from trimtab.extras import need
+from trimtab.journal import Journal
+from trimtab.judges.base import Asked, Judge, JudgeKind, Judgement, Pair
+from trimtab.judges.scoring import judge_by_scores
 
-__all__ = ["METRICS", "TOKENIZERS", "ReferenceMetric", "preference", "unicode_words"]
+__all__ = ["METRICS", "REFERENCE", "TOKENIZERS", "ReferenceJudge", "ReferenceMetric", "preference", "unicode_words"]
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum", "chrf")
 """The names that `ReferenceMetric` knows."""
@@ -85,6 +89,52 @@ class ReferenceMetric:
         return scores
 
 
+class ReferenceJudge(Judge):
+    """Prefers the answer that is closer to the reference; pairs without one have no preference.
+
+    Args:
+        metric: how close.
+    """
+
+    kind = "reference"
+    by_reference = True
+
+    def __init__(self, metric: ReferenceMetric) -> None:
+        self.metric, self.name = metric, metric.name
+
+    def check(self, asked: Asked, where: str) -> None:
+        """Refuse data without references, and references that the metric cannot read."""
+        known = [one for one in zip(asked.references, asked.sources, strict=True) if (one[0] or "").strip()]
+        if not known:
+            raise DataError(f"{where}: has no wanted answers, which {self.called or self.name} compares with")
+        for text, source in known if self.metric.tokenizer == "ascii" else ():
+            try:
+                self.metric.score([""], [text or ""])
+            except InvalidOption as error:
+                raise InvalidOption(f"{source}: {error}: --rouge_tokenizer") from error
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for the record."""
+        package = "sacrebleu" if self.name == "chrf" else "rouge_score"
+        version = f"{package} {metadata.version(package)}"
+        return {"metric": self.metric.name, "tokenizer": self.metric.tokenizer, "package": version}
+
+    def judge(self, pairs: Sequence[Pair], journal: Journal) -> list[Judgement]:
+        """An opinion of each pair."""
+        known = {"metric": self.metric.name, "tokenizer": self.metric.tokenizer}
+
+        def score(asked: list[tuple[Pair, str]]) -> list[float]:
+            return self.metric.score([answer for _, answer in asked], [pair.reference or "" for pair, _ in asked])
+
+        whole = [(pair.reference or "").strip() != "" for pair in pairs]
+        known_pairs = [pair for pair, has_one in zip(pairs, whole, strict=True) if has_one]
+        judged = judge_by_scores(
+            self.name, known_pairs, journal, lambda pair: {**known, "to": pair.reference}, score, preference
+        )
+        found = iter(judged)
+        return [next(found) if has_one else Judgement(None, why_missing="no reference") for has_one in whole]
+
+
 def preference(score_1: float, score_2: float) -> float:
     """2 if the second score is higher, 1 if the first is, 1.5 if they are equal."""
     return 1.5 if score_1 == score_2 else 2.0 if score_2 > score_1 else 1.0
@@ -142,3 +192,16 @@ def _chrf() -> Callable[[str, list[str]], float]:
 
     metric: Any = CHRF()
     return lambda answer, references: float(metric.sentence_score(answer, references).score) / 100
+
+
+def _make(argument: str, options: Mapping[str, Any]) -> ReferenceJudge:
+    return ReferenceJudge(ReferenceMetric(argument, tokenizer=options.get("rouge_tokenizer")))
+
+
+REFERENCE = JudgeKind(
+    "reference",
+    f"the answer closer to the data's own wins, by {', '.join(METRICS)}; also without the kind",
+    _make,
+    lambda argument: ("rouge_tokenizer",) if argument.startswith("rouge") else (),
+    lambda text: text if text in METRICS else None,
+)

@@ -1,50 +1,43 @@
-"""Preference pairs from samples: the best of a prompt's samples, by a reward model, against the worst.
+"""Preference pairs from samples: the best of a prompt's samples, by a reward, against the worst.
 
 Such pairs are of what the sampled model says itself, so to learn from them takes less divergence than to learn from others'
 answers: an aligner's second round.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from trimtab.data.records import Record
 from trimtab.endpoints.completions import Sample
+from trimtab.judges.rewards.base import Reward
 
-__all__ = ["Ranking", "Scorer"]
-
-
-class Scorer(Protocol):
-    """What scores answers: `trimtab.judges.reward.RewardModel` is one."""
-
-    def score(self, prompts: Sequence[Any], answers: Sequence[str]) -> Sequence[float]:
-        """A number for each prompt with its answer; higher is better."""
+__all__ = ["Ranking"]
 
 
 class Ranking(NamedTuple):
     """How the samples of a prompt become pairs."""
 
-    scorer: Scorer
-    name: str
-    """What tells the scorer from others."""
+    reward: Reward
+    """What scores them; loaded."""
     pairs: int = 1
     """Of a prompt: best and worst, second best and second worst, and so on; at most half of its samples."""
-    date: str | None = None
-    """The run's date, if the scorer's chat template writes it."""
 
     def pick(self, records: Sequence[Record], groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[Record, Sample, Sample]]:
-        """Records with a wanted and an unwanted sample of each, from all of its samples that could be finished.
+        """Records with a wanted and an unwanted sample of each, from its samples that could be finished and have a score.
 
-        Where too few could, what is lacking are pairs of one that could not.
+        Where too few are such, what is lacking are pairs of one that is not.
         """
         alive = [[sample for sample in samples if sample.error is None] for samples in groups]
-        prompts = [record.prompt for record, samples in zip(records, alive, strict=True) for _ in samples]
-        scores, first = self.scorer.score(prompts, [sample.text for samples in alive for sample in samples]), 0
+        asked = [(record, sample) for record, samples in zip(records, alive, strict=True) for sample in samples]
+        columns = [record.columns for record, _ in asked]
+        scores = iter(self.reward.score([record.prompt for record, _ in asked], [one.text for _, one in asked], columns))
         for record, samples, drawn in zip(records, alive, groups, strict=True):
-            order = sorted(range(len(samples)), key=lambda i: -scores[first + i])
-            ranked, first = [samples[i] for i in order], first + len(samples)
+            scored = [(score, sample) for sample in samples if (score := next(scores)) is not None]
+            ranked = [sample for _, sample in sorted(scored, key=lambda one: -one[0])]
             for i in range(self.pairs):
                 if 2 * i + 1 < len(ranked):
                     yield record, ranked[i], ranked[-1 - i]
                 else:
-                    dead = next(sample for sample in drawn if sample.error is not None)
+                    none = Sample("", False, f"{self.reward.called or self.reward.name} gives no score to enough samples")
+                    dead = next((sample for sample in drawn if sample.error is not None), none)
                     yield record, dead, dead

@@ -10,8 +10,8 @@ from trimtab.data.records import Record
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.completions import RemoteModel, Sample, check_sendable
-from trimtab.propose.local import Written, write_samples
 from trimtab.propose.ranking import Ranking
+from trimtab.propose.writing import Written, write_samples
 
 __all__ = ["propose_remotely"]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trimtab.options import make_options
+from trimtab.options import make_options, named_for_python
 from trimtab.train.options import TrainOptions
 
 __all__ = ["run", "train"]
@@ -31,7 +31,8 @@ def train(options: TrainOptions | None = None, /, **settings: Any) -> dict[str, 
         DataError, ModelError: data or models that cannot be read or used.
         EndpointError: no endpoint answers; the same call goes on where this one stopped.
     """
-    return run(make_options(TrainOptions, options, settings))
+    with named_for_python(TrainOptions):
+        return run(make_options(TrainOptions, options, settings))
 
 
 def run(options: TrainOptions) -> dict[str, Any]:
