@@ -71,7 +71,7 @@ def test_importing_trimtab_imports_nothing_but_the_standard_library():
     assert in_a_fresh_python("import sys, trimtab\ntrimtab.SamplingParams\nprint('torch' in sys.modules)") == "True"
 
 
-HEAVY = ("torch", "transformers", "tokenizers", "numpy", "httpx2", "asyncio")
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "httpx2")
 """What takes long to import."""
 MOST_SECONDS = 0.3
 """Of processor time, above that of a bare Python: what else runs on the machine does not count."""

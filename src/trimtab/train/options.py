@@ -113,7 +113,7 @@ class TrainOptions(DryRunOptions):
         low=1e-3,
     )
     proposal_top_p: float | None = option(
-        None, "for the manifest; training sees the whole distribution [default: 1]", low=1e-9, high=1
+        None, "for the manifest; training sees the whole distribution [default: 1]", above=0, high=1
     )
     aligner_temperature: float | None = option(
         None,
@@ -129,7 +129,7 @@ class TrainOptions(DryRunOptions):
         choices=STARTS,
     )
     eval_dataset: str | None = option(None, "development data; without it, some prompts of --dataset are kept aside")
-    dev_fraction: float = option(0.1, "share of the prompts kept aside for development", low=1e-9, high=0.9)
+    dev_fraction: float = option(0.1, "share of the prompts kept aside for development", above=0, high=0.9)
     dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it", kept=True)
     dataset_config: str | None = option(None, "configuration of a hub data set that has several", kept=True)
     dataset_data_dir: str | None = option(None, "folder of a hub data set that is sorted into folders", kept=True)
@@ -158,7 +158,7 @@ class TrainOptions(DryRunOptions):
         "product, geometric: a budget for KL(aligned‖proposal) on the development answers, in nats a token, the proposal at"
         " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it"
         " [default: none]",
-        low=1e-9,
+        above=0,
     )
     dev_samples: int | None = option(
         None,

@@ -49,7 +49,7 @@ class Likelihood(Objective):
         low=0,
     )
     beta: float | None = option(
-        None, "inverse temperature of the contrast's reward, which is averaged over an answer [default: 1]", low=1e-9
+        None, "inverse temperature of the contrast's reward, which is averaged over an answer [default: 1]", above=0
     )
     sft_weight: float | None = option(
         None,

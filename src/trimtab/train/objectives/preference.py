@@ -23,7 +23,7 @@ class Preference(Objective):
     name: ClassVar[str] = "preference"
     equal_pairs: ClassVar[EqualPairs] = EqualPairs("left out", dropped=True, instead="take --objective sft")
 
-    beta: float = option(0.1, "inverse temperature of the reward, which is summed over an answer", low=1e-9)
+    beta: float = option(0.1, "inverse temperature of the reward, which is summed over an answer", above=0)
 
     def fits(self, setting: Setting) -> tuple[str, ...]:
         """For a head what decodes its own row."""
