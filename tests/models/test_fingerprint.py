@@ -303,7 +303,7 @@ def exchange_while_loading(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
         edit(file.parent, name="new")
         (file.parent / "new").replace(file)
 
-    for place in ("models.loading", "models.adapter_folder", "judges.reward"):
+    for place in ("models.loading", "models.adapter_folder", "judges.rewards.classifier"):
         monkeypatch.setattr(f"trimtab.{place}.check_finite", check)
 
 
