@@ -6,7 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
-import textwrap
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from brought import bring, look_again
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
-from trimtab.core.logprobs import entropy
 from trimtab.models.table import TableLM
 from trimtab.serve.playground.votes import VoteBook
 
@@ -25,15 +25,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def test_the_rule_of_the_tutorial_works_as_written(monkeypatch: pytest.MonkeyPatch):
-    """docs/rules.md, pasted into rules.py: registered, parsed with its setting, decoded."""
-    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    assert block
-    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
-    monkeypatch.setattr(rules, "entropy", entropy, raising=False)
-    names = dict(vars(rules))
-    exec(compile(textwrap.dedent(block.group(1)), "docs/rules.md", "exec"), names)
+def test_the_rule_of_the_tutorial_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """docs/rules.md as a package of somebody else's: found by its name, parsed with its setting, decoded."""
+    (source,), (points,) = blocks("rules.md", "python"), blocks("rules.md", "toml")
+    look_again(rules.RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "my_rules", source, tomllib.loads(points)["project"]["entry-points"])
     gate = rules.parse_rule("entropy_gate(nats=1.05)")
     logp = torch.tensor([[0.9, 0.05, 0.05], [0.3, 0.3, 0.4]], dtype=torch.float64).log()
     logq = torch.tensor([[0.1, 0.2, 0.7], [0.1, 0.2, 0.7]], dtype=torch.float64).log()

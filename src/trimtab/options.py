@@ -7,7 +7,7 @@ class says it of what it declares, or knows more of.
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from trimtab.errors import InvalidOption
@@ -17,8 +17,8 @@ __all__ = ["check_effects", "check_required", "make_options", "meant", "option"]
 T = TypeVar("T")
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with help; further metadata may follow."""
+def option(default: Any, text: str | Callable[[], str], **more: Any) -> Any:
+    """A dataclass field with help, which may be made when it is asked for; further metadata may follow."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 

@@ -1,5 +1,6 @@
 """The contract of every rule, and the law of each, worked out independently on small rows."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,14 +8,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from brought import bring, look_again
 from law_of import expected_row, powers
 from statistics_of import chi_square
+from trimtab import AlignedModel, SamplingParams
+from trimtab.cli.options import add_options
+from trimtab.cli.parser import Parser
 from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import Warp, kl_divergence, log_normalize, warp
 from trimtab.core.noise import uniforms
 from trimtab.core.objectives import likelihood
-from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, log_power, parse_rule
+from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, check_rule, log_power, parse_rule
+from trimtab.decode.options import RULE_NAMES, RowOptions
 from trimtab.errors import DeadRow, InvalidOption
+from trimtab.models.table import TableLM
 
 V = 6
 
@@ -220,6 +227,118 @@ def test_what_is_no_rule_is_named(text, message):
         parse_rule(text)
 
 
+# ---- the registry
+
+THEIRS = """
+import dataclasses
+from typing import ClassVar
+
+from trimtab.core.rules import Rule, weighted_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaning(Rule):
+    name: ClassVar[str] = "leaning"
+    share: float = 0.5
+    times: int = 1
+    loud: bool = False
+    way: str = "up, or down"
+
+    def log_weights(self, logp, logqs, weights):
+        return logp + self.share * weighted_sum(logqs, weights)
+"""
+POINTS = {"trimtab.rules": {"leaning": "their_rules:Leaning"}}
+
+
+def test_a_rule_of_another_package_is_found_read_and_decoded_like_ours(tmp_path, monkeypatch):
+    """q at half its weight, by its definition; a rule that does not look back need not know of contexts."""
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS, POINTS)
+    assert sorted(RULES) == ["candidates", "geometric", "kl_gate", "leaning", "nucleus", "product"]
+    rule = parse_rule("leaning")
+    p, q = rows(80, 5, zeros=0.2), rows(81, 5)
+    assert_close(rule(p, [q], [0.8]), Product()(p, [q], [0.4]))
+    model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="leaning(share=1.0)")
+    plain = AlignedModel(model.proposal, model.aligners)
+    assert model.score([[1]], [[2, 3]])[0].aligned == plain.score([[1]], [[2, 3]])[0].aligned
+    assert len(model.generate([[1]], SamplingParams(max_tokens=9, seed=3))[0].tokens) == 9
+
+
+@pytest.mark.parametrize("way", ["up", "up, or down", "a=b", "(x)", "it's", 'say "no"', "3", "true", "", " ", "back\\slash"])
+def test_a_setting_of_text_is_read_as_it_is_written(tmp_path, monkeypatch, way):
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS, POINTS)
+    rule = RULES["leaning"](way=way, times=3, loud=True, share=0.25)
+    assert parse_rule(str(rule)) == rule
+    assert str(RULES["leaning"](way="up")) == "leaning(way=up)"
+    assert parse_rule("leaning(way='up', times=2)").way == "up"
+    with pytest.raises(InvalidOption, match="wants way as str"):
+        parse_rule("leaning(way='up)")
+
+
+def test_the_help_of_the_rule_names_what_is_installed(tmp_path, monkeypatch):
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS, POINTS)
+    parser = Parser("trimtab generate")
+    add_options(parser, RowOptions)
+    shown = " ".join(parser.format_help().split())
+    assert f"decoding rule: {', '.join(sorted(RULES))}; settings in brackets" in shown
+    assert sorted({*RULE_NAMES, "leaning"}) == sorted(RULES)
+
+
+def bad_rules():
+    """What cannot be a rule, and the reason."""
+
+    class Bare(Rule):
+        name = "bare"
+
+    @dataclasses.dataclass
+    class Thawed:
+        name = "thawed"
+
+    @dataclasses.dataclass(frozen=True)
+    class Nameless(Rule):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Spaced(Rule):
+        name = "two words"
+
+    @dataclasses.dataclass(frozen=True)
+    class Wanting(Rule):
+        name = "wanting"
+        tau: float
+
+    @dataclasses.dataclass(frozen=True)
+    class Listing(Rule):
+        name = "listing"
+        ids: tuple = (1, 2)
+
+    return {
+        "needs to be a class": (Product(), "a rule is a class that inherits"),
+        "of another kind": (Thawed, "a rule is a class that inherits"),
+        "not frozen": (Bare, r"Bare must be a frozen dataclass: put @dataclass\(frozen=True\) above it"),
+        "without a name": (Nameless, "Nameless needs a name of small letters"),
+        "with a name that text cannot say": (Spaced, "Spaced needs a name of small letters"),
+        "without a default": (Wanting, "Wanting.tau needs a default"),
+        "with a setting that text cannot say": (Listing, r"Listing.ids must have one of bool, int, float, str for a default"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_rules())
+def test_what_cannot_be_a_rule_is_refused_with_the_reason(case):
+    rule, message = bad_rules()[case]
+    with pytest.raises(InvalidOption, match=message):
+        check_rule(rule)
+
+
+def test_a_rule_that_cannot_be_used_is_refused_by_its_package(tmp_path, monkeypatch):
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS.replace("frozen=True", "frozen=False"), POINTS)
+    with pytest.raises(InvalidOption, match="rule: 'leaning' of their_rules cannot be"):
+        parse_rule("leaning")
+
+
 # ---- product
 
 
@@ -304,7 +423,7 @@ def test_kl_gate_is_nucleus_below_tau_and_the_proposal_above():
     target = KLGate(tau=tau)(p, [q], [1.0])
     assert_close(target[near], Nucleus()(p, [q], [1.0])[near])
     assert_close(target[~near], p[~near])
-    assert torch.equal(KLGate(tau=tau).falls_back(p, [q], torch.ones(1)), ~near)
+    assert torch.equal(KLGate(tau=tau).marked(p, [q], torch.ones(1)), ~near)
 
 
 # ---- candidates

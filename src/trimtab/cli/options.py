@@ -34,7 +34,8 @@ def add_options(parser: Parser, options: type) -> None:
             _add_training(parser, field.metadata.get("defaults", {}))
             continue
         kind, repeats = _kind(hints[field.name])
-        text = field.metadata["help"].replace("%", "%%")
+        text = field.metadata["help"]
+        text = (text() if callable(text) else text).replace("%", "%%")
         if field.metadata.get("required"):
             text += " (required)"
         elif field.default not in (None, (), False, "") and "[default" not in text:

@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.data.options import LengthOptions, TemplateOptions
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.options import option
+from trimtab.registry import names_of
 
 __all__ = [
     "ModelOptions",
@@ -22,6 +23,15 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+RULE_NAMES = ("candidates", "geometric", "kl_gate", "nucleus", "product")
+"""Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
+
+
+def _rule_help() -> str:
+    """What `--rule` takes, those of other packages included."""
+    names = ", ".join(names_of("trimtab.rules", RULE_NAMES))
+    return f"decoding rule: {names}; settings in brackets, 'candidates(n=8)' [default: the manifest's, or product]"
+
 
 @dataclass(frozen=True)
 class RowOptions:
@@ -31,7 +41,7 @@ class RowOptions:
     aligner: tuple[str, ...] = option(
         (), "an aligner: a folder or a hub id; may repeat; none for the bare proposal", metavar="A"
     )
-    rule: str | None = option(None, "decoding rule, such as product or 'candidates(n=8)' [default: the manifest's, or product]")
+    rule: str | None = option(None, _rule_help)
     weight: tuple[float, ...] = option((), "weight of each --aligner, in order [default: the manifest's, or the rule's]")
     proposal_temperature: float | None = option(None, "temperature of the proposal's row, before the rule")
     proposal_top_k: int | None = option(None, "top-k of the proposal's row, before the rule")

@@ -6,7 +6,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from trimtab.core.rules import KLGate
 from trimtab.decode.draft import Lookup, Models
 from trimtab.decode.pace import Hope, Tally
 from trimtab.decode.reading import taps_of
@@ -24,8 +23,8 @@ class Drawn(NamedTuple):
     token: int
     logprobs: Seq[float] = ()
     """Under proposal, each aligner, and the aligned model; empty if nobody asked."""
-    fell_back: bool = False
-    """Whether a `kl_gate` left it to the proposal."""
+    marked: bool = False
+    """Whether the rule marked its row, see `Rule.marks`."""
     tops: Seq[list[tuple[int, float]]] = ()
     """The best tokens of the proposal and of the aligned model, with their log-probabilities; empty if nobody asked."""
 
@@ -79,7 +78,7 @@ class Sequence:
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._text = TextStream(tokenizer, params.stop, () if answers else prompt)
         self._drawn: list[Drawn] = []
-        self._fallbacks = 0
+        self._marked = 0
         self._has_no_head = not taps_of(models.aligners)
 
     @property
@@ -118,7 +117,7 @@ class Sequence:
     def accept(self, drawn: Drawn) -> TokenEvent:
         """Take the next token."""
         self.tokens.append(drawn.token)
-        self._fallbacks += drawn.fell_back
+        self._marked += drawn.marked
         if self.params.logprobs:
             self._drawn.append(drawn)
         ended = drawn.token in self._ends
@@ -163,7 +162,7 @@ class Sequence:
             seed=self.seed,
             prompt_tokens=len(self.prompt),
             logprobs=self._logprobs() if self.params.logprobs else None,
-            fallbacks=self._fallbacks if isinstance(self.shaping.rule, KLGate) else None,
+            fallbacks=None if self.shaping.rule.marks is None else self._marked,
             error=None if self.error is None else str(self.error),
         )
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from trimtab.core.logprobs import gather
 from trimtab.core.noise import uniforms
-from trimtab.core.rules import KLGate
 from trimtab.core.speculation import DRAWS, Verdict, draft_tokens, verify, verify_greedy
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
@@ -203,8 +202,8 @@ class Group:
         if self._observes:
             columns.append(settings.shaping.log_z(inputs, aligned, tokens[:, :1]))
         columns.append(tokens)
-        if settings.gated:
-            columns.append(settings.shaping.fallbacks(inputs))
+        if settings.shaping.marks:
+            columns.append(settings.shaping.marked(inputs))
         if settings.logprobs:
             columns += [gather(row, tokens.clamp(min=0)) for row in (logp, *logqs, aligned)]
         for row in (logp, aligned) if settings.top else ():
@@ -296,7 +295,6 @@ class _Settings:
         contexts = [[*s.prompt, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in sequences]
         drafting = [s.shaping.draft_temperature for s in sequences]
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
-        self.gated = any(isinstance(s.shaping.rule, KLGate) for s in sequences)
         self.logprobs = any(s.params.logprobs for s in sequences)
         self.top = min(max(s.params.top_logprobs for s in sequences), models.proposal.vocab_size)
         """How many of the best tokens somebody wants to know."""
@@ -356,7 +354,7 @@ class _Settings:
 
     def read(self, row: Sequence[float], count: int, width: int) -> list[Drawn]:
         """The first `count` tokens of one sequence, with all that belongs to them, out of the numbers of its P positions."""
-        singles = 1 + self.gated + (self._logprob_columns if self.logprobs else 0)
+        singles = 1 + self.shaping.marks + (self._logprob_columns if self.logprobs else 0)
         columns = [row[i * width : (i + 1) * width] for i in range(singles)]
         drawn = []
         for j in range(count):
@@ -365,5 +363,5 @@ class _Settings:
             for start in range(singles * width + j * self.top, len(row), 2 * self.top * width) if self.top else ():
                 values, ids = row[start : start + self.top], row[start + self.top * width : start + self.top * (width + 1)]
                 tops.append([(int(i), value) for i, value in zip(ids, values, strict=True)])
-            drawn.append(Drawn(int(token), rest[self.gated :], bool(self.gated and rest[0]), tops))
+            drawn.append(Drawn(int(token), rest[self.shaping.marks :], bool(self.shaping.marks and rest[0]), tops))
         return drawn

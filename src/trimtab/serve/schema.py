@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.core.rules import MAX_TEXT
+from trimtab.core.rules.base import MAX_TEXT
 from trimtab.data.prompts import join_chat
 from trimtab.serve.registry import NAME
 
