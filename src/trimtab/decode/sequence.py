@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trimtab.decode.draft import Lookup, Models
+from trimtab.decode.history import Place
 from trimtab.decode.pace import Hope, Tally
 from trimtab.decode.reading import taps_of
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
@@ -69,6 +70,8 @@ class Sequence:
         self.tally = Tally()
         self.lookup: Lookup | None = None
         """What drafts from its own text, if that is wanted."""
+        self.place: Place | None = None
+        """Where the memory of its text is, if its rule looks back and it is under way."""
         self.cached_tokens = 0
         """Tokens of its prompt that were not read for it, but taken over (`trimtab.decode.prefixes`)."""
         self.log_z: list[float] = []

@@ -21,6 +21,7 @@ from trimtab.core.noise import uniforms
 from trimtab.core.speculation import DRAWS, Verdict, draft_tokens, verify, verify_greedy
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Lookup, Models
+from trimtab.decode.history import Histories
 from trimtab.decode.memory import Size
 from trimtab.decode.pace import Pace
 from trimtab.decode.prefill import pad
@@ -194,16 +195,19 @@ class Group:
         logp = settings.proposal_rows(logp, logqs)
         self._rows.insert(0, logp)
         inputs = settings.shaping.inputs(logp, logqs)
-        aligned = settings.shaping.target(inputs)
+        contexts = settings.histories.contexts(inputs[0], drafts.tokens[:, 1:])
+        aligned = settings.shaping.target(inputs, contexts)
         verdict = settings.decide(aligned, drafts, to_device(limits, device))
-        tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
+        tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens, contexts)
+        if contexts:
+            settings.histories.move_on(contexts, inputs[0], tokens, verdict.accepted + 1)
         settings.sampler.note(tokens, verdict.accepted)
         columns = [verdict.accepted[:, None], verdict.kept[:, None]]
         if self._observes:
-            columns.append(settings.shaping.log_z(inputs, aligned, tokens[:, :1]))
+            columns.append(settings.shaping.log_z(inputs, aligned, tokens[:, :1], contexts))
         columns.append(tokens)
         if settings.shaping.marks:
-            columns.append(settings.shaping.marked(inputs))
+            columns.append(settings.shaping.marked(inputs, contexts))
         if settings.logprobs:
             columns += [gather(row, tokens.clamp(min=0)) for row in (logp, *logqs, aligned)]
         for row in (logp, aligned) if settings.top else ():
@@ -292,6 +296,9 @@ class _Settings:
         reads = [s.reads_proposal for s in sequences]
         self._reads = None if all(reads) else to_device(reads, device)[:, None, None]
         self.shaping = BatchShaping([s.shaping for s in sequences], device, alone=not any(reads))
+        self.histories = Histories(self.shaping.members, [s.prompt for s in sequences], device, [s.place for s in sequences])
+        for row, sequence in enumerate(sequences):
+            sequence.place = self.histories.place(row)
         contexts = [[*s.prompt, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in sequences]
         drafting = [s.shaping.draft_temperature for s in sequences]
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
