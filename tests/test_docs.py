@@ -18,6 +18,8 @@ from brought import bring, look_again
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
+from trimtab.decode.drafters import DRAFTERS
+from trimtab.errors import InvalidOption
 from trimtab.models.table import TableLM
 from trimtab.serve.playground.votes import VoteBook
 
@@ -38,6 +40,34 @@ def test_the_rule_of_the_tutorial_works_as_written(tmp_path: Path, monkeypatch: 
     assert_close(target[1], rules.Product()(logp[1], [logq[1]], [1.0]))
     model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="entropy_gate(nats=1.05)")
     assert len(model.generate([[1]], SamplingParams(max_tokens=4, seed=0))[0].tokens) == 4
+
+
+def test_the_rule_of_the_page_on_extending_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installed as a package, and tested by the page's own test."""
+    source, test, *_ = blocks("extending.md", "python")
+    points = blocks("extending.md", "toml")[0]
+    look_again(rules.RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "handover_rule", source, tomllib.loads(points)["project"]["entry-points"])
+    exec(compile(test, "docs/extending.md", "exec"), {})
+    model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="hand_over(window=2, threshold=-3.0)")
+    assert model.generate([[1]], SamplingParams(max_tokens=9, seed=0))[0].fallbacks > 0
+    with pytest.raises(InvalidOption, match="rule: hand_over: window must be at least 1, not 0"):
+        rules.parse_rule("hand_over(window=0)")
+
+
+def test_the_drafter_of_the_page_on_extending_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installed as a package, tested by the page's own test, and asked for by its name."""
+    source, test = blocks("extending.md", "python")[2:4]
+    points = blocks("extending.md", "toml")[1]
+    look_again(DRAFTERS, monkeypatch)
+    bring(tmp_path, monkeypatch, "phrases", source, tomllib.loads(points)["project"]["entry-points"])
+    names = {"Phrases": DRAFTERS["phrases"]}
+    exec(compile(test, "docs/extending.md", "exec"), names)
+    (tmp_path / "words.txt").write_text("abca", encoding="utf-8")
+    model = AlignedModel(TableLM.random(7, seed=0), tokenizer=tiny_tokenizer("abcdef"), draft=f"phrases:{tmp_path}/words.txt")
+    assert model.models.drafter == DRAFTERS["phrases"]((1, 2, 3, 1))
+    with pytest.raises(InvalidOption, match="draft: there is no file 'None'; say phrases:FILE"):
+        AlignedModel(TableLM.random(7, seed=0), tokenizer=tiny_tokenizer("abcdef"), draft="phrases")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -26,11 +26,21 @@ logger = logging.getLogger(__name__)
 RULE_NAMES = ("candidates", "geometric", "kl_gate", "nucleus", "product")
 """Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
 
+DRAFTER_NAMES = ("aligner", "model", "ngram", "none")
+"""Our drafters: `trimtab.decode.drafters`."""
+
 
 def _rule_help() -> str:
     """What `--rule` takes, those of other packages included."""
     names = ", ".join(names_of("trimtab.rules", RULE_NAMES))
     return f"decoding rule: {names}; settings in brackets, 'candidates(n=8)' [default: the manifest's, or product]"
+
+
+def _draft_help() -> str:
+    """What `--draft` takes, the drafters of other packages included."""
+    names = ", ".join(names_of("trimtab.drafters", DRAFTER_NAMES))
+    default = "[default: the first aligner; for a residual or a head, its own drafter or none]"
+    return f"who drafts: {names}, with more behind a colon where it is wanted, or a model {default}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class RowOptions:
     def __post_init__(self) -> None:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
         from trimtab.core.rules import parse_rule
-        from trimtab.decode.draft import DRAFTS
+        from trimtab.decode.drafters import source_of
         from trimtab.decode.request import check_shaping
         from trimtab.models.loading import check_dtype
 
@@ -68,7 +78,7 @@ class RowOptions:
         check_dtype(self.dtype)
         if self.aligner_dtype is not None:
             check_dtype(self.aligner_dtype, "aligner_dtype")
-            if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
+            if not self.aligns and source_of(getattr(self, "draft", None)) is None:
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
         if self.max_num_seqs < 1:
             raise InvalidOption(f"--max_num_seqs must be at least 1, not {self.max_num_seqs}")
@@ -93,12 +103,7 @@ class RowOptions:
 class ModelOptions(RowOptions):
     """The same, to decode with them."""
 
-    draft: str | None = option(
-        None,
-        "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual or a head, its own drafter or"
-        " none]",
-        metavar="MODEL",
-    )
+    draft: str | None = option(None, _draft_help, metavar="MODEL")
     draft_temperature: float | None = option(
         None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]"
     )
@@ -107,16 +112,25 @@ class ModelOptions(RowOptions):
     )
 
     def __post_init__(self) -> None:
-        """Refuse a draft length and temperature that cannot be, too."""
+        """Refuse a drafter, a draft length and a temperature that cannot be, too."""
+        from trimtab.decode.drafters import read_draft
         from trimtab.decode.pace import Pace
         from trimtab.decode.request import check_number
 
         super().__post_init__()
+        if self.draft is not None:
+            read_draft(self.draft)
         Pace(self.num_speculative_tokens)
         try:
             check_number("draft_temperature", 1.0 if self.draft_temperature is None else self.draft_temperature, above=0)
         except InvalidRequest as error:
             raise InvalidOption(str(error)) from error
+
+    @property
+    def _draft_has_rows(self) -> bool:
+        from trimtab.decode.drafters import read_draft
+
+        return self.draft is not None and read_draft(self.draft)[0].has_rows
 
     @property
     def no_drafts(self) -> str | None:
@@ -128,8 +142,8 @@ class ModelOptions(RowOptions):
     def idle(self) -> dict[str, str]:
         """What says how to draft where nobody does. A draft length of 0 is no reason: who drafts decides what a seed means."""
         idle = {} if self.draft != "aligner" or self.aligns else {"draft": "'aligner' needs an aligner"}
-        if self.draft == "ngram":
-            idle["draft_temperature"] = "is for a model that drafts, and --draft ngram has no row"
+        if self.draft is not None and not self._draft_has_rows:
+            idle["draft_temperature"] = f"is for a model that drafts, and --draft {self.draft} has no row"
         if why := self.no_drafts:
             idle["draft_temperature"] = why
             idle |= {"num_speculative_tokens": why} if self.num_speculative_tokens else {}
