@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from brought import bring, look_again
 from law_of import expected_row, powers
+from looking import LOOKING, Tiring
 from statistics_of import chi_square
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli.options import add_options
@@ -18,7 +19,20 @@ from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import Warp, kl_divergence, log_normalize, warp
 from trimtab.core.noise import uniforms
 from trimtab.core.objectives import likelihood
-from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, check_rule, log_power, parse_rule
+from trimtab.core.rules import (
+    RULES,
+    Candidates,
+    Context,
+    Geometric,
+    KLGate,
+    Nucleus,
+    Product,
+    Rule,
+    check_rule,
+    log_power,
+    parse_rule,
+)
+from trimtab.core.rules.context import first_context, follow, follow_run, unroll
 from trimtab.decode.options import RULE_NAMES, RowOptions
 from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.table import TableLM
@@ -34,7 +48,8 @@ def rows(seed: int, *shape: int, zeros: float = 0.0) -> torch.Tensor:
     return log_normalize(logits.masked_fill(gone, -math.inf))
 
 
-ROW_RULES: list[Rule] = [rule() for rule in RULES.values() if rule.has_row]
+EVERY: list[Rule] = [rule() for rule in RULES.values()]
+ROW_RULES = [rule for rule in EVERY if rule.has_row and not rule.looks_back]
 ROW_RULES += [KLGate(tau=1.0), KLGate(tau=math.inf), Nucleus(force_eos=True, eos_token_ids=(1, 2))]
 
 
@@ -194,6 +209,81 @@ def test_masked_aligners_have_gradients(weight):
         return likelihood(Product(), log_normalize(rows(75, 2)[:, :5]), log_normalize(x + mask), weight, tokens)
 
     assert torch.autograd.gradcheck(loss, logits.clone().requires_grad_())
+
+
+# ---- rules that look back
+
+LOOKING_BACK = [*(rule for rule in EVERY if rule.looks_back), *(rule() for rule in LOOKING), Tiring(token=3, doubled=False)]
+
+
+def some_context(rule: Rule, seed: int, *shape: int) -> Context:
+    """Contexts of rows `[*shape]`, as a decoder might have them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(-1, V, (*shape, rule.window), generator=generator)
+    logp = -torch.rand(*shape, rule.window, generator=generator, dtype=torch.float64) * 4
+    logp = torch.where((tokens < 0) | (torch.rand(logp.shape, generator=generator) < 0.2), math.nan, logp)
+    length = torch.randint(1, 5, shape, generator=generator)
+    state = torch.randint(0, 3, (*shape, rule.state_size), generator=generator).double()
+    return Context(tokens, logp, length + torch.randint(0, 9, shape, generator=generator), length, state)
+
+
+def at(context: Context, *place: int) -> Context:
+    return Context(*(part[place] for part in context))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.2], [1.5, -0.5]])
+@pytest.mark.parametrize("rule", LOOKING_BACK, ids=str)
+def test_rules_that_look_back_keep_the_contract(rule, weights):
+    """Normalised, in the support, pure, and row by row: of rows, of contexts, and of what a state becomes."""
+    logp, logqs = rows(1, 3, 4, zeros=0.3), [rows(2 + i, 3, 4) for i in range(len(weights))]
+    context = some_context(rule, 5, 3, 4)
+    before = [part.clone() for part in (logp, *logqs, *context)]
+    target = rule(logp, logqs, weights, context=context)
+    tokens, drawn = torch.randint(0, V, (3, 4), generator=torch.Generator().manual_seed(6)), -torch.ones(3, 4).double()
+    state = rule.advance(context, tokens, drawn) if rule.state_size else context.state
+    assert state.shape == (3, 4, rule.state_size)
+    assert_close(target.exp().sum(-1), torch.ones(3, 4, dtype=torch.float64))
+    assert target[logp.isneginf()].isneginf().all()
+    for b, k in itertools.product(range(3), range(4)):
+        mine = at(context, b, k)
+        alone = rule(logp[b, k], [logq[b, k] for logq in logqs], weights, context=mine)
+        assert_close(alone, target[b, k], atol=0, rtol=0)
+        if rule.state_size:
+            assert torch.equal(rule.advance(mine, tokens[b, k], drawn[b, k]), state[b, k])
+        if rule.marks:
+            marked = rule.marked(logp, logqs, torch.tensor(weights).double(), context=context)
+            assert marked.shape == (3, 4)
+    after = (logp, *logqs, *context)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True)), "inputs were changed"
+    assert parse_rule(str(rule)) == rule if rule.name in RULES else True
+    assert torch.equal(rule.target(logp, [], torch.zeros(0)), logp), "without aligners it is the proposal"
+    with pytest.raises(DeadRow):
+        rule(torch.full_like(logp, math.nan), logqs, weights, context=context)
+
+
+@pytest.mark.parametrize("rule", LOOKING_BACK, ids=str)
+def test_a_run_of_rows_is_one_row_after_the_other(rule):
+    """`unroll` and `follow_run` against `follow`, for texts that go on by different numbers of tokens."""
+    prompts = [[3], [1, 2, 3, 4], [2, 2]]
+    tokens = torch.tensor([[1, 2, 1, 4], [4, 1, 1, 1], [2, 3, 2, 0]])
+    logp = -torch.arange(12).double().view(3, 4) / 3 if rule.reads_logp else torch.full((3, 4), math.nan).double()
+    first = first_context(rule, prompts, torch.device("cpu"))
+    run = unroll(rule, first, tokens[:, :-1], logp[:, :-1])
+    steps = [first]
+    for j in range(4):
+        steps.append(follow(rule, steps[-1], tokens[:, j], logp[:, j]))
+    for j in range(4):
+        for part, one in zip(run, steps[j], strict=True):
+            assert_close(part[:, j], one, equal_nan=True)
+    counts = torch.tensor([0, 4, 2])
+    for part, *ones in zip(follow_run(rule, first, run, tokens, logp, counts), *steps, strict=True):
+        for b, count in enumerate(counts.tolist()):
+            assert_close(part[b], ones[count][b], equal_nan=True)
+    text = [*prompts[1], *tokens[1].tolist()]
+    seen = steps[4]
+    assert seen.tokens[1].tolist() == text[len(text) - rule.window :]
+    assert (seen.position[1].item(), seen.prompt_length[1].item()) == (8, 4)
+    assert first.logp.isnan().all()
 
 
 def test_rules_are_values_that_read_as_they_are_written():

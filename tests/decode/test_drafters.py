@@ -221,6 +221,20 @@ def test_drafts_of_the_wrong_form_are_named(said, message):
         model(2, Wrong(said)).generate([[1]], SamplingParams(max_tokens=4, seed=0))
 
 
+@pytest.mark.parametrize("token", [V, -2, 10**9])
+def test_a_guess_that_is_no_token_is_named(token):
+    with pytest.raises(InvalidOption, match=f"draft: 'cycle' guessed {token}, and ids are from 0 to 4"):
+        model(2, Cycle((1, token))).generate([[1]], SamplingParams(max_tokens=9, seed=0))
+
+
+def test_a_text_that_dies_at_once_is_told_of_nothing():
+    record = Recorder(Cycle())
+    dead = TableLM(torch.zeros(V + 1, V))
+    dead.table = torch.full_like(dead.table, torch.nan)
+    (done,) = AlignedModel(dead, draft=record).generate([[1, 2]], SamplingParams(max_tokens=9, seed=0))
+    assert (done.finish_reason, record.told) == ("error", [[1, 2]])
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -56,6 +56,10 @@ class Histories:
             )
             self._within |= {row: i for i, row in enumerate(rows)}
 
+    def __bool__(self) -> bool:
+        """Whether any of the rules looks back."""
+        return bool(self._index)
+
     def place(self, row: int) -> Place | None:
         """Where the memory of a text is; None if its rule does not look back."""
         return Place(self, row) if row in self._within else None

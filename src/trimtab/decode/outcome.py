@@ -1,7 +1,7 @@
 """What a step decided, for groups of sequences: columns on the device, one transfer to the host, and plain values there."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,31 +68,23 @@ def fetch(decided: Sequence[Decided]) -> list[list[Outcome]]:
 
     All numbers travel as float64, which holds ids and truth values exactly.
     """
-    flat: list[Tensor] = []
-    _gather([tuple(part) for part in decided], flat)
-    numbers: list[float] = torch.cat([column.flatten().double() for column in flat]).tolist()
-    columns, start = [], 0
-    for column in flat:
-        columns.append(_nest(numbers[start : start + column.numel()], column.shape))
-        start += column.numel()
-    taken = iter(columns)
-    return [_outcomes(Decided(*_replace(tuple(part), taken))) for part in decided]
+    columns = [list(_columns(part)) for part in decided]
+    numbers: list[float] = torch.cat([column.flatten().double() for mine in columns for column in mine]).tolist()
+    found, start = [], 0
+    for part, mine in zip(decided, columns, strict=True):
+        lists = []
+        for column in mine:
+            lists.append(_nest(numbers[start : start + column.numel()], column.shape))
+            start += column.numel()
+        found.append(_outcomes(part, lists))
+    return found
 
 
-def _gather(value: Any, into: list[Tensor]) -> None:
-    """All tensors in nested sequences, in order."""
-    if isinstance(value, Tensor):
-        into.append(value)
-    elif value is not None:
-        for part in value:
-            _gather(part, into)
-
-
-def _replace(value: Any, columns: Any) -> Any:
-    """The same nested sequences as tuples, with a column in the place of each tensor, in order."""
-    if isinstance(value, Tensor):
-        return next(columns)
-    return None if value is None else tuple(_replace(part, columns) for part in value)
+def _columns(part: Decided) -> Iterator[Tensor]:
+    """All tensors of what was decided, in the order of its fields."""
+    yield from (column for column in part[:-1] if isinstance(column, Tensor))
+    for best in part.best or ():
+        yield from best
 
 
 def _nest(numbers: list[float], shape: Sequence[int]) -> Any:
@@ -103,18 +95,22 @@ def _nest(numbers: list[float], shape: Sequence[int]) -> Any:
     return [_nest(numbers[i * size : (i + 1) * size], shape[1:]) for i in range(shape[0])]
 
 
-def _outcomes(columns: Any) -> list[Outcome]:
-    """One for each sequence, from lists in the place of a `Decided`'s tensors."""
+def _outcomes(part: Decided, lists: list[Any]) -> list[Outcome]:
+    """One for each sequence, from the numbers of a group's columns as nested lists."""
+    known = iter(lists)
+    accepted, kept, tokens = next(known), next(known), next(known)
+    log_z, marked, logprobs = (None if column is None else next(known) for column in part[3:6])
+    tops = [(next(known), next(known)) for _ in part.best or ()]
     outcomes = []
-    for b, (accepted, kept) in enumerate(zip(columns.accepted, columns.kept, strict=True)):
-        drawn = []
-        for j in range(int(accepted) + 1):
-            logprobs = () if columns.logprobs is None else columns.logprobs[b][j]
-            marked = columns.marked is not None and bool(columns.marked[b][j])
-            tops: list[list[tuple[int, float]]] = []
-            for values, ids in columns.best or ():
-                tops.append([(int(i), value) for i, value in zip(ids[b][j], values[b][j], strict=True)])
-            drawn.append(Drawn(int(columns.tokens[b][j]), logprobs, marked, tops))
-        log_z = math.nan if columns.log_z is None else columns.log_z[b]
-        outcomes.append(Outcome(int(accepted), int(kept), drawn, log_z))
+    for b, stayed in enumerate(accepted):
+        drawn = [
+            Drawn(
+                int(tokens[b][j]),
+                logprobs[b][j] if logprobs else (),
+                bool(marked and marked[b][j]),
+                [[(int(i), value) for i, value in zip(ids[b][j], values[b][j], strict=True)] for values, ids in tops],
+            )
+            for j in range(int(stayed) + 1)
+        ]
+        outcomes.append(Outcome(int(stayed), int(kept[b]), drawn, log_z[b] if log_z else math.nan))
     return outcomes

@@ -147,7 +147,7 @@ class Group:
         return self._ask(limits, {})
 
     def _ask(self, limits: Sequence[int], read: Mapping[int, Tensor]) -> Drafts:
-        """What the drafter says, and the rows of models that have read it on the way, or `read` already what is there."""
+        """Ask the drafter; `read` are rows of models that have read the newest tokens already, by their places."""
         settings, newest = self._lay_out(max(limits) + 1)
         drafter = self.models.drafter
 
@@ -159,10 +159,17 @@ class Group:
                 return self._catch_up(model, state, counts).to(newest.device)
             return model.extend(state, token.to(model.device), counts).to(newest.device)
 
-        memories = [sequence.remember() for sequence in self.sequences]
-        able = [sequence.can_draft for sequence in self.sequences]
-        greedy, aligners = settings.sampler.greedy, len(self.models.aligners)
-        step = Step(memories, limits, able, newest, greedy, aligners, settings.draw, rows)
+        step = Step(
+            settings.memories,
+            limits,
+            settings.able,
+            newest,
+            greedy=settings.sampler.greedy,
+            aligners=len(self.models.aligners),
+            vocab_size=self.models.proposal.vocab_size,
+            draw=settings.draw,
+            rows=rows,
+        )
         drafts = Drafts(newest, _checked(drafter, drafter.draft(step), step), read, step.width)
         self._bonus = drafts.bonus
         return drafts
@@ -189,7 +196,7 @@ class Group:
         logp = settings.proposal_rows(logp, logqs)
         self._rows.insert(0, logp)
         inputs = settings.shaping.inputs(logp, logqs)
-        contexts = settings.histories.contexts(inputs[0], drafts.tokens[:, 1:])
+        contexts = settings.histories.contexts(inputs[0], drafts.tokens[:, 1:]) if settings.histories else {}
         aligned = settings.shaping.target(inputs, contexts)
         verdict = settings.decide(aligned, drafts, to_device(limits, device))
         tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens, contexts)
@@ -231,7 +238,8 @@ class Group:
                 taken.append(one.token)
                 if sequence.finish_reason:
                     break
-            self.models.drafter.accepted(sequence.memory, taken)
+            if taken:
+                self.models.drafter.accepted(sequence.memory, taken)
             if sequence.can_draft:
                 drafted = limit + self._bonus
                 for hope in (sequence.hope, self._pace.kind(sequence.kind)):
@@ -273,15 +281,14 @@ def _checked(drafter: Drafter, drafted: Drafted, step: Step) -> Drafted:
     Raises:
         InvalidOption: it is not.
     """
-    tokens, rows = drafted.tokens, drafted.rows
+    tokens, rows, (count, width) = drafted.tokens, drafted.rows, (len(step.limits), step.width)
     if tokens is None:
         return drafted
-    wanted = [(len(step.limits), step.width)] + [(len(step.limits), step.width - 1)] * step.greedy
-    if tuple(tokens.shape) not in wanted or tokens.dtype != torch.long or tokens.device != step.newest.device:
+    fits = tokens.shape == (count, width) or (step.greedy and tokens.shape == (count, width - 1))
+    if not fits or tokens.dtype != torch.long or tokens.device != step.newest.device:
         given = f"{tokens.dtype} {list(tokens.shape)} on {tokens.device}"
-        raise InvalidOption(
-            f"draft: '{drafter.name}' gave {given} for tokens, and must give int64 {list(wanted[0])} on {step.newest.device}"
-        )
+        wanted = f"int64 {[count, width]} on {step.newest.device}"
+        raise InvalidOption(f"draft: '{drafter.name}' gave {given} for tokens, and must give {wanted}")
     if rows is not None and rows.shape[:2] != tokens.shape:
         raise InvalidOption(f"draft: '{drafter.name}' gave rows of shape {list(rows.shape)} for tokens {list(tokens.shape)}")
     return drafted
@@ -302,6 +309,9 @@ class _Settings:
         contexts = [[*s.prompt, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in sequences]
         drafting = [s.shaping.draft_temperature for s in sequences]
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
+        self.memories = [sequence.remember() for sequence in sequences]
+        """What their drafter keeps of their texts."""
+        self.able = [sequence.can_draft for sequence in sequences]
         self.logprobs = any(s.params.logprobs for s in sequences)
         self.top = min(max(s.params.top_logprobs for s in sequences), models.proposal.vocab_size)
         """How many of the best tokens somebody wants to know."""

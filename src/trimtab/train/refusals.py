@@ -66,6 +66,10 @@ def refuse_contradictions(options: "TrainOptions") -> None:
     if options.weight is not None and not math.isfinite(options.weight):
         raise InvalidOption(f"weight must be a finite number, not {options.weight}")
     rule = options.parsed_rule
+    if rule.looks_back:
+        raise InvalidOption(
+            f"rule: '{rule}' looks at the text before a row, and aligners are trained on rows: train for another"
+        )
     if options.objective == "likelihood" and not isinstance(rule, (Product, Geometric)):
         raise InvalidOption(f"likelihood trains product or geometric, for '{rule}' use sft")
     if options.max_kl is not None and rule.name not in RANGES:

@@ -30,10 +30,11 @@ class Drafted(NamedTuple):
     """Drafts for b texts at their next P positions, the bonus position included."""
 
     tokens: Tensor | None = None
-    """`[b, P]` int64, one for each position, `NO_TOKEN` where there is none; None if there is none at all. `[b, P − 1]`, none
-    for the bonus position, will do where the step is `greedy`."""
+    """`[b, P]` int64, one for each position; None if there is none at all. Where certain tokens end, `NO_TOKEN` stands.
+    `[b, P − 1]`, none for the bonus position, will do where the step is `greedy`."""
     rows: Tensor | None = None
-    """Log-probabilities `[b, P, V]` that they were drawn from with `Step.draw`; None where they are certain, or `greedy`."""
+    """Log-probabilities `[b, P, V]` that all of them were drawn from with `Step.draw`: the law depends on it. None where they
+    are certain, or the step is `greedy`."""
     read: Mapping[int, Tensor] = {}
     """Rows `[b, P, V]` of models that have read all these tokens on the way, by their places, see `Step.rows`."""
 
@@ -53,6 +54,8 @@ class Step(NamedTuple):
     """Whether all texts take the best token: then a draft is the drafter's best one, and nothing is drawn."""
     aligners: int
     """How many aligners there are: the drafter's own models have the places behind theirs."""
+    vocab_size: int
+    """V"""
     draw: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Tensor | None]]
     """From a drafting model's row `[b, 1, V]` and the drafts `[b]` before it to the next draft `[b, 1]`, and the row that it
     was drawn from, with the texts' own sampling knobs; None for a row where the step is `greedy`."""
@@ -161,12 +164,21 @@ class TextDrafter(Drafter):
     has_rows: ClassVar[bool] = False
 
     def guess(self, memory: Any, count: int) -> Sequence[int]:
-        """The next tokens of a text, up to `count`, each as if those before it had been accepted; fewer if it knows no more."""
+        """The next tokens of a text, up to `count`, each as if those before it had been accepted; fewer if it knows no more.
+
+        `NO_TOKEN` stands for a place of which it knows nothing.
+        """
         raise NotImplementedError
 
     def draft(self, step: Step) -> Drafted:
-        """What is guessed, on the device."""
+        """What is guessed, on the device.
+
+        Raises:
+            InvalidOption: a guess is no token.
+        """
         guesses = [list(self.guess(memory, step.width))[: step.width] for memory in step.memories]
+        for token in (token for guess in guesses for token in guess if not NO_TOKEN <= token < step.vocab_size):
+            raise InvalidOption(f"draft: '{self.name}' guessed {token}, and ids are from 0 to {step.vocab_size - 1}")
         padded = [[*guess, *[NO_TOKEN] * (step.width - len(guess))] for guess in guesses]
         return Drafted(to_device(padded, step.newest.device))
 
