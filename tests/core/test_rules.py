@@ -303,6 +303,8 @@ def test_rules_are_values_that_read_as_they_are_written():
     [
         ("par", "there is no rule 'par'; choose one of candidates, geometric"),
         ("candidates(n=8", "closing bracket"),
+        ('product(")', "lacks a closing quote"),
+        ("kl_gate(tau='0.2)", "lacks a closing quote"),
         ("candidates(m=8)", "'candidates' has no setting 'm'; it has: n"),
         ("product(n=8)", "'product' has no setting 'n'; it has: none"),
         ("candidates(n=many)", "wants n as int"),
@@ -362,7 +364,7 @@ def test_a_setting_of_text_is_read_as_it_is_written(tmp_path, monkeypatch, way):
     assert parse_rule(str(rule)) == rule
     assert str(RULES["leaning"](way="up")) == "leaning(way=up)"
     assert parse_rule("leaning(way='up', times=2)").way == "up"
-    with pytest.raises(InvalidOption, match="wants way as str"):
+    with pytest.raises(InvalidOption, match="lacks a closing quote"):
         parse_rule("leaning(way='up)")
 
 

@@ -290,6 +290,8 @@ def parse_rule(text: str | Rule) -> Rule:
         raise InvalidOption(f"rule: there is no rule '{name}'; choose one of {', '.join(sorted(RULES))}")
     if bracket and not rest.endswith(")"):
         raise InvalidOption(f"rule: '{text}' lacks its closing bracket")
+    if PART.sub("", rest).strip(","):
+        raise InvalidOption(f"rule: '{text}' lacks a closing quote")
     rule = RULES[name]
     options = {f.name: f for f in dataclasses.fields(rule) if f.metadata.get("option", True)}
     settings: dict[str, Any] = {}
