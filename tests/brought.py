@@ -6,6 +6,13 @@ from importlib import invalidate_caches
 from pathlib import Path
 
 
+def look_again(registry, monkeypatch) -> None:
+    """Let a registry find for one test what `bring` is about to install."""
+    list(registry)
+    monkeypatch.setattr(registry, "_known", dict(registry._known))
+    monkeypatch.delitem(vars(registry), "_brought")
+
+
 def bring(
     folder: Path, monkeypatch, module: str, source: str, points: Mapping[str, Mapping[str, str]], package: str = ""
 ) -> None:

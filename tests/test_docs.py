@@ -6,7 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
-import textwrap
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from brought import bring, look_again
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
-from trimtab.core.logprobs import entropy
+from trimtab.decode.drafters import DRAFTERS
+from trimtab.errors import InvalidOption
 from trimtab.models.table import TableLM
 from trimtab.serve.playground.votes import VoteBook
 
@@ -25,15 +27,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def test_the_rule_of_the_tutorial_works_as_written(monkeypatch: pytest.MonkeyPatch):
-    """docs/rules.md, pasted into rules.py: registered, parsed with its setting, decoded."""
-    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    assert block
-    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
-    monkeypatch.setattr(rules, "entropy", entropy, raising=False)
-    names = dict(vars(rules))
-    exec(compile(textwrap.dedent(block.group(1)), "docs/rules.md", "exec"), names)
+def test_the_rule_of_the_tutorial_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """docs/rules.md as a package of somebody else's: found by its name, parsed with its setting, decoded."""
+    (source,), (points,) = blocks("rules.md", "python"), blocks("rules.md", "toml")
+    look_again(rules.RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "my_rules", source, tomllib.loads(points)["project"]["entry-points"])
     gate = rules.parse_rule("entropy_gate(nats=1.05)")
     logp = torch.tensor([[0.9, 0.05, 0.05], [0.3, 0.3, 0.4]], dtype=torch.float64).log()
     logq = torch.tensor([[0.1, 0.2, 0.7], [0.1, 0.2, 0.7]], dtype=torch.float64).log()
@@ -42,6 +40,34 @@ def test_the_rule_of_the_tutorial_works_as_written(monkeypatch: pytest.MonkeyPat
     assert_close(target[1], rules.Product()(logp[1], [logq[1]], [1.0]))
     model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="entropy_gate(nats=1.05)")
     assert len(model.generate([[1]], SamplingParams(max_tokens=4, seed=0))[0].tokens) == 4
+
+
+def test_the_rule_of_the_page_on_extending_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installed as a package, and tested by the page's own test."""
+    source, test, *_ = blocks("extending.md", "python")
+    points = blocks("extending.md", "toml")[0]
+    look_again(rules.RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "handover_rule", source, tomllib.loads(points)["project"]["entry-points"])
+    exec(compile(test, "docs/extending.md", "exec"), {})
+    model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="hand_over(window=2, threshold=-3.0)")
+    assert model.generate([[1]], SamplingParams(max_tokens=9, seed=0))[0].fallbacks > 0
+    with pytest.raises(InvalidOption, match="rule: hand_over: window must be at least 1, not 0"):
+        rules.parse_rule("hand_over(window=0)")
+
+
+def test_the_drafter_of_the_page_on_extending_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installed as a package, tested by the page's own test, and asked for by its name."""
+    source, test = blocks("extending.md", "python")[2:4]
+    points = blocks("extending.md", "toml")[1]
+    look_again(DRAFTERS, monkeypatch)
+    bring(tmp_path, monkeypatch, "phrases", source, tomllib.loads(points)["project"]["entry-points"])
+    names = {"Phrases": DRAFTERS["phrases"]}
+    exec(compile(test, "docs/extending.md", "exec"), names)
+    (tmp_path / "words.txt").write_text("abca", encoding="utf-8")
+    model = AlignedModel(TableLM.random(7, seed=0), tokenizer=tiny_tokenizer("abcdef"), draft=f"phrases:{tmp_path}/words.txt")
+    assert model.models.drafter == DRAFTERS["phrases"]((1, 2, 3, 1))
+    with pytest.raises(InvalidOption, match="draft: there is no file 'None'; say phrases:FILE"):
+        AlignedModel(TableLM.random(7, seed=0), tokenizer=tiny_tokenizer("abcdef"), draft="phrases")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,8 +13,7 @@ from trimtab.core.objectives import acceptance as agreement
 from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.decode.scoring import completion_rows
-from trimtab.decode.shaping import BatchShaping
+from trimtab.decode.scoring import Following, completion_rows
 from trimtab.evaluate.distribution import Trace, trace
 from trimtab.models.aligner import MANIFEST_NAME
 
@@ -100,9 +99,9 @@ def acceptance(system: System, drafter: Path, prompts: list[list[int]], answers:
     shaping, kept, tokens = model.shaping(system.params), 0.0, 0
     for start in range(0, len(prompts), BATCH):
         pairs = list(zip(prompts[start : start + BATCH], answers[start : start + BATCH], strict=True))
-        batch = BatchShaping([shaping] * len(pairs), model.proposal.device)
-        for rows, _, counts in completion_rows([model.proposal, *model.aligners, draft], pairs):
-            target = batch.target(batch.inputs(rows[0], rows[1:-1]))
+        following = Following(shaping, [prompt for prompt, _ in pairs], model.proposal.device)
+        for rows, given, counts in completion_rows([model.proposal, *model.aligners, draft], pairs):
+            target = following.align(rows[:-1], given, counts).target
             found = agreement(target, rows[-1])
             kept += sum(float(found[i, :count].sum()) for i, count in enumerate(counts))
             tokens += sum(counts)

@@ -13,14 +13,14 @@ A package of somebody else's names its own in its `pyproject.toml`, and every co
 Entry points are looked up when all names are asked for, or one that is none of ours; each is imported when it is asked for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from trimtab.errors import InvalidOption
 
-__all__ = ["Registry", "check_is", "help_of"]
+__all__ = ["Registry", "check_is", "help_of", "names_of"]
 
 T = TypeVar("T")
 
@@ -138,6 +138,16 @@ def help_of(registry: Registry[Any]) -> str:
         except InvalidOption as error:
             lines.append(f"{name} ({error})")
     return "; ".join(lines)
+
+
+def names_of(group: str, ours: Iterable[str]) -> list[str]:
+    """The names of a registry in order, for a text of help: nothing is imported for it, our own modules among that.
+
+    Args:
+        group: the entry points' group.
+        ours: the names that we have.
+    """
+    return sorted({*ours, *(point.name for point in entry_points(group=group))})
 
 
 def _package_of(point: EntryPoint) -> str:

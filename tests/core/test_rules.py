@@ -1,5 +1,6 @@
 """The contract of every rule, and the law of each, worked out independently on small rows."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,14 +8,34 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from brought import bring, look_again
 from law_of import expected_row, powers
+from looking import LOOKING, Tiring
 from statistics_of import chi_square
+from trimtab import AlignedModel, SamplingParams
+from trimtab.cli.options import add_options
+from trimtab.cli.parser import Parser
 from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import Warp, kl_divergence, log_normalize, warp
 from trimtab.core.noise import uniforms
 from trimtab.core.objectives import likelihood
-from trimtab.core.rules import RULES, Candidates, Geometric, KLGate, Nucleus, Product, Rule, log_power, parse_rule
+from trimtab.core.rules import (
+    RULES,
+    Candidates,
+    Context,
+    Geometric,
+    KLGate,
+    Nucleus,
+    Product,
+    Rule,
+    check_rule,
+    log_power,
+    parse_rule,
+)
+from trimtab.core.rules.context import first_context, follow, follow_run, unroll
+from trimtab.decode.options import RULE_NAMES, RowOptions
 from trimtab.errors import DeadRow, InvalidOption
+from trimtab.models.table import TableLM
 
 V = 6
 
@@ -27,7 +48,8 @@ def rows(seed: int, *shape: int, zeros: float = 0.0) -> torch.Tensor:
     return log_normalize(logits.masked_fill(gone, -math.inf))
 
 
-ROW_RULES: list[Rule] = [rule() for rule in RULES.values() if rule.has_row]
+EVERY: list[Rule] = [rule() for rule in RULES.values()]
+ROW_RULES = [rule for rule in EVERY if rule.has_row and not rule.looks_back]
 ROW_RULES += [KLGate(tau=1.0), KLGate(tau=math.inf), Nucleus(force_eos=True, eos_token_ids=(1, 2))]
 
 
@@ -189,6 +211,81 @@ def test_masked_aligners_have_gradients(weight):
     assert torch.autograd.gradcheck(loss, logits.clone().requires_grad_())
 
 
+# ---- rules that look back
+
+LOOKING_BACK = [*(rule for rule in EVERY if rule.looks_back), *(rule() for rule in LOOKING), Tiring(token=3, doubled=False)]
+
+
+def some_context(rule: Rule, seed: int, *shape: int) -> Context:
+    """Contexts of rows `[*shape]`, as a decoder might have them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(-1, V, (*shape, rule.window), generator=generator)
+    logp = -torch.rand(*shape, rule.window, generator=generator, dtype=torch.float64) * 4
+    logp = torch.where((tokens < 0) | (torch.rand(logp.shape, generator=generator) < 0.2), math.nan, logp)
+    length = torch.randint(1, 5, shape, generator=generator)
+    state = torch.randint(0, 3, (*shape, rule.state_size), generator=generator).double()
+    return Context(tokens, logp, length + torch.randint(0, 9, shape, generator=generator), length, state)
+
+
+def at(context: Context, *place: int) -> Context:
+    return Context(*(part[place] for part in context))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.2], [1.5, -0.5]])
+@pytest.mark.parametrize("rule", LOOKING_BACK, ids=str)
+def test_rules_that_look_back_keep_the_contract(rule, weights):
+    """Normalised, in the support, pure, and row by row: of rows, of contexts, and of what a state becomes."""
+    logp, logqs = rows(1, 3, 4, zeros=0.3), [rows(2 + i, 3, 4) for i in range(len(weights))]
+    context = some_context(rule, 5, 3, 4)
+    before = [part.clone() for part in (logp, *logqs, *context)]
+    target = rule(logp, logqs, weights, context=context)
+    tokens, drawn = torch.randint(0, V, (3, 4), generator=torch.Generator().manual_seed(6)), -torch.ones(3, 4).double()
+    state = rule.advance(context, tokens, drawn) if rule.state_size else context.state
+    assert state.shape == (3, 4, rule.state_size)
+    assert_close(target.exp().sum(-1), torch.ones(3, 4, dtype=torch.float64))
+    assert target[logp.isneginf()].isneginf().all()
+    for b, k in itertools.product(range(3), range(4)):
+        mine = at(context, b, k)
+        alone = rule(logp[b, k], [logq[b, k] for logq in logqs], weights, context=mine)
+        assert_close(alone, target[b, k], atol=0, rtol=0)
+        if rule.state_size:
+            assert torch.equal(rule.advance(mine, tokens[b, k], drawn[b, k]), state[b, k])
+        if rule.marks:
+            marked = rule.marked(logp, logqs, torch.tensor(weights).double(), context=context)
+            assert marked.shape == (3, 4)
+    after = (logp, *logqs, *context)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True)), "inputs were changed"
+    assert parse_rule(str(rule)) == rule if rule.name in RULES else True
+    assert torch.equal(rule.target(logp, [], torch.zeros(0)), logp), "without aligners it is the proposal"
+    with pytest.raises(DeadRow):
+        rule(torch.full_like(logp, math.nan), logqs, weights, context=context)
+
+
+@pytest.mark.parametrize("rule", LOOKING_BACK, ids=str)
+def test_a_run_of_rows_is_one_row_after_the_other(rule):
+    """`unroll` and `follow_run` against `follow`, for texts that go on by different numbers of tokens."""
+    prompts = [[3], [1, 2, 3, 4], [2, 2]]
+    tokens = torch.tensor([[1, 2, 1, 4], [4, 1, 1, 1], [2, 3, 2, 0]])
+    logp = -torch.arange(12).double().view(3, 4) / 3 if rule.reads_logp else torch.full((3, 4), math.nan).double()
+    first = first_context(rule, prompts, torch.device("cpu"))
+    run = unroll(rule, first, tokens[:, :-1], logp[:, :-1])
+    steps = [first]
+    for j in range(4):
+        steps.append(follow(rule, steps[-1], tokens[:, j], logp[:, j]))
+    for j in range(4):
+        for part, one in zip(run, steps[j], strict=True):
+            assert_close(part[:, j], one, equal_nan=True)
+    counts = torch.tensor([0, 4, 2])
+    for part, *ones in zip(follow_run(rule, first, run, tokens, logp, counts), *steps, strict=True):
+        for b, count in enumerate(counts.tolist()):
+            assert_close(part[b], ones[count][b], equal_nan=True)
+    text = [*prompts[1], *tokens[1].tolist()]
+    seen = steps[4]
+    assert seen.tokens[1].tolist() == text[len(text) - rule.window :]
+    assert (seen.position[1].item(), seen.prompt_length[1].item()) == (8, 4)
+    assert first.logp.isnan().all()
+
+
 def test_rules_are_values_that_read_as_they_are_written():
     for name in RULES:
         assert str(parse_rule(name)) == name
@@ -206,6 +303,8 @@ def test_rules_are_values_that_read_as_they_are_written():
     [
         ("par", "there is no rule 'par'; choose one of candidates, geometric"),
         ("candidates(n=8", "closing bracket"),
+        ('product(")', "lacks a closing quote"),
+        ("kl_gate(tau='0.2)", "lacks a closing quote"),
         ("candidates(m=8)", "'candidates' has no setting 'm'; it has: n"),
         ("product(n=8)", "'product' has no setting 'n'; it has: none"),
         ("candidates(n=many)", "wants n as int"),
@@ -218,6 +317,118 @@ def test_rules_are_values_that_read_as_they_are_written():
 def test_what_is_no_rule_is_named(text, message):
     with pytest.raises(InvalidOption, match=message.replace("(", r"\(").replace(")", r"\)")):
         parse_rule(text)
+
+
+# ---- the registry
+
+THEIRS = """
+import dataclasses
+from typing import ClassVar
+
+from trimtab.core.rules import Rule, weighted_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaning(Rule):
+    name: ClassVar[str] = "leaning"
+    share: float = 0.5
+    times: int = 1
+    loud: bool = False
+    way: str = "up, or down"
+
+    def log_weights(self, logp, logqs, weights):
+        return logp + self.share * weighted_sum(logqs, weights)
+"""
+POINTS = {"trimtab.rules": {"leaning": "their_rules:Leaning"}}
+
+
+def test_a_rule_of_another_package_is_found_read_and_decoded_like_ours(tmp_path, monkeypatch):
+    """q at half its weight, by its definition; a rule that does not look back need not know of contexts."""
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS, POINTS)
+    assert sorted(RULES) == ["candidates", "geometric", "kl_gate", "leaning", "nucleus", "product"]
+    rule = parse_rule("leaning")
+    p, q = rows(80, 5, zeros=0.2), rows(81, 5)
+    assert_close(rule(p, [q], [0.8]), Product()(p, [q], [0.4]))
+    model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="leaning(share=1.0)")
+    plain = AlignedModel(model.proposal, model.aligners)
+    assert model.score([[1]], [[2, 3]])[0].aligned == plain.score([[1]], [[2, 3]])[0].aligned
+    assert len(model.generate([[1]], SamplingParams(max_tokens=9, seed=3))[0].tokens) == 9
+
+
+@pytest.mark.parametrize("way", ["up", "up, or down", "a=b", "(x)", "it's", 'say "no"', "3", "true", "", " ", "back\\slash"])
+def test_a_setting_of_text_is_read_as_it_is_written(tmp_path, monkeypatch, way):
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS, POINTS)
+    rule = RULES["leaning"](way=way, times=3, loud=True, share=0.25)
+    assert parse_rule(str(rule)) == rule
+    assert str(RULES["leaning"](way="up")) == "leaning(way=up)"
+    assert parse_rule("leaning(way='up', times=2)").way == "up"
+    with pytest.raises(InvalidOption, match="lacks a closing quote"):
+        parse_rule("leaning(way='up)")
+
+
+def test_the_help_of_the_rule_names_what_is_installed(tmp_path, monkeypatch):
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS, POINTS)
+    parser = Parser("trimtab generate")
+    add_options(parser, RowOptions)
+    shown = " ".join(parser.format_help().split())
+    assert f"decoding rule: {', '.join(sorted(RULES))}; settings in brackets" in shown
+    assert sorted({*RULE_NAMES, "leaning"}) == sorted(RULES)
+
+
+def bad_rules():
+    """What cannot be a rule, and the reason."""
+
+    class Bare(Rule):
+        name = "bare"
+
+    @dataclasses.dataclass
+    class Thawed:
+        name = "thawed"
+
+    @dataclasses.dataclass(frozen=True)
+    class Nameless(Rule):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Spaced(Rule):
+        name = "two words"
+
+    @dataclasses.dataclass(frozen=True)
+    class Wanting(Rule):
+        name = "wanting"
+        tau: float
+
+    @dataclasses.dataclass(frozen=True)
+    class Listing(Rule):
+        name = "listing"
+        ids: tuple = (1, 2)
+
+    return {
+        "needs to be a class": (Product(), "a rule is a class that inherits"),
+        "of another kind": (Thawed, "a rule is a class that inherits"),
+        "not frozen": (Bare, r"Bare must be a frozen dataclass: put @dataclass\(frozen=True\) above it"),
+        "without a name": (Nameless, "Nameless needs a name of small letters"),
+        "with a name that text cannot say": (Spaced, "Spaced needs a name of small letters"),
+        "without a default": (Wanting, "Wanting.tau needs a default"),
+        "with a setting that text cannot say": (Listing, r"Listing.ids must have one of bool, int, float, str for a default"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_rules())
+def test_what_cannot_be_a_rule_is_refused_with_the_reason(case):
+    rule, message = bad_rules()[case]
+    with pytest.raises(InvalidOption, match=message):
+        check_rule(rule)
+
+
+def test_a_rule_that_cannot_be_used_is_refused_by_its_package(tmp_path, monkeypatch):
+    look_again(RULES, monkeypatch)
+    bring(tmp_path, monkeypatch, "their_rules", THEIRS.replace("frozen=True", "frozen=False"), POINTS)
+    with pytest.raises(InvalidOption, match="rule: 'leaning' of their_rules cannot be"):
+        parse_rule("leaning")
 
 
 # ---- product
@@ -304,7 +515,7 @@ def test_kl_gate_is_nucleus_below_tau_and_the_proposal_above():
     target = KLGate(tau=tau)(p, [q], [1.0])
     assert_close(target[near], Nucleus()(p, [q], [1.0])[near])
     assert_close(target[~near], p[~near])
-    assert torch.equal(KLGate(tau=tau).falls_back(p, [q], torch.ones(1)), ~near)
+    assert torch.equal(KLGate(tau=tau).marked(p, [q], torch.ones(1)), ~near)
 
 
 # ---- candidates

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.core.draw import NO_TOKEN
-from trimtab.decode.draft import Lookup
+from trimtab.decode.drafters import Lookup
 from trimtab.decode.pace import LADDER, Hope, Load, Pace, Tally
 
 

@@ -18,7 +18,7 @@ from tiny import EOS, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import parse_rule
-from trimtab.decode.draft import Lookup
+from trimtab.decode.drafters import Lookup
 from trimtab.models.aligner import Manifest
 from trimtab.models.table import TableLM, enumerate_sequences
 
@@ -266,19 +266,19 @@ def residual_manifest(**fields):
 @pytest.mark.parametrize(
     ("manifests", "draft", "drafter"),
     [
-        (None, None, 1),
-        ([None, None], None, 1),
-        ([residual_manifest(), None], None, None),
-        ([None, residual_manifest()], None, 1),
-        ([residual_manifest(rule="geometric"), None], None, 1),
-        ([residual_manifest(objective="sft"), None], None, 1),
-        ([residual_manifest(), None], "aligner", 1),
+        (None, None, "aligner"),
+        ([None, None], None, "aligner"),
+        ([residual_manifest(), None], None, "none"),
+        ([None, residual_manifest()], None, "aligner"),
+        ([residual_manifest(rule="geometric"), None], None, "aligner"),
+        ([residual_manifest(objective="sft"), None], None, "aligner"),
+        ([residual_manifest(), None], "aligner", "aligner"),
     ],
 )
 def test_nobody_drafts_for_a_residual_unless_asked_to(manifests, draft, drafter):
     """Its drafts are rarely accepted; the law is the same either way, and so are the tokens of whoever drafts."""
     proposal, *aligners = (TableLM.random(5, seed=i) for i in range(3))
     model = AlignedModel(proposal, aligners, manifests=manifests, draft=draft, rule="product", weight=[1.0, 0.5])
-    assert model.models.drafter == drafter
+    assert model.drafter == drafter
     again = AlignedModel(proposal).with_aligners(aligners, manifests) if draft is None else model
-    assert again.models.drafter == drafter
+    assert again.drafter == drafter

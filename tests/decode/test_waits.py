@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from looking import Handover, Opening, Tiring
 from tiny import EOS, tiny_model
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.transfer import to_device
@@ -22,6 +23,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "nucleus that ends": {"rule": "nucleus(force_eos=true)"},
     "kl_gate": {"rule": "kl_gate(tau=0.5)"},
     "candidates": {"rule": "candidates(n=2)"},
+    "a window, its log p̃ and a state": {"rule": Handover()},
+    "a count": {"rule": Tiring()},
+    "positions": {"rule": Opening()},
     "every knob": {
         "temperature": 0.7,
         "top_k": 5,

@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 
+from looking import Opening
 from serving import folder_service, running
 from spellings import KINDS, SPECIAL
 from tiny import CHAT_TEMPLATE, EOS, ScriptedLM, save_tiny, tiny_model, tiny_tokenizer
@@ -521,3 +522,14 @@ def test_a_run_has_one_date(folder, monkeypatch):
     assert TrimtabLM(str(folder / "proposal"), date="2026-11-29").model.encoder.date == "2026-11-29"
     assert TrimtabLM(str(folder / "proposal")).model.encoder.date == "2026-11-30"
     assert TrimtabLM(str(folder / "proposal")).get_model_info()["trimtab"]["date"] is None, "this template writes none"
+
+
+def test_a_rule_that_looks_back_scores_each_request_by_itself():
+    """The same text with another beginning of the answer is another row, and no row is shared."""
+    tables = [TableLM.random(1 + len(LETTERS), order=1, seed=seed) for seed in range(2)]
+    model = AlignedModel(tables[0], tables[1:], tiny_tokenizer(LETTERS), [EOS], rule=Opening(tokens=1))
+    pairs = [([1, 2, 3], [4, 5]), ([1, 2], [3, 4, 6]), ([1, 2, 3], [4, 7]), ([1], [2, 3, 4, 5])]
+    found = TrimtabLM(model)._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
+    scores = model.score(*map(list, zip(*pairs, strict=True)))
+    assert [logp for logp, _ in found] == pytest.approx([sum(score.aligned) for score in scores])
+    assert scores[0].aligned[0] != scores[1].aligned[1]

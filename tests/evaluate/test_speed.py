@@ -76,8 +76,8 @@ def test_a_step_reads_what_its_models_take(folder):
     ngrams = AlignedModel.from_pretrained(folder / "proposal", folder / "aligner", draft="ngram")
     assert _step_bytes(ngrams, stock, SamplingParams(), 2.0) == p + q
     drafted = AlignedModel.from_pretrained(folder / "proposal", folder / "aligner", draft=folder / "aligner")
-    assert _step_bytes(drafted, stock, SamplingParams(), 2.0) == p + q + 3 * drafted.models.draft.num_bytes
-    assert _step_bytes(drafted, stock, SamplingParams(temperature=0), 2.0) == p + q + 2 * drafted.models.draft.num_bytes
+    assert _step_bytes(drafted, stock, SamplingParams(), 2.0) == p + q + 3 * drafted.models.drafter.model.num_bytes
+    assert _step_bytes(drafted, stock, SamplingParams(temperature=0), 2.0) == p + q + 2 * drafted.models.drafter.model.num_bytes
     pool = HeadPool(model.proposal, 1)
     head = AlignedModel(model.proposal, [pool], model.tokenizer, rule="geometric", weight=1.0)
     below = sum(w.numel() * w.element_size() for w in stock.proposal.model.layers[0].parameters())

@@ -294,7 +294,7 @@ def test_a_head_cannot_draft(base, folders):
         AlignedModel.from_pretrained(base, folders[0], draft="aligner")
     with pytest.raises(InvalidOption, match="draft: a head reads what the proposal has read, and cannot draft"):
         AlignedModel.from_pretrained(base, folders[0], draft=folders[1])
-    assert AlignedModel.from_pretrained(base, folders[0]).models.drafter is None
+    assert AlignedModel.from_pretrained(base, folders[0]).drafter == "none"
 
 
 def test_a_head_belongs_to_one_proposal(base, folders, tmp_path):

@@ -70,11 +70,10 @@ def test_who_drafts_is_said_for_each_aligner_that_is_loaded(root, tmp_path, capl
         for name, path in paths.items():
             registry.load(name, str(path))
         said[draft] = drafting_of(caplog)
-        drafters = {name: registry.resident([name]).models.drafter for name in paths}
+        drafters = {name: registry.resident([name]).drafter for name in paths}
         assert drafters == {
-            None: {"plain": 1, "alone": None, "with": None},
-            "aligner": dict.fromkeys(paths, 1),
-        }.get(draft, dict.fromkeys(paths))
+            None: {"plain": "aligner", "alone": "none", "with": "none"},
+        }.get(draft, dict.fromkeys(paths, draft))
     assert said[None]["plain"] == "the aligner itself"
     assert said[None]["alone"].startswith("nobody: the aligner is a residual")
     assert "--draft FOLDER/draft" in said[None]["alone"]

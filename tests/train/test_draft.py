@@ -114,14 +114,14 @@ def test_a_residual_is_drafted_for_by_its_drafter(task, trained):
     texts = []
     for length in (0, 3):
         model = AlignedModel.from_pretrained(task / "proposal", folder, num_speculative_tokens=length)
-        assert model.models.draft is not None
+        assert model.models.drafter.models
         texts.append([completion.tokens for completion in model.generate(prompts, params)])
     named = AlignedModel.from_pretrained(task / "proposal", folder, draft=folder / "draft", num_speculative_tokens=3)
     assert texts[0] == texts[1] == [completion.tokens for completion in named.generate(prompts, params)]
     held = Aligner.from_pretrained(folder)
-    assert AlignedModel.from_pretrained(task / "proposal", held).models.draft is not None
-    assert AlignedModel.from_pretrained(task / "proposal", folder, draft="none").models.drafter is None
-    assert AlignedModel.from_pretrained(task / "proposal", folder, draft="aligner").models.drafter == 1
+    assert AlignedModel.from_pretrained(task / "proposal", held).models.drafter.models
+    assert AlignedModel.from_pretrained(task / "proposal", folder, draft="none").drafter == "none"
+    assert AlignedModel.from_pretrained(task / "proposal", folder, draft="aligner").drafter == "aligner"
 
 
 def test_a_drafter_beside_what_is_no_residual_does_not_draft(task, trained, tmp_path):
@@ -130,8 +130,8 @@ def test_a_drafter_beside_what_is_no_residual_does_not_draft(task, trained, tmp_
     aligner.save_pretrained(tmp_path)
     assert (tmp_path / "draft" / "model.safetensors").exists()
     model = AlignedModel.from_pretrained(task / "proposal", tmp_path)
-    assert model.models.draft is None
-    assert model.models.drafter == 1
+    assert not model.models.drafter.models
+    assert model.drafter == "aligner"
 
 
 def test_a_drafter_goes_with_its_aligner_and_no_other_takes_its_place(task, trained, tmp_path):

@@ -61,7 +61,7 @@ def test_decoding_with_it_changes_no_text(task):
         texts = []
         for length in (0, 1, 4, None):
             model = AlignedModel.from_pretrained(folder / "proposal", folder / "head", num_speculative_tokens=length)
-            assert isinstance(model.models.draft, ReducedLM)
+            assert isinstance(model.models.drafter.model, ReducedLM)
             texts.append([completion.tokens for completion in model.generate(prompts, params)])
             assert length != 4 or model.pace.tally.accepted > 0
         assert texts[0] == texts[1] == texts[2] == texts[3]
@@ -102,7 +102,7 @@ def test_its_figures_are_those_of_the_loaded_models(task):
     kept, same = [], []
     for row in rows[-2 * len(model_development(folder)) :]:
         text = [*row["prompt"], *row["answer"]]
-        draft = model.models.draft
+        draft = model.models.drafter.model
         ids = torch.tensor([text[:-1]])
         logd = draft.extend(draft.new_state(1, len(text)), ids, [len(text) - 1])[0, len(row["prompt"]) - 1 :]
         aligned = torch.full_like(logd, -torch.inf).scatter(1, torch.tensor(row["ids"]), torch.tensor(row["logp"]))
@@ -159,7 +159,7 @@ def test_a_killed_run_ends_with_the_same_drafter(task, where, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         train(options(folder, name))
     monkeypatch.undo()
-    assert AlignedModel.from_pretrained(folder / "proposal", folder / name).models.drafter is None  # the head is whole
+    assert AlignedModel.from_pretrained(folder / "proposal", folder / name).drafter == "none"  # the head is whole
     assert "draft" in train(options(folder, name))
     one, other = (load_file(folder / path / "draft" / "model.safetensors") for path in ("head", name))
     assert one.keys() == other.keys()
@@ -170,13 +170,13 @@ def test_it_goes_with_its_head_and_fits_no_other_proposal(task, tmp_path):
     folder, _ = task
     shutil.copytree(folder / "head", tmp_path / "head")
     model = AlignedModel.from_pretrained(folder / "proposal", tmp_path / "head")
-    assert isinstance(model.models.draft, ReducedLM)
+    assert isinstance(model.models.drafter.model, ReducedLM)
     assert model.models.who == f"the drafter {tmp_path / 'head' / 'draft'}"
     values = json.loads((tmp_path / "head/draft/trimtab_draft.json").read_text())
     (tmp_path / "head/draft/trimtab_draft.json").write_text(json.dumps(values | {"proposal": "sha256:0"}))
     with pytest.raises(UnsupportedModel, match="drafter of another proposal"):
         AlignedModel.from_pretrained(folder / "proposal", tmp_path / "head")
-    assert AlignedModel.from_pretrained(folder / "proposal", tmp_path / "head", draft="none").models.drafter is None
+    assert AlignedModel.from_pretrained(folder / "proposal", tmp_path / "head", draft="none").drafter == "none"
 
 
 def test_a_batch_mixes_it_with_others(task):
@@ -187,7 +187,7 @@ def test_a_batch_mixes_it_with_others(task):
     for name in ("head", "proposal"):
         registry.load(name, str(folder / name))
     models = [registry.resident(names) for names in (["head"], ["proposal"], [])]
-    assert isinstance(models[0].models.draft, ReducedLM)
+    assert isinstance(models[0].models.drafter.model, ReducedLM)
     prompts = [row["prompt"] for row in task_rows(6)]
     params = [SamplingParams(seed=i, max_tokens=10, temperature=i % 2) for i in range(6)]
     sequences = [models[i % 3].prepare(prompts[i], params[i], i)[0] for i in range(6)]
@@ -212,6 +212,6 @@ def test_a_server_loads_it_unless_somebody_else_is_to_draft(task, tmp_path):
         base = AlignedModel.from_pretrained(folder / "proposal", draft=draft)
         registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"))
         entry = registry.load("head", str(path))
-        drafter = registry.resident(["head"]).models.draft
+        drafter = registry.resident(["head"]).models.drafter.model
         assert (drafter is not None) == drafts
         assert entry.loaded.num_bytes == entry.loaded.model.adapter.num_bytes + (drafter.num_bytes if drafts else 0)

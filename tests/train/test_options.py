@@ -4,7 +4,10 @@ import logging
 
 import pytest
 
+from brought import look_again
+from looking import Tiring
 from tiny_task import asked
+from trimtab.core.rules import RULES, register
 from trimtab.errors import InvalidOption
 from trimtab.train.checks import warn_of_rule
 from trimtab.train.plan import Facts, Temperatures, resolve
@@ -62,6 +65,13 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(InvalidOption, match=message):
         resolve(asked(**(NAMES | settings)))
+
+
+def test_a_rule_that_looks_back_is_refused(monkeypatch):
+    look_again(RULES, monkeypatch)
+    register(Tiring)
+    with pytest.raises(InvalidOption, match="rule: 'tiring' looks at the text before a row, and aligners are trained on rows"):
+        resolve(asked(**NAMES, objective="sft", rule="tiring"))
 
 
 @pytest.mark.parametrize(

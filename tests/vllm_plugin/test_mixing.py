@@ -1,16 +1,21 @@
 """Aligned rows take the place of the proposal's logits, and nothing else changes."""
 
 import math
+import random
 from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from law_of import expected_row, possible, tempered
+from law_of import expected_row, possible, probabilities, tempered
+from looking import Handover, Opening, Tiring
+from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import Warp
 from trimtab.core.rules import parse_rule
 from trimtab.decode.shaping import Shaping
+from trimtab.models.table import TableLM
+from trimtab.vllm.cache import Request
 from trimtab.vllm.mixing import Mixer
 
 V, PADDING = 6, 3
@@ -128,3 +133,67 @@ def test_what_a_cut_leaves_out_comes_before_what_vllm_forbids():
     logits[0, 0] = -math.inf  # as `min_tokens` does
     assert torch.softmax(logits, -1)[0].argmax() == 2
     assert logits[0, 3:].isneginf().all()
+
+
+# ---- rules that look back: vLLM draws, and we see it a step later
+
+LOOKING = [Handover(tau=-1.2), Tiring(token=2), Opening(), parse_rule("product"), Handover(tau=-0.8)]
+
+
+def run_vllm(steps: int, chosen: random.Random, mixer: Mixer, models: list[TableLM]) -> None:
+    """Requests of rules that look back in a batch that changes, each row checked against `score` of its whole text.
+
+    Some are preempted and come back as new objects; sometimes what was drawn last does not count, and is drawn anew.
+    """
+    texts = [([1 + i % 5] * (1 + i % 3), []) for i in range(len(LOOKING))]
+    alive = [Request(prompt, output) for prompt, output in texts]
+    scorer = AlignedModel(models[0], models[1:])
+    for _ in range(steps):
+        here = [i for i in range(len(alive)) if chosen.random() < 0.8]
+        chosen.shuffle(here)
+        if not here:
+            continue
+        rows = [probabilities(models[0], [*alive[i].prompt, *alive[i].output]) for i in here]
+        logits = torch.tensor([[*row, *[0.0] * PADDING] for row in rows]).log()
+        logqs = [
+            torch.stack([torch.tensor(probabilities(q, [*alive[i].prompt, *alive[i].output])).log() for i in here])
+            for q in models[1:]
+        ]
+        hows = [Shaping(LOOKING[i], (0.8,), Warp(0.9, 0, 1.0), (Warp(1.1),)) for i in here]
+        mixer.mix(logits, range(len(here)), logqs, hows, [alive[i] for i in here])
+        for j, i in enumerate(here):
+            how = SamplingParams(rule=LOOKING[i], weight=0.8, proposal_temperature=0.9, aligner_temperature=1.1)
+            answer = [*alive[i].output, 0]  # the last token stands for any
+            expected = torch.tensor(row_by_scoring(scorer, how, alive[i].prompt, answer), dtype=torch.float32)
+            assert_close(possible(logits[j])[:V], expected, atol=2e-5, rtol=0)
+            drawn = chosen.choices(range(V), possible(logits[j])[:V].exp().tolist())[0]
+            if alive[i].output and (fate := chosen.random()) < 0.2:  # what was drawn last did not count
+                alive[i].output.pop()
+                alive[i].output += [drawn] * (fate < 0.1)
+            else:
+                alive[i].output.append(drawn)
+            if chosen.random() < 0.2:
+                alive[i].gone = True
+                alive[i] = Request(alive[i].prompt, list(alive[i].output))
+
+
+def row_by_scoring(model: AlignedModel, params: SamplingParams, prompt: list[int], answer: list[int]) -> list[float]:
+    """The whole row behind all but the last token of an answer, by scoring each token in its place."""
+    scores = model.score([prompt] * V, [[*answer[:-1], token] for token in range(V)], params)
+    return [score.aligned[-1] for score in scores]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rules_that_look_back_have_their_rows_however_requests_come_and_go(seed):
+    models = [TableLM.random(V, order=2, seed=10 + seed, zeros=0.1), TableLM.random(V, order=2, seed=20 + seed)]
+    run_vllm(25, random.Random(seed), Mixer(V), models)
+
+
+def test_a_memory_that_was_lost_is_said_and_begun_anew(caplog):
+    how = Shaping(Tiring(token=2, doubled=False), (1.0,), Warp(), (Warp(),))
+    first = Request([1], [2])
+    logits, logq = make_logits(1), make_rows(1, 1)
+    expected = torch.log_softmax(logits[:, :V] + logq / 2, -1)
+    Mixer(V).mix(logits, [0], [logq], [how], [first])
+    assert "log p̃ of 1 tokens is not known" in caplog.text
+    assert_close(logits[:, :V], expected, atol=1e-5, rtol=0)

@@ -13,6 +13,7 @@ from trimtab.data.encoding import Encoder
 from trimtab.data.prompts import Prompt, are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.assemble import AlignerLike, load_parts
 from trimtab.decode.draft import choose_drafter
+from trimtab.decode.drafters import Drafter, Given, as_drafter
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
 from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS, Prefixes
@@ -56,9 +57,10 @@ class AlignedModel:
         eos_token_ids: ids that end a completion.
         manifests: how each aligner wants to be decoded; None for one that does not say.
         rule, weight: as in `SamplingParams`, which overrides them for a request; they override the manifests.
-        draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, or a `LanguageModel` of the same
-            vocabulary that only drafts. Default: the first aligner if there is one, and nobody if its manifest says that it
-            is a residual (`Manifest.is_residual`), whose drafts are rarely accepted, or it is a head, which cannot draft.
+        draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, another package's drafter
+            (`"NAME"`, `"NAME:ARGUMENT"`), a `Drafter`, or a `LanguageModel` of the same vocabulary that only drafts. Default:
+            the first aligner if there is one, and nobody if its manifest says that it is a residual (`Manifest.is_residual`),
+            whose drafts are rarely accepted, or it is a head, which cannot draft.
             `from_pretrained` takes the drafter in a residual's or a head's folder, if there is one.
         draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: 1, or
             what suits the rule if an aligner drafts.
@@ -81,7 +83,7 @@ class AlignedModel:
         manifests: Sequence[Manifest | None] | None = None,
         rule: str | Rule | None = None,
         weight: float | Sequence[float] | None = None,
-        draft: str | LanguageModel | None = None,
+        draft: str | LanguageModel | Drafter | None = None,
         draft_temperature: float | None = None,
         num_speculative_tokens: int | None = None,
         max_num_seqs: int = 32,
@@ -97,7 +99,7 @@ class AlignedModel:
             if not isinstance(token, int) or not 0 <= token < proposal.vocab_size:
                 raise InvalidOption(f"eos_token_ids must be ids from 0 to {proposal.vocab_size - 1}, not {token!r}")
         self.proposal, self.tokenizer = proposal, tokenizer
-        self._draft = draft
+        self._draft = as_drafter(draft, Given(tokenizer))
         self._take(aligners, manifests)
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_seqs = max_num_seqs
@@ -260,7 +262,7 @@ class AlignedModel:
         self,
         aligners: Sequence[LanguageModel],
         manifests: Sequence[Manifest | None] | None = None,
-        draft: LanguageModel | None = None,
+        draft: LanguageModel | Drafter | None = None,
     ) -> Self:
         """The same proposal and settings with other aligners; nothing is loaded or copied.
 
@@ -268,7 +270,7 @@ class AlignedModel:
         that drafts where nobody was named.
         """
         other = copy.copy(self)
-        other._draft = draft if self._draft is None else self._draft
+        other._draft = as_drafter(draft, Given(self.tokenizer)) if self._draft is None else self._draft
         other._take(aligners, manifests)
         return other
 
@@ -313,19 +315,13 @@ class AlignedModel:
     @property
     def drafter(self) -> str:
         """Who drafts, as far as it decides which tokens a seed gives."""
-        models = self.models
-        if models.draft is not None:
-            return fingerprint_of(models.draft)
-        return "ngram" if models.lookup else "none" if models.drafter is None else "aligner"
+        return self.models.drafter.identity
 
     def shaping(self, params: SamplingParams) -> Shaping:
         """How a request's aligned row comes about, see `trimtab.decode.settings.settle`."""
         shaping = settle(params, self.defaults, self._manifests, self.eos_token_ids)
-        if self.models.drafter is None or self.models.draft is not None:
-            return dataclasses.replace(shaping, draft_temperature=self._draft_temperature or 1.0)
-        own = shaping.aligners[0].temperature  # an aligner drafts from its row as the rule sees it
-        assert isinstance(own, float | int)
-        return dataclasses.replace(shaping, draft_temperature=own * (self._draft_temperature or shaping.rule.draft_temperature))
+        temperature = self.models.drafter.temperature(shaping, self._draft_temperature)
+        return dataclasses.replace(shaping, draft_temperature=temperature)
 
     def _sequences(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

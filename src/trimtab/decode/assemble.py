@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.decode.draft import DRAFTS
+from trimtab.decode.drafters import Drafter, Given, as_drafter, source_of
 from trimtab.errors import InvalidOption, UnsupportedModel
 from trimtab.models.adapter_folder import Base
 from trimtab.models.adapters import Adapted, AdapterPool
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     proposal: LanguageModel
     aligners: list[LanguageModel]
     manifests: list[Manifest | None]
-    draft: str | LanguageModel | None
+    draft: Drafter | LanguageModel | None
     tokenizer: Any
     eos_token_ids: Sequence[int]
 
@@ -79,7 +79,7 @@ def load_parts(
         raise InvalidOption(f"revision: '{source}' is a file, which has none: leave it out")
     if backend is not None:
         what = {"dtype": dtype != "auto", "device": device is not None, "cuda_graphs": cuda_graphs, "quantize": quantize}
-        _check_llamacpp(backend, [source, *given, draft], [name for name, said in what.items() if said])
+        _check_llamacpp(backend, [source, *given, source_of(draft)], [name for name, said in what.items() if said])
     if cuda_graphs:
         check_graphs(device)
     if isinstance(source, (str, Path)) and tokenizer is None:
@@ -92,9 +92,12 @@ def load_parts(
     how: dict[str, Any] = {"device": device, "cuda_graphs": cuda_graphs, "quantize": quantize, "backend": backend}
     loader = Loader(tokenizer, dtype=aligner_dtype or dtype, **how)
     given = [loader.find(source) for source in given]
-    named = draft is not None and not (isinstance(draft, str) and draft in DRAFTS)
-    draft = loader.find(draft) if named else draft
-    found = [one for one in (*given, draft) if isinstance(one, Found)]
+    drafting = source_of(draft)
+    if drafting is not None:
+        drafting = loader.find(drafting)
+    else:
+        draft = as_drafter(draft, Given(tokenizer, loader.load_draft))
+    found = [one for one in (*given, drafting) if isinstance(one, Found)]
     if aligner_dtype is not None:
         _check_aligner_dtype(aligner_dtype, found)
     if quantize is not None and not found and not isinstance(source, (str, Path)):
@@ -107,9 +110,9 @@ def load_parts(
     loader.proposal = frozen = loader.wrap(proposal, files)
     loaded = [loader.load(source) for source in given]
     if draft is None and loaded and loaded[0].draft is not None:
-        draft, named = loaded[0].draft, True
-    if named:
-        draft = loader.load_draft(draft)
+        drafting = loaded[0].draft
+    if drafting is not None:
+        draft = loader.load_draft(drafting)
     return Parts(
         frozen,
         [item.model for item in loaded],
@@ -138,7 +141,7 @@ def _check_llamacpp(backend: str, sources: Sequence[Any], said: Sequence[str]) -
     """Refuse a backend that is none or would run nothing, and options that only others heed."""
     if backend not in BACKENDS:
         raise InvalidOption(f"backend must be {' or '.join(BACKENDS)}, not {backend!r}")
-    loaded = [one for one in sources if isinstance(one, (str, Path)) and one not in DRAFTS]
+    loaded = [one for one in sources if isinstance(one, (str, Path))]
     if not any(map(is_gguf, loaded)):
         raise InvalidOption(f"backend: {backend} runs GGUF files, and none is named: leave it out")
     if said and all(map(is_gguf, loaded)):

@@ -8,12 +8,12 @@ many aligners share every pass of the large model. Whoever leaves is replaced by
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Models
 from trimtab.decode.memory import Size, batch_bytes
+from trimtab.decode.outcome import fetch
 from trimtab.decode.pace import Pace
 from trimtab.decode.reading import extend_proposal, taps_of
 from trimtab.decode.request import TokenEvent
@@ -77,7 +77,7 @@ class Batch:
             group.sequences = list(sequences)
             groups.append(group)
             decided.append(group.begin(rows))
-        return [group.emit(values, [0] * len(values)) for group, values in zip(groups, _fetch(decided), strict=True)]
+        return [group.emit(outcomes, [0] * len(outcomes)) for group, outcomes in zip(groups, fetch(decided), strict=True)]
 
     def add(self, models: Models, sequences: Sequence[Growing], states: Sequence[State], slots: Sequence[int]) -> None:
         """Take over sequences of these models, of which slots of other states have read all but the newest token."""
@@ -147,12 +147,11 @@ class Batch:
             for group, draft, mine, want in zip(groups, drafts, index, wanted, strict=True)
         ]
         events, unread = [], [0] * len(place)
-        for group, rows, slots, want in zip(groups, _fetch(decided), places, wanted, strict=True):
-            rejected = [limit - int(row[0]) for limit, row in zip(want, rows, strict=True)]
-            for i, count in zip(slots, rejected, strict=True):
-                unread[i] = count
-            group.rollback(rejected)
-            events += group.emit(rows, want)
+        for group, outcomes, slots, want in zip(groups, fetch(decided), places, wanted, strict=True):
+            for i, limit, outcome in zip(slots, want, outcomes, strict=True):
+                unread[i] = limit - outcome.accepted
+            group.rollback(outcomes)
+            events += group.emit(outcomes, want)
         self._proposal.rollback(self._state, unread)
         return events
 
@@ -169,13 +168,3 @@ class Batch:
 def _part(values: Tensor, mine: Tensor | None, draft: Drafts) -> Tensor:
     """Of values `[B, K, …]` of the batch a group's own, `[b, P, …]`: those of its slots, or all where there is one group."""
     return values if mine is None else values[mine, : draft.tokens.shape[1]]
-
-
-def _fetch(decided: Sequence[Tensor]) -> list[list[list[float]]]:
-    """The numbers `[b, …]` of several groups, in one wait for the device."""
-    numbers, start, found = torch.cat([part.flatten() for part in decided]).tolist(), 0, []
-    for part in decided:
-        count, width = part.shape
-        found.append([numbers[start + i * width : start + (i + 1) * width] for i in range(count)])
-        start += count * width
-    return found

@@ -28,7 +28,6 @@ from trimtab.decode.prefill import Reading
 from trimtab.decode.prefixes import Prefixes
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sequence import Sequence as Growing
-from trimtab.decode.speculative import can_draft
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.models.base import LanguageModel, State
 
@@ -314,7 +313,7 @@ class Engine:
 
     def _decode(self) -> list[TokenEvent]:
         sequences = self._batch.sequences
-        drafting = [can_draft(s) for s in sequences]
+        drafting = [s.can_draft for s in sequences]
         hopes = [
             s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s, may in zip(sequences, drafting, strict=True) if may
         ]

@@ -11,6 +11,7 @@ from trimtab.decode.pace import MAX_DRAFT
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.knobs import DrawingKnobs, EndingKnobs, ShapingKnobs
 from trimtab.options import check_ranges, option, same
+from trimtab.registry import names_of
 
 __all__ = [
     "ModelOptions",
@@ -27,6 +28,25 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+RULE_NAMES = ("candidates", "geometric", "kl_gate", "nucleus", "product")
+"""Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
+
+DRAFTER_NAMES = ("aligner", "model", "ngram", "none")
+"""Our drafters: `trimtab.decode.drafters`."""
+
+
+def _rule_help() -> str:
+    """What `--rule` takes, those of other packages included."""
+    names = ", ".join(names_of("trimtab.rules", RULE_NAMES))
+    return f"decoding rule: {names}; settings in brackets, 'candidates(n=8)' [default: the manifest's, or product]"
+
+
+def _draft_help() -> str:
+    """What `--draft` takes, the drafters of other packages included."""
+    names = ", ".join(names_of("trimtab.drafters", DRAFTER_NAMES))
+    default = "[default: the first aligner; for a residual or a head, its own drafter or none]"
+    return f"who drafts: {names}, with more behind a colon where it is wanted, or a model {default}"
+
 
 @dataclass(frozen=True)
 class PairOptions:
@@ -42,7 +62,7 @@ class PairOptions:
 class RowOptions(ShapingKnobs, PairOptions):
     """Which models, and how their rows are combined."""
 
-    rule: str | None = same(ShapingKnobs, "rule")
+    rule: str | None = same(ShapingKnobs, "rule", help=_rule_help)
     weight: tuple[float, ...] = same(
         ShapingKnobs, "weight", default=(), help="weight of each --aligner, in order [default: the manifest's, or the rule's]"
     )
@@ -57,7 +77,7 @@ class RowOptions(ShapingKnobs, PairOptions):
     def __post_init__(self) -> None:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
         from trimtab.core.rules import parse_rule
-        from trimtab.decode.draft import DRAFTS
+        from trimtab.decode.drafters import source_of
         from trimtab.models.loading import check_dtype
 
         check_ranges(self)  # of options made by hand, too
@@ -67,7 +87,7 @@ class RowOptions(ShapingKnobs, PairOptions):
         check_dtype(self.dtype)
         if self.aligner_dtype is not None:
             check_dtype(self.aligner_dtype, "aligner_dtype")
-            if not self.aligns and getattr(self, "draft", None) in (None, *DRAFTS):
+            if not self.aligns and source_of(getattr(self, "draft", None)) is None:
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
 
     @property
@@ -85,18 +105,27 @@ class RowOptions(ShapingKnobs, PairOptions):
 class ModelOptions(RowOptions):
     """The same, to decode with them."""
 
-    draft: str | None = option(
-        None,
-        "who drafts: aligner, ngram, none, or a model [default: the first aligner; for a residual or a head, its own drafter or"
-        " none]",
-        metavar="MODEL",
-    )
+    draft: str | None = option(None, _draft_help, metavar="MODEL")
     draft_temperature: float | None = option(
         None, "temperature of the row that drafts are drawn from [default: 1, or the rule's]", above=0, below=math.inf
     )
     num_speculative_tokens: int | None = option(
         None, "tokens to draft ahead; 0 decodes token by token [default: as many as pay]", low=0, high=MAX_DRAFT
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a drafter that cannot be, too."""
+        from trimtab.decode.drafters import read_draft
+
+        super().__post_init__()
+        if self.draft is not None:
+            read_draft(self.draft)
+
+    @property
+    def _draft_has_rows(self) -> bool:
+        from trimtab.decode.drafters import read_draft
+
+        return self.draft is not None and read_draft(self.draft)[0].has_rows
 
     @property
     def no_drafts(self) -> str | None:
@@ -108,8 +137,8 @@ class ModelOptions(RowOptions):
     def idle(self) -> dict[str, str]:
         """What says how to draft where nobody does. A draft length of 0 is no reason: who drafts decides what a seed means."""
         idle = {} if self.draft != "aligner" or self.aligns else {"draft": "'aligner' needs an aligner"}
-        if self.draft == "ngram":
-            idle["draft_temperature"] = "is for a model that drafts, and --draft ngram has no row"
+        if self.draft is not None and not self._draft_has_rows:
+            idle["draft_temperature"] = f"is for a model that drafts, and --draft {self.draft} has no row"
         if why := self.no_drafts:
             idle["draft_temperature"] = why
             idle |= {"num_speculative_tokens": why} if self.num_speculative_tokens else {}

@@ -96,7 +96,8 @@ class Completion:
         seed: the request's seed, also when it was drawn fresh: with it, the completion can be had again.
         prompt_tokens: length of the prompt in tokens.
         logprobs: if asked for.
-        fallbacks: under `kl_gate`, how many tokens the gate left to the proposal; None under other rules.
+        fallbacks: how many tokens' rows the rule marked: under `kl_gate`, those that the gate left to the proposal. None under
+            rules that mark none.
         error: why it could not go on (a distribution that is NaN, or without any token), or None.
     """
 

@@ -3,19 +3,22 @@
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import gather
+from trimtab.core.transfer import to_device
+from trimtab.decode.history import Histories
 from trimtab.decode.prefill import pad, prefill
 from trimtab.decode.reading import extend_all
 from trimtab.decode.request import TokenLogprobs
-from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
+from trimtab.decode.shaping import BatchShaping, Contexts, Inputs, Shaping, explain_dead_row
 from trimtab.errors import InvalidOption
 from trimtab.models.base import LanguageModel
 
-__all__ = ["Score", "by_length", "completion_rows", "score_in_steps", "score_tokens"]
+__all__ = ["Aligned", "Following", "Score", "by_length", "completion_rows", "score_in_steps", "score_tokens"]
 
 ROW_BUDGET = 2**26
 """Numbers in the rows that one step may make for one model (256 MiB in float32)."""
@@ -77,11 +80,11 @@ def score_in_steps(
     """
     if not shaping.rule.has_row:
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
-    batch = BatchShaping([shaping] * len(pairs), proposal.device)
+    following = Following(shaping, [prompt for prompt, _ in pairs], proposal.device)
     columns: list[list[list[float]]] = [[[] for _ in range(len(aligners) + 2)] for _ in pairs]
     tops: list[list[list[list[tuple[int, float]]]]] = [[[], []] for _ in pairs]
     for rows, tokens, counts in completion_rows([proposal, *aligners], pairs, step):
-        rows.append(batch.target(batch.inputs(rows[0], rows[1:])))
+        rows.append(following.align(rows, tokens, counts).target)
         values = torch.stack([gather(row, tokens) for row in rows], dim=1).tolist()
         for i, (column, value, count) in enumerate(zip(columns, values, counts, strict=True)):
             dead = [j for j in range(count) if any(math.isnan(numbers[j]) for numbers in value)]
@@ -100,6 +103,45 @@ def score_in_steps(
         TokenLogprobs(p, q[0] if len(aligners) == 1 else q, aligned, *(best if top else ()))
         for (p, *q, aligned), best in zip(columns, tops, strict=True)
     ]
+
+
+class Aligned(NamedTuple):
+    """What the aligners make of a piece of given completions; all rows are `[B, K, V]`."""
+
+    inputs: Inputs
+    """The rule's."""
+    contexts: Contexts
+    """Of the rule, if it looks back."""
+    target: Tensor
+    """The aligned rows."""
+
+
+class Following:
+    """Aligned rows on given completions, piece by piece, as `completion_rows` yields them.
+
+    Args:
+        shaping: how the aligned rows come about.
+        prompts: ids.
+        device: where rows are.
+    """
+
+    def __init__(self, shaping: Shaping, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        self._batch = BatchShaping([shaping] * len(prompts), device)
+        self._histories = Histories(self._batch.members, prompts, device)
+
+    def align(self, rows: Sequence[Tensor], tokens: Tensor, counts: Sequence[int]) -> Aligned:
+        """The next piece of each text.
+
+        Args:
+            rows: the proposal's, and each aligner's.
+            tokens: `[B, K]` of the completions.
+            counts: how many of the K each has.
+        """
+        inputs = self._batch.inputs(rows[0], rows[1:])
+        contexts = self._histories.contexts(inputs[0], tokens[:, :-1])
+        if contexts:
+            self._histories.move_on(contexts, inputs[0], tokens, to_device(counts, tokens.device))
+        return Aligned(inputs, contexts, self._batch.target(inputs, contexts))
 
 
 def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

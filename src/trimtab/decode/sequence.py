@@ -4,10 +4,11 @@ import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from trimtab.core.rules import KLGate
-from trimtab.decode.draft import Lookup, Models
+from trimtab.decode.draft import Models
+from trimtab.decode.history import Place
+from trimtab.decode.outcome import Drawn
 from trimtab.decode.pace import Hope, Tally
 from trimtab.decode.reading import taps_of
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
@@ -15,19 +16,7 @@ from trimtab.decode.shaping import Shaping
 from trimtab.decode.text import TextStream
 from trimtab.errors import DeadRow
 
-__all__ = ["Drawn", "Sequence"]
-
-
-class Drawn(NamedTuple):
-    """One decided token, as a step hands it to its sequence."""
-
-    token: int
-    logprobs: Seq[float] = ()
-    """Under proposal, each aligner, and the aligned model; empty if nobody asked."""
-    fell_back: bool = False
-    """Whether a `kl_gate` left it to the proposal."""
-    tops: Seq[list[tuple[int, float]]] = ()
-    """The best tokens of the proposal and of the aligned model, with their log-probabilities; empty if nobody asked."""
+__all__ = ["Sequence"]
 
 
 class Sequence:
@@ -68,8 +57,11 @@ class Sequence:
         self.finish_reason: str | None = None
         self.hope = Hope()
         self.tally = Tally()
-        self.lookup: Lookup | None = None
-        """What drafts from its own text, if that is wanted."""
+        self.memory: Any = None
+        """What its drafter keeps of its text, once it has `started`."""
+        self.started = False
+        self.place: Place | None = None
+        """Where the memory of its text is, if its rule looks back and it is under way."""
         self.cached_tokens = 0
         """Tokens of its prompt that were not read for it, but taken over (`trimtab.decode.prefixes`)."""
         self.log_z: list[float] = []
@@ -79,7 +71,7 @@ class Sequence:
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._text = TextStream(tokenizer, params.stop, () if answers else prompt)
         self._drawn: list[Drawn] = []
-        self._fallbacks = 0
+        self._marked = 0
         self._has_no_head = not taps_of(models.aligners)
 
     @property
@@ -91,6 +83,17 @@ class Sequence:
         """The tokens of prompt and completion behind the first `length`."""
         start = length - len(self.prompt)
         return self.tokens[start:] if start >= 0 else [*self.prompt[length:], *self.tokens]
+
+    def remember(self) -> Any:
+        """What its drafter keeps of its text."""
+        if not self.started:
+            self.memory, self.started = self.models.drafter.start([*self.prompt, *self.tokens]), True
+        return self.memory
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether drafts for it can be verified, and somebody drafts."""
+        return self.shaping.rule.has_row and self.models.drafter.drafts
 
     @property
     def room(self) -> int:
@@ -118,7 +121,7 @@ class Sequence:
     def accept(self, drawn: Drawn) -> TokenEvent:
         """Take the next token."""
         self.tokens.append(drawn.token)
-        self._fallbacks += drawn.fell_back
+        self._marked += drawn.marked
         if self.params.logprobs:
             self._drawn.append(drawn)
         ended = drawn.token in self._ends
@@ -163,7 +166,7 @@ class Sequence:
             seed=self.seed,
             prompt_tokens=len(self.prompt),
             logprobs=self._logprobs() if self.params.logprobs else None,
-            fallbacks=self._fallbacks if isinstance(self.shaping.rule, KLGate) else None,
+            fallbacks=None if self.shaping.rule.marks is None else self._marked,
             error=None if self.error is None else str(self.error),
         )
 

@@ -1,26 +1,32 @@
 """From the models' rows to the aligned row: warps, then the rule, for a batch of requests that differ in both."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import Warp, gather, is_distribution, warp
-from trimtab.core.rules import KLGate, Rule
+from trimtab.core.rules import Context, Rule
 from trimtab.core.transfer import to_device
 from trimtab.errors import DeadRow
 
-__all__ = ["BatchShaping", "Inputs", "Shaping", "explain_dead_row", "stack_warps"]
+__all__ = ["BatchShaping", "Contexts", "Inputs", "Shaping", "explain_dead_row", "stack_warps"]
 
 Inputs = tuple[Tensor, list[Tensor]]
 """The rule's inputs log p̃ and log q_1 … log q_n, each `[B, K, V]`."""
 
+Contexts = Mapping[Rule, Context]
+"""What each rule that looks back sees of the text before the rows `[b, K]` of its requests."""
 
 NEUTRAL = Warp()
 """The warp that changes nothing."""
+
+NOTHING: Contexts = {}
+"""What no rule sees where none looks back."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Shaping:
     @cached_property
     def reads_proposal(self) -> bool:
         """Whether the aligned row depends on the proposal's, given that the proposal holds no token for impossible."""
-        return self.proposal.cuts or self.rule.reads_proposal(self.weights)
+        return self.proposal.cuts or self.rule.reads_logp or self.rule.reads_proposal(self.weights)
 
 
 class BatchShaping:
@@ -54,6 +60,9 @@ class BatchShaping:
         shapings: one for each request, all with the same number of aligners.
         device: where the rows are.
         alone: whether nobody reads the proposal's rows, which then may be any.
+
+    Attributes:
+        members: which of the requests have which rule.
     """
 
     def __init__(self, shapings: Sequence[Shaping], device: torch.device, *, alone: bool = False) -> None:
@@ -63,7 +72,9 @@ class BatchShaping:
         members: dict[Rule, list[int]] = {}
         for row, shaping in enumerate(shapings):
             members.setdefault(shaping.rule, []).append(row)
+        self.members = members
         self._groups = [(rule, to_device(rows, device)) for rule, rows in members.items()]
+        self._marking = [(rule, index) for rule, index in self._groups if rule.marks and self._aligners]
         self._own = alone and all(s.rule.is_aligner(s.weights) for s in shapings)
         """Whether each aligned row is the only aligner's."""
         self._rowless = [(rule, rows) for rule, rows in members.items() if not rule.has_row]
@@ -72,43 +83,60 @@ class BatchShaping:
         """The warped rows that the rules see, from the models' own."""
         return warp(logp, self._proposal), [warp(logq, how) for logq, how in zip(logqs, self._aligners, strict=True)]
 
-    def target(self, inputs: Inputs) -> Tensor:
-        """The aligned rows; rows of a rule without a closed form keep log p̃, and rows without mass are NaN."""
+    @property
+    def marks(self) -> bool:
+        """Whether any of the rules marks rows."""
+        return bool(self._marking)
+
+    def target(self, inputs: Inputs, contexts: Contexts = NOTHING) -> Tensor:
+        """The aligned rows; rows of a rule without a closed form keep log p̃, and rows without mass are NaN.
+
+        Args:
+            inputs: the rules'.
+            contexts: of the rules that look back.
+        """
         logp, logqs = inputs
         if self._own:
             return logqs[0]
         if len(self._groups) == 1 and self._groups[0][0].has_row:
-            return self._groups[0][0].target(*self._part(inputs, None))
+            rule = self._groups[0][0]
+            return rule.target(*self._part(inputs, None), **_seen(rule, contexts))
         rows = logp.clone()
         for rule, index in self._groups:
             if rule.has_row:
-                rows[index] = rule.target(*self._part(inputs, index)).to(rows.dtype)
+                rows[index] = rule.target(*self._part(inputs, index), **_seen(rule, contexts)).to(rows.dtype)
         return rows
 
-    def sample(self, inputs: Inputs, uniforms: Callable[[list[int], int], Tensor], tokens: Tensor) -> Tensor:
+    def sample(
+        self,
+        inputs: Inputs,
+        uniforms: Callable[[list[int], int], Tensor],
+        tokens: Tensor,
+        contexts: Contexts = NOTHING,
+    ) -> Tensor:
         """Replace the first of the `tokens` `[B, K]` by a draw for those requests whose rule can only sample.
 
         Args:
             inputs: the rule's.
             uniforms: makes `[b, 1, draws]` for given requests and a number of draws.
             tokens: what was drawn from rows.
+            contexts: of the rules that look back.
         """
         for rule, rows in self._rowless:
             index = to_device(rows, tokens.device)
             logp, logqs, weights = self._part((inputs[0][:, :1], [logq[:, :1] for logq in inputs[1]]), index)
-            drawn = rule.sample(logp, logqs, weights, uniforms(rows, rule.draws))
+            drawn = rule.sample(logp, logqs, weights, uniforms(rows, rule.draws), **_seen(rule, contexts, first=True))
             tokens = tokens.index_copy(0, index, torch.cat([drawn, tokens[index][:, 1:]], 1))
         return tokens
 
-    def fallbacks(self, inputs: Inputs) -> Tensor:
-        """Which positions `[B, K]` a `kl_gate` leaves to the proposal; False under other rules."""
-        fallen = torch.zeros(inputs[0].shape[:-1], dtype=torch.bool, device=inputs[0].device)
-        for rule, index in self._groups:
-            if isinstance(rule, KLGate) and inputs[1]:
-                fallen[index] = rule.falls_back(*self._part(inputs, index))
-        return fallen
+    def marked(self, inputs: Inputs, contexts: Contexts = NOTHING) -> Tensor:
+        """Which positions `[B, K]` the rules mark; False under rules that mark none."""
+        marked = torch.zeros(inputs[0].shape[:-1], dtype=torch.bool, device=inputs[0].device)
+        for rule, index in self._marking:
+            marked[index] = rule.marked(*self._part(inputs, index), **_seen(rule, contexts))
+        return marked
 
-    def log_z(self, inputs: Inputs, target: Tensor, tokens: Tensor) -> Tensor:
+    def log_z(self, inputs: Inputs, target: Tensor, tokens: Tensor, contexts: Contexts = NOTHING) -> Tensor:
         """Log Z `[B, 1]` at the first position, the log of the mass that normalising divides by; NaN where a rule has none.
 
         It is what log weight and log target of any possible token differ by.
@@ -117,13 +145,15 @@ class BatchShaping:
             inputs: the rules'.
             target: the aligned rows.
             tokens: `[B, 1]` a token for each request that its row makes possible.
+            contexts: of the rules that look back.
         """
         at = tokens.clamp(min=0)
         first = inputs[0][:, :1], [logq[:, :1] for logq in inputs[1]]
         found = torch.full_like(at, math.nan, dtype=target.dtype)
         for rule, index in self._groups:
             if rule.weighs_tokens and inputs[1]:
-                found[index] = gather(rule.log_weights(*self._part(first, index)), at[index])
+                logw = rule.log_weights(*self._part(first, index), **_seen(rule, contexts, first=True))
+                found[index] = gather(logw, at[index])
         return found - gather(target[:, :1], at)
 
     def _part(self, inputs: Inputs, index: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -133,6 +163,14 @@ class BatchShaping:
         if index is None:
             return logp, logqs, weights
         return logp[index], [logq[index] for logq in logqs], weights[index]
+
+
+def _seen(rule: Rule, contexts: Contexts, *, first: bool = False) -> dict[str, Any]:
+    """The keywords by which a rule is given its context: that of the first rows alone, if only those are asked for."""
+    if not rule.looks_back:
+        return {}
+    context = contexts.get(rule)
+    return {"context": Context(*(part[:, :1] for part in context)) if first and context is not None else context}
 
 
 def explain_dead_row(shaping: Shaping, rows: Sequence[Tensor], where: str) -> DeadRow:

@@ -11,30 +11,31 @@ sequences may have other aligners; this is what they have each.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import gather
 from trimtab.core.noise import uniforms
-from trimtab.core.rules import KLGate
 from trimtab.core.speculation import DRAWS, Verdict, draft_tokens, verify, verify_greedy
 from trimtab.core.transfer import to_device
-from trimtab.decode.draft import Lookup, Models
+from trimtab.decode.draft import Models
+from trimtab.decode.drafters import Drafted, Drafter, Step
+from trimtab.decode.history import Histories
 from trimtab.decode.memory import Size
+from trimtab.decode.outcome import Best, Decided, Outcome
 from trimtab.decode.pace import Pace
 from trimtab.decode.prefill import pad
 from trimtab.decode.reading import input_of
 from trimtab.decode.request import TokenEvent
 from trimtab.decode.sampler import Sampler
-from trimtab.decode.sequence import Drawn
 from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.shaping import BatchShaping, explain_dead_row
-from trimtab.errors import DeadRow
+from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.base import LanguageModel, State, last_of, vacate
 
-__all__ = ["Drafts", "Group", "can_draft"]
+__all__ = ["Drafts", "Group"]
 
 NOISE_BLOCK = 64
 """Positions for which noise is drawn at once."""
@@ -43,24 +44,25 @@ NOISE_BLOCK = 64
 class Drafts:
     """What a group proposes to verify in one step.
 
+    Args:
+        newest: `[b, 1]` the last token of each sequence.
+        drafted: what its drafter says.
+        read: rows of models that have read `tokens` already, by their place in `Models.all`, beside those of the drafter.
+        width: P.
+
     Attributes:
         tokens: `[b, P]` what the models read: the newest token of each sequence, then its drafts, but for the bonus position's.
         drafts: `[b, P]` one for each position, or `[b, P − 1]`, none for the bonus position; None where nobody drafts.
         drawn_from: the rows `[b, P, V]` they were drawn from, if there are any and not all are the best ones.
-        read: rows of models that have read `tokens` already, by their place in `Models.all`.
+        bonus: whether there are drafts for bonus positions, or none at all.
     """
 
-    def __init__(
-        self,
-        newest: Tensor,
-        drafts: Tensor | None = None,
-        drawn_from: Tensor | None = None,
-        read: dict[int, Tensor] | None = None,
-        *,
-        bonus: bool = True,
-    ) -> None:
-        self.tokens = newest if drafts is None else torch.cat([newest, drafts[:, : -1 if bonus else None].clamp(min=0)], dim=1)
-        self.drafts, self.drawn_from, self.read = drafts, drawn_from, read or {}
+    def __init__(self, newest: Tensor, drafted: Drafted, read: Mapping[int, Tensor], width: int) -> None:
+        self.drafts, self.drawn_from, self.read = drafted.tokens, drafted.rows, {**read, **drafted.read}
+        self.bonus = self.drafts is None or self.drafts.shape[1] == width
+        self.tokens = newest
+        if self.drafts is not None:
+            self.tokens = torch.cat([newest, self.drafts[:, : width - 1].clamp(min=0)], dim=1)
 
 
 class Group:
@@ -130,51 +132,50 @@ class Group:
             self.sequences.pop()
         self._settings = None
 
-    def begin(self, rows: Sequence[Tensor | None]) -> Tensor:
-        """Decide the first tokens of sequences that are in no slot yet; what `emit` needs to know, as `verify` gives it.
+    def begin(self, rows: Sequence[Tensor | None]) -> Decided:
+        """Decide the first tokens of sequences that are in no slot yet; what `fetch` brings to the host, as `verify` gives it.
 
         Args:
             rows: those `[b, 1, V]` of all models after the prompts; None in the place of the proposal's if nobody reads them.
         """
         limits = [0] * len(self.sequences)
-        settings, newest = self._lay_out(1)
         read = {i: row for i, row in enumerate(rows) if i and row is not None}
-        drafts = Drafts(newest, self._look_up(1, newest.device) if self.models.lookup else None, read=read)
-        if self.models.drafter is not None:
-            drafts = Drafts(newest, *settings.draw(read[self.models.drafter], []), read)
-        return self.verify(drafts, rows[0], {}, limits)
+        return self.verify(self._ask(limits, read), rows[0], {}, limits)
 
     def draft(self, limits: Sequence[int]) -> Drafts:
         """Draft up to `limits[j]` tokens for sequence j."""
-        width = max(limits) + 1
-        settings, newest = self._lay_out(width)
-        device = newest.device
-        drafter = self.models.drafter
-        if drafter is None:
-            return Drafts(newest, self._look_up(width, device) if self.models.lookup else None)
-        only_drafts = self.models.draft is not None  # and is no aligner, whose rows the rule needs at every position
-        self._bonus = bonus = not (only_drafts and settings.sampler.greedy and width > 1)
-        may = [not only_drafts or can_draft(sequence) for sequence in self.sequences]
-        if not any(may):
-            return Drafts(newest)
-        model, state = self.models.all[drafter], self._states[drafter - 1]
-        token = newest
-        drafts: list[Tensor] = []
-        drawn_from: list[Tensor] = []
-        own: list[Tensor] = []
-        for j in range(width - 1 + bonus):
-            counts = [int(able and j < limit + bonus) for able, limit in zip(may, limits, strict=True)]
-            own.append(self._catch_up(model, state, counts) if j == 0 else model.extend(state, token.to(model.device), counts))
-            token, row = settings.draw(own[-1].to(device), drafts)
-            drafts.append(token.squeeze(1))
-            if row is not None:
-                drawn_from.append(row)
-        rows = torch.cat(drawn_from, 1) if drawn_from else None
-        read = {} if only_drafts else {drafter: torch.cat(own, 1).to(device)}
-        return Drafts(newest, torch.stack(drafts, 1), rows, read, bonus=bonus)
+        return self._ask(limits, {})
 
-    def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Tensor:
-        """Decide the drafts; what `emit` needs to know, as numbers `[b, …]`.
+    def _ask(self, limits: Sequence[int], read: Mapping[int, Tensor]) -> Drafts:
+        """Ask the drafter; `read` are rows of models that have read the newest tokens already, by their places."""
+        settings, newest = self._lay_out(max(limits) + 1)
+        drafter = self.models.drafter
+
+        def rows(place: int, token: Tensor | None, counts: Sequence[int]) -> Tensor:
+            if token is None and place in read:
+                return read[place]
+            model, state = self.models.all[place], self._states[place - 1]
+            if token is None:
+                return self._catch_up(model, state, counts).to(newest.device)
+            return model.extend(state, token.to(model.device), counts).to(newest.device)
+
+        step = Step(
+            settings.memories,
+            limits,
+            settings.able,
+            newest,
+            greedy=settings.sampler.greedy,
+            aligners=len(self.models.aligners),
+            vocab_size=self.models.proposal.vocab_size,
+            draw=settings.draw,
+            rows=rows,
+        )
+        drafts = Drafts(newest, _checked(drafter, drafter.draft(step), step), read, step.width)
+        self._bonus = drafts.bonus
+        return drafts
+
+    def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Decided:
+        """Decide the drafts: what `fetch` brings to the host.
 
         Args:
             drafts: what `draft` said.
@@ -195,56 +196,56 @@ class Group:
         logp = settings.proposal_rows(logp, logqs)
         self._rows.insert(0, logp)
         inputs = settings.shaping.inputs(logp, logqs)
-        aligned = settings.shaping.target(inputs)
+        contexts = settings.histories.contexts(inputs[0], drafts.tokens[:, 1:]) if settings.histories else {}
+        aligned = settings.shaping.target(inputs, contexts)
         verdict = settings.decide(aligned, drafts, to_device(limits, device))
-        tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens)
+        tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens, contexts)
+        if contexts:
+            settings.histories.move_on(contexts, inputs[0], tokens, verdict.accepted + 1)
         settings.sampler.note(tokens, verdict.accepted)
-        columns = [verdict.accepted[:, None], verdict.kept[:, None]]
+        log_z = None
         if self._observes:
-            columns.append(settings.shaping.log_z(inputs, aligned, tokens[:, :1]))
-        columns.append(tokens)
-        if settings.gated:
-            columns.append(settings.shaping.fallbacks(inputs))
+            log_z = settings.shaping.log_z(inputs, aligned, tokens[:, :1], contexts)[:, 0]
+        marked = settings.shaping.marked(inputs, contexts) if settings.shaping.marks else None
+        logprobs, best = None, None
         if settings.logprobs:
-            columns += [gather(row, tokens.clamp(min=0)) for row in (logp, *logqs, aligned)]
-        for row in (logp, aligned) if settings.top else ():
-            columns += [part.flatten(1) for part in row.topk(settings.top, dim=-1)]
-        return torch.cat([column.double() for column in columns], dim=-1)
+            at = tokens.clamp(min=0)
+            logprobs = torch.stack([gather(row, at).double() for row in (logp, *logqs, aligned)], -1)
+        if settings.top:
+            best = Best(*logp.topk(settings.top, dim=-1)), Best(*aligned.topk(settings.top, dim=-1))
+        return Decided(verdict.accepted, verdict.kept, tokens, log_z, marked, logprobs, best)
 
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Forget the last `counts[j]` tokens of sequence j, which were read and not accepted."""
-        for i, (model, state) in enumerate(zip(self.models.all[1:], self._states, strict=True), start=1):
-            unread = i == self.models.drafter and not self._bonus  # the last draft, by the drafter
-            model.rollback(state, [max(0, count - unread) for count in counts])
+    def rollback(self, outcomes: Sequence[Outcome]) -> None:
+        """Forget what was read of each sequence and not accepted. A drafter may not have read its last draft."""
+        known = [len(s.prompt) + len(s.tokens) + one.accepted for s, one in zip(self.sequences, outcomes, strict=True)]
+        for model, state in zip(self.models.all[1:], self._states, strict=True):
+            model.rollback(state, [max(0, read - right) for read, right in zip(state.lengths, known, strict=False)])
 
-    def emit(self, values: Sequence[Sequence[float]], limits: Sequence[int]) -> list[TokenEvent]:
+    def emit(self, outcomes: Sequence[Outcome], limits: Sequence[int]) -> list[TokenEvent]:
         """Hand what was decided to the sequences; a stop inside an accepted run discards the rest of the run.
 
         A sequence whose next-token distribution is NaN or has no mass ends there, with a `DeadRow` as its `error`.
         """
         events = []
-        settings = self._settings
-        assert settings is not None
-        for slot, (sequence, limit, row) in enumerate(zip(self.sequences, limits, values, strict=True)):
-            accepted, kept = int(row[0]), int(row[1])
-            drawn = settings.read(row[2 + self._observes :], accepted + 1, max(limits) + 1)
-            if self._observes:
-                sequence.observe_log_z(row[2])
-            for j, one in enumerate(drawn):
+        for slot, (sequence, limit, outcome) in enumerate(zip(self.sequences, limits, outcomes, strict=True)):
+            sequence.observe_log_z(outcome.log_z)
+            taken = []
+            for j, one in enumerate(outcome.drawn):
                 if one.token < 0:
                     events.append(sequence.fail(self._explain(slot, j)))
                     break
                 events.append(sequence.accept(one))
-                if sequence.lookup is not None:
-                    sequence.lookup.extend([one.token])
+                taken.append(one.token)
                 if sequence.finish_reason:
                     break
-            if can_draft(sequence):
+            if taken:
+                self.models.drafter.accepted(sequence.memory, taken)
+            if sequence.can_draft:
                 drafted = limit + self._bonus
                 for hope in (sequence.hope, self._pace.kind(sequence.kind)):
-                    hope.observe(min(kept, drafted), min(kept + 1, drafted))
-            sequence.tally.observe(accepted, limit)
-            self._pace.tally.observe(accepted, limit)
+                    hope.observe(min(outcome.kept, drafted), min(outcome.kept + 1, drafted))
+            sequence.tally.observe(outcome.accepted, limit)
+            self._pace.tally.observe(outcome.accepted, limit)
         self._rows = []
         self._steps += 1
         return events
@@ -267,11 +268,6 @@ class Group:
         read = [len(ids) for ids in unread]
         return last_of(model.extend(state, pad(unread, model.device), read), read)
 
-    def _look_up(self, width: int, device: torch.device) -> Tensor:
-        for s in self.sequences:
-            s.lookup = s.lookup or Lookup([*s.prompt, *s.tokens])
-        return to_device([s.lookup.drafts(width) for s in self.sequences if s.lookup], device)
-
     def _explain(self, slot: int, position: int) -> DeadRow:
         """Say who is to blame for a row without a token."""
         sequence = self.sequences[slot]
@@ -279,9 +275,23 @@ class Group:
         return explain_dead_row(sequence.shaping, rows, f"after {len(sequence.tokens)} tokens")
 
 
-def can_draft(sequence: Growing) -> bool:
-    """Whether drafts for it can be verified, and somebody drafts."""
-    return sequence.shaping.rule.has_row and (sequence.models.lookup or sequence.models.drafter is not None)
+def _checked(drafter: Drafter, drafted: Drafted, step: Step) -> Drafted:
+    """What a drafter says, if it is of the right form; whatever it is, it only costs time.
+
+    Raises:
+        InvalidOption: it is not.
+    """
+    tokens, rows, (count, width) = drafted.tokens, drafted.rows, (len(step.limits), step.width)
+    if tokens is None:
+        return drafted
+    fits = tokens.shape == (count, width) or (step.greedy and tokens.shape == (count, width - 1))
+    if not fits or tokens.dtype != torch.long or tokens.device != step.newest.device:
+        given = f"{tokens.dtype} {list(tokens.shape)} on {tokens.device}"
+        wanted = f"int64 {[count, width]} on {step.newest.device}"
+        raise InvalidOption(f"draft: '{drafter.name}' gave {given} for tokens, and must give {wanted}")
+    if rows is not None and rows.shape[:2] != tokens.shape:
+        raise InvalidOption(f"draft: '{drafter.name}' gave rows of shape {list(rows.shape)} for tokens {list(tokens.shape)}")
+    return drafted
 
 
 class _Settings:
@@ -293,16 +303,20 @@ class _Settings:
         reads = [s.reads_proposal for s in sequences]
         self._reads = None if all(reads) else to_device(reads, device)[:, None, None]
         self.shaping = BatchShaping([s.shaping for s in sequences], device, alone=not any(reads))
+        self.histories = Histories(self.shaping.members, [s.prompt for s in sequences], device, [s.place for s in sequences])
+        for row, sequence in enumerate(sequences):
+            sequence.place = self.histories.place(row)
         contexts = [[*s.prompt, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in sequences]
         drafting = [s.shaping.draft_temperature for s in sequences]
         self.sampler = Sampler([s.params for s in sequences], contexts, models.proposal.vocab_size, device, drafting)
-        self.gated = any(isinstance(s.shaping.rule, KLGate) for s in sequences)
+        self.memories = [sequence.remember() for sequence in sequences]
+        """What their drafter keeps of their texts."""
+        self.able = [sequence.can_draft for sequence in sequences]
         self.logprobs = any(s.params.logprobs for s in sequences)
         self.top = min(max(s.params.top_logprobs for s in sequences), models.proposal.vocab_size)
         """How many of the best tokens somebody wants to know."""
         self.noise = torch.empty(0)
         """Uniforms `[b, P, 3]` for the positions of this step."""
-        self._logprob_columns = 2 + len(models.aligners)
         self._block = torch.empty(0)
         self._starts: list[int] = []
 
@@ -353,17 +367,3 @@ class _Settings:
         asked = [self._sequences[slot] for slot in slots]
         seeds, indices, positions = zip(*((s.seed, s.index, len(s.tokens)) for s in asked), strict=True)
         return uniforms(seeds, indices, positions, 1, draws, self._device)
-
-    def read(self, row: Sequence[float], count: int, width: int) -> list[Drawn]:
-        """The first `count` tokens of one sequence, with all that belongs to them, out of the numbers of its P positions."""
-        singles = 1 + self.gated + (self._logprob_columns if self.logprobs else 0)
-        columns = [row[i * width : (i + 1) * width] for i in range(singles)]
-        drawn = []
-        for j in range(count):
-            token, *rest = (column[j] for column in columns)
-            tops = []
-            for start in range(singles * width + j * self.top, len(row), 2 * self.top * width) if self.top else ():
-                values, ids = row[start : start + self.top], row[start + self.top * width : start + self.top * (width + 1)]
-                tops.append([(int(i), value) for i, value in zip(ids, values, strict=True)])
-            drawn.append(Drawn(int(token), rest[self.gated :], bool(self.gated and rest[0]), tops))
-        return drawn

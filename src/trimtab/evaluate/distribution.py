@@ -12,8 +12,8 @@ from trimtab.core.logprobs import entropy, gather, kl_divergence
 from trimtab.data.prompts import Prompt
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.decode.scoring import by_length, completion_rows
-from trimtab.decode.shaping import BatchShaping, Shaping, explain_dead_row
+from trimtab.decode.scoring import Following, by_length, completion_rows
+from trimtab.decode.shaping import Shaping, explain_dead_row
 from trimtab.decode.text import TextStream
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.evaluate.intervals import ratio_interval
@@ -147,14 +147,13 @@ def _trace_batch(
 ) -> list[Trace]:
     """Traces of completions that fit into one batch; errors name them by their places. It waits for the device once a piece."""
     device = model.proposal.device
-    batch = BatchShaping([shaping] * len(pairs), device)
+    following = Following(shaping, [prompt for prompt, _ in pairs], device)
     weights = torch.tensor(shaping.weights, dtype=torch.float64, device=device)
     has_log_z = shaping.rule.weighs_tokens and bool(model.aligners)
     names = ["proposal", "aligned", "kl", "entropy"] + ["log_z"] * has_log_z
     columns: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in pairs]
     for rows, tokens, counts in completion_rows([model.proposal, *model.aligners], pairs):
-        inputs = batch.inputs(rows[0], rows[1:])
-        aligned = batch.target(inputs)
+        inputs, contexts, aligned = following.align(rows, tokens, counts)
         # Rounding may put the KL of equal rows a hair below 0.
         values = [
             gather(rows[0], tokens),
@@ -163,7 +162,8 @@ def _trace_batch(
             entropy(aligned),
         ]
         if has_log_z:
-            values.append(shaping.rule.log_z(*inputs, weights.to(aligned.dtype)))
+            seen = shaping.rule.seen(contexts.get(shaping.rule))
+            values.append(shaping.rule.log_z(*inputs, weights.to(aligned.dtype), **seen))
         for i, (column, mine, count) in enumerate(zip(columns, torch.stack(values, dim=1).tolist(), counts, strict=True)):
             for name, numbers in zip(names, mine, strict=True):
                 dead = [j for j in range(count) if math.isnan(numbers[j])]

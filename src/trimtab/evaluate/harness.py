@@ -24,8 +24,7 @@ from trimtab.data.prompts import read_chat
 from trimtab.data.template import pick_date
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.decode.scoring import completion_rows
-from trimtab.decode.shaping import BatchShaping
+from trimtab.decode.scoring import Following, completion_rows
 from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 from trimtab.extras import how_to_install
 from trimtab.knobs import KNOBS, SHAPING
@@ -243,11 +242,12 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
             if not 0 < len(continuation) <= self.max_length:
                 text = "a text" if key is None else f"{key[1]!r}"
                 raise InvalidRequest(f"{text} has {len(continuation)} tokens to score: 1 to {self.max_length} can be")
-        # Continuations that differ in their last token alone, such as A, B, C and D, share one row.
+        # Continuations that differ in their last token alone, such as A, B, C and D, share one row: unless the rule looks back,
+        # for it may tell apart where they begin.
         order = Collator(
             requests,
             sort_fn=lambda r: (-len(r[1] + r[2]), r[1] + r[2]),
-            group_by="contexts",
+            group_by=None if self._shaping.rule.looks_back else "contexts",
             group_fn=lambda r: r[1] + r[2][:-1],
         )
         answers = []
@@ -269,12 +269,12 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         for _, context, continuation in requests:
             whole = (context + continuation)[-self.max_length - 1 :]  # the last one is predicted, and never read
             pairs.append((whole[: -len(continuation)], continuation))
-        shaping = BatchShaping([self._shaping] * len(pairs), model.proposal.device)
+        following = Following(self._shaping, [context for context, _ in pairs], model.proposal.device)
         logps: list[list[float]] = [[] for _ in pairs]
         greedy: list[list[bool]] = [[] for _ in pairs]
         last: list[Tensor] = [torch.empty(0)] * len(pairs)
         for rows, tokens, counts in completion_rows([model.proposal, *model.aligners], pairs):
-            target = shaping.target(shaping.inputs(rows[0], rows[1:]))
+            target = following.align(rows, tokens, counts).target
             found, best = gather(target, tokens).tolist(), target.argmax(-1).eq(tokens).tolist()
             for i, count in enumerate(counts):
                 if any(map(math.isnan, found[i][:count])):

@@ -242,9 +242,9 @@ def _step_bytes(model: AlignedModel, stock: Stock, params: SamplingParams, lengt
         if not model.shaping(params).reads_proposal:
             proposal = layers
     drafter = model.models.drafter
-    if drafter == 1:
+    if drafter.from_aligner:
         return proposal + (length + 1) * aligner
-    own = 0 if drafter is None else int(getattr(model.models.draft, "num_bytes", 0))
+    own = sum(int(getattr(part, "num_bytes", 0)) for part in drafter.models)
     return proposal + aligner + (length + (params.temperature != 0)) * own
 
 

@@ -30,7 +30,7 @@ from trimtab.models.slots import SlotState
 __all__ = ["Head", "HeadPool", "check_heads", "tap_of"]
 
 
-def check_heads(proposal: LanguageModel, aligners: Sequence[LanguageModel], draft: LanguageModel | None) -> None:
+def check_heads(proposal: LanguageModel, aligners: Sequence[LanguageModel], drafting: Sequence[LanguageModel]) -> None:
     """Refuse heads that do not read this very proposal, and one that is to draft.
 
     Raises:
@@ -43,7 +43,7 @@ def check_heads(proposal: LanguageModel, aligners: Sequence[LanguageModel], draf
             raise UnsupportedModel(
                 f"aligners[{i}] is a head that reads another proposal's hidden states: load its folder together with this one"
             )
-    if draft is not None and tap_of(draft) is not None:
+    if any(tap_of(model) is not None for model in drafting):
         raise InvalidOption("draft: a head reads what the proposal has read, and cannot draft: name another model")
 
 

@@ -24,6 +24,10 @@ def refuse_contradictions(
         InvalidOption: names the option and says why.
     """
     rule = setting.rule
+    if rule.looks_back:
+        raise InvalidOption(
+            f"rule: '{rule}' looks at the text before a row, and aligners are trained on rows: train for another"
+        )
     if setting.head:
         _refuse_beside_head(asked, setting)
     if asked.max_kl is not None and rule.name not in RANGES:

@@ -99,7 +99,8 @@ class Aligners:
         for count, members in groups.items():
             mixer = self._mixers.setdefault(count, Mixer(self.vocab_size))
             logqs = [_collect(rows, [places[row, i] for row in members]) for i in range(count)]
-            mixer.mix(mixed, members, logqs, [aligned[row].arguments.shaping for row in members])
+            asked = [aligned[row] for row in members]
+            mixer.mix(mixed, members, logqs, [one.arguments.shaping for one in asked], [one.request for one in asked])
         return mixed
 
     def _adapters(self, base: HuggingFaceLM) -> list[Any]:

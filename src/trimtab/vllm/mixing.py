@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import row_from_logits
+from trimtab.core.transfer import to_device
 from trimtab.decode.shaping import BatchShaping, Shaping
+from trimtab.vllm.cache import Request
+from trimtab.vllm.recall import Recall
 
 __all__ = ["Mixer"]
 
@@ -25,8 +28,16 @@ class Mixer:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._last: tuple[list[Shaping], BatchShaping] | None = None
+        self._recall = Recall()
 
-    def mix(self, logits: Tensor, rows: Sequence[int], logqs: Sequence[Tensor], shapings: Sequence[Shaping]) -> None:
+    def mix(
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        logqs: Sequence[Tensor],
+        shapings: Sequence[Shaping],
+        requests: Sequence[Request] = (),
+    ) -> None:
         """Put the log-probabilities of aligned models where the proposal's logits were.
 
         Args:
@@ -34,11 +45,20 @@ class Mixer:
             rows: which of them are aligned.
             logqs: `[n, V]` the rows of their first aligner, of their second, …: n requests with the same number of aligners.
             shapings: how each is to be aligned.
+            requests: whose they are, for rules that look back.
         """
         index = slice(None) if list(rows) == list(range(len(logits))) else torch.tensor(list(rows), device=logits.device)
         logp = row_from_logits(logits[index][:, None], self._vocab_size)
         shaping = self._shaping(list(shapings), logits.device)
-        target = shaping.target(shaping.inputs(logp, [logq[:, None].to(logp) for logq in logqs]))
+        inputs = shaping.inputs(logp, [logq[:, None].to(logp) for logq in logqs])
+        contexts = {}
+        for rule, members in shaping.members.items():
+            if rule.looks_back:
+                asking = [requests[i] for i in members]
+                contexts[rule] = self._recall.contexts(rule, asking, logits.device)
+                mine = inputs[0][to_device(members, logits.device), 0]
+                self._recall.note(rule, asking, contexts[rule], mine)
+        target = shaping.target(inputs, contexts)
         # What a cut leaves out has no probability, but comes before what vLLM forbids later, such as an early end: where only
         # such tokens are left, the proposal decides among them.
         target = torch.where(target.isneginf(), logp - CUT, target)
