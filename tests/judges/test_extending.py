@@ -1,4 +1,4 @@
-"""docs/extending-judges.md: the package that it shows, installed as it says, works by the commands that it shows."""
+"""docs/extending.md: the package with judges and rewards that it shows, installed, works by the commands that it shows."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from eval_task import called, make_eval_task, read
 from rewards_of import package
 from tiny_task import write_rows
 
-PAGE = (Path(__file__).parents[2] / "docs" / "extending-judges.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8").partition("## Judges and rewards")[2]
 
 
 def blocks(language):

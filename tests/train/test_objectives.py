@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
-import sys
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from brought import bring
+from brought import bring, look_again
 from eval_task import called
 from tiny_task import V, make_task
 from trimtab.core.rules import parse_rule
@@ -186,61 +188,19 @@ def test_a_pair_of_equal_answers_has_no_contrast():
 # ---- of another package
 
 
-THEIRS = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-from trimtab.options import option
-from trimtab.train.objectives import Decoded, Objective, TokenLoss
-
-
-@dataclass(frozen=True)
-class Focal(TokenLoss):
-    """-(1 - p)^gamma log p of what is decoded."""
-
-    gamma: float
-    reads_proposal: ClassVar[bool] = True
-
-    def of_rows(self, rows):
-        nll = Decoded().of_rows(rows)
-        return (1 - (-nll).exp()) ** self.gamma * nll
-
-
-@dataclass(frozen=True)
-class FocalLikelihood(Objective):
-    name: ClassVar[str] = "focal"
-    residual: ClassVar[bool] = True
-    gamma: float = option(2.0, "how much less is learnt from what is likely already", low=0)
-
-    def fits(self, setting):
-        return ("product",)
-
-    def token_losses(self, setting):
-        return (Focal(self.gamma),)
-
-    def loss(self, batch):
-        return batch.sum(batch.tokens(Focal(self.gamma))) / batch.mean_length
-
-    def figures(self, setting):
-        return {"focal": Focal(self.gamma)}
-'''
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+THEIRS, POINTS = (
+    re.findall(rf"^```{language}\n(.*?)^```", PAGE.partition("## An objective")[2], re.MULTILINE | re.DOTALL)[0]
+    for language in ("python", "toml")
+)
+"""The package that the page shows."""
 
 
 @pytest.fixture
 def theirs(tmp_path, monkeypatch):
     """An installed package with an objective."""
-    bring(
-        tmp_path / "site",
-        monkeypatch,
-        "their_objective",
-        THEIRS,
-        {OBJECTIVES.group: {"focal": "their_objective:FocalLikelihood"}},
-    )
-    monkeypatch.setattr(OBJECTIVES, "_known", dict(OBJECTIVES._known))
-    OBJECTIVES.__dict__.pop("_brought", None)
-    yield
-    OBJECTIVES.__dict__.pop("_brought", None)
-    sys.modules.pop("their_objective", None)
+    look_again(OBJECTIVES, monkeypatch)
+    bring(tmp_path / "site", monkeypatch, "focal_objective", THEIRS, tomllib.loads(POINTS)["project"]["entry-points"])
 
 
 @pytest.mark.usefixtures("theirs")
