@@ -41,7 +41,7 @@ class DataOptions:
 
     def idle(self) -> dict[str, str]:
         """What says nothing of files."""
-        return idle_for_files(*(getattr(self, name, None) for name in ("dataset", "dev_dataset")))
+        return idle_for_files(*(getattr(self, name, None) for name in ("dataset", "dev_dataset", "eval_dataset")))
 
 
 def idle_for_files(*datasets: str | None) -> dict[str, str]:

@@ -6,9 +6,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.core.rules import parse_rule
+from trimtab.core.rules import RULES, parse_rule
 from trimtab.data.cut import CUT_ANSWERS
-from trimtab.data.options import idle_for_files
+from trimtab.data.options import DataOptions
 from trimtab.data.records import parse_columns
 from trimtab.data.template import check_date
 from trimtab.endpoints.settings import Limits, make_limits
@@ -16,7 +16,7 @@ from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.models.aligner import manifest_of
 from trimtab.models.estimates import DryRunOptions
-from trimtab.options import Flag, check_ranges, help_of, option
+from trimtab.options import Flag, check_ranges, check_required, help_of, option
 from trimtab.train.defaults import training_flags
 from trimtab.train.objectives import OBJECTIVES, Objective
 
@@ -30,6 +30,12 @@ ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_
 
 OF_DRY_RUN = (*(one.name for one in dataclasses.fields(DryRunOptions)), "expected_aligner", "assume_tflops")
 """What says nothing of a run."""
+
+
+def _rule_help() -> str:
+    """What `--rule` takes, those of other packages included."""
+    default = "[default: product; for a head geometric, or what it was trained for]"
+    return f"the decoding rule to train for: {', '.join(sorted(RULES))}; goes into the manifest {default}"
 
 
 def objective_flags() -> dict[str, Flag]:
@@ -75,7 +81,7 @@ def make_objective(name: str, settings: dict[str, Any]) -> Objective:
 
 
 @dataclass(frozen=True)
-class TrainOptions(DryRunOptions):
+class TrainOptions(DryRunOptions, DataOptions):
     """What is asked for; `trimtab.train.plan.resolve` makes a plan of it.
 
     The options of the objective go into `objective_options`, and those of `transformers.TrainingArguments` into `training`; in
@@ -101,11 +107,7 @@ class TrainOptions(DryRunOptions):
     dataset: str = option("", "training data in a TRL layout: JSONL(.gz), Parquet or a hub id", required=True)
     output_dir: str = option("", "where checkpoints and the finished aligner go", required=True)
     objective: str = option("likelihood", "what to minimise", choices=OBJECTIVES)
-    rule: str = option(
-        "",
-        "the decoding rule to train for; goes into the manifest [default: product; for a head geometric, or what it was trained"
-        " for]",
-    )
+    rule: str = option("", _rule_help)
     weight: float | None = option(None, "the rule's weight while training [default: 1 for a head, otherwise the rule's own]")
     proposal_temperature: float | None = option(
         None,
@@ -130,14 +132,6 @@ class TrainOptions(DryRunOptions):
     )
     eval_dataset: str | None = option(None, "development data; without it, some prompts of --dataset are kept aside")
     dev_fraction: float = option(0.1, "share of the prompts kept aside for development", above=0, high=0.9)
-    dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it", kept=True)
-    dataset_config: str | None = option(None, "configuration of a hub data set that has several", kept=True)
-    dataset_data_dir: str | None = option(None, "folder of a hub data set that is sorted into folders", kept=True)
-    columns: tuple[str, ...] = option(
-        (),
-        "the column to read a field of the layout from, such as prompt=post; others are then not looked at; may repeat",
-        metavar="FIELD=COLUMN",
-    )
     max_examples: int | None = option(None, "take only the first so many records of --dataset [default: all]", low=2)
     chat_template_path: str | None = option(
         None, "a Jinja file: the chat template of the tokenizer, in training and in what is saved [default: its own]"
@@ -221,7 +215,7 @@ class TrainOptions(DryRunOptions):
 
     expected_aligner: str | None = option(None, "for --dry_run: the same for --aligner", metavar="A", kept=True)
     assume_tflops: float | None = option(
-        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True
+        None, "for --dry_run: 10¹² operations a second of the device [default: measured on this one]", kept=True, above=0
     )
 
     def __post_init__(self) -> None:
@@ -230,9 +224,7 @@ class TrainOptions(DryRunOptions):
         Raises:
             InvalidOption: names the option and says why.
         """
-        for name in ("proposal", "dataset", "output_dir"):
-            if not getattr(self, name):
-                raise InvalidOption(f"--{name} is required")
+        check_required(type(self), vars(self))
         check_date(self.date)
         if self.aligner and self.would_overwrite(self.aligner):
             raise InvalidOption(f"output_dir holds the aligner, {self.aligner}: choose another one")
@@ -240,8 +232,6 @@ class TrainOptions(DryRunOptions):
             if getattr(self, name) not in choices:
                 raise InvalidOption(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
         check_ranges(self)
-        if self.assume_tflops is not None and self.assume_tflops <= 0:
-            raise InvalidOption(f"--assume_tflops must be above 0, not {self.assume_tflops:g}")
         if self.weight is not None and not math.isfinite(self.weight):
             raise InvalidOption(f"weight must be a finite number, not {self.weight}")
         if self.rule:
@@ -267,7 +257,7 @@ class TrainOptions(DryRunOptions):
 
     def idle(self) -> dict[str, str]:
         """What a teacher, a head, fresh adapters, or files leave unread."""
-        idle = idle_for_files(self.dataset, self.eval_dataset)
+        idle = {}
         if self.teacher_prompt is None:
             idle["teacher_max_tokens"] = "needs --teacher_prompt"
         manifest = manifest_of(expand_home(self.aligner)) if self.aligner else None
