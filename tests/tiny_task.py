@@ -11,6 +11,7 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab.data.examples import Example
 from trimtab.options import nest
+from trimtab.train.batches import answer_logits, rows_at
 from trimtab.train.options import TrainOptions
 from trimtab.train.plan import Plan, resolve
 
@@ -68,6 +69,11 @@ def make_task(folder: Path, **tokenizer: Any) -> Path:
     write_rows(folder / "train.jsonl", rows[:48])
     write_rows(folder / "held_out.jsonl", rows[48:])
     return folder
+
+
+def answer_rows(model: Any, batch: Mapping[str, Any], which: str, vocab_size: int, temperature: float = 1.0) -> torch.Tensor:
+    """A model's log-probabilities `[N, V]` at a temperature, where it predicts the tokens of the `which` answers."""
+    return rows_at(*answer_logits(model, batch, which), vocab_size, temperature)
 
 
 def asked(**settings: Any) -> TrainOptions:

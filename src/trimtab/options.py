@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Real
 from types import MappingProxyType
@@ -49,6 +50,8 @@ class Flag(NamedTuple):
     """Of its value."""
     text: str
     """Its help."""
+    choices: tuple[str, ...] = ()
+    """What it may be; empty for anything."""
 
 
 def option(default: Any, text: str | Callable[[], str], **more: Any) -> Any:
@@ -169,6 +172,8 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     Raises:
         InvalidOption: an option is not known, is missing, cannot have its value, or has no effect beside the others.
     """
+    if options is not None and not isinstance(options, kind):
+        raise InvalidOption(f"options must be {kind.__name__}, not {options!r}: give options by name otherwise")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     asked = {} if options is None else {name: getattr(options, name) for name in fields}
     given = nest(kind, settings, asked)
@@ -176,7 +181,10 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
         if name not in fields:
             raise InvalidOption(f"there is no option '{name}'{meant(name, _names(kind))}")
     given = {name: _repeated(fields[name], value) for name, value in given.items()}
+    hints = typing.get_type_hints(kind)
     for name, value in given.items():
+        if isinstance(value, Real) or Range.of(fields[name].metadata) == Range():  # a range refuses what is no number
+            _check_type(name, hints[name], value)
         choices = fields[name].metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise InvalidOption(f"--{name} must be one of {', '.join(choices)}, not {value!r}")
@@ -207,6 +215,21 @@ def nest(kind: type, values: Mapping[str, Any], known: Mapping[str, Any] = Mappi
         else:
             given[home] = {**given.get(home, known.get(home, {})), name: value}
     return given
+
+
+PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+"""Types whose values are checked, in words."""
+
+
+def _check_type(name: str, hint: Any, value: Any) -> None:
+    """Refuse a value of another type, of options that have a plain one or several of it; an integer is a number, too."""
+    kinds = [part for part in typing.get_args(hint) or (hint,) if part not in (type(None), Ellipsis)]
+    if value is None or not kinds or any(part not in PLAIN for part in kinds):
+        return
+    several = typing.get_origin(hint) is tuple
+    for one in value if several and isinstance(value, tuple) else (value,):
+        if type(one) not in kinds and not (float in kinds and type(one) is int):
+            raise InvalidOption(f"--{name} must be {PLAIN[kinds[0]]}, not {one!r}")
 
 
 def _names(kind: type) -> set[str]:

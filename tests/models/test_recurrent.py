@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from decode.test_prefixes import told
 from tiny import tiny_model, tiny_tokenizer
+from tiny_task import answer_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.data.examples import Example
 from trimtab.errors import UnsupportedModel
@@ -20,7 +21,7 @@ from trimtab.models.base import vacate
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.masks import STATEFUL, TOKENWISE
 from trimtab.models.recurrent_slots import Recurrence
-from trimtab.train.batches import Item, answer_rows, collate
+from trimtab.train.batches import Item, collate
 
 V = 32
 KINDS = ("falcon_h1", "lfm2", "mamba", "qwen3_next")

@@ -33,7 +33,7 @@ def test_it_trains_what_the_command_trains(task, capsys):
     assert status == 0, errors
     there = json.loads(out)
     assert report["metrics"] | {"eval_runtime": 0} == there["metrics"] | {"eval_runtime": 0}
-    assert report["alpha"] == there["alpha"] == 1e-3
+    assert report["objective"] == there["objective"] == {"name": "ram", "alpha": 1e-3}
     assert (task / "python" / "model.safetensors").read_bytes() == (task / "command" / "model.safetensors").read_bytes()
     assert report["output_dir"] == str(task / "python")
     assert report["history"]
@@ -65,12 +65,30 @@ def test_options_are_taken_whole_and_settings_go_over_them(task):
         ({"assume_tflops": 0.0, "dry_run": True}, "^assume_tflops must be above 0"),
         ({"expected_examples": 5}, "^expected_examples is for dry_run"),
         ({"label_names": ["x"]}, "there is no option 'label_names'"),
+        ({"use_peft": "false"}, "^use_peft must be true or false, not 'false'"),
+        ({"weight": "0.5"}, r"^weight must be from -1e\+06 to 1e\+06, not '0.5'"),
+        ({"max_examples": 8.5}, "^max_examples must be an integer, not 8.5"),
+        ({"objective": ["sft"]}, "^objective must be a text, not"),
+        ({"alpha": -1.0, "objective": "ram"}, "^alpha must be at least 0, not -1.0"),
+        ({"teacher_prompt": "t.txt", "rule": "geometric", "sft_weight": 0.1, "aligner": ""}, "^sft_weight: at weight 1"),
+        ({"teacher_prompt": "t.txt", "rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
     ],
 )
 def test_what_the_command_refuses_is_refused_without_dashes(task, more, message):
     with pytest.raises(InvalidOption, match=message):
         trimtab.train(**settings(task, "refused", **more))
     assert not (task / "refused").exists()
+
+
+def test_what_is_no_options_is_refused():
+    with pytest.raises(InvalidOption, match="options must be TrainOptions, not"):
+        trimtab.train({"proposal": "p"})
+
+
+def test_nothing_is_asked_by_none_or_by_zero_of_what_an_objective_lacks(task):
+    """An interrupted run goes on whether its options are left out, None, or their own defaults."""
+    one = trimtab.train(**settings(task, "none", objective="ram", alpha=None, contrast=0.0))
+    assert one == trimtab.train(**settings(task, "none", objective="ram", contrast=0.0))
 
 
 def test_it_is_a_package_too_and_shows_its_signature():

@@ -13,9 +13,11 @@ from torch.testing import assert_close
 
 from brought import bring, look_again
 from eval_task import called
-from tiny_task import V, make_task
+from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption
+from trimtab.options import option
+from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.objectives import (
     OBJECTIVES,
     Alone,
@@ -32,6 +34,7 @@ from trimtab.train.objectives.base import _check
 from trimtab.train.objectives.taught import Taught, TeacherAlone, TeacherToAligned, TeacherToProposal
 from trimtab.train.options import objective_flags
 from trimtab.train.rows import CachedRows, TaughtRows
+from trimtab.train.run import run_training
 
 RULES = [("product", 1.0), ("product", 0.4), ("product", -0.5), ("geometric", 0.3), ("geometric", 1.0)]
 KINDS = [*sorted(OBJECTIVES), "taught"]
@@ -227,7 +230,7 @@ def test_an_objective_of_another_package_is_trained_by_the_command(tmp_path, cap
         assert_close(weights["focal0"][name], weight, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(weights["focal"]["lm_head.weight"], weights["focal0"]["lm_head.weight"], atol=1e-4)
     report = json.loads((task / "focal" / "training.json").read_text())
-    assert report["gamma"] == 2.0
+    assert report["objective"] == {"name": "focal", "gamma": 2.0}
     assert report["metrics"]["eval_focal"] == pytest.approx(report["metrics"]["eval_loss"], rel=0.2)
     assert json.loads((task / "focal" / "trimtab.json").read_text())["objective"] == "focal"
     status, _, errors = called(capsys, "train", *words, "--gamma", 1, "--output_dir", task / "none")
@@ -251,19 +254,88 @@ def test_its_flag_is_in_the_help(capsys):
 
 
 @dataclasses.dataclass(frozen=True)
-class Helpless(Objective):
-    name = "helpless"
-    gamma: float = 1.0
+class Whole(Objective):
+    name = "whole"
+
+    def token_losses(self, setting):
+        return (Alone(),)
+
+    def loss(self, batch):
+        return batch.sum(batch.tokens(Alone()))
+
+
+FROZEN = dataclasses.dataclass(frozen=True)
+
+
+def of(**body):
+    """A dataclass like `Whole`, with this body."""
+    annotations = {key: kind for key, (kind, _) in body.items() if isinstance(key, str)} if body else {}
+    namespace = {key: value for key, (_, value) in body.items()} | {"__annotations__": annotations, "name": "other"}
+    return FROZEN(type("Other", (Whole,), namespace))
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         (dict, "it is no subclass of trimtab.train.objectives.Objective"),
-        (type("Nameless", (Objective,), {}), "it has no `name`"),
-        (Helpless, r"its field 'gamma' is no trimtab.options.option"),
+        (type("Nameless", (Whole,), {"name": None}), "its `name` must be an identifier, for manifests have it"),
+        (type("Hyphened", (Whole,), {"name": "my-sft"}), "its `name` must be an identifier"),
+        (type("Plain", (Whole,), {"name": "plain"}), "it must be a frozen dataclass"),
+        (
+            dataclasses.dataclass(frozen=True)(type("Empty", (Objective,), {"name": "empty"})),
+            "it lacks `token_losses` or `loss`",
+        ),
+        (of(gamma=(float, 1.0)), "its field 'gamma' is no trimtab.options.option"),
+        (of(gamma=(tuple[float, ...], option((), "of what"))), "its option 'gamma' must be an int, a float, a bool or a str"),
+        (of(gamma=("Missing", option(1.0, "of what"))), "its annotations cannot be read: name 'Missing' is not defined"),
     ],
 )
 def test_what_is_no_objective_is_refused(value, message):
+    _check(Whole)
+    _check(of(gamma=(float | None, option(None, "of what", low=0))))
     with pytest.raises(InvalidOption, match=message):
         _check(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [("alpha: int", "alpha"), ("max_steps: int", "max_steps"), ("rule: str", "rule"), ("seed: int", "seed")]
+)
+def test_an_option_with_the_name_of_another_one_is_no_flag_and_bars_only_its_objective(
+    tmp_path, monkeypatch, caplog, kind, taken
+):
+    look_again(OBJECTIVES, monkeypatch)
+    clashing = (
+        THEIRS.replace("gamma: float = option(2.0,", f"{kind} = option(0,").replace("self.gamma", "2.0").replace(", low=0", "")
+    )
+    bring(tmp_path, monkeypatch, "focal_objective", clashing, tomllib.loads(POINTS)["project"]["entry-points"])
+    flags = objective_flags()
+    assert "focal" not in "".join(flag.text for flag in flags.values())
+    assert {"alpha", "beta", "contrast", "sft_weight"} == flags.keys()
+    assert f"the option '{taken}' of 'focal' has the name of another one" in caplog.text
+
+
+@dataclasses.dataclass(frozen=True)
+class OfWanted(Whole):
+    """Compares the wanted answer alone."""
+
+    name = "of_wanted"
+
+    def compares(self, setting):
+        return True
+
+    def loss(self, batch):
+        return -batch.gain(batch.tokens(Alone()))
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["aligner", "head"])
+def test_what_compares_wanted_answers_alone_needs_no_others(tmp_path, monkeypatch, head):
+    look_again(OBJECTIVES, monkeypatch)
+    OBJECTIVES.register(OfWanted)
+    task = make_task(tmp_path)
+    write_rows(task / "alone.jsonl", [{key: row[key] for key in ("prompt", "chosen")} for row in task_rows(24)])
+    said = {"objective": "of_wanted", "dataset": str(task / "alone.jsonl"), "rule": "geometric"} | (
+        {"aligner": ""} if head else {}
+    )
+    report = run_training(task_options(task, "wanted", {"max_steps": 2}, **said))
+    assert report["metrics"]["eval_loss"] < 100
+    assert estimate(task_options(task, "dry", {"max_steps": 2}, **said), Expected(tflops=1.0))["rejected"] is False

@@ -24,7 +24,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
         ({"start": "zero"}, "start must be one of auto, tempered, pretrained, uniform"),
         ({"start": "uniform", "use_peft": True}, "choose one of them"),
-        ({"weight": float("nan")}, "weight must be a finite number"),
+        ({"weight": float("nan")}, "weight must be"),
         ({"alpha": -1.0, "objective": "ram"}, "alpha must be at least 0, not -1.0"),
         ({"alpha": 0.1}, "alpha is for --objective ram, and 'likelihood' has none: leave it out"),
         ({"beta": 0.0}, "beta must be above 0, not 0.0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import V, asked, make_task, task_options
+from tiny_task import V, answer_rows, asked, make_task, task_options
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Product
@@ -16,7 +16,7 @@ from trimtab.data.examples import Example, answers
 from trimtab.errors import InvalidOption
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train import temper
-from trimtab.train.batches import Item, answer_rows, collate
+from trimtab.train.batches import Item, collate
 from trimtab.train.footprint import Ledger
 from trimtab.train.inputs import read_parts
 from trimtab.train.plan import Temperatures, resolve

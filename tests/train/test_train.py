@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
-from tiny_task import V, make_task, task_options, task_rows, write_rows
+from tiny_task import V, answer_rows, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import gather
 from trimtab.data.encoding import Encoder
@@ -22,7 +22,7 @@ from trimtab.models.aligner import Manifest, describe
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.train.arguments import training_arguments
-from trimtab.train.batches import ExampleDataset, Item, answer_rows, cached_rows, collate
+from trimtab.train.batches import ExampleDataset, Item, cached_rows, collate
 from trimtab.train.objectives import Batch, Rows
 from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import ModelRows

@@ -155,7 +155,7 @@ def _boolean(text: str) -> bool:
 def _add_nested(parser: Parser, field: "dataclasses.Field[Any]") -> None:
     group = parser.add_argument_group(field.metadata["title"], field.metadata.get("text"))
     taken = {action.dest for action in parser._actions}
-    for name, (kind, text) in field.metadata["nested"]().items():
+    for name, (kind, text, choices) in field.metadata["nested"]().items():
         if name in taken:
             continue
-        _add(group, name, kind, text, metavar=kind.__name__.upper())
+        _add(group, name, kind, text, choices=choices, metavar=kind.__name__.upper())

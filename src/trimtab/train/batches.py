@@ -22,7 +22,6 @@ __all__ = [
     "ExampleDataset",
     "Item",
     "answer_logits",
-    "answer_rows",
     "cached_batch",
     "cached_rows",
     "collate",
@@ -112,11 +111,6 @@ def cached_batch(batch: Mapping[str, Tensor], which: str = "chosen") -> CachedRo
 def cached_rows(batch: Mapping[str, Tensor], vocab_size: int, which: str = "chosen") -> Tensor:
     """The proposal's rows `[N, V]` for the `which` answers of a batch."""
     return cached_batch(batch, which).rebuild(vocab_size)
-
-
-def answer_rows(model: Any, batch: Mapping[str, Tensor], which: str, vocab_size: int, temperature: float = 1.0) -> Tensor:
-    """The model's log-probabilities `[N, V]` at a temperature, where it predicts the tokens of the `which` answers."""
-    return rows_at(*answer_logits(model, batch, which), vocab_size, temperature)
 
 
 def rows_at(logits: Tensor, positions: Tensor, vocab_size: int, temperature: float = 1.0) -> Tensor:

@@ -1,8 +1,9 @@
 """What `trimtab train` can be told. What becomes of it is a `trimtab.train.plan.Plan`."""
 
+import contextlib
 import dataclasses
-import math
-import typing
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,17 @@ from trimtab.data.template import check_date
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
+from trimtab.knobs import MAX_FACTOR
 from trimtab.models.aligner import manifest_of
 from trimtab.models.estimates import DryRunOptions
 from trimtab.options import Flag, check_ranges, check_required, help_of, option
-from trimtab.train.defaults import training_flags
+from trimtab.train.defaults import IDLE, OWNED, training_flags
 from trimtab.train.objectives import OBJECTIVES, Objective
+from trimtab.train.objectives.base import option_kinds
 
 __all__ = ["ENDPOINT_OPTIONS", "OF_DRY_RUN", "STARTS", "TrainOptions", "make_objective", "objective_flags"]
+
+logger = logging.getLogger(__name__)
 
 STARTS = ("auto", "tempered", "pretrained", "uniform")
 """Where training may start."""
@@ -41,43 +46,60 @@ def _rule_help() -> str:
 def objective_flags() -> dict[str, Flag]:
     """The options of all objectives by name; those of one name share a flag.
 
-    Raises:
-        InvalidOption: two objectives have options of one name and of different types, or one has a name that is taken.
+    An objective of another package that cannot be used, or whose options have names that are taken, has none: a warning says
+    so, and to choose it is an error.
     """
     found: dict[str, Flag] = {}
-    taken = {one.name for one in dataclasses.fields(TrainOptions)}
-    for name, kind in OBJECTIVES.items():
-        hints = typing.get_type_hints(kind)
-        for one in dataclasses.fields(kind):
-            known = found.get(one.name)
-            if one.name in taken or (known is not None and known.kind != _of_one(hints[one.name])):
-                raise InvalidOption(f"objective: the option '{one.name}' of '{name}' has the name of another one: rename it")
-            text = f"{name}: {help_of(one)}"
-            found[one.name] = Flag(_of_one(hints[one.name]), text if known is None else f"{known.text}; {text}")
+    for name in OBJECTIVES:
+        try:
+            found |= _flags_of(name, found)
+        except InvalidOption as error:
+            logger.warning("%s", error)
     return found
 
 
-def _of_one(hint: Any) -> type:
-    """The type of a value that may be None."""
-    kinds: list[type] = [part for part in typing.get_args(hint) if part is not type(None)]
-    return kinds[0] if kinds else hint
+def _flags_of(name: str, known: Mapping[str, Flag]) -> dict[str, Flag]:
+    """The flags of one objective, beside those that are known.
+
+    Raises:
+        InvalidOption: it cannot be used, or an option has the name of another one.
+    """
+    kind = OBJECTIVES[name]
+    kinds, flags = option_kinds(kind), {}
+    taken = {one.name for one in dataclasses.fields(TrainOptions)} | training_flags().keys() | OWNED | IDLE
+    for one in dataclasses.fields(kind):
+        before, choices = known.get(one.name), tuple(one.metadata.get("choices", ()))
+        if one.name in taken or (before is not None and (before.kind, before.choices) != (kinds[one.name], choices)):
+            raise InvalidOption(f"objective: the option '{one.name}' of '{name}' has the name of another one: rename it")
+        text = f"{name}: {help_of(one)}"
+        flags[one.name] = Flag(kinds[one.name], text if before is None else f"{before.text}; {text}", choices)
+    return flags
 
 
-def make_objective(name: str, settings: dict[str, Any]) -> Objective:
-    """An objective with some of its options; None stands for the default.
+def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
+    """An objective with some of its options; None stands for the default, and 0 of an option that it lacks asks for nothing.
 
     Raises:
         InvalidOption: there is none of that name, it has no such option, or a value is out of range.
     """
+    if not isinstance(name, str):
+        raise InvalidOption(f"objective must be the name of one, not {name!r}")
     kind = OBJECTIVES.find(name)
     known = {one.name for one in dataclasses.fields(kind)}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if odd := sorted(set(settings) - known):
-        owners = [other for other in OBJECTIVES if odd[0] in {one.name for one in dataclasses.fields(OBJECTIVES[other])}]
-        if not owners:
-            raise InvalidOption(f"there is no option '{odd[0]}' of an objective")
-        raise InvalidOption(f"--{odd[0]} is for --objective {' or '.join(owners)}, and '{name}' has none: leave it out")
-    return kind(**settings)
+    given = {key: value for key, value in settings.items() if value is not None and (value or key in known)}
+    if odd := sorted(set(given) - known):
+        owners = " or ".join(_owners(odd[0]))
+        raise InvalidOption(f"--{odd[0]} is for --objective {owners or '(none)'}, and '{name}' has none: leave it out")
+    return kind(**given)
+
+
+def _owners(option_name: str) -> list[str]:
+    """The objectives that have an option."""
+    found = []
+    for name in OBJECTIVES:
+        with contextlib.suppress(InvalidOption):  # one that cannot be used has none
+            found += [name] * (option_name in option_kinds(OBJECTIVES[name]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,12 @@ class TrainOptions(DryRunOptions, DataOptions):
     output_dir: str = option("", "where checkpoints and the finished aligner go", required=True)
     objective: str = option("likelihood", "what to minimise", choices=OBJECTIVES)
     rule: str = option("", _rule_help)
-    weight: float | None = option(None, "the rule's weight while training [default: 1 for a head, otherwise the rule's own]")
+    weight: float | None = option(
+        None,
+        "the rule's weight while training [default: 1 for a head, otherwise the rule's own]",
+        low=-MAX_FACTOR,
+        high=MAX_FACTOR,
+    )
     proposal_temperature: float | None = option(
         None,
         "temperature of the proposal's rows; goes into the manifest [default: fitted by a tempered start, otherwise 1]",
@@ -232,8 +259,6 @@ class TrainOptions(DryRunOptions, DataOptions):
             if getattr(self, name) not in choices:
                 raise InvalidOption(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
         check_ranges(self)
-        if self.weight is not None and not math.isfinite(self.weight):
-            raise InvalidOption(f"weight must be a finite number, not {self.weight}")
         if self.rule:
             parse_rule(self.rule)
         _ = self.asked_objective, self.limits, parse_columns(self.columns)  # raise where they cannot be

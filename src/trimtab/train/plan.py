@@ -143,10 +143,10 @@ class Plan:
         """
         compares = self.objective.compares(self.setting)
         reads = compares or self.objective.reads(self.setting)
+        pairs = self.reads_rejected and (compares if self.trains_head else reads)
         both = [("dev", "chosen"), ("train", "chosen")]
         teachers = [("dev", "teacher"), ("train", "teacher")] * self.has_teacher
-        paired = compares or (reads and self.reads_rejected)
-        unwanted = [("dev", "rejected"), ("train", "rejected")] * (compares if self.trains_head else paired)
+        unwanted = [("dev", "rejected"), ("train", "rejected")] * pairs
         if self.trains_head:
             return both * compares + teachers + unwanted
         needed = self.trains_draft if self.has_teacher else reads
@@ -166,9 +166,10 @@ def resolve(asked: TrainOptions, facts: Facts = Facts()) -> Plan:  # noqa: B008 
     try:
         return _resolve(continued, facts)
     except InvalidOption as error:
-        if continued is asked:
-            raise
-        raise InvalidOption(f"{asked.aligner} was trained at other settings: {error}") from None
+        if continued is not asked:
+            _resolve(asked, facts)  # what is refused in any case is no matter of the manifest
+            raise InvalidOption(f"{asked.aligner} was trained at other settings: {error}") from None
+        raise
 
 
 def _resolve(asked: TrainOptions, facts: Facts) -> Plan:

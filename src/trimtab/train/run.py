@@ -243,9 +243,9 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
     report: dict[str, Any] = {
         "tokens": sum(len(example.chosen) for example in this.examples),
         "cache": caches["chosen"].facts if "chosen" in caches else None,
-        "contrast": 0.0,
-        "sft_weight": 0.0,
-        **dataclasses.asdict(plan.objective),
+        "objective": {"name": plan.objective.name, **dataclasses.asdict(plan.objective)},
+        "contrast": getattr(plan.objective, "contrast", 0.0),
+        "sft_weight": getattr(plan.objective, "sft_weight", 0.0),
         "equal_pairs": this.equal_pairs,
         "learning_rate": arguments.learning_rate,
         "metrics": trainer.evaluate(),
@@ -343,7 +343,7 @@ def open_caches(
         name = part if which == "chosen" else f"{part}_{which}"
         source, kind, some, layout = rows, ProposalCache, parts[part], plan.row_layout
         if which == "teacher":
-            assert isinstance(rows, ModelRows)  # as `refuse_beside_teacher` has it
+            assert isinstance(rows, ModelRows)  # as `refuse_contradictions` has it
             source, kind, layout = TeacherRows(rows), TaughtCache, plan.taught_layout
         cache = caches[part][which] = kind.build(
             folder / name,
@@ -364,7 +364,7 @@ def open_caches(
 
 
 OBJECTIVE_OPTIONS = {"alpha": 1e-4, "beta": None, "contrast": None, "sft_weight": None}
-"""What `run.json` says of options of objectives that nobody has named; any others stand there only if they are."""
+"""What `run.json` says of our objectives' options where nobody has named them; those of other packages stand apart."""
 
 
 def _describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[str, Any]:
@@ -373,7 +373,11 @@ def _describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[s
     ignored = {*apart, "training", "objective_options", "proposal_cache", "device", *ENDPOINT_OPTIONS, *OF_DRY_RUN}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
-    described |= OBJECTIVE_OPTIONS | plan.asked.objective_options
+    asked = {name: value for name, value in plan.asked.objective_options.items() if value is not None}
+    described |= OBJECTIVE_OPTIONS | {name: value for name, value in asked.items() if name in OBJECTIVE_OPTIONS}
+    own = dataclasses.asdict(plan.asked.asked_objective)
+    if others := {name: value for name, value in own.items() if name not in OBJECTIVE_OPTIONS}:
+        described["objective_options"] = others
     described |= {"training": training_of_effect(plan.asked.training), "seed": arguments.seed, "data": data}
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
 

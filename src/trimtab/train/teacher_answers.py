@@ -57,7 +57,7 @@ def draw_answers(
     Raises:
         DataError: none is left of a part, or a file in the folder is not what was drawn.
     """
-    assert isinstance(proposal.rows, ModelRows)  # as `refuse_beside_teacher` has it
+    assert isinstance(proposal.rows, ModelRows)  # as `refuse_contradictions` has it
     model = AlignedModel(
         proposal.rows.model, (), encoder.tokenizer, proposal.eos_token_ids, max_num_seqs=BATCH, date=encoder.date
     )

@@ -11,6 +11,8 @@ one.
 """
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
@@ -23,7 +25,7 @@ from trimtab.registry import Registry
 from trimtab.train.objectives.losses import Decoded
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 
-__all__ = ["OBJECTIVES", "EqualPairs", "Objective"]
+__all__ = ["OBJECTIVES", "EqualPairs", "Objective", "option_kinds"]
 
 
 class EqualPairs(NamedTuple):
@@ -57,8 +59,12 @@ class Objective:
     equal_pairs: ClassVar[EqualPairs] = EqualPairs("kept", needed=False)
 
     def __post_init__(self) -> None:
-        """Check the ranges of the fields."""
+        """Check the ranges and the choices of the fields."""
         check_ranges(self)
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices is not None and value is not None and value not in choices:
+                raise InvalidOption(f"{field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
 
     def settle(self, setting: Setting) -> Self:
         """The same with defaults filled in, as far as they can be by what is known.
@@ -117,17 +123,42 @@ class Objective:
         return None
 
 
+KINDS = (int, float, bool, str)
+"""What an option of an objective may be, or None."""
+
+
 def _check(value: Any) -> None:
     """Refuse an entry point's value that is no objective."""
     if not (isinstance(value, type) and issubclass(value, Objective)):
         raise InvalidOption("it is no subclass of trimtab.train.objectives.Objective")
-    if not dataclasses.is_dataclass(value) or "token_losses" not in dir(value):
+    name = getattr(value, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise InvalidOption("its `name` must be an identifier, for manifests have it")
+    if "__dataclass_fields__" not in vars(value):
         raise InvalidOption("it must be a frozen dataclass")
-    if not isinstance(getattr(value, "name", None), str):
-        raise InvalidOption("it has no `name`")
+    if value.loss is Objective.loss or value.token_losses is Objective.token_losses:
+        raise InvalidOption("it lacks `token_losses` or `loss`")
+    try:
+        kinds = option_kinds(value)
+    except (NameError, TypeError) as error:
+        raise InvalidOption(f"its annotations cannot be read: {error}") from error
     for field in dataclasses.fields(value):
         if "help" not in field.metadata:
             raise InvalidOption(f"its field '{field.name}' is no trimtab.options.option")
+        if kinds[field.name] not in KINDS:
+            raise InvalidOption(f"its option '{field.name}' must be an int, a float, a bool or a str, or one of these or None")
+
+
+def option_kinds(kind: type[Objective]) -> dict[str, Any]:
+    """The type of each option's value, None apart."""
+    own = {field.name: field.type for field in dataclasses.fields(kind)}
+    if any(isinstance(hint, str) for hint in own.values()):  # of a module that postpones annotations
+        own = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in own}
+    found = {}
+    for name, hint in own.items():
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        found[name] = hint if not parts else parts[0] if isinstance(hint, types.UnionType) and len(parts) == 1 else None
+    return found
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "trimtab.objectives", _check)

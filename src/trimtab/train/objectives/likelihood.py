@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from trimtab.core.objectives import preference
-from trimtab.core.rules import Geometric, Product
+from trimtab.core.rules import Product
 from trimtab.errors import InvalidOption
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
-from trimtab.train.objectives.losses import Decoded, LanguageModel, is_plain
+from trimtab.train.objectives.losses import Decoded, LanguageModel, is_plain, refuse_beside_powers
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 from trimtab.train.objectives.taught import Taught
 
@@ -60,10 +60,7 @@ class Likelihood(Objective):
 
     def settle(self, setting: Setting) -> Self:
         """A contrast where every record has a rejected answer, a regulariser with a tempered start."""
-        if not isinstance(setting.rule, (Product, Geometric)):
-            raise InvalidOption(f"likelihood trains product or geometric, for '{setting.rule}' use sft")
-        if setting.head and self.sft_weight:
-            raise InvalidOption("sft_weight: at weight 1 the likelihood of a head is that of its own row already: leave it out")
+        refuse_beside_powers(setting, self.sft_weight)
         filled: dict[str, Any] = {"contrast": self._contrast(setting)}
         if self.beta is None:
             filled["beta"] = BETA

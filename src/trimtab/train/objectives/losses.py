@@ -7,11 +7,24 @@ from torch import Tensor
 
 from trimtab.core.logprobs import gather, log_normalize
 from trimtab.core.objectives import likelihood, sft
-from trimtab.core.rules import Geometric
+from trimtab.core.rules import Geometric, Product
+from trimtab.errors import InvalidOption
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.objectives.seen import Logits, Rows, Setting, TokenLoss
 
-__all__ = ["Alone", "Decoded", "LanguageModel", "is_plain"]
+__all__ = ["Alone", "Decoded", "LanguageModel", "is_plain", "refuse_beside_powers"]
+
+
+def refuse_beside_powers(setting: Setting, sft_weight: float | None) -> None:
+    """Refuse what cannot be trained by the likelihood of a product of powers, of tokens or of a teacher's rows.
+
+    Raises:
+        InvalidOption: another rule, or a regulariser of a head.
+    """
+    if not isinstance(setting.rule, (Product, Geometric)):
+        raise InvalidOption(f"likelihood trains product or geometric, for '{setting.rule}' use sft")
+    if setting.head and sft_weight:
+        raise InvalidOption("sft_weight: at weight 1 the likelihood of a head is that of its own row already: leave it out")
 
 
 def is_plain(setting: Setting) -> bool:

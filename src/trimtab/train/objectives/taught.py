@@ -12,7 +12,7 @@ from trimtab.core.objectives import sampled_distillation
 from trimtab.options import option
 from trimtab.train.fused_likelihood import fused_distillation
 from trimtab.train.objectives.base import Objective
-from trimtab.train.objectives.losses import LanguageModel
+from trimtab.train.objectives.losses import LanguageModel, refuse_beside_powers
 from trimtab.train.objectives.seen import Batch, Logits, Rows, Setting, TokenLoss
 from trimtab.train.rows import TaughtRows
 
@@ -73,6 +73,7 @@ class Taught(Objective):
 
     def settle(self, setting: Setting) -> Self:
         """No regulariser unless it is asked for."""
+        refuse_beside_powers(setting, self.sft_weight)
         return dataclasses.replace(self, sft_weight=self.sft_weight or 0.0)
 
     def fits(self, setting: Setting) -> tuple[str, ...]:
