@@ -61,7 +61,6 @@ def test_an_entry_point_is_imported_when_it_is_asked_for_and_no_sooner(tmp_path,
         ({"red": "their_colours:Missing"}, "'red' of their-package cannot be imported: AttributeError"),
         ({"red": "no_such_module:Red"}, "'red' of their-package cannot be imported: ModuleNotFoundError"),
         ({"blue": "their_colours:Blue"}, "'blue' of their-package calls itself 'navy': give both one name"),
-        ({"green": "their_colours:Red"}, "their-package brings a 'green', and we have one: rename it"),
     ],
 )
 def test_an_entry_point_that_cannot_be_used_is_refused_by_its_package(tmp_path, monkeypatch, points, message):
@@ -104,3 +103,13 @@ def test_values_that_must_be_of_a_class_are_checked(tmp_path, monkeypatch):
     bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: {"red": "their_colours:Red"}})
     with pytest.raises(InvalidOption, match=r"it must be a builtins\.str, not <class 'their_colours\.Red'>"):
         Registry("colour", GROUP, check_is(str)).find("red")
+
+
+def test_a_name_of_ours_is_ours_whoever_brings_it(tmp_path, monkeypatch, caplog):
+    """Whether it or another one is asked for; a warning says who brings it."""
+    bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: {"green": "their_colours:Red", "red": "their_colours:Red"}})
+    registry, green = colours()
+    assert registry["green"] is green
+    assert registry["red"].__name__ == "Red"
+    assert sorted(registry) == ["green", "red"]
+    assert "colour: their_colours brings a 'green', which is ours, and counts: rename it" in caplog.text

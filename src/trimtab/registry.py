@@ -13,6 +13,7 @@ A package of somebody else's names its own in its `pyproject.toml`, and every co
 Entry points are looked up when all names are asked for, or one that is none of ours; each is imported when it is asked for.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -21,6 +22,8 @@ from typing import Any, Generic, TypeVar
 from trimtab.errors import InvalidOption
 
 __all__ = ["Registry", "check_is", "help_of", "names_of"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -91,7 +94,10 @@ class Registry(Mapping[str, T], Generic[T]):
         found: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
             if point.name in self._ours:
-                raise InvalidOption(f"{self.what}: {_package_of(point)} brings a '{point.name}', and we have one: rename it")
+                logger.warning(
+                    "%s: %s brings a '%s', which is ours, and counts: rename it", self.what, _package_of(point), point.name
+                )
+                continue
             found.setdefault(point.name, []).append(point)
         return found
 

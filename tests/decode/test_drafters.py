@@ -270,7 +270,7 @@ def test_the_commands_take_it_and_say_so(task, capsys, caplog):
         assert main(["generate", *words, *more]) == 0
         texts.append(json.loads(capsys.readouterr().out)["completions"][0]["completion"])
     assert texts[0] == texts[1]
-    assert any(text.startswith("who drafts: the drafter FixedText(tokens=(") for text in caplog.messages)
+    assert any(text.startswith("who drafts: the drafter fixed sha256:") for text in caplog.messages)
     assert main(["bench", *words, "--max_tokens", "4", "--repeats", "1", "--context", "4", "--json"]) == 0
     assert "aligned_speculative" in json.loads(capsys.readouterr().out)["runs"][0]["tokens_per_second"]
     assert main(["generate", *words[:-1], "fixed:nowhere", "--prompt", "a"]) == 2

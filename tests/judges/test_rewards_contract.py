@@ -98,7 +98,7 @@ def test_help_lists_every_kind_that_is_installed(capsys):
     [
         ("org/model", "'org/model' is no reward: give MODULE.py:FUNCTION, or KIND:ARGUMENT with a kind of file, function"),
         ("modle:x", "did you mean model"),
-        ("model:", "'model:' is no reward"),
+        ("model:", "'model' needs an argument: model:"),
         ("nowhere.py:f", "there is no file 'nowhere.py' with a reward function"),
         ("no.such.module:f", "no.such.module cannot be imported: ModuleNotFoundError"),
         ("function:f", "'f' is no function: give MODULE.py:FUNCTION"),

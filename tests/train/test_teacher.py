@@ -123,7 +123,7 @@ def test_the_digest_is_of_what_is_said_and_not_of_where_it_is_kept(tmp_path):
         ({"contrast": 1.0}, "contrast: a teacher's rows say how likely every token is"),
         ({"proposal_endpoint": ("http://h/v1",), "cache_top_k": 8}, "needs the proposal here: an endpoint names the best"),
         ({"cache_top_k": 8, "cache_tail_samples": 0}, "would leave out the tail of the teacher's rows: give at least 1"),
-        ({"teacher_max_tokens": 0}, "teacher_max_tokens must be from 1"),
+        ({"teacher_max_tokens": 0}, "teacher_max_tokens must be at least 1, not 0"),
     ],
 )
 def test_what_does_not_go_with_a_teacher_is_refused(task, settings, error):

@@ -14,6 +14,7 @@ from trimtab.options import check_ranges, option, same
 from trimtab.registry import names_of
 
 __all__ = [
+    "DRAFTER_NAMES",
     "ModelOptions",
     "RowOptions",
     "SamplingOptions",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.errors import BudgetExceeded
+from trimtab.errors import BudgetExceeded, ModelError
 from trimtab.evaluate.alpaca import Annotation, write_outputs
 from trimtab.evaluate.intervals import mean_interval
 from trimtab.evaluate.systems import Prompts, show_prompt
@@ -56,8 +56,20 @@ def judge_contest(judge: Judge, contest: Contest, prompts: Prompts, journal: Jou
         )
     ]
     reasons = [contest.why_not(i) for i in range(len(pairs))]
-    judged = iter(judge.judge([pair for pair, why in zip(pairs, reasons, strict=True) if not why], journal))
+    asked = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
+    judged = iter(_checked(judge, judge.judge(asked, journal), len(asked)))
     return [Judgement(None, why_missing=why) if why else next(judged) for why in reasons]
+
+
+def _checked(judge: Judge, given: Sequence[Judgement], count: int) -> Sequence[Judgement]:
+    """Refuse what is no opinion of every pair, from a judge of somebody else's."""
+    if len(given) != count:
+        raise ModelError(f"judge '{judge.name}' must give an opinion of each of {count} pairs, and gave {len(given)}")
+    for one in given:
+        number: Any = one.preference
+        if number is not None and not (isinstance(number, int | float) and 1 <= number <= 2):
+            raise ModelError(f"judge '{judge.name}' gave the preference {number!r}: it must be from 1 to 2, or None")
+    return given
 
 
 def annotate(judge: str, contest: Contest, prompts: Prompts, judgements: Sequence[Judgement]) -> list[Annotation]:

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.errors import InvalidOption
 from trimtab.journal import Journal
 from trimtab.judges.base import Asked, Judge, JudgeKind, Judgement, Pair
-from trimtab.judges.rewards.base import Reward
+from trimtab.judges.rewards.base import Reward, checked_scores
 from trimtab.judges.rewards.kinds import make_reward, parse_reward
 from trimtab.judges.scoring import bradley_terry, judge_by_scores
 
@@ -51,7 +51,8 @@ class RewardJudge(Judge):
 
         def score(asked: list[tuple[Pair, str]]) -> Sequence[float | None]:
             pairs = [pair for pair, _ in asked]
-            return self.reward.score([p.prompt for p in pairs], [answer for _, answer in asked], [p.columns for p in pairs])
+            answers, columns = [answer for _, answer in asked], [p.columns for p in pairs]
+            return checked_scores(self.name, self.reward.score([p.prompt for p in pairs], answers, columns), len(asked))
 
         return judge_by_scores(self.name, pairs, journal, describe, score, bradley_terry)
 

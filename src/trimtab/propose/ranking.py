@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from trimtab.data.records import Record
 from trimtab.endpoints.completions import Sample
-from trimtab.judges.rewards.base import Reward
+from trimtab.judges.rewards.base import Reward, checked_scores
 
 __all__ = ["Ranking"]
 
@@ -30,7 +30,9 @@ class Ranking(NamedTuple):
         alive = [[sample for sample in samples if sample.error is None] for samples in groups]
         asked = [(record, sample) for record, samples in zip(records, alive, strict=True) for sample in samples]
         columns = [record.columns for record, _ in asked]
-        scores = iter(self.reward.score([record.prompt for record, _ in asked], [one.text for _, one in asked], columns))
+        called = self.reward.called or f"the reward '{self.reward.name}'"
+        given = self.reward.score([record.prompt for record, _ in asked], [one.text for _, one in asked], columns)
+        scores = iter(checked_scores(called, given, len(asked)))
         for record, samples, drawn in zip(records, alive, groups, strict=True):
             scored = [(score, sample) for sample in samples if (score := next(scores)) is not None]
             ranked = [sample for _, sample in sorted(scored, key=lambda one: -one[0])]

@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.options import Flag
 
-__all__ = ["DEFAULTS", "IDLE", "OWNED", "training_flags"]
+__all__ = ["DEFAULTS", "IDLE", "OWNED", "training_flags", "training_of_effect"]
 
 OWNED = {
     "output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
@@ -57,3 +57,9 @@ def _kind(hint: Any) -> type:
     """What a value is converted to; what is neither a number nor a truth value stays text, as transformers parses it."""
     kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool) else str
+
+
+def training_of_effect(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given `TrainingArguments` that a result depends on."""
+    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
+    return {key: value for key, value in given.items() if not any(word in key for word in reporting)}

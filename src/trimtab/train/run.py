@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from trimtab.train.arguments import need_training, training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checks import warn_of_rule, warn_of_weight
+from trimtab.train.defaults import training_of_effect
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_plan
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart, TrainedHead
@@ -62,7 +63,7 @@ from trimtab.train.trainer import AlignerTrainer, fit, trained
 from trimtab.train.tune import RANGES, tune_weight
 from trimtab.train.whole_rows import tune_on_whole_rows
 
-__all__ = ["open_caches", "run_training", "training_of_effect"]
+__all__ = ["open_caches", "run_training"]
 
 logger = logging.getLogger(__name__)
 
@@ -380,12 +381,6 @@ def _describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[s
         described["objective_options"] = others
     described |= {"training": training_of_effect(plan.asked.training), "seed": arguments.seed, "data": data}
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
-
-
-def training_of_effect(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the given `TrainingArguments` that a result depends on."""
-    reporting = ("dir", "logging", "report", "run_name", "save_total", "hub", "tqdm", "log_level")
-    return {key: value for key, value in given.items() if not any(word in key for word in reporting)}
 
 
 def _manifest(plan: Plan, tokenizer: Any, weight: float, head: HeadStart | None) -> Manifest:

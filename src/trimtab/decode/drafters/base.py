@@ -11,6 +11,7 @@ in the group `trimtab.drafters` (docs/extending.md), or given as `AlignedModel(.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -24,6 +25,10 @@ from trimtab.models.base import LanguageModel
 from trimtab.registry import Registry
 
 __all__ = ["DRAFTERS", "Drafted", "Drafter", "Given", "Step", "TextDrafter", "check_drafter", "register"]
+
+
+LONGEST = 80
+"""Characters of a drafter's settings that are shown; of longer ones, such as a table, a digest stands for them."""
 
 
 class Drafted(NamedTuple):
@@ -121,7 +126,10 @@ class Drafter:
     def identity(self) -> str:
         """What tells it from others, as far as it decides which tokens a seed gives. It is part of what files keep."""
         drafter: Any = self
-        return repr(self) if dataclasses.is_dataclass(drafter) and dataclasses.fields(drafter) else self.name
+        if not (dataclasses.is_dataclass(drafter) and dataclasses.fields(drafter)):
+            return self.name
+        said = repr(self)
+        return said if len(said) <= LONGEST else f"{self.name} sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
     @property
     def who(self) -> str:

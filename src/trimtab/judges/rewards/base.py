@@ -4,14 +4,17 @@ A user asks for one by `KIND:ARGUMENT`, and a `RewardKind` makes it; `trimtab.ju
 samples (`trimtab.propose`) and are judges (`trimtab.judges.reward`).
 """
 
+import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from trimtab.errors import ModelError
 from trimtab.judges.base import Asked
 
-__all__ = ["Reward", "RewardFunction", "RewardKind"]
+__all__ = ["Reward", "RewardFunction", "RewardKind", "checked_scores"]
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's `f(prompts, completions, **columns) -> list[float]`, see `trimtab.judges.rewards.function`."""
@@ -99,3 +102,23 @@ class RewardKind:
     help: str
     make: Callable[[str, Mapping[str, Any]], Reward]
     reads: Callable[[str], Sequence[str]] = lambda argument: ()
+
+
+def checked_scores(called: str, given: Any, count: int) -> list[float | None]:
+    """The scores that a reward gives, as plain numbers.
+
+    Raises:
+        ModelError: they are not one finite number, or None, for each completion.
+    """
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != count:
+        what = f"{len(given)} scores" if isinstance(given, (list, tuple)) else repr(given)[:80]
+        raise ModelError(f"{called} must give a list of {count} scores, one for each completion, not {what}")
+    scores: list[float | None] = []
+    for i, value in enumerate(given):
+        number = value.item() if hasattr(value, "item") else value
+        if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
+            raise ModelError(f"{called} gave {value!r} for completions[{i}]: a score is a finite number, or None")
+        scores.append(None if number is None else float(number))
+    return scores

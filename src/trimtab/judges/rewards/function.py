@@ -12,8 +12,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
-import numbers
 import sys
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,7 @@ from trimtab.data.prompts import is_chat
 from trimtab.errors import InvalidOption, ModelError
 from trimtab.files import expand_home
 from trimtab.judges.base import Asked
-from trimtab.judges.rewards.base import Reward, RewardFunction, RewardKind
+from trimtab.judges.rewards.base import Reward, RewardFunction, RewardKind, checked_scores
 
 __all__ = ["FUNCTION", "FunctionReward"]
 
@@ -96,7 +94,7 @@ class FunctionReward(Reward):
                 given = _awaited(given)
         except Exception as error:  # whatever somebody's function raises
             raise ModelError(f"{self._called} raised {type(error).__name__}: {error}") from error
-        return self._checked(given, len(prompts))
+        return checked_scores(self._called, given, len(prompts))
 
     def describe(self) -> dict[str, Any]:
         """What it is, for the record."""
@@ -105,20 +103,6 @@ class FunctionReward(Reward):
     @property
     def _called(self) -> str:
         return self.called or f"the reward function {self.name}"
-
-    def _checked(self, given: Any, count: int) -> list[float | None]:
-        if hasattr(given, "tolist"):
-            given = given.tolist()
-        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != count:
-            what = f"{len(given)} scores" if isinstance(given, (list, tuple)) else repr(given)[:80]
-            raise ModelError(f"{self._called} must give a list of {count} scores, one for each completion, not {what}")
-        scores: list[float | None] = []
-        for i, value in enumerate(given):
-            number = value.item() if hasattr(value, "item") else value
-            if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
-                raise ModelError(f"{self._called} gave {value!r} for completions[{i}]: a score is a finite number, or None")
-            scores.append(None if number is None else float(number))
-        return scores
 
 
 def _messages(prompt: Any) -> Any:

@@ -30,6 +30,8 @@ def parse_reward(text: str) -> tuple[RewardKind, str]:
     name, colon, argument = text.partition(":")
     if colon and argument and name in REWARDS:
         return REWARDS[name], argument
+    if not argument and name in REWARDS:
+        raise InvalidOption(f"'{name}' needs an argument: {name}:{REWARDS[name].help}")
     module, colon, function = text.rpartition(":")
     if colon and function.isidentifier() and (module.endswith(".py") or "." in module):
         return FUNCTION, text
