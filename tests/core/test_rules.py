@@ -406,7 +406,18 @@ def bad_rules():
         name = "listing"
         ids: tuple = (1, 2)
 
+    @dataclasses.dataclass(frozen=True)
+    class Rowless(Rule):
+        name = "rowless"
+
+    @dataclasses.dataclass(frozen=True)
+    class Standing(Product):
+        name = "standing"
+        state_size = 2
+
     return {
+        "without a row": (Rowless, "Rowless lacks log_weights"),
+        "with a state that never goes on": (Standing, "Standing keeps a state, and lacks advance"),
         "needs to be a class": (Product(), "a rule is a class that inherits"),
         "of another kind": (Thawed, "a rule is a class that inherits"),
         "not frozen": (Bare, r"Bare must be a frozen dataclass: put @dataclass\(frozen=True\) above it"),
@@ -422,6 +433,26 @@ def test_what_cannot_be_a_rule_is_refused_with_the_reason(case):
     rule, message = bad_rules()[case]
     with pytest.raises(InvalidOption, match=message):
         check_rule(rule)
+
+
+def test_a_state_of_another_shape_is_no_state():
+    """Of one text it would be taken for the text's own, and of several for each other's."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Flat(Product):
+        name = "flat"
+        state_size = 1
+
+        def advance(self, context, tokens, logp):
+            return context.state[..., 0] + 1
+
+    rule, first = Flat(), first_context(Flat(), [[1, 2], [3]], torch.device("cpu"))
+    for run in (lambda: follow(rule, first, torch.tensor([1, 2]), torch.zeros(2)),
+                lambda: unroll(rule, first, torch.tensor([[1], [2]]), torch.zeros(2, 1))):  # fmt: skip
+        with pytest.raises(
+            InvalidOption, match=r"rule 'flat': advance gives a state of shape \[2\], and must give one of \[2, 1\]"
+        ):
+            run()
 
 
 def test_a_rule_that_cannot_be_used_is_refused_by_its_package(tmp_path, monkeypatch):

@@ -230,6 +230,10 @@ def check_rule(rule: Any) -> None:
         if is_setting and type(field.default) not in KINDS:
             kinds = ", ".join(kind.__name__ for kind in KINDS)
             raise InvalidOption(f"{rule.__name__}.{field.name} must have one of {kinds} for a default, not {field.default!r}")
+    if rule.has_row and rule.log_weights is Rule.log_weights and rule.target is Rule.target:
+        raise InvalidOption(f"{rule.__name__} lacks log_weights")
+    if rule().state_size and rule.advance is Rule.advance:
+        raise InvalidOption(f"{rule.__name__} keeps a state, and lacks advance")
 
 
 def _has_no_default(field: "dataclasses.Field[Any]") -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.core.draw import NO_TOKEN
 from trimtab.core.transfer import to_device
+from trimtab.errors import InvalidOption
 
 __all__ = ["Context", "LooksBack", "first_context", "follow", "follow_run", "unroll"]
 
@@ -74,14 +75,27 @@ def follow(rule: LooksBack, context: Context, tokens: Tensor, logp: Tensor) -> C
         tokens: `[...]` what was decided there.
         logp: `[...]` log p̃ of it; NaN if the rule does not ask for it.
     """
-    state = rule.advance(context, tokens, logp) if rule.state_size else context.state
+    state = _advanced(rule, context, tokens, logp) if rule.state_size else context.state
     return Context(
         torch.cat([context.tokens, tokens.unsqueeze(-1)], -1)[..., 1:],
         torch.cat([context.logp, logp.unsqueeze(-1)], -1)[..., 1:],
         context.position + 1,
         context.prompt_length,
-        state.to(context.state.dtype),
+        state,
     )
+
+
+def _advanced(rule: LooksBack, context: Context, tokens: Tensor, logp: Tensor) -> Tensor:
+    """The state after tokens, of the shape that it had before them.
+
+    Raises:
+        InvalidOption: the rule gives another shape, which would be read as other texts'.
+    """
+    state = rule.advance(context, tokens, logp)
+    if state.shape != context.state.shape:
+        shapes = f"{list(state.shape)}, and must give one of {list(context.state.shape)}"
+        raise InvalidOption(f"rule '{rule}': advance gives a state of shape {shapes}")
+    return state.to(context.state.dtype)
 
 
 def unroll(rule: LooksBack, first: Context, tokens: Tensor, logp: Tensor) -> Context:
@@ -102,7 +116,7 @@ def unroll(rule: LooksBack, first: Context, tokens: Tensor, logp: Tensor) -> Con
     if rule.state_size:
         for j in range(rows - 1):
             at = Context(windows[0][:, j], windows[1][:, j], position[:, j], first.prompt_length, states[-1])
-            states.append(rule.advance(at, tokens[:, j], logp[:, j]).to(first.state.dtype))
+            states.append(_advanced(rule, at, tokens[:, j], logp[:, j]))
         state = torch.stack(states, 1)
     else:
         state = first.state[:, None].expand(b, rows, 0)
