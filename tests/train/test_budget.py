@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tiny_task import make_task, task_options, task_rows
+from tiny_task import make_task, task_options, task_plan, task_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import kl_divergence
 from trimtab.decode.scoring import completion_rows
@@ -74,6 +74,6 @@ def test_a_budget_that_is_wide_changes_nothing(runs):
 
 def test_rules_without_a_weight_to_tune_have_no_budget(tmp_path):
     with pytest.raises(InvalidOption, match="max_kl bounds the weight that is tuned, and 'nucleus' has none: leave it out"):
-        task_options(tmp_path, "out", objective="sft", rule="nucleus", max_kl=0.1)
-    with pytest.raises(InvalidOption, match="max_kl must be from"):
+        task_plan(tmp_path, "out", objective="sft", rule="nucleus", max_kl=0.1)
+    with pytest.raises(InvalidOption, match=r"max_kl must be above 0, not 0\.0"):
         task_options(tmp_path, "out", max_kl=0.0)

@@ -158,13 +158,13 @@ def test_a_drafter_of_another_vocabulary_is_refused(task, trained, tmp_path):
 
 def test_only_a_residual_gets_a_drafter(task):
     default = {"train_draft": None}
-    assert task_options(task, "x", **default).trains_draft
-    assert not task_options(task, "x", **default, use_peft=True).trains_draft
-    assert task_options(task, "x", train_draft=True, use_peft=True).trains_draft
-    assert not task_options(task, "x", **default, rule="geometric").trains_draft
-    assert not task_options(task, "x", **default, objective="preference").trains_draft
+    assert task_plan(task, "x", **default).trains_draft
+    assert not task_plan(task, "x", **default, use_peft=True).trains_draft
+    assert task_plan(task, "x", train_draft=True, use_peft=True).trains_draft
+    assert not task_plan(task, "x", **default, rule="geometric").trains_draft
+    assert not task_plan(task, "x", **default, objective="preference").trains_draft
     with pytest.raises(InvalidOption, match="train_draft: only a residual"):
-        task_options(task, "x", train_draft=True, rule="geometric")
+        task_plan(task, "x", train_draft=True, rule="geometric")
 
 
 def test_a_dry_run_counts_its_steps(task):

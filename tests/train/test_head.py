@@ -300,7 +300,7 @@ def test_how_many_layers(layers, wanted, tap):
     ("settings", "message"),
     [
         ({"head_layers": 3}, "head_layers must be from 1 to 2, which is all"),
-        ({"head_layers": 0}, "head_layers must be from 1"),
+        ({"head_layers": 0}, "head_layers must be at least 1, not 0"),
         ({"lora_target_modules": ("lm_head",)}, "a head of this proposal adapts q_proj, k_proj, .*, not 'lm_head'"),
         ({"keep_samples": 8, "objective": "sft"}, "only a head is kept at the proposal by its samples, under likelihood"),
         ({"sft_weight": 0.3}, "the likelihood of a head is that of its own row already"),

@@ -130,7 +130,7 @@ def test_the_head_is_that_of_a_run_without_a_drafter_which_may_come_later(task):
     later = train(options(folder, "alone"))
     assert later["draft"]["metrics"] == report["draft"]["metrics"]
     assert (folder / "alone/draft/model.safetensors").read_bytes() == (folder / "head/draft/model.safetensors").read_bytes()
-    assert not options(folder, "x", train_draft=None).trains_draft
+    assert not resolve(options(folder, "x", train_draft=None)).trains_draft
 
 
 @pytest.mark.parametrize("where", ["while it answers", "in a step", "before it is saved"])

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from tiny import EOS
-from tiny_task import make_task, task_options, task_rows, write_rows
+from tiny_task import make_task, task_options, task_plan, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.data.examples import Example
 from trimtab.errors import InvalidOption
@@ -69,11 +69,11 @@ def test_broken_text_is_flagged(task, caplog):
 
 def test_behind_an_endpoint_there_are_none(tmp_path):
     said = {"proposal_endpoint": ("http://a",), "cache_top_k": 5, "cache_tail_samples": None}
-    assert task_options(tmp_path, "out", **said).samples == 0
-    assert task_options(tmp_path, "out", **(said | {"dev_samples": None})).samples == 0
-    assert task_options(tmp_path, "out", dev_samples=None).samples == 8
+    assert task_plan(tmp_path, "out", **said).samples == 0
+    assert task_plan(tmp_path, "out", **(said | {"dev_samples": None})).samples == 0
+    assert task_plan(tmp_path, "out", dev_samples=None).samples == 8
     with pytest.raises(InvalidOption, match="dev_samples: text is sampled from a proposal that is here, not from an endpoint"):
-        task_options(tmp_path, "out", **said, dev_samples=3)
+        task_plan(tmp_path, "out", **said, dev_samples=3)
 
 
 def test_prompts_come_from_all_over_and_each_is_another():

@@ -247,7 +247,7 @@ def test_given_answers_are_learnt_as_they_are_with_rows_from_anywhere(task):
         ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
         ({"layers": "first"}, "layers must be how many"),
         ({"layers": "0,5"}, "layers: there is no layer 5; the proposal's are 0 to 4"),
-        ({"cache_top_k": -1}, "cache_top_k must be from 0"),
+        ({"cache_top_k": -1}, "cache_top_k must be at least 0, not -1"),
         ({"concurrency": 3}, "--concurrency needs --proposal_endpoint"),
         ({"max_length": 7}, "max_length 7 leaves no room for an answer to"),
     ],

@@ -8,8 +8,8 @@ from tiny_task import make_task, task_options, task_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.files import read_json
 from trimtab.models.aligner import manifest_of
+from trimtab.train.plan import resolve
 from trimtab.train.run import run_training as train
-from trimtab.train.whole_rows import wants_whole_rows
 
 SETTINGS = {"objective": "sft", "rule": "geometric", "proposal_temperature": 0.8, "aligner_temperature": 1.25}
 
@@ -96,4 +96,4 @@ def test_a_budget_binds_whole_rows(task):
     ],
 )
 def test_who_needs_them(task, settings, expected):
-    assert wants_whole_rows(options(task[0], "x", **settings)) == expected
+    assert bool(resolve(options(task[0], "x", **settings)).wants_whole_rows) == expected
