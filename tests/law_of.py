@@ -28,7 +28,8 @@ def powers(q: list[float], weight: float) -> list[float]:
 
 def expected_row(rule: str, p: list[float], qs: list[list[float]], weights: list[float]) -> list[float]:
     """The decoding rules of the specification, in plain Python on probabilities."""
-    q = [math.prod(factors) for factors in zip(*(powers(row, w) for row, w in zip(qs, weights, strict=True)), strict=True)]
+    steered = [powers(row, w) for row, w in zip(qs, weights, strict=True)]
+    q = [math.prod(row[token] for row in steered) for token in range(len(p))]
     if rule == "product":
         raw = [a * b for a, b in zip(p, q, strict=True)]
     elif rule == "geometric":

@@ -101,6 +101,11 @@ def test_without_aligners_every_rule_is_the_proposal(rule):
     assert torch.equal(rule(logp, [], []), logp)
 
 
+def test_without_aligners_the_definition_is_the_proposal():
+    """vLLM's tests ask it for the law of bare requests."""
+    assert expected_row("product", [0.5, 0.3, 0.2], [], []) == [0.5, 0.3, 0.2]
+
+
 @pytest.mark.parametrize("rule", [Product(), Geometric(), Nucleus(), KLGate(tau=math.inf)], ids=str)
 def test_rows_without_common_support_are_an_error(rule):
     logp = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
