@@ -1,5 +1,6 @@
 """What vLLM draws with the plugin, against enumeration, and against our own engine."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -11,11 +12,14 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from brought import bring, look_again
 from engines import CONTEXT, Job, Models, V, allow_scheduling_ahead, make_llm, run
 from law_of import EOS, expected_law
+from looking import LOOKING
 from statistics_of import fits
 from trimtab import AlignedModel
 from trimtab import SamplingParams as Ours
+from trimtab.core.rules import RULES as KNOWN
 
 SEED = 1000
 
@@ -89,6 +93,42 @@ def test_greedy_text_is_the_embedded_engines_under_preemption(llm, models, preem
     assert len(expected) > 50
     for asked, prompt, ours, theirs in expected:
         assert theirs == ours, (asked, prompt)
+
+
+OF_OTHERS: list[dict[str, Any]] = [
+    {"aligner": "first", "rule": "handover(tau=-1.7)"},
+    {"aligner": "second", "rule": "tiring(token=3)", "weight": 1.5},
+    {"aligner": ["first", "red"], "rule": "opening(tokens=7)", "weight": [1.0, 0.5]},
+    {"aligner": "first", "rule": "product"},
+]
+
+
+def test_rules_of_another_package_remember_the_text_under_preemption(llm, models, preemptions, tmp_path, monkeypatch):
+    """What was drawn before is read again as if it were a prompt, and is none to a rule that looks back."""
+    points = {"trimtab.rules": {rule.name: f"brought_rules:{rule.__name__}" for rule in LOOKING}}
+    bring(tmp_path, monkeypatch, "brought_rules", "from looking import *", points)
+    look_again(KNOWN, monkeypatch)
+    chosen = random.Random(2)
+    jobs = []
+    for i in range(48):
+        prompt = [chosen.randrange(1, V) for _ in range(chosen.choice([1, 3, 20, 60]))]
+        params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, extra_args=OF_OTHERS[i % len(OF_OTHERS)])
+        jobs.append(Job(prompt, params, arrives=chosen.randrange(0, 40)))
+    run(llm, jobs)
+    assert len(preemptions) > 10, "the cache was meant to be too small"
+    for kind, asked in enumerate(OF_OTHERS):
+        shaping = {name: value for name, value in asked.items() if name != "aligner"}
+        names = [asked["aligner"]] if isinstance(asked["aligner"], str) else asked["aligner"]
+        of_these = jobs[kind :: len(OF_OTHERS)]
+        greedy = Ours(max_tokens=60, temperature=0, ignore_eos=True, **shaping)
+        whole = embedded(models, names)
+        ours = [out.tokens for out in whole.generate([job.prompt for job in of_these], greedy)]
+        assert [job.tokens for job in of_these] == ours, asked
+        if shaping["rule"] != "product":
+            plain = dataclasses.replace(greedy, rule="product")
+            assert [out.tokens for out in whole.generate([job.prompt for job in of_these], plain)] != ours, (
+                "the rule does nothing"
+            )
 
 
 KNOBS: list[dict[str, Any]] = [

@@ -189,6 +189,20 @@ def test_rules_that_look_back_have_their_rows_however_requests_come_and_go(seed)
     run_vllm(25, random.Random(seed), Mixer(V), models)
 
 
+@pytest.mark.parametrize(("rule", "rows"), [(Handover(), 2), (Tiring(token=2), 0)])
+def test_a_memory_holds_no_more_than_its_own_rows(rule, rows):
+    """And none for a rule that does not read log p̃: a view would keep the rows of a whole batch alive, on the device."""
+    mixer, requests = Mixer(V), [Request([1], []) for _ in range(8)]
+    for _ in range(3):
+        hows = [Shaping(rule, (1.0,), Warp(), (Warp(),))] * 8
+        mixer.mix(make_logits(8), range(8), [make_rows(1, 8)], hows, requests)
+        for request in requests:
+            request.output.append(1)
+    for memory in mixer._recall._memories:
+        held = [part for row in memory.rows for part in (row.logp, *row.context)]
+        assert sum(part.untyped_storage().nbytes() for part in held) <= rows * V * 8 + 200
+
+
 def test_a_memory_that_was_lost_is_said_and_begun_anew(caplog):
     how = Shaping(Tiring(token=2, doubled=False), (1.0,), Warp(), (Warp(),))
     first = Request([1], [2])

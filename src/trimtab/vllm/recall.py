@@ -24,7 +24,7 @@ __all__ = ["Recall"]
 
 logger = logging.getLogger(__name__)
 
-MOST = 1024
+MOST = 256
 """Memories that are kept of requests that have left the batch; the oldest are dropped first."""
 
 
@@ -93,7 +93,8 @@ class Recall:
         """
         for i, request in enumerate(requests):
             memory, count = self._find(request, rule), len(request.output)
-            row = _Row(count, Context(*(part[i, 0] for part in contexts)), logp[i])
+            weighed = logp[i].clone() if rule.reads_logp else logp.new_empty(0)  # a view would keep the whole batch's rows
+            row = _Row(count, Context(*(part[i, 0].clone() for part in contexts)), weighed)
             memory.rows = [*(old for old in memory.rows if old.after == count - 1), row]
             del memory.output[count:]
             memory.output += request.output[len(memory.output) : count]
