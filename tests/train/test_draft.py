@@ -1,5 +1,6 @@
 """A residual's drafter: what it learns, that a kill changes nothing, and that the aligner's folder is complete without it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_residual_is_drafted_for_by_its_drafter(task, trained):
     assert AlignedModel.from_pretrained(task / "proposal", folder, draft="aligner").drafter == "aligner"
 
 
-def test_a_drafter_beside_what_is_no_residual_does_not_draft(task, trained, tmp_path):
+def test_a_drafter_beside_what_does_not_say_how_it_was_trained_does_not_draft(task, trained, tmp_path):
     aligner = Aligner.from_pretrained(trained[0])
     aligner.manifest = None
     aligner.save_pretrained(tmp_path)
@@ -132,6 +133,14 @@ def test_a_drafter_beside_what_is_no_residual_does_not_draft(task, trained, tmp_
     model = AlignedModel.from_pretrained(task / "proposal", tmp_path)
     assert not model.models.drafter.models
     assert model.drafter == "aligner"
+
+
+def test_a_drafter_beside_a_residual_of_another_packages_objective_drafts(task, trained, tmp_path):
+    """Where it is decoded, that package need not be installed."""
+    aligner = Aligner.from_pretrained(trained[0])
+    aligner.manifest = dataclasses.replace(aligner.manifest, objective="focal")
+    aligner.save_pretrained(tmp_path)
+    assert len(AlignedModel.from_pretrained(task / "proposal", tmp_path).models.drafter.models) == 1
 
 
 def test_a_drafter_goes_with_its_aligner_and_no_other_takes_its_place(task, trained, tmp_path):

@@ -16,6 +16,7 @@ from eval_task import called
 from tiny_task import V, make_task, task_options, task_rows, write_rows
 from trimtab.core.rules import parse_rule
 from trimtab.errors import InvalidOption
+from trimtab.models.aligner import Description, Manifest
 from trimtab.options import Range, option
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.objectives import (
@@ -33,6 +34,7 @@ from trimtab.train.objectives import (
 from trimtab.train.objectives.base import _check
 from trimtab.train.objectives.taught import Taught, TeacherAlone, TeacherToAligned, TeacherToProposal
 from trimtab.train.options import objective_flags
+from trimtab.train.plan import Facts, resolve
 from trimtab.train.rows import CachedRows, TaughtRows
 from trimtab.train.run import run_training
 
@@ -298,8 +300,34 @@ def test_what_is_no_objective_is_refused(value, message):
         _check(value)
 
 
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("objective", ["likelihood", "focal"])
+def test_a_later_round_of_any_residual_goes_on_with_its_settings(tmp_path, objective):
+    """What a name of ours has, another package's has too."""
+    manifest = {"weight": 2.0, "aligner_temperature": 1.6, "objective": objective, "rule": "product"}
+    found = Description(tmp_path, False, None, Manifest(vocabulary="sha256:0", **manifest))
+    plan = resolve(
+        task_options(tmp_path, "again", objective=objective, start="pretrained", aligner=str(tmp_path)), Facts(found)
+    )
+    assert (plan.asked.weight, plan.asked.aligner_temperature) == (2.0, 1.6)
+
+
+def test_a_token_loss_that_does_not_say_that_it_reads_the_proposal_is_told():
+    rows = Examples(setting_of("product", 1.0)).rows("chosen")._replace(proposal=None)
+    with pytest.raises(InvalidOption, match=r"looks at rows\.logp, and does not say reads_proposal = True"):
+        _ = rows.logp
+
+
 @pytest.mark.parametrize(
-    ("kind", "taken"), [("alpha: int", "alpha"), ("max_steps: int", "max_steps"), ("rule: str", "rule"), ("seed: int", "seed")]
+    ("kind", "taken"),
+    [
+        ("alpha: int", "alpha"),
+        ("config: int", "config"),
+        ("json: int", "json"),
+        ("max_steps: int", "max_steps"),
+        ("rule: str", "rule"),
+        ("seed: int", "seed"),
+    ],
 )
 def test_an_option_with_the_name_of_another_one_is_no_flag_and_bars_only_its_objective(
     tmp_path, monkeypatch, caplog, kind, taken

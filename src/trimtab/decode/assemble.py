@@ -335,5 +335,5 @@ class Loader:
 
 
 def _default_draft(manifest: Manifest | None, draft: Path | None) -> Path | None:
-    """The drafter beside an aligner, if it is a residual or a head; others draft for themselves."""
-    return draft if manifest is not None and (manifest.is_residual or manifest.head is not None) else None
+    """The drafter beside an aligner that says how it was trained: training makes one for residuals and heads alone."""
+    return draft if manifest is not None and (manifest.objective is not None or manifest.head is not None) else None

@@ -33,6 +33,9 @@ STARTS = ("auto", "tempered", "pretrained", "uniform")
 ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_retries")
 """Where rows come from, and not what they are."""
 
+OF_COMMANDS = {"config", "json", "help"}
+"""Flags that every command has, so that no objective's option can be one."""
+
 OF_DRY_RUN = (*(one.name for one in dataclasses.fields(DryRunOptions)), "expected_aligner", "assume_tflops")
 """What says nothing of a run."""
 
@@ -66,7 +69,7 @@ def _flags_of(name: str, known: Mapping[str, Flag]) -> dict[str, Flag]:
     """
     kind = OBJECTIVES[name]
     kinds, flags = option_kinds(kind), {}
-    taken = {one.name for one in dataclasses.fields(TrainOptions)} | training_flags().keys() | OWNED | IDLE
+    taken = {one.name for one in dataclasses.fields(TrainOptions)} | training_flags().keys() | OWNED | IDLE | OF_COMMANDS
     for one in dataclasses.fields(kind):
         before, choices = known.get(one.name), tuple(one.metadata.get("choices", ()))
         if one.name in taken or (before is not None and (before.kind, before.choices) != (kinds[one.name], choices)):

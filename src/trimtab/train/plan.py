@@ -218,9 +218,8 @@ def _of_folder(asked: TrainOptions, found: Description | None, manifest: Manifes
     """
     if not asked.aligner:
         return dataclasses.replace(asked, rule=asked.rule or "geometric", use_peft=True)
-    if found is not None and manifest is not None and manifest.head is not None:
-        head = manifest.parsed_head
-        assert head is not None
+    head = None if manifest is None else manifest.parsed_head
+    if found is not None and manifest is not None and head is not None:
         layers = head.layers - head.tap
         if asked.head_layers not in (None, layers):
             raise InvalidOption(f"head_layers: '{asked.aligner}' is a head of {layers} layers, and keeps them: leave it out")
@@ -252,7 +251,7 @@ def _check_adapter(asked: TrainOptions, found: Description) -> None:
 
 def _of_manifest(asked: TrainOptions, manifest: Manifest | None) -> TrainOptions:
     """The options where an earlier round of the same training stopped: with its settings, where none are given."""
-    if manifest is None or (manifest.objective, asked.objective) != ("likelihood", "likelihood"):
+    if manifest is None or manifest.objective != asked.objective or not asked.asked_objective.residual:
         return asked
     if asked.start != "pretrained" and asked.head_layers is None:
         return asked

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimtab.core.objectives import per_example
 from trimtab.core.rules import Rule
+from trimtab.errors import InvalidOption
 from trimtab.train.batches import cached_batch, rows_at
 from trimtab.train.rows import CachedRows, TaughtRows
 
@@ -50,8 +51,13 @@ class Rows(NamedTuple):
 
     @property
     def logp(self) -> Tensor:
-        """The proposal's rows `[n, V]`, for a loss that says that it reads them."""
-        assert self.proposal is not None
+        """The proposal's rows `[n, V]`.
+
+        Raises:
+            InvalidOption: the loss does not say that it reads them.
+        """
+        if self.proposal is None:
+            raise InvalidOption("objective: a token loss looks at rows.logp, and does not say reads_proposal = True")
         return self.proposal
 
 

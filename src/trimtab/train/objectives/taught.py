@@ -19,8 +19,7 @@ from trimtab.train.rows import TaughtRows
 __all__ = ["Taught"]
 
 
-def _taught(rows: Rows | None) -> TaughtRows:
-    assert rows is not None
+def _taught(rows: Rows) -> TaughtRows:
     assert rows.taught is not None  # as the setting says
     return rows.taught
 
