@@ -8,7 +8,7 @@ import pytest
 from trimtab.cli.options import add_options, read_options
 from trimtab.cli.parser import Parser
 from trimtab.errors import InvalidOption
-from trimtab.options import Range, check_ranges, make_options, named_for_python, option, same
+from trimtab.options import Flag, Range, check_ranges, make_options, named_for_python, option, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,38 @@ class Kettle(Brew):
 def test_one_value_of_an_option_that_repeats_is_one_of_it_alone():
     assert make_options(Brew, None, {"leaves": "green", "milk": "oat"}).milk == ("oat",)
     assert make_options(Brew, None, {"leaves": "green", "milk": None}).milk == ()
+
+
+def test_none_is_the_default_of_every_option():
+    assert make_options(Brew, None, {"leaves": "green", "minutes": None, "strain": None}) == Brew("green")
+    with pytest.raises(InvalidOption, match="--leaves is required"):
+        make_options(Brew, None, {"leaves": None})
+    assert make_options(Cake, None, {"oven": None}) == make_options(Cake, None, {"degrees": None}) == Cake()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cake:
+    """With nested options."""
+
+    oven: dict[str, object] = dataclasses.field(
+        default_factory=dict,
+        metadata={"help": "what", "nested": lambda: {"degrees": Flag(float, "hot"), "fan": Flag(bool, "on")}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"oven": 5}, "^--oven must be a mapping of options, not 5$"),
+        ({"degrees": "hot"}, "^--degrees must be a number, not 'hot'$"),
+        ({"oven": {"fan": 1}}, "^--fan must be true or false, not 1$"),
+        ({"degree": 180.0}, r"^there is no option 'degree': did you mean degrees\?$"),
+    ],
+)
+def test_nested_options_have_types_too(settings, message):
+    assert make_options(Cake, None, {"degrees": 180, "fan": True}).oven == {"degrees": 180, "fan": True}
+    with pytest.raises(InvalidOption, match=message):
+        make_options(Cake, None, settings)
 
 
 def test_a_choice_is_one_of_its_choices():

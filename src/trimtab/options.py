@@ -166,8 +166,8 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
     Args:
         kind: the dataclass.
         options: an instance of it; what differs from the defaults counts as asked for.
-        settings: in its place, or over its fields. Where an option repeats, a list counts as a tuple, one value as one of it
-            alone, and None as none.
+        settings: in its place, or over its fields. None is the default. Where an option repeats, a list counts as a tuple, and
+            one value as one of it alone.
 
     Raises:
         InvalidOption: an option is not known, is missing, cannot have its value, or has no effect beside the others.
@@ -176,10 +176,19 @@ def make_options(kind: type[T], options: T | None, settings: Mapping[str, Any]) 
         raise InvalidOption(f"options must be {kind.__name__}, not {options!r}: give options by name otherwise")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     asked = {} if options is None else {name: getattr(options, name) for name in fields}
+    nested = {name: field.metadata["nested"]() for name, field in fields.items() if "nested" in field.metadata}
+    settings = {name: value for name, value in settings.items() if name not in nested or value is not None}
+    for name in nested.keys() & settings.keys():
+        if not isinstance(settings[name], Mapping):
+            raise InvalidOption(f"--{name} must be a mapping of options, not {settings[name]!r}")
     given = nest(kind, settings, asked)
     for name in given:
         if name not in fields:
             raise InvalidOption(f"there is no option '{name}'{meant(name, _names(kind))}")
+    for home in nested.keys() & given.keys():
+        given[home] = {name: value for name, value in given[home].items() if value is not None}
+        for name in nested[home].keys() & given[home].keys():
+            _check_type(name, nested[home][name].kind, given[home][name])
     given = {name: _repeated(fields[name], value) for name, value in given.items()}
     hints = typing.get_type_hints(kind)
     for name, value in given.items():
@@ -239,11 +248,11 @@ def _names(kind: type) -> set[str]:
 
 
 def _repeated(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    if value is None and field.default is not dataclasses.MISSING:
+        return field.default
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(field.default, tuple) and not isinstance(value, tuple):
-        return field.default if value is None else (value,)
-    return value
+    return (value,) if isinstance(field.default, tuple) and not isinstance(value, tuple) else value
 
 
 @contextlib.contextmanager
