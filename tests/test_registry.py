@@ -78,13 +78,16 @@ def test_two_packages_with_one_name_are_refused(tmp_path, monkeypatch):
         registry.find("red")
 
 
-def test_what_a_check_refuses_is_refused_with_its_reason(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "reason"), [(InvalidOption, "it has no hue"), (ValueError, "ValueError: it has no hue")])
+def test_what_a_check_refuses_is_refused_with_its_reason(tmp_path, monkeypatch, error, reason):
+    """A check may run what is somebody's, and that may raise whatever it likes."""
+
     def check(value):
-        raise InvalidOption("it has no hue")
+        raise error("it has no hue")
 
     bring(tmp_path, monkeypatch, "their_colours", SOURCE, {GROUP: {"red": "their_colours:Red"}})
     registry, _ = colours(check)
-    with pytest.raises(InvalidOption, match="colour: 'red' of their_colours cannot be used: it has no hue"):
+    with pytest.raises(InvalidOption, match=f"colour: 'red' of their_colours cannot be used: {reason}$"):
         registry.find("red")
 
 

@@ -120,8 +120,9 @@ class Registry(Mapping[str, T], Generic[T]):
             raise InvalidOption(f"{self.what}: '{name}' of {_package_of(point)} calls itself '{named}': give both one name")
         try:
             self._check(value)
-        except InvalidOption as error:
-            raise InvalidOption(f"{self.what}: '{name}' of {_package_of(point)} cannot be used: {error}") from error
+        except Exception as error:  # a check may run what is somebody's
+            why = error if isinstance(error, InvalidOption) else f"{type(error).__name__}: {error}"
+            raise InvalidOption(f"{self.what}: '{name}' of {_package_of(point)} cannot be used: {why}") from error
         return value
 
 

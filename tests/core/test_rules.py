@@ -420,7 +420,13 @@ def bad_rules():
         name = "standing"
         state_size = 2
 
+    @dataclasses.dataclass(frozen=True)
+    class Unmarked(Product):
+        name = "unmarked"
+        marks = "loud"
+
     return {
+        "that does not say what it marks": (Unmarked, "Unmarked says what it marks, and lacks marked"),
         "without a row": (Rowless, "Rowless lacks log_weights"),
         "with a state that never goes on": (Standing, "Standing keeps a state, and lacks advance"),
         "needs to be a class": (Product(), "a rule is a class that inherits"),
@@ -438,6 +444,20 @@ def test_what_cannot_be_a_rule_is_refused_with_the_reason(case):
     rule, message = bad_rules()[case]
     with pytest.raises(InvalidOption, match=message):
         check_rule(rule)
+
+
+def test_a_row_of_another_length_is_no_row():
+    """One number would be spread over the vocabulary, and be another law."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Narrow(Product):
+        name = "narrow"
+
+        def log_weights(self, logp, logqs, weights, *, context=None):
+            return logp[..., :1]
+
+    with pytest.raises(InvalidOption, match=f"rule 'narrow': log_weights gives 1 numbers a row, and not {V}"):
+        Narrow()(rows(70, 2), [rows(71, 2)], [1.0])
 
 
 def test_a_state_of_another_shape_is_no_state():

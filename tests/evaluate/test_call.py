@@ -109,6 +109,15 @@ def test_annotations_and_dry_runs_too(task, expected, model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Nameless(Judge):
+    """Reports could not say whose figures they are."""
+
+    kind = "nameless"
+
+    def judge(self, pairs, journal):
+        return [Judgement(None) for _ in pairs]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -123,6 +132,8 @@ def test_annotations_and_dry_runs_too(task, expected, model, tmp_path):
         ({"proposal": "", "aligner": (), "model": "loaded", "max_num_seqs": 4}, r"^max_num_seqs is for models that are loaded"),
         ({"proposal": "", "aligner": (), "model": "loaded", "date": "2026-11-30"}, r"^date is for models that are loaded"),
         ({"model": "loaded", "aligner": ()}, r"^proposal is for models that are loaded here, and model is loaded"),
+        ({"proposal": "", "aligner": (), "model": 3}, r"^model must be a trimtab\.AlignedModel, not 3$"),
+        ({"judge": Nameless()}, r"^judge: Nameless needs a text 'name'"),
         ({"sweep_weight": 0.5}, r"^sweep_weight needs a judge to pick by$"),
     ],
 )

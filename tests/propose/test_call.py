@@ -82,6 +82,15 @@ def test_a_dry_run_loads_and_writes_nothing(task, model, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Anonymous(Reward):
+    """It does not say what tells it from others."""
+
+    name = "anonymous"
+
+    def score(self, prompts, answers, columns):
+        return [1.0] * len(answers)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -98,6 +107,9 @@ def test_a_dry_run_loads_and_writes_nothing(task, model, monkeypatch, tmp_path):
         ({"proposal": "p", "reward": "what"}, r"^reward: 'what' is no reward: give MODULE\.py:FUNCTION"),
         ({"model": "loaded", "dtype": "float32"}, r"^dtype is for models that are loaded here, and model is loaded"),
         ({"model": "loaded", "endpoint": "http://h/v1"}, r"^endpoint names who samples, and so does model"),
+        ({"model": 3}, r"^model must be a trimtab\.AlignedModel, not 3$"),
+        ({"model": "loaded", "reward": ModelReward}, r"^reward: must be a text, a function, or a trimtab"),
+        ({"model": "loaded", "reward": Anonymous()}, r"^reward: Anonymous needs a text 'fingerprint'"),
         ({"proposal": "p", "temperature": -1.0}, r"temperature must be a number at least 0"),
     ],
 )

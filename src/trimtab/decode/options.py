@@ -225,12 +225,16 @@ def places_that_fit(
     return kept
 
 
-def refuse_beside_loaded(options: Any) -> None:
+def refuse_beside_loaded(options: Any, model: Any) -> None:
     """Refuse options that say what to load, and how, beside models that are loaded already.
 
     Raises:
-        InvalidOption: naming the first that differs from its default.
+        InvalidOption: naming the first that differs from its default; or what is loaded is no `AlignedModel`.
     """
+    from trimtab.decode.aligned import AlignedModel
+
+    if not isinstance(model, AlignedModel):
+        raise InvalidOption(f"model must be a trimtab.AlignedModel, not {model!r}")
     loading = {field.name for kind in (ModelOptions, TemplateOptions) for field in fields(kind)}
     for field in fields(options):
         if field.name in loading and getattr(options, field.name) != field.default:

@@ -42,7 +42,7 @@ def evaluate(options: EvalOptions | None = None, /, *, model: "AlignedModel | No
     with named_for_python(EvalOptions):
         made = make_options(EvalOptions, options, settings)
         if model is not None:
-            refuse_beside_loaded(made)
+            refuse_beside_loaded(made, model)
         return run(made, model)
 
 

@@ -173,6 +173,9 @@ def make_judges(options: EvalOptions) -> list[Judge]:
     """
     settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     judges = [judge if isinstance(judge, Judge) else make_judge(judge, settings) for judge in options.judge]
+    for judge in judges:
+        if not isinstance(getattr(judge, "name", None), str):
+            raise InvalidOption(f"--judge: {type(judge).__name__} needs a text 'name', see trimtab.judges.base.Judge")
     names = [judge.name for judge in judges]
     files = list(map(slug, names))
     if len(set(files)) < len(files):

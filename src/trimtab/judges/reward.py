@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.errors import InvalidOption
 from trimtab.journal import Journal
 from trimtab.judges.base import Asked, Judge, JudgeKind, Judgement, Pair
-from trimtab.judges.rewards.base import Reward, checked_scores
+from trimtab.judges.rewards.base import Reward, check_loaded, checked_scores
 from trimtab.judges.rewards.kinds import make_reward, parse_reward
 from trimtab.judges.scoring import bradley_terry, judge_by_scores
 
@@ -39,6 +39,7 @@ class RewardJudge(Judge):
         """Load the reward."""
         self.reward.called = self.called or self.reward.called
         self.reward.load(asked, date)
+        check_loaded(self.reward)
         self.tokenizer = self.reward.tokenizer
 
     def judge(self, pairs: Sequence[Pair], journal: Journal) -> list[Judgement]:

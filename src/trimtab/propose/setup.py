@@ -21,7 +21,7 @@ from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import refuse_overwriting
 from trimtab.jsonlines import kept_header
-from trimtab.judges.rewards.base import Reward
+from trimtab.judges.rewards.base import Reward, check_loaded
 from trimtab.judges.rewards.function import FunctionReward
 from trimtab.judges.rewards.kinds import make_reward
 from trimtab.models.estimates import aligner_weights, model_weights
@@ -82,7 +82,7 @@ def rehearse(options: ProposeOptions, model: AlignedModel | None) -> dict[str, A
 def _checked(options: ProposeOptions, model: AlignedModel | None) -> tuple[Limits, SamplingParams, int]:
     """What the options alone tell: limits, sampling, pairs of each prompt."""
     if model is not None:
-        refuse_beside_loaded(options)
+        refuse_beside_loaded(options, model)
         if options.endpoint:
             raise InvalidOption("--endpoint names who samples, and so does model: leave one of them out")
     elif not options.proposal and not options.endpoint:
@@ -116,7 +116,7 @@ def _reward(options: ProposeOptions) -> Reward | None:
         return asked
     try:
         if asked is not None and not isinstance(asked, str):
-            if not callable(asked):
+            if not callable(asked) or isinstance(asked, type):
                 raise InvalidOption(f"must be a text, a function, or a trimtab.judges.rewards.base.Reward, not {asked!r}")
             return FunctionReward(asked)
         text = f"model:{classifier}" if classifier is not None else str(asked)
@@ -140,6 +140,7 @@ def _loaded(reward: Reward, records: list[Record], date: str) -> Reward:
     asked = _Asked(records)
     reward.check(asked)
     reward.load(asked, date)
+    check_loaded(reward)
     return reward
 
 

@@ -74,6 +74,8 @@ class Rule:
     def _cut(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, context: Context | None) -> Tensor:
         """`log_weights` on the support of p̃; NaN where p̃ is no distribution, which must not pass unnoticed."""
         logw = self.log_weights(logp, logqs, weights, **self.seen(context))
+        if logw.shape[-1] != logp.shape[-1]:
+            raise InvalidOption(f"rule '{self}': log_weights gives {logw.shape[-1]} numbers a row, and not {logp.shape[-1]}")
         logw = torch.where(impossible(logp), -math.inf, logw)
         return torch.where(is_distribution(logp), logw, math.nan)
 
@@ -232,6 +234,8 @@ def check_rule(rule: Any) -> None:
             raise InvalidOption(f"{rule.__name__}.{field.name} must have one of {kinds} for a default, not {field.default!r}")
     if rule.has_row and rule.log_weights is Rule.log_weights and rule.target is Rule.target:
         raise InvalidOption(f"{rule.__name__} lacks log_weights")
+    if rule.marks is not None and rule.marked is Rule.marked:
+        raise InvalidOption(f"{rule.__name__} says what it marks, and lacks marked")
     if rule().state_size and rule.advance is Rule.advance:
         raise InvalidOption(f"{rule.__name__} keeps a state, and lacks advance")
 

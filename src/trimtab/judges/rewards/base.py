@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from trimtab.errors import ModelError
+from trimtab.errors import InvalidOption, ModelError
 from trimtab.judges.base import Asked
 
-__all__ = ["Reward", "RewardFunction", "RewardKind", "checked_scores"]
+__all__ = ["Reward", "RewardFunction", "RewardKind", "check_loaded", "checked_scores"]
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's `f(prompts, completions, **columns) -> list[float]`, see `trimtab.judges.rewards.function`."""
@@ -102,6 +102,19 @@ class RewardKind:
     help: str
     make: Callable[[str, Mapping[str, Any]], Reward]
     reads: Callable[[str], Sequence[str]] = lambda argument: ()
+
+
+def check_loaded(reward: Reward) -> None:
+    """Refuse a reward that does not say, once it is loaded, what tells it from others.
+
+    Raises:
+        InvalidOption: naming what is missing.
+    """
+    for what in ("name", "fingerprint"):
+        if not isinstance(getattr(reward, what, None), str):
+            raise InvalidOption(
+                f"--reward: {type(reward).__name__} needs a text '{what}', see trimtab.judges.rewards.base.Reward"
+            )
 
 
 def checked_scores(called: str, given: Any, count: int) -> list[float | None]:
