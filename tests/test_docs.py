@@ -19,7 +19,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
 from trimtab.decode.drafters import DRAFTERS
-from trimtab.errors import InvalidOption
+from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.table import TableLM
 from trimtab.serve.playground.votes import VoteBook
 
@@ -38,6 +38,9 @@ def test_the_rule_of_the_tutorial_works_as_written(tmp_path: Path, monkeypatch: 
     target = gate(logp, [logq], [1.0])
     assert_close(target[0], logp[0])
     assert_close(target[1], rules.Product()(logp[1], [logq[1]], [1.0]))
+    for shut in (0, 1):
+        with pytest.raises(DeadRow):
+            gate(logp[shut], [torch.full_like(logq[shut], torch.nan)], [1.0])
     model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="entropy_gate(nats=1.05)")
     assert len(model.generate([[1]], SamplingParams(max_tokens=4, seed=0))[0].tokens) == 4
 
