@@ -19,11 +19,10 @@ from trimtab.errors import InvalidOption
 from trimtab.origins import Origins
 from trimtab.serve.wire import dumps, error_body
 
-__all__ = ["REQUEST_ID_HEADER", "Guard", "check_keys"]
+__all__ = ["Guard", "check_keys"]
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID_HEADER = "x-request-id"
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
 
