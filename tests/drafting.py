@@ -1,12 +1,15 @@
 """Drafters for tests: one looks tokens up in a fixed text, one draws from rows of its own, and one keeps a record."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from trimtab.decode.drafters import Drafted, Drafter, Step, TextDrafter
+from trimtab.decode.drafters import CorpusDrafter, Drafted, Drafter, Guess, Step, TextDrafter
+from trimtab.decode.drafters.table import count_runs, write_table
 
 FIXED = '''
 """A drafter of somebody else's: whatever the text, it says the words of a file in turn."""
@@ -101,3 +104,16 @@ class Recorder:
 
     def draft(self, step: Step) -> Drafted:
         return self.inner.draft(step._replace(memories=[memory[1] for memory in step.memories]))
+
+    def look(self, memory: tuple[list[int], Any], count: int) -> Guess:
+        return self.inner.look(memory[1], count)
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def corpus_of(texts: Sequence[Sequence[int]], name: str = "corpus.table") -> CorpusDrafter:
+    """A drafter from a table of these texts."""
+    path = Path(_FOLDER.name) / name
+    write_table(path, count_runs([(text, 1) for text in texts], successors=4), {"vocabulary": "sha256:x"})
+    return CorpusDrafter(path)

@@ -1,12 +1,14 @@
 """Random numbers are a pure function of seed, completion, position and draw; draws follow their rows."""
 
 import math
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from statistics_of import chi_square
-from trimtab.core.draw import NO_TOKEN, draw_by_mass, inverse_cdf
+from trimtab.core.draw import LEVELS, NO_TOKEN, draw_by_mass, draw_steadily, inverse_cdf
 from trimtab.core.noise import fresh_seed, philox, uniforms
 
 ONES = 0xFFFFFFFF
@@ -97,3 +99,39 @@ def test_a_large_vocabulary_is_summed_by_stretches_to_the_same_end():
     assert drawn[2].unique().tolist() == [vocab - 1]
     assert drawn[3].unique().tolist() == drawn[4].unique().tolist() == [NO_TOKEN]
     assert drawn[5].unique().tolist() == [256]
+
+
+def test_a_steady_draw_follows_its_row_and_never_draws_the_impossible():
+    """Half of the mass on three neighbours, the rest spread over a large vocabulary: each level splits it as it should."""
+    vocab, some = 20_011, torch.arange(0, 20_011, 997)
+    mass = torch.zeros(vocab, dtype=torch.float64)
+    mass[some], mass[[4095, 4096, 4097]] = 0.5 / len(some), torch.tensor([0.25, 0.125, 0.125], dtype=torch.float64)
+    noise = uniforms([3], [0], [0], 4_000, LEVELS)[0]
+    drawn = torch.cat([draw_steadily(3 * mass.float().expand(len(part), -1), part) for part in noise.split(100)])
+    law = {int(token): float(mass[token]) for token in mass.nonzero()[:, 0]}
+    assert chi_square(dict(Counter(drawn.tolist())), law) > 1e-3
+    edge = torch.tensor([[0.0] * LEVELS, [1 - 2.0**-53] * LEVELS], dtype=torch.float64)
+    assert draw_steadily(mass.expand(2, -1), edge).tolist() == [int(some[0]), int(some[-1])]
+    sick = torch.stack([torch.zeros(vocab), torch.full((vocab,), math.nan)])
+    assert draw_steadily(sick, noise[:2]).tolist() == [NO_TOKEN] * 2
+
+
+def test_a_steady_draw_of_a_small_vocabulary_is_the_inverse_cdf():
+    mass, noise = torch.rand(50, 31, generator=torch.Generator().manual_seed(1)), uniforms([3], [0], [0], 50, LEVELS)[0]
+    assert torch.equal(draw_steadily(mass, noise), draw_by_mass(mass, noise[:, :1])[:, 0])
+
+
+def test_rounding_hardly_moves_a_steady_draw():
+    """Rows whose entries are off by a ten-thousandth: the inverse CDF gives one token in thirty anew, this one hardly any."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 20_000, generator=draw, dtype=torch.float64) * 2
+    other = logits + 1e-4 * torch.randn(1, 20_000, generator=draw, dtype=torch.float64)
+    one, two, noise = logits.softmax(-1), other.softmax(-1), uniforms([3], [0], [0], 4_000, LEVELS)[0]
+
+    def moved(of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        return float((of(one) != of(two)).double().mean())
+
+    steady = moved(lambda mass: torch.cat([draw_steadily(mass.expand(100, -1), part) for part in noise.split(100)]))
+    plain = moved(lambda mass: draw_by_mass(mass, noise[:, 0][None])[0])
+    assert plain > 0.02
+    assert steady < plain / 30

@@ -19,7 +19,7 @@ from trimtab.core.draw import NO_TOKEN, inverse_cdf
 from trimtab.core.logprobs import Warp, in_nucleus, warp
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import Nucleus
-from trimtab.core.speculation import draft_tokens, verify, verify_greedy
+from trimtab.core.speculation import draft_tokens, match, verify
 
 V = 4
 GRID = torch.tensor(
@@ -56,13 +56,29 @@ def test_the_law_of_a_certain_draft_is_the_target(p, lookup):
     assert_close(law(p, None, lookup), p, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("drafting", ["by a model", "looked up", "nobody"])
-def test_greedy_verdicts_need_no_rows(drafting):
-    """`verify_greedy` of the best tokens is `verify` of rows with all mass on them, missing drafts and dead rows included."""
+def test_certain_drafts_change_no_token_and_stay_with_the_targets_probability():
+    """t = icdf_p(u3) at every position; a draft stays if and only if it is t, and so with p(d)."""
+    rows = (uniforms([7], [0], [0], 3, V)[0] * 3).log_softmax(-1).expand(len(GRID), 3, V)
+    noise = torch.stack([GRID, GRID.roll(7, 0), GRID.roll(101, 0)], 1)
+    none = torch.zeros(len(GRID), dtype=torch.long)
+    expected = torch.cat([inverse_cdf(rows[:, j], noise[:, j, 2:]) for j in range(3)], 1)
+    assert torch.equal(verify(rows[:, :1], None, None, none, noise[:, :1]).tokens, expected[:, :1])
+    for lookup in range(V):
+        for width in (2, 3):  # without and with a draft for the bonus position
+            drafts = torch.full((len(GRID), width), lookup)
+            verdict = verify(rows, drafts, None, none + 2, noise)
+            run = (expected[:, :2] == lookup).long().cumprod(-1).sum(-1)
+            assert torch.equal(verdict.accepted, run)
+            assert torch.equal(verdict.tokens, expected)
+        assert (run > 0).double().mean() == pytest.approx(float(rows[0, 0, lookup].exp()), abs=1 / 60)
+
+
+def test_greedy_verdicts_need_no_rows():
+    """`match` of the best tokens is `verify` of rows with all mass on them, missing drafts and dead rows included."""
     draw = torch.Generator().manual_seed(3)
-    batch, width = 500, 1 if drafting == "nobody" else 3
+    batch, width = 500, 3
     best = torch.randint(NO_TOKEN, 2, (batch, width), generator=draw)
-    drafts = torch.randint(NO_TOKEN if drafting == "looked up" else 0, 2, (batch, width), generator=draw)
+    drafts = torch.randint(0, 2, (batch, width), generator=draw)
     limits = torch.randint(0, width, (batch,), generator=draw)
 
     def one_hot(tokens: torch.Tensor) -> torch.Tensor:
@@ -71,9 +87,8 @@ def test_greedy_verdicts_need_no_rows(drafting):
         return rows.masked_fill(tokens[..., None] == NO_TOKEN, -math.inf)
 
     noise = torch.rand(batch, width, 3, generator=draw, dtype=torch.float64)
-    said = None if drafting == "nobody" else drafts
-    expected = verify(one_hot(best), said, one_hot(drafts) if drafting == "by a model" else None, limits, noise)
-    found = verify_greedy(best, said, limits)
+    expected = verify(one_hot(best), drafts, one_hot(drafts), limits, noise)
+    found = match(best, drafts, limits)
     assert_close(found.accepted, expected.accepted)
     assert_close(found.kept, expected.kept)
     for j in range(width):  # what stands behind the decided position means nothing

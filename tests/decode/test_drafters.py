@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from brought import bring, look_again
-from drafting import FIXED, Cycle, Even, Recorder
+from drafting import FIXED, Cycle, Even, Recorder, corpus_of
 from serving import running
 from statistics_of import fits
 from tiny import EOS
@@ -22,12 +22,12 @@ from trimtab.decode.assemble import Loader
 from trimtab.decode.drafters import (
     DRAFTERS,
     AlignerDrafter,
+    CorpusDrafter,
     Drafted,
     Drafter,
     ModelDrafter,
     NgramDrafter,
     NoDrafter,
-    TextDrafter,
     check_drafter,
     read_draft,
 )
@@ -40,7 +40,8 @@ from trimtab.serve.service import Opened, Service, Settings
 
 V = 5
 PROPOSAL, ALIGNER, DRAFT = (TableLM.random(V, order=2, seed=seed) for seed in (0, 1, 3))
-EVERY: list[Drafter] = [AlignerDrafter(), ModelDrafter(DRAFT), NgramDrafter(), NoDrafter(), Cycle(), Even()]
+CORPUS = corpus_of([[1, 2, 3, 4, 1, 2, 3, 3], [4, 4, 2, 1, 3]])
+EVERY: list[Drafter] = [AlignerDrafter(), ModelDrafter(DRAFT), NgramDrafter(), CORPUS, NoDrafter(), Cycle(), Even()]
 
 
 @pytest.fixture(params=EVERY, ids=lambda drafter: drafter.name)
@@ -119,22 +120,18 @@ def test_a_text_that_is_cancelled_is_told_of_no_further(drafter):
     assert sorted(record.told) == sorted([held, [2, *staying[0].tokens]])
 
 
-def test_a_draft_depends_on_the_text_before_it_alone(drafter):
-    """Of those that look tokens up: guessing several is guessing one, accepting it, and guessing again."""
-    if not isinstance(drafter, TextDrafter):
-        assert drafter.has_rows or not drafter.drafts
-        return
-    text = [1, 2, 3, 1, 2, 4, 1, 2]
-    together, memory = list(drafter.guess(drafter.start(text), 6)), drafter.start(text)
-    for token in together:
-        assert list(drafter.guess(memory, 1))[:1] == [token]
-        if token < 0:
-            break
-        drafter.accepted(memory, [token])
+def test_what_is_looked_up_changes_no_token(drafter):
+    """Certain drafts leave the text of `none`, and say so to files that go on; whoever draws from rows has a name there."""
+    params = [SamplingParams(seed=i, max_tokens=14, n=2, **asked) for i, asked in enumerate(SETTINGS)]
+    prompts = [[1 + i % 4] * (1 + i % 3) for i in range(len(params))]
+    same = model(3, drafter).generate(prompts, params) == model(0, "none").generate(prompts, params)
+    assert same == (not drafter.has_rows) == (drafter.identity == "none")
+    assert drafter.has_rows or not drafter.models
 
 
 def test_equal_drafters_share_a_group(drafter):
-    again = {"model": lambda: ModelDrafter(DRAFT)}.get(drafter.name, type(drafter))()
+    anew = {"model": lambda: ModelDrafter(DRAFT), "corpus": lambda: CorpusDrafter(CORPUS.path)}
+    again = anew.get(drafter.name, type(drafter))()
     assert again == drafter
     assert hash(again) == hash(drafter)
     base = model(2, drafter)
@@ -167,11 +164,12 @@ def test_a_name_may_have_more_behind_a_colon(text, kind, argument):
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
-        ("corpse:FILE", "draft: there is no drafter 'corpse'; choose one of aligner, model, ngram, none, or a model"),
+        ("corpse:FILE", "draft: there is no drafter 'corpse'; choose one of aligner, corpus, model, ngram, none, or a model"),
         ("ngram:3", "draft: 'ngram' takes nothing behind its name, not '3'"),
         ("model:", "draft: 'model' wants to know which: model:PATH"),
+        ("corpus", "draft: 'corpus' wants to know which table: corpus:FILE"),
         ("model:some/folder", "draft: name 'some/folder' to AlignedModel.from_pretrained"),
-        ("some/folder", "draft must be one of aligner, ngram, none, or a model, not 'some/folder'"),
+        ("some/folder", "draft must be one of aligner, corpus, ngram, none, or a model, not 'some/folder'"),
         (3, "draft must be a drafter, its name, or a model, not 3"),
     ],
 )
@@ -224,7 +222,7 @@ def test_drafts_of_the_wrong_form_are_named(said, message):
 @pytest.mark.parametrize("token", [V, -2, 10**9])
 def test_a_guess_that_is_no_token_is_named(token):
     with pytest.raises(InvalidOption, match=f"draft: 'cycle' guessed {token}, and ids are from 0 to 4"):
-        model(2, Cycle((1, token))).generate([[1]], SamplingParams(max_tokens=9, seed=0))
+        model(2, Cycle((1, token))).generate([[1]], SamplingParams(max_tokens=9, seed=0, ignore_eos=True))
 
 
 def test_a_text_that_dies_at_once_is_told_of_nothing():
@@ -279,7 +277,7 @@ def test_the_commands_take_it_and_say_so(task, capsys, caplog):
     assert "is for a model that drafts" in capsys.readouterr().err
     parser = Parser("trimtab generate")
     add_options(parser, ModelOptions)
-    assert "who drafts: aligner, fixed, model, ngram, none, with more behind" in " ".join(parser.format_help().split())
+    assert "who drafts: aligner, corpus, fixed, model, ngram, none, with more behind" in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize("length", [0, 3])

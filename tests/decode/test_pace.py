@@ -1,12 +1,13 @@
 """How far to draft: the length that pays by the measured costs, none where none pays, and lookups in the text."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.core.draw import NO_TOKEN
-from trimtab.decode.drafters import Lookup
-from trimtab.decode.pace import LADDER, Hope, Load, Pace, Tally
+from trimtab.decode.drafters.lookup import DOUBTFUL, SHARES, Lookup
+from trimtab.decode.pace import DRAWN, LADDER, Hope, Load, Looked, Pace, Steady, Tally
 
 
 def run(pace, cost, acceptance, steps=200, sequences=1):
@@ -14,13 +15,13 @@ def run(pace, cost, acceptance, steps=200, sequences=1):
     chosen = []
     for _ in range(steps):
         load = Load(sequences, sequences)
-        chosen.append(pace.choose(load, [acceptance] * sequences))
+        chosen.append(pace.choose(load, [Steady(acceptance)] * sequences))
         pace.observe(load, chosen[-1], cost(chosen[-1]))
     return chosen[-40:]
 
 
 def best(cost, a):
-    return max(LADDER, key=lambda k: sum(a**i for i in range(k + 1)) / cost(k))
+    return max((k for k in LADDER if k <= DRAWN), key=lambda k: sum(a**i for i in range(k + 1)) / cost(k))
 
 
 @pytest.mark.parametrize("acceptance", [0.1, 0.3, 0.6, 0.8, 0.95])
@@ -54,8 +55,8 @@ def test_costs_are_learned_apart_for_small_and_large_batches():
     pace = Pace()
     run(pace, lambda k: 1 + 0.05 * k, 0.8, sequences=1)
     run(pace, lambda k: 1 + 1.0 * k, 0.8, sequences=32)
-    assert pace.choose(Load(1, 1), [0.8]) >= 4
-    assert pace.choose(Load(32, 32), [0.8] * 32) == 0
+    assert pace.choose(Load(1, 1), [Steady(0.8)]) >= 4
+    assert pace.choose(Load(32, 32), [Steady(0.8)] * 32) == 0
 
 
 def test_a_fixed_length_is_fixed_and_without_drafts_there_is_none():
@@ -85,28 +86,68 @@ def test_a_tally_counts():
     assert tally.tokens_per_call == 3.0
 
 
+def test_drafts_that_are_known_are_weighed_by_their_own_odds():
+    """Whoever copies gets long drafts, and a guess that is doubtful from its first token on none, at the same costs."""
+    pace, load = Pace(), Load(1, 1)
+    for _ in range(6):
+        length = pace.choose(load, [Looked([0.9] * 16)])
+        pace.observe(load, length, 1 + 0.2 * length)
+    assert pace.choose(load, [Looked([0.99] * 16)]) == 16
+    assert pace.choose(load, [Looked([0.99] * 5)]) == 5
+    assert pace.choose(load, [Looked([0.99, 0.99, 0.05, 0.9])]) == 2
+    assert pace.choose(load, [Looked([0.15, 0.9, 0.9])]) == 0
+    assert pace.choose(load, [Looked([])]) == 0
+    assert pace.choose(Load(2, 2), [Looked([]), Looked([0.9] * 3)]) in (0, 2), "a load of its own, not timed yet"
+    assert Looked([0.5, 0.5]).tokens(2) == 1.75
+
+
+def test_nothing_is_timed_that_nobody_drafts():
+    pace, load = Pace(), Load(1, 1)
+    for _ in range(30):
+        length = pace.choose(load, [Looked([0.9])])
+        assert length <= 1
+        pace.observe(load, length, 1 + 0.01 * length)
+    assert length == 1
+
+
 def test_a_lookup_goes_on_as_the_text_did_after_its_longest_known_end():
     lookup = Lookup([1, 2, 3, 4, 9, 2, 3])
-    assert lookup.drafts(3) == [4, 9, 2]
+    assert lookup.guess(3).tokens == [4, 9, 2]
     lookup.extend([5, 2, 3])
-    assert lookup.drafts(2) == [5, 2], "the latest occurrence counts"
-    assert Lookup([1, 2, 3]).drafts(2) == [NO_TOKEN, NO_TOKEN]
-    assert Lookup([7, 7]).drafts(3) == [7, 7, 7]
+    assert lookup.guess(2).tokens == [5, 2], "the latest occurrence counts"
+    assert lookup.guess(0).tokens == []
+    assert Lookup([1, 2, 3]).guess(2).tokens == []
+    assert Lookup([7, 7]).guess(3).tokens == [7, 7, 7]
+
+
+def test_a_lookup_learns_its_odds_from_the_text_alone():
+    """What is copied goes on, and what is found by one token that never came true does not."""
+    copied, changing = Lookup([*range(50)]), Lookup([])
+    copied.extend([*range(30)])
+    assert copied.guess(3).tokens == [30, 31, 32]
+    assert min(copied.guess(3).odds) > 0.8
+    changing.extend([token for i in range(60) for token in (1000, i)])
+    assert changing.guess(1).tokens == []
+    changing.extend([1000])
+    assert changing.guess(1).tokens == [59]
+    assert changing.guess(1).odds[0] < 0.1
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 8))
-def test_a_draft_depends_on_what_stands_before_it_alone(text, count):
-    """Drafting several at once is drafting one, accepting it, and drafting again."""
-    together, one_by_one = Lookup(text).drafts(count), []
-    growing = Lookup(text)
-    for _ in range(count):
-        one_by_one += growing.drafts(1)
-        if one_by_one[-1] == NO_TOKEN:
-            break
-        growing.extend(one_by_one[-1:])
-    assert together[: len(one_by_one)] == one_by_one
-    assert set(together[len(one_by_one) :]) <= {NO_TOKEN}
+def test_guessing_several_tokens_is_guessing_one_accepting_it_and_guessing_again(text, count):
+    (together, odds), growing = Lookup(text).guess(count), Lookup(text)
+    for token in together:
+        assert growing.guess(1).tokens == [token]
+        growing.extend([token])
+    assert len(together) == count or math.prod(odds) < 0.5 or not growing.guess(1).tokens
+    assert all(0 < chance < 1 for chance in odds)
+
+
+def test_a_chain_of_guesses_ends_where_it_is_doubtful():
+    tokens, odds = Lookup([0, 0]).guess(9)
+    assert tokens == [0] * 4
+    assert math.prod(odds) >= DOUBTFUL > math.prod(odds) * SHARES[2]
 
 
 def test_steps_of_bare_and_of_aligned_requests_are_timed_apart():
@@ -115,6 +156,6 @@ def test_steps_of_bare_and_of_aligned_requests_are_timed_apart():
     for _ in range(40):
         bare, aligned = Load(1, 0), Load(1, 1)
         pace.observe(bare, pace.choose(bare, []), 1.0)
-        length = pace.choose(aligned, [0.9])
+        length = pace.choose(aligned, [Steady(0.9)])
         pace.observe(aligned, length, 10.0 + 0.1 * length)
-    assert pace.choose(Load(1, 1), [0.9]) >= 6
+    assert pace.choose(Load(1, 1), [Steady(0.9)]) >= 6

@@ -18,7 +18,6 @@ from tiny import EOS, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.noise import uniforms
 from trimtab.core.rules import parse_rule
-from trimtab.decode.drafters import Lookup
 from trimtab.models.aligner import Manifest
 from trimtab.models.table import TableLM, enumerate_sequences
 
@@ -54,17 +53,14 @@ def reference(
         row = parsed(PROPOSAL.row(prefix), logqs, weights) / temperature
         p = row.softmax(-1).tolist()
         u = uniforms([seed], [0], [len(tokens)], 1, 3)[0, 0].tolist()
-        q, drafted = [0.0] * V, -1
-        if draft == "ngram":
-            drafted = Lookup(prefix).drafts(1)[0]
-            if drafted >= 0:
-                q[drafted] = 1.0
-        elif draft != "none":
-            drafting = ALIGNERS[0] if draft == "aligner" else draft
-            sharpness = parsed.draft_temperature if draft == "aligner" else 1.0
-            q = (drafting.row(prefix) / (sharpness * temperature)).softmax(-1).tolist()
-            drafted = icdf(q, u[0])
-        if drafted >= 0 and u[1] < p[drafted] / q[drafted]:
+        if draft in ("ngram", "none"):  # what is looked up plays no part
+            tokens.append(icdf(p, u[2]))
+            continue
+        drafting = ALIGNERS[0] if draft == "aligner" else draft
+        sharpness = parsed.draft_temperature if draft == "aligner" else 1.0
+        q = (drafting.row(prefix) / (sharpness * temperature)).softmax(-1).tolist()
+        drafted = icdf(q, u[0])
+        if u[1] < p[drafted] / q[drafted]:
             tokens.append(drafted)
             continue
         excess = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
@@ -268,17 +264,18 @@ def residual_manifest(**fields):
     [
         (None, None, "aligner"),
         ([None, None], None, "aligner"),
-        ([residual_manifest(), None], None, "none"),
+        ([residual_manifest(), None], None, "ngram"),
         ([None, residual_manifest()], None, "aligner"),
         ([residual_manifest(rule="geometric"), None], None, "aligner"),
         ([residual_manifest(objective="sft"), None], None, "aligner"),
         ([residual_manifest(), None], "aligner", "aligner"),
     ],
 )
-def test_nobody_drafts_for_a_residual_unless_asked_to(manifests, draft, drafter):
-    """Its drafts are rarely accepted; the law is the same either way, and so are the tokens of whoever drafts."""
+def test_the_text_drafts_for_a_residual_unless_somebody_is_named(manifests, draft, drafter):
+    """Its own drafts are rarely accepted; the law is the same either way, and so are the tokens of whoever drafts."""
     proposal, *aligners = (TableLM.random(5, seed=i) for i in range(3))
     model = AlignedModel(proposal, aligners, manifests=manifests, draft=draft, rule="product", weight=[1.0, 0.5])
-    assert model.drafter == drafter
+    assert model.models.drafter.name == drafter
+    assert model.drafter == ("none" if drafter == "ngram" else drafter)
     again = AlignedModel(proposal).with_aligners(aligners, manifests) if draft is None else model
-    assert again.drafter == drafter
+    assert again.models.drafter.name == drafter

@@ -79,8 +79,9 @@ def test_the_aligned_model_answers_as_generate_does_and_prompt_i_has_the_seed_pl
 
 
 def test_who_drafts_is_part_of_what_a_seed_means(task, tmp_path):
-    """Another drafter gives other tokens, so its answers are others; how far it drafts changes nothing."""
-    settings = ({}, {"draft": "none"}, {"draft": "ngram"}, {"draft_temperature": 0.5}, {"draft": str(task / "proposal")})
+    """A drafter with rows of its own gives other tokens, so its answers are others; how far it drafts changes nothing, and
+    neither does what is looked up, whose answers are those of nobody's drafts."""
+    settings = ({}, {"draft": "none"}, {"draft_temperature": 0.5}, {"draft": str(task / "proposal")})
     prompts = prompts_of([letter * 4 for letter in "defghijk"])
     with Journal(tmp_path / "a.jsonl") as journal:
         found = []
@@ -91,6 +92,8 @@ def test_who_drafts_is_part_of_what_a_seed_means(task, tmp_path):
         before = len(journal)
         again = AlignedModel.from_pretrained(task / "proposal", [task / "start"], num_speculative_tokens=0)
         assert answer_here(again, prompts, PARAMS, journal, "aligned").texts == found[0]
+        looked_up = AlignedModel.from_pretrained(task / "proposal", [task / "start"], draft="ngram")
+        assert answer_here(looked_up, prompts, PARAMS, journal, "aligned").texts == found[1]
         assert len(journal) == before
     assert len({tuple(texts) for texts in found}) == len(settings)
 

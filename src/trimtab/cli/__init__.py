@@ -27,6 +27,7 @@ COMMANDS = {
     "propose": "samples of a proposal, aligned or not, for every prompt of a data set, or preference pairs of them",
     "start": "make an aligner's start out of a proposal's own layers, where it has no small sibling",
     "train": "train an aligner against a frozen proposal",
+    "draft-table": "count what follows what in a corpus, to draft from: --draft corpus:FILE",
     "generate": "write aligned text",
     "score": "held-out negative log-likelihood of proposal, aligner and aligned model",
     "eval": "win rates and the rest, with intervals: is the aligned model better, by how much, and what does it cost",
@@ -69,7 +70,7 @@ def _run(arguments: Sequence[str]) -> int:
             raise InvalidOption(f"there is no command '{name}'{meant(name, COMMANDS)}")
         _overview().read(arguments)  # --help and --version end here
         raise InvalidOption("name a command first")
-    command = importlib.import_module(f"trimtab.cli.{name}")
+    command = importlib.import_module(f"trimtab.cli.{name.replace('-', '_')}")
     given = _parser(name, command.Options).read(arguments[1:])
     keep_freed_memory()
     as_json = given.pop("json", False)

@@ -7,7 +7,6 @@ from typing import Any
 
 from trimtab.data.options import TemplateOptions, check_chats
 from trimtab.decode.options import (
-    DRAFTER_NAMES,
     ModelOptions,
     SamplingOptions,
     check_prompts,
@@ -81,8 +80,8 @@ def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dic
     assert options.out is not None
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
     weights = [fingerprint_of(m) for m in model.models.all]
-    if (options.draft or "").partition(":")[0] in set(DRAFTERS) - set(DRAFTER_NAMES):
-        settings["draft"] = model.drafter  # another package's: what it drafts from, and not where that was named
+    if (options.draft or "").partition(":")[0] in set(DRAFTERS) - {"aligner", "model"}:
+        settings["draft"] = model.drafter  # what it drafts from, if that means anything, and not where it was named
     settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": weights}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:

@@ -4,13 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NO_TOKEN", "draw_by_mass", "inverse_cdf"]
+__all__ = ["LEVELS", "NO_TOKEN", "draw_by_mass", "draw_steadily", "inverse_cdf"]
 
 NO_TOKEN = -1
 """Stands for the token of a row that has none: it is NaN, or −inf throughout."""
 LARGE = 16384
-"""Tokens from which a vocabulary is summed by stretches."""
+"""Tokens from which a vocabulary is summed by stretches, or drawn from level by level."""
 STRETCH = 256
+LEVELS = 4
+"""Uniforms that `draw_steadily` takes."""
+BRANCHES = 16
+"""Ways to go at each level below the first."""
 
 
 def inverse_cdf(logp: Tensor, uniform: Tensor) -> Tensor:
@@ -44,6 +48,42 @@ def draw_by_mass(mass: Tensor, uniform: Tensor) -> Tensor:
     rest = goal - F.pad(cumulative, (1, 0)).gather(-1, at)
     token = at * STRETCH + _first_above(inside, rest.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(stretch == NO_TOKEN, NO_TOKEN, token)
+
+
+def draw_steadily(mass: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a token `[...]` from each row of weights `[..., V]`, so that rounding errors in them hardly ever change it.
+
+    The passes of a model over one token and over five differ in the last digits. An inverse CDF adds those up over all that
+    stands before a token, so that all its thousands of thresholds move: of a row of SmolLM2-135M (float32, temperature 1) by
+    enough to change .15 % of all tokens. Where a large vocabulary is halved again and again, each time with a uniform of its
+    own, an error moves one threshold, by its own size: .0003 %. Four levels, the last three of 16 ways: .001 %.
+
+    Args:
+        mass: at least 0; it need not sum to 1.
+        uniforms: `[..., LEVELS]` float64 in [0, 1). Below `LARGE` tokens the first one alone counts: the inverse CDF at it.
+
+    Returns:
+        Tokens; `NO_TOKEN` for a row without mass.
+    """
+    if mass.shape[-1] < LARGE:
+        return draw_by_mass(mass, uniforms[..., :1]).squeeze(-1)
+    sums = [F.pad(mass, (0, -mass.shape[-1] % BRANCHES ** (LEVELS - 1)))]
+    for _ in range(LEVELS - 1):
+        sums.append(_split(sums[-1]).sum(-1, dtype=torch.float64))
+    token = draw_by_mass(sums.pop(), uniforms[..., :1]).squeeze(-1)
+    dead, token = token == NO_TOKEN, token.clamp(min=0)
+    for level in range(1, LEVELS):
+        mine = _split(sums.pop()).gather(-2, token[..., None, None].expand(*token.shape, 1, BRANCHES)).squeeze(-2)
+        cumulative = mine.cumsum(-1, dtype=torch.float64)
+        total = cumulative[..., -1:]
+        goal = torch.minimum(uniforms[..., level : level + 1] * total, torch.nextafter(total, torch.zeros_like(total)))
+        token = token * BRANCHES + (cumulative <= goal).sum(-1)
+    return torch.where(dead, NO_TOKEN, token)
+
+
+def _split(mass: Tensor) -> Tensor:
+    """Neighbours side by side: `[..., V / BRANCHES, BRANCHES]`."""
+    return mass.view(*mass.shape[:-1], -1, BRANCHES)
 
 
 def _first_above(cumulative: Tensor, goal: Tensor) -> Tensor:

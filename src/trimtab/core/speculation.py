@@ -1,9 +1,13 @@
 """Lossless speculation: check drafted tokens against their target rows, with one coupled draw for each position.
 
-The token at a position is a function of the prefix, the target row p, the draft row q and three uniforms that belong to the
-position: a draft d = icdf_q(u1), kept if u2 < p(d)/q(d), otherwise *recovered* as icdf of the normalised positive part of
-p − q at u3. Its law is p: a token v is drafted and kept with min(p, q)(v), and recovered with (p − q)⁺(v) (Leviathan et al.,
-"Fast inference from transformers via speculative decoding", ICML 2023).
+Where a draft was drawn from a row q, the token at a position is a function of the prefix, the target row p, q and uniforms
+that belong to the position: a draft d = icdf_q(u1), kept if u2 < p(d)/q(d), otherwise *recovered* as icdf of the normalised
+positive part of p − q at u3. Its law is p: a token v is drafted and kept with min(p, q)(v), and recovered with (p − q)⁺(v)
+(Leviathan et al., "Fast inference from transformers via speculative decoding", ICML 2023). For a large vocabulary u3 is four
+numbers: `trimtab.core.draw.draw_steadily` says why.
+
+Where a draft is *certain*, looked up somewhere, or nobody drafts, the token is icdf_p(u3), and a draft stays if it is that
+token. It stays with p(d), the most that a certain draft can, and nothing that was drafted plays a part in the text.
 
 Every position is decided so, also the *bonus* position behind the last draft, and the only one when decoding token by token.
 So the tokens of a seed do not depend on how far anyone drafted ahead.
@@ -14,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.core.draw import NO_TOKEN, draw_by_mass, inverse_cdf
+from trimtab.core.draw import LEVELS, NO_TOKEN, draw_steadily, inverse_cdf
 from trimtab.core.logprobs import gather
 
-__all__ = ["DRAWS", "Verdict", "draft_tokens", "verify", "verify_greedy"]
+__all__ = ["DRAWS", "Verdict", "draft_tokens", "match", "verify"]
 
-DRAWS = 3
+DRAWS = 2 + LEVELS
 """Uniforms that a position takes."""
 
 
@@ -35,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 def draft_tokens(logq: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw drafts `[...]` from draft rows `[..., V]` with the positions' uniforms `[..., 3]`."""
+    """Draw drafts `[...]` from draft rows `[..., V]` with the positions' uniforms `[..., DRAWS]`."""
     return inverse_cdf(logq, uniforms[..., :1]).squeeze(-1)
 
 
@@ -44,52 +48,49 @@ def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Ten
 
     Args:
         logp: target rows `[B, P, V]`; row j is right if all drafts before j are.
-        drafts: `[B, P]`, one for each row, the bonus position included; `NO_TOKEN` where nothing was drafted. None where
-            nobody drafts, and P is 1: the same as a `NO_TOKEN` in each place.
-        logq: draft rows `[B, P, V]` that the drafts were drawn from, or None where every draft is certain (looked up in the
-            text, say): then it is kept with p(d).
+        drafts: `[B, P]`, one for each row, the bonus position included; `NO_TOKEN` where nothing was drafted. Where they are
+            certain, as for `match`.
+        logq: draft rows `[B, P, V]` that the drafts were drawn from, or None where every draft is certain.
         limits: `[B]` the bonus position of each sequence, at most P − 1: drafts before it may be accepted.
-        uniforms: `[B, P, 3]` in [0, 1), float64.
+        uniforms: `[B, P, DRAWS]` in [0, 1), float64.
 
     Returns:
         The verdict; `NO_TOKEN` at the decided position if the target has no mass there, or is NaN.
     """
-    if drafts is None:
-        none = torch.zeros_like(limits)
-        return Verdict(draw_by_mass(_row(logp, none).exp(), uniforms[:, 0, 2:]), none, none)
-    drafted = drafts != NO_TOKEN
+    if logq is None or drafts is None:
+        return match(draw_steadily(logp.exp(), uniforms[..., 2:]), drafts, limits)
     at = drafts.clamp(min=0)
-    log_ratio = gather(logp, at) - (0 if logq is None else gather(logq, at))
-    keep = drafted & (uniforms[..., 1] < log_ratio.double().exp())
+    log_ratio = gather(logp, at) - gather(logq, at)
+    keep = (drafts != NO_TOKEN) & (uniforms[..., 1] < log_ratio.double().exp())
     kept = keep.long().cumprod(-1).sum(-1)
     accepted = torch.minimum(kept, limits)
     last = accepted.unsqueeze(-1)
-    p = _row(logp, accepted).exp()
-    q = torch.zeros_like(p) if logq is None else _row(logq, accepted).exp()
-    if logq is None:
-        q.scatter_(-1, at.gather(-1, last), drafted.gather(-1, last).to(q.dtype))
-    recovered = draw_by_mass(_excess(p, q), uniforms[..., 2].gather(-1, last))
+    excess = _excess(_row(logp, accepted).exp(), _row(logq, accepted).exp())
+    recovered = draw_steadily(excess, _row(uniforms, accepted)[:, 2:]).unsqueeze(-1)
     token = torch.where(keep.gather(-1, last), drafts.gather(-1, last), recovered)
     return Verdict(drafts.scatter(-1, last, token), accepted, torch.minimum(kept, limits + 1))
 
 
-def verify_greedy(best: Tensor, drafts: Tensor | None, limits: Tensor) -> Verdict:
-    """`verify` where each target row has all its mass on one token, and each draft row, too: no rows and no draws are needed.
+def match(tokens: Tensor, drafts: Tensor | None, limits: Tensor) -> Verdict:
+    """What becomes of drafts where each position has its token whatever was drafted: a draft stays if it is that token.
 
-    A draft stays if it is that token. The verdict's `tokens` are the best ones throughout, and where the bonus position has no
-    draft, `kept` does not count it.
+    So it is for certain drafts, and where each target row has all its mass on its best token.
 
     Args:
-        best: `[B, P]` those tokens of the target rows; `NO_TOKEN` where there is none.
-        drafts: as for `verify`, or `[B, P − 1]`: the bonus position has none.
+        tokens: `[B, P]` what each position says if all drafts before it are right; `NO_TOKEN` where its row has no mass.
+        drafts: `[B, P]` with `NO_TOKEN` where nothing was drafted, or `[B, P − 1]`: then the bonus position has none, and the
+            verdict's `kept` does not count it. None where nobody drafts.
         limits: as for `verify`.
+
+    Returns:
+        The verdict, whose tokens are those of all positions.
     """
     if drafts is None:
         none = torch.zeros_like(limits)
-        return Verdict(best, none, none)
-    right = (drafts == best[:, : drafts.shape[1]]) & (drafts != NO_TOKEN)
+        return Verdict(tokens, none, none)
+    right = (drafts == tokens[:, : drafts.shape[1]]) & (drafts != NO_TOKEN)
     kept = right.long().cumprod(-1).sum(-1)
-    return Verdict(best, torch.minimum(kept, limits), torch.minimum(kept, limits + 1))
+    return Verdict(tokens, torch.minimum(kept, limits), torch.minimum(kept, limits + 1))
 
 
 def _row(rows: Tensor, position: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class AlignedModel:
         rule, weight: as in `SamplingParams`, which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, another package's drafter
             (`"NAME"`, `"NAME:ARGUMENT"`), a `Drafter`, or a `LanguageModel` of the same vocabulary that only drafts. Default:
-            the first aligner if there is one, and nobody if its manifest says that it is a residual (`Manifest.is_residual`),
-            whose drafts are rarely accepted, or it is a head, which cannot draft.
+            the first aligner if there is one, and the text so far if its manifest says that it is a residual
+            (`Manifest.is_residual`), whose drafts are rarely accepted, or it is a head, which cannot draft.
             `from_pretrained` takes the drafter in a residual's or a head's folder, if there is one.
         draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: 1, or
             what suits the rule if an aligner drafts.
@@ -278,7 +278,7 @@ class AlignedModel:
         self.aligners = list(aligners)
         self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
         residual = bool(self._manifests) and self._manifests[0] is not None and self._manifests[0].is_residual
-        self.models = choose_drafter(self.proposal, aligners, self._draft, "none" if residual else "aligner")
+        self.models = choose_drafter(self.proposal, aligners, self._draft, residual=residual)
         names = ["", *(f"aligner {i}" for i in range(len(aligners))), "draft"]
         for name, model in zip(names, self.models.all, strict=False):
             if model.vocab_size != self.proposal.vocab_size:
@@ -314,7 +314,7 @@ class AlignedModel:
 
     @property
     def drafter(self) -> str:
-        """Who drafts, as far as it decides which tokens a seed gives."""
+        """Who drafts, as far as it decides which tokens a seed gives: `"none"` for whoever looks drafts up, too."""
         return self.models.drafter.identity
 
     def shaping(self, params: SamplingParams) -> Shaping:

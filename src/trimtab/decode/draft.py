@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.decode.drafters import AlignerDrafter, Drafter, NoDrafter
+from trimtab.decode.drafters import AlignerDrafter, Drafter, NgramDrafter, NoDrafter
 from trimtab.errors import InvalidOption
 from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
@@ -39,7 +39,7 @@ class Models:
 
 
 def choose_drafter(
-    proposal: LanguageModel, aligners: Sequence[LanguageModel], drafter: Drafter | None, default: str = "aligner"
+    proposal: LanguageModel, aligners: Sequence[LanguageModel], drafter: Drafter | None, *, residual: bool = False
 ) -> Models:
     """The models with who drafts for them.
 
@@ -47,19 +47,19 @@ def choose_drafter(
         proposal: P_M.
         aligners: Q_1 … Q_n.
         drafter: what the user wants; None for the default. The aligner's is the first one, of whatever aligners there are.
-        default: who drafts then, if there are aligners; `"none"` for a residual.
+        residual: whether the first aligner is one, whose own drafts are rarely accepted. Where nobody is named, the text drafts
+            for those, and for heads, which cannot draft.
 
     Raises:
         InvalidOption: the drafter is a head, which reads what the proposal has read.
         UnsupportedModel: an aligner is a head of another proposal.
     """
     check_heads(proposal, aligners, drafter.models if drafter else ())
-    if default == "aligner" and aligners and tap_of(aligners[0]) is not None:
-        default = "head"
-    who = _in_words(len(aligners), drafter, default)
+    head = bool(aligners) and tap_of(aligners[0]) is not None
+    who = _in_words(len(aligners), drafter, residual=residual, head=head)
     if drafter is None:
-        drafter = AlignerDrafter() if default == "aligner" else NoDrafter()
-    elif drafter.from_aligner and default == "head":
+        drafter = NgramDrafter() if aligners and (residual or head) else AlignerDrafter()
+    elif drafter.from_aligner and head:
         raise InvalidOption("draft: the first aligner is a head, which reads what the proposal has read, and cannot draft")
     if drafter.from_aligner and not aligners:
         drafter = NoDrafter()
@@ -70,22 +70,20 @@ def choose_drafter(
     return Models(proposal, tuple(rest[: len(aligners)]), drafter.on(own) if own else drafter, adapters=adapters, who=who)
 
 
-def _in_words(aligners: int, drafter: Drafter | None, default: str) -> str:
-    """Who drafts, of so many aligners; the further arguments are those of `choose_drafter`."""
+def _in_words(aligners: int, drafter: Drafter | None, *, residual: bool, head: bool) -> str:
+    """Who drafts, of so many aligners; the further arguments are those of `choose_drafter`, and whether the first is a head."""
     if drafter is not None and not drafter.from_aligner:
         return drafter.who
     if not aligners:
         return "nobody: there is no aligner; --draft ngram or a model would"
-    if drafter is None and default == "head":
-        return (
-            "nobody: the aligner is a head, which reads what the proposal has read, and came without a drafter (`trimtab train"
-            " --train_draft true` makes one); --draft ngram or a model would"
+    if drafter is None and (head or residual):
+        makes = "(`trimtab train --train_draft true` makes one)"
+        why, better = (
+            ("a head, which reads what the proposal has read, and came without a drafter", f"one {makes}")
+            if head
+            else ("a residual, whose own drafts are rarely accepted", f"its drafter, --draft FOLDER/draft {makes},")
         )
-    if drafter is None and default == "none":
-        return (
-            "nobody: the aligner is a residual, whose own drafts are rarely accepted; give its drafter, --draft FOLDER/draft"
-            " (`trimtab train --train_draft true` makes one), or --draft ngram"
-        )
+        return f"{NgramDrafter().who}: the aligner is {why}; {better} may do better"
     return "the aligner itself" if aligners == 1 else AlignerDrafter().who
 
 

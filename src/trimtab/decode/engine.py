@@ -313,13 +313,10 @@ class Engine:
 
     def _decode(self) -> list[TokenEvent]:
         sequences = self._batch.sequences
-        drafting = [s.can_draft for s in sequences]
-        hopes = [
-            s.hope.estimate(self.pace.kind(s.kind).estimate(0.6)) for s, may in zip(sequences, drafting, strict=True) if may
-        ]
-        load = Load(len(sequences), len(hopes), self._batch.groups)
-        wanted = self.pace.choose(load, hopes)
-        limits = [min(wanted, s.room - 1) if may else 0 for s, may in zip(sequences, drafting, strict=True)]
+        chances = [s.chances(self.pace.kind(s.kind), self.pace.longest) for s in sequences if s.can_draft]
+        load = Load(len(sequences), len(chances), self._batch.groups)
+        wanted = self.pace.choose(load, chances)
+        limits = [s.drafts(wanted) for s in sequences]
         started = time.perf_counter()
         events = self._batch.step(limits)
         self.pace.observe(load, max(limits), time.perf_counter() - started)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 RULE_NAMES = ("candidates", "geometric", "kl_gate", "nucleus", "product")
 """Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
 
-DRAFTER_NAMES = ("aligner", "model", "ngram", "none")
+DRAFTER_NAMES = ("aligner", "corpus", "model", "ngram", "none")
 """Our drafters: `trimtab.decode.drafters`."""
 
 
@@ -45,7 +45,7 @@ def _rule_help() -> str:
 def _draft_help() -> str:
     """What `--draft` takes, the drafters of other packages included."""
     names = ", ".join(names_of("trimtab.drafters", DRAFTER_NAMES))
-    default = "[default: the first aligner; for a residual or a head, its own drafter or none]"
+    default = "[default: the first aligner; for a residual or a head, its own drafter or ngram]"
     return f"who drafts: {names}, with more behind a colon where it is wanted, or a model {default}"
 
 

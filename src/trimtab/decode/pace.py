@@ -2,22 +2,28 @@
 
 A step of k drafts brings 1 + a + a² + … + a^k tokens if each draft is accepted with probability a, and takes a time that
 depends on k and on how many sequences decode together. Both are learned while decoding, from steps that are over; so drafting
-stops by itself where it does not pay. No choice looks at a draft, and with the coupled draw no choice changes a token.
+stops by itself where it does not pay. No choice looks at a draft that was drawn from a row, and with the coupled draw no choice
+changes a token. Drafts that were looked up play no part in the text (`trimtab.core.speculation`), so there are chances of each.
 """
 
+import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple, Protocol
 
 from trimtab.errors import InvalidOption
 
-__all__ = ["Load", "Pace", "Tally"]
+__all__ = ["Chances", "Hope", "Load", "Looked", "Pace", "Steady", "Tally"]
 
 MAX_DRAFT = 16
 """The longest draft."""
-LADDER = (0, 1, 2, 3, 4, 6, 8)
+LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 """The draft lengths in use."""
+DRAWN = 8
+"""The longest of them for drafts that a model must make one by one."""
 FIRST = (4, 0, 2)
 """Draft lengths that are timed before one is chosen, twice each: the first time of anything is slow."""
 LOOK_AROUND = 48
@@ -112,6 +118,48 @@ class Hope:
         return min((self.kept + TRUST * prior) / (self.tested + TRUST), 0.999)
 
 
+class Chances(Protocol):
+    """What drafts for one sequence are hoped to bring."""
+
+    @property
+    def longest(self) -> int:
+        """The most drafts that there may be."""
+
+    def tokens(self, k: int) -> float:
+        """Tokens that a step of up to k drafts brings, the one behind those that stay included."""
+
+
+class Steady(NamedTuple):
+    """Every draft is accepted with one probability, below 1."""
+
+    acceptance: float
+    longest: int = DRAWN
+
+    def tokens(self, k: int) -> float:
+        """1 + a + … + a^k."""
+        return (1 - math.pow(self.acceptance, k + 1)) / (1 - self.acceptance)
+
+
+class Looked:
+    """The drafts are known, and how likely each is to stay.
+
+    Args:
+        odds: that, if those before it do.
+    """
+
+    def __init__(self, odds: Sequence[float]) -> None:
+        self._tokens: list[float] = list(accumulate(accumulate(odds, mul), initial=1.0))
+
+    @property
+    def longest(self) -> int:
+        """All of them."""
+        return len(self._tokens) - 1
+
+    def tokens(self, k: int) -> float:
+        """1, and the probability that each stays."""
+        return self._tokens[min(k, self.longest)]
+
+
 class Pace:
     """Chooses draft lengths; one for each proposal, shared by all that decodes with it.
 
@@ -128,9 +176,14 @@ class Pace:
         self.fixed = fixed
         self.tally = Tally()
         self._kinds: dict[Hashable, Hope] = {}
-        self._seconds: dict[tuple[Size, int], deque[float]] = {}
+        self._seconds: dict[Size, dict[int, deque[float]]] = {}
         self._steps: dict[Size, int] = {}
         self._best: dict[Size, int] = {}
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that are worth looking up."""
+        return MAX_DRAFT if self.fixed is None else self.fixed
 
     def kind(self, key: Hashable) -> Hope:
         """What is known about requests of a kind; the kinds met longest ago are forgotten."""
@@ -138,46 +191,52 @@ class Pace:
             self._kinds.pop(next(iter(self._kinds)), None)
         return self._kinds.setdefault(key, Hope())
 
-    def choose(self, load: "Load", hopes: Sequence[float]) -> int:
+    def choose(self, load: "Load", chances: Sequence[Chances]) -> int:
         """The draft length of the next step.
 
         Args:
             load: who decodes together.
-            hopes: the estimated acceptance of those that can draft.
+            chances: of those that can draft.
         """
         if self.fixed is not None:
             return self.fixed
-        if not hopes:
+        longest = max((one.longest for one in chances), default=0)
+        if not longest:
             return 0
         size = load.size
+        seconds = self._seconds.setdefault(size, {})
         for length in FIRST:
-            if len(self._seconds.get((size, length), ())) < 2:
+            if length <= longest and len(seconds.get(length, ())) < 2:
                 return length
         self._steps[size] = steps = self._steps.get(size, 0) + 1
-        if size not in self._best or steps % RECONSIDER == 0:
-            self._best[size] = max(LADDER, key=lambda k: self._tokens(k, load.sequences, hopes) / self._cost(size, k))
+        lengths = [k for k in LADDER if k < longest] + [longest]
+        looked = not all(isinstance(one, Steady) for one in chances)
+        if looked or self._best.get(size) not in lengths or steps % RECONSIDER == 0:
+            spare = load.sequences - len(chances)
+            costs = {k: self._cost(seconds, k) for k in lengths}
+            self._best[size] = max(lengths, key=lambda k: (spare + sum(one.tokens(k) for one in chances)) / costs[k])
         best = self._best[size]
         if steps % LOOK_AROUND:
             return best
-        at = LADDER.index(best)
-        return LADDER[(0, max(at - 1, 0), min(at + 1, len(LADDER) - 1))[steps // LOOK_AROUND % 3]]
+        at = lengths.index(best)
+        return lengths[(0, max(at - 1, 0), min(at + 1, len(lengths) - 1))[steps // LOOK_AROUND % 3]]
 
     def observe(self, load: "Load", length: int, seconds: float) -> None:
         """Note how long a step took."""
-        self._seconds.setdefault((load.size, length), deque(maxlen=5)).append(seconds)
+        self._seconds.setdefault(load.size, {}).setdefault(length, deque(maxlen=5)).append(seconds)
 
-    def _tokens(self, k: int, sequences: int, hopes: Sequence[float]) -> float:
-        return sequences - len(hopes) + sum((1 - a ** (k + 1)) / (1 - a) for a in hopes)
-
-    def _cost(self, size: Size, k: int) -> float:
+    def _cost(self, seconds: Mapping[int, Sequence[float]], k: int) -> float:
         """The median of what was measured, or a line through the nearest lengths that were."""
-        if (size, k) in self._seconds:
-            times = sorted(self._seconds[size, k])
+        if k in seconds:
+            times = sorted(seconds[k])
             return times[(len(times) - 1) // 2]
-        known = [length for length in LADDER if (size, length) in self._seconds]
-        low = max((length for length in known if length < k), default=known[0])
-        high = min((length for length in known if length > k), default=known[-1])
-        if low == high:  # k is past the longest: go on along the last stretch
-            low = known[-2]
-        slope = (self._cost(size, high) - self._cost(size, low)) / (high - low)
-        return self._cost(size, low) + max(slope, 0.0) * (k - low)
+        low = max((length for length in seconds if length < k), default=None)
+        high = min((length for length in seconds if length > k), default=None)
+        ends = [length for length in (low, high) if length is not None]
+        if len(ends) == 1:  # k is past one end: go on along the stretch beside it
+            ends = sorted(seconds, key=lambda length: abs(length - k))[:2]
+        if len(ends) == 1:
+            return self._cost(seconds, ends[0])
+        low, high = sorted(ends)
+        slope = (self._cost(seconds, high) - self._cost(seconds, low)) / (high - low)
+        return self._cost(seconds, low) + max(slope, 0.0) * (k - low)

@@ -6,17 +6,21 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
+from trimtab.core.draw import NO_TOKEN
 from trimtab.decode.draft import Models
 from trimtab.decode.history import Place
 from trimtab.decode.outcome import Drawn
-from trimtab.decode.pace import Hope, Tally
+from trimtab.decode.pace import Chances, Hope, Looked, Steady, Tally
 from trimtab.decode.reading import taps_of
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
 from trimtab.decode.shaping import Shaping
 from trimtab.decode.text import TextStream
-from trimtab.errors import DeadRow
+from trimtab.errors import DeadRow, InvalidOption
 
 __all__ = ["Sequence"]
+
+PRIOR = 0.6
+"""The acceptance of drafts that nothing is known of."""
 
 
 class Sequence:
@@ -60,6 +64,8 @@ class Sequence:
         self.memory: Any = None
         """What its drafter keeps of its text, once it has `started`."""
         self.started = False
+        self.guess: list[int] = []
+        """Its next tokens as its drafter has looked them up, if that looks."""
         self.place: Place | None = None
         """Where the memory of its text is, if its rule looks back and it is under way."""
         self.cached_tokens = 0
@@ -94,6 +100,45 @@ class Sequence:
     def can_draft(self) -> bool:
         """Whether drafts for it can be verified, and somebody drafts."""
         return self.shaping.rule.has_row and self.models.drafter.drafts
+
+    def chances(self, known: Hope, longest: int) -> Chances:
+        """What drafts for its next tokens are hoped to bring; those that are looked up are its `guess` then.
+
+        Args:
+            known: what is known of requests like it.
+            longest: the most tokens to look up.
+
+        Raises:
+            InvalidOption: a guess is no token.
+        """
+        acceptance = self.hope.estimate(known.estimate(PRIOR))
+        if not self.models.drafter.looks:
+            return Steady(acceptance)
+        count = min(longest, self.room - 1)
+        if not count:
+            self.guess = []
+            return Looked([])
+        name, size = self.models.drafter.name, self.models.proposal.vocab_size
+        found = self.models.drafter.look(self.remember(), count)
+        tokens = list(found.tokens)[:count]
+        for token in tokens:
+            if not NO_TOKEN <= token < size:
+                raise InvalidOption(f"draft: '{name}' guessed {token}, and ids are from 0 to {size - 1}")
+        self.guess = tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens
+        return Looked([acceptance] * len(self.guess) if found.odds is None else found.odds[: len(self.guess)])
+
+    def drafts(self, wanted: int) -> int:
+        """How many drafts there will be if so many are wanted."""
+        if not self.can_draft:
+            return 0
+        return min(wanted, self.room - 1, len(self.guess) if self.models.drafter.looks else wanted)
+
+    def judge(self, taken: Seq[int], known: Hope) -> None:
+        """Learn from the tokens that came how good a guess was, whether it was verified or not."""
+        kept = next((i for i, (one, other) in enumerate(zip(self.guess, taken, strict=False)) if one != other), None)
+        most = min(len(self.guess), len(taken))
+        for hope in (self.hope, known):
+            hope.observe(most if kept is None else kept, most if kept is None else kept + 1)
 
     @property
     def room(self) -> int:

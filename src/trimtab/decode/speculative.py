@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from trimtab.core.draw import NO_TOKEN
 from trimtab.core.logprobs import gather
 from trimtab.core.noise import uniforms
-from trimtab.core.speculation import DRAWS, Verdict, draft_tokens, verify, verify_greedy
+from trimtab.core.speculation import DRAWS, Verdict, draft_tokens, match, verify
 from trimtab.core.transfer import to_device
 from trimtab.decode.draft import Models
 from trimtab.decode.drafters import Drafted, Drafter, Step
@@ -150,6 +151,8 @@ class Group:
         """Ask the drafter; `read` are rows of models that have read the newest tokens already, by their places."""
         settings, newest = self._lay_out(max(limits) + 1)
         drafter = self.models.drafter
+        if drafter.looks:
+            return Drafts(newest, self._looked_up(limits), read, max(limits) + 1)
 
         def rows(place: int, token: Tensor | None, counts: Sequence[int]) -> Tensor:
             if token is None and place in read:
@@ -173,6 +176,14 @@ class Group:
         drafts = Drafts(newest, _checked(drafter, drafter.draft(step), step), read, step.width)
         self._bonus = drafts.bonus
         return drafts
+
+    def _looked_up(self, limits: Sequence[int]) -> Drafted:
+        """As much of each guess as may be accepted, on the device."""
+        if not (longest := max(limits)):
+            return Drafted()
+        guesses = [sequence.guess[:limit] for sequence, limit in zip(self.sequences, limits, strict=True)]
+        padded = [[*guess, *[NO_TOKEN] * (longest - len(guess))] for guess in guesses]
+        return Drafted(to_device(padded, self.models.proposal.device))
 
     def verify(self, drafts: Drafts, logp: Tensor | None, tapped: dict[int, Tensor], limits: Sequence[int]) -> Decided:
         """Decide the drafts: what `fetch` brings to the host.
@@ -240,7 +251,9 @@ class Group:
                     break
             if taken:
                 self.models.drafter.accepted(sequence.memory, taken)
-            if sequence.can_draft:
+            if self.models.drafter.looks:
+                sequence.judge(taken, self._pace.kind(sequence.kind))
+            elif sequence.can_draft:
                 drafted = limit + self._bonus
                 for hope in (sequence.hope, self._pace.kind(sequence.kind)):
                     hope.observe(min(outcome.kept, drafted), min(outcome.kept + 1, drafted))
@@ -351,7 +364,7 @@ class _Settings:
         """What becomes of the drafts, by the aligned rows `[b, P, V]`."""
         before = drafts.tokens[:, 1:].unbind(1)
         if self.sampler.greedy:
-            return verify_greedy(self.sampler.best(aligned, before), drafts.drafts, limits)
+            return match(self.sampler.best(aligned, before), drafts.drafts, limits)
         return verify(self.sampler.rows(aligned, before), drafts.drafts, drafts.drawn_from, limits, self.noise)
 
     def proposal_rows(self, logp: Tensor | None, logqs: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
     aligner   the first aligner, from its rows
     model     a model that only drafts, from its rows
     ngram     the text itself: what followed its last few tokens before
+    corpus    a table of other texts, made by `trimtab draft-table`, and the text itself
     none      nobody
 
 `base` says what a drafter is. Other packages bring more: docs/extending.md.
@@ -12,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.decode.drafters.aligner import AlignerDrafter
-from trimtab.decode.drafters.base import DRAFTERS, Drafted, Drafter, Given, Step, TextDrafter, check_drafter, register
+from trimtab.decode.drafters.base import DRAFTERS, Drafted, Drafter, Given, Guess, Step, TextDrafter, check_drafter, register
+from trimtab.decode.drafters.corpus import CorpusDrafter
+from trimtab.decode.drafters.lookup import Lookup
 from trimtab.decode.drafters.model import ModelDrafter
-from trimtab.decode.drafters.ngram import Lookup, NgramDrafter
+from trimtab.decode.drafters.ngram import NgramDrafter
 from trimtab.decode.drafters.none import NoDrafter
 from trimtab.errors import InvalidOption
 
 __all__ = [
     "DRAFTERS",
     "AlignerDrafter",
+    "CorpusDrafter",
     "Drafted",
     "Drafter",
     "Given",
+    "Guess",
     "Lookup",
     "ModelDrafter",
     "NgramDrafter",
@@ -37,10 +42,13 @@ __all__ = [
     "source_of",
 ]
 
-for _drafter in (AlignerDrafter, NgramDrafter, NoDrafter, ModelDrafter):
+for _drafter in (AlignerDrafter, CorpusDrafter, NgramDrafter, NoDrafter, ModelDrafter):
     register(_drafter)
 
-PROTOCOL = ("name", "drafts", "from_aligner", "identity", "who", "models", "on", "temperature", "start", "accepted", "draft")
+PROTOCOL = (
+    *("name", "drafts", "from_aligner", "looks", "identity", "who"),
+    *("models", "on", "temperature", "start", "accepted", "look", "draft"),
+)
 """What an object needs to be taken for a drafter, whatever it inherits from."""
 
 

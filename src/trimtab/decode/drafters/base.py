@@ -1,10 +1,12 @@
 """What a drafter is: it says how texts may go on, it is told how they did, and it decides nothing.
 
-A step hands a drafter the texts that are decoded together (`Step`), and gets tokens for their next positions (`Drafted`), which
-the aligned model then verifies. *Certain* tokens were looked up somewhere. Others were drawn from rows, which come with them.
-The law of a text is the rule's whatever is drafted; for a seed, tokens depend on what is drafted at each position. So a draft
-must depend on the text before its position alone: not on how many are asked for, nor on the neighbours.
-`tests/decode/test_drafters.py` holds every drafter to that.
+*Certain* drafts are looked up somewhere, text by text, before a step (`Drafter.look`). They play no part in the tokens of a
+seed: those are what they are without drafts. So a drafter of certain tokens may learn from whatever it sees, other texts too.
+
+Other drafts are *drawn* from rows. A step hands a drafter the texts that are decoded together (`Step`), and gets tokens and
+their rows (`Drafted`). The law of a text is the rule's whatever is drafted, but the tokens of a seed depend on what is drafted
+at each position. So such a draft must depend on the text before its position alone: not on how many are asked for, nor on the
+neighbours. `tests/decode/test_drafters.py` holds every drafter to all that.
 
 A drafter of one's own inherits from `TextDrafter`, if it looks tokens up, or from `Drafter`, and is brought by an entry point
 in the group `trimtab.drafters` (docs/extending.md), or given as `AlignedModel(..., draft=…)`.
@@ -17,26 +19,33 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
-from trimtab.core.draw import NO_TOKEN
-from trimtab.core.transfer import to_device
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption
 from trimtab.models.base import LanguageModel
 from trimtab.registry import Registry
 
-__all__ = ["DRAFTERS", "Drafted", "Drafter", "Given", "Step", "TextDrafter", "check_drafter", "register"]
+__all__ = ["DRAFTERS", "Drafted", "Drafter", "Given", "Guess", "Step", "TextDrafter", "check_drafter", "register"]
 
 
 LONGEST = 80
 """Characters of a drafter's settings that are shown; of longer ones, such as a table, a digest stands for them."""
 
 
+class Guess(NamedTuple):
+    """The next tokens of one text, as far as they were looked up."""
+
+    tokens: Sequence[int] = ()
+    """Each as if those before it had been accepted. `NO_TOKEN` ends them."""
+    odds: Sequence[float] | None = None
+    """How likely each is to stay if those before it do; None to leave that to what became of the text's earlier guesses."""
+
+
 class Drafted(NamedTuple):
     """Drafts for b texts at their next P positions, the bonus position included."""
 
     tokens: Tensor | None = None
-    """`[b, P]` int64, one for each position; None if there is none at all. Where certain tokens end, `NO_TOKEN` stands.
-    `[b, P − 1]`, none for the bonus position, will do where the step is `greedy`."""
+    """`[b, P]` int64, one for each position; None if there is none at all. `NO_TOKEN` where there is none.
+    `[b, P − 1]`, none for the bonus position, will do where the step is `greedy`, or they are certain."""
     rows: Tensor | None = None
     """Log-probabilities `[b, P, V]` that all of them were drawn from with `Step.draw`: the law depends on it. None where they
     are certain, or the step is `greedy`."""
@@ -101,7 +110,9 @@ class Drafter:
     drafts: ClassVar[bool] = True
     """Whether it drafts at all."""
     has_rows: ClassVar[bool] = True
-    """Whether drafts are drawn from rows, so that a draft temperature means something."""
+    """Whether drafts are drawn from rows, so that a draft temperature means something, and a seed means other tokens."""
+    looks: ClassVar[bool] = False
+    """Whether it looks its drafts up with `look`, before a step, so that how many are worth verifying can depend on them."""
     from_aligner: ClassVar[bool] = False
     """Whether the first aligner drafts, whose rows are needed anyway."""
 
@@ -124,17 +135,18 @@ class Drafter:
 
     @property
     def identity(self) -> str:
-        """What tells it from others, as far as it decides which tokens a seed gives. It is part of what files keep."""
-        drafter: Any = self
-        if not (dataclasses.is_dataclass(drafter) and dataclasses.fields(drafter)):
-            return self.name
-        said = repr(self)
-        return said if len(said) <= LONGEST else f"{self.name} sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        """What tells it from others, as far as it decides which tokens a seed gives. It is part of what files keep.
+
+        Certain drafts decide nothing, as if nobody drafted.
+        """
+        if not self.has_rows:
+            return "none"
+        return _describe(self)
 
     @property
     def who(self) -> str:
         """Who drafts, in words."""
-        return f"the drafter {self.identity}"
+        return f"the drafter {_describe(self)}"
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
@@ -161,8 +173,12 @@ class Drafter:
     def accepted(self, memory: Any, tokens: Sequence[int]) -> None:
         """Tell a text's memory the tokens by which the text has grown: the drafts that stayed, and the one behind them."""
 
+    def look(self, memory: Any, count: int) -> Guess:
+        """The next tokens of a text, up to `count`, for a drafter that `looks`."""
+        raise NotImplementedError
+
     def draft(self, step: Step) -> Drafted:
-        """Draft for the next positions of some texts, never waiting for the device."""
+        """Draft for the next positions of some texts, never waiting for the device; for a drafter that does not `look`."""
         raise NotImplementedError
 
 
@@ -170,25 +186,19 @@ class TextDrafter(Drafter):
     """One that looks tokens up: its drafts are certain, and come from the text or from what it has kept elsewhere."""
 
     has_rows: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
 
-    def guess(self, memory: Any, count: int) -> Sequence[int]:
+    def guess(self, memory: Any, count: int) -> Sequence[int] | Guess:
         """The next tokens of a text, up to `count`, each as if those before it had been accepted; fewer if it knows no more.
 
-        `NO_TOKEN` stands for a place of which it knows nothing.
+        A `Guess` says besides how likely they are.
         """
         raise NotImplementedError
 
-    def draft(self, step: Step) -> Drafted:
-        """What is guessed, on the device.
-
-        Raises:
-            InvalidOption: a guess is no token.
-        """
-        guesses = [list(self.guess(memory, step.width))[: step.width] for memory in step.memories]
-        for token in (token for guess in guesses for token in guess if not NO_TOKEN <= token < step.vocab_size):
-            raise InvalidOption(f"draft: '{self.name}' guessed {token}, and ids are from 0 to {step.vocab_size - 1}")
-        padded = [[*guess, *[NO_TOKEN] * (step.width - len(guess))] for guess in guesses]
-        return Drafted(to_device(padded, step.newest.device))
+    def look(self, memory: Any, count: int) -> Guess:
+        """What is guessed."""
+        found = self.guess(memory, count)
+        return found if isinstance(found, Guess) else Guess(found)
 
 
 def check_drafter(drafter: Any) -> None:
@@ -202,6 +212,14 @@ def check_drafter(drafter: Any) -> None:
     name = getattr(drafter, "name", None)
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
         raise InvalidOption(f"{drafter.__name__} needs a name of letters, digits, '_' and '-', such as 'my_drafter'")
+
+
+def _describe(drafter: Any) -> str:
+    """A drafter's name with its settings, or their digest where they are long."""
+    name, said = str(drafter.name), repr(drafter)
+    if not (dataclasses.is_dataclass(drafter) and dataclasses.fields(drafter)):
+        return name
+    return said if len(said) <= LONGEST else f"{name} sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 DRAFTERS: Registry[type[Drafter]] = Registry("drafter", "trimtab.drafters", check_drafter)
