@@ -29,7 +29,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-RULE_NAMES = ("candidates", "geometric", "kl_gate", "nucleus", "product")
+RULE_NAMES = ("candidates", "gate", "geometric", "kl_gate", "mixture", "nucleus", "nudge", "product")
 """Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
 
 DRAFTER_NAMES = ("aligner", "model", "ngram", "none")
