@@ -71,7 +71,7 @@ def has_law(rule: Rule, weights: list[float]) -> bool:
     try:
         rule.check_weights(weights)
     except InvalidOption:
-        with pytest.raises(InvalidOption, match="^weight"):
+        with pytest.raises(InvalidOption, match=r"^weight"):
             rule(rows(1), [rows(2 + i) for i in range(len(weights))], weights)
         return False
     return True
@@ -467,7 +467,10 @@ def bad_rules():
         "without a name": (Nameless, "Nameless needs a name of small letters"),
         "with a name that text cannot say": (Spaced, "Spaced needs a name of small letters"),
         "without a default": (Wanting, "Wanting.tau needs a default"),
-        "with a setting that text cannot say": (Listing, r"Listing.ids must have one of bool, int, float, str, or a rule, for a default"),
+        "with a setting that text cannot say": (
+            Listing,
+            r"Listing.ids must have one of bool, int, float, str, or a rule, for a default",
+        ),
     }
 
 

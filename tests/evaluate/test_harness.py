@@ -253,7 +253,7 @@ def command(*words: Any) -> subprocess.CompletedProcess[str]:
 # ---- log-likelihoods
 
 
-@pytest.mark.parametrize("rule", ["product", "geometric", "kl_gate(tau=0.5)"])
+@pytest.mark.parametrize("rule", ["product", "geometric", "kl_gate(tau=0.5)", "gate(rule=mixture, by=entropy)"])
 def test_log_likelihoods_are_the_aligned_models_scores(aligned, rule):
     """Among them some that share all tokens but the last, and one that divides the same text elsewhere."""
     model = AlignedModel(aligned.proposal, aligned.aligners, aligned.tokenizer, [EOS], rule=rule, max_num_seqs=3)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from trimtab.core.logprobs import entropy, impossible, is_distribution, kl_divergence, log_normalize
+from trimtab.core.logprobs import entropy, is_distribution, kl_divergence, log_normalize
 from trimtab.core.rules.base import Rule
 from trimtab.core.rules.context import Context
 from trimtab.core.rules.nucleus import Nucleus

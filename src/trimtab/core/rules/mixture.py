@@ -81,8 +81,7 @@ def _rest(weights: Tensor) -> Tensor:
 
 def _log_mixture(rows: Sequence[Tensor], shares: Tensor) -> Tensor:
     """Log Σ s_k r_k of rows `[..., V]` with shares `[..., k]`; a row without a share may be anything."""
-    terms = [_log_part(row, share) for row, share in zip(rows, torch.split(shares, 1, dim=-1), strict=True)]
-    parts = torch.stack(torch.broadcast_tensors(*terms))
+    parts = torch.stack([_log_part(row, share) for row, share in zip(rows, torch.split(shares, 1, dim=-1), strict=True)])
     nobody = parts.isneginf().all(0)  # its gradient would be NaN
     return torch.where(nobody, -math.inf, torch.where(nobody, 0.0, parts).logsumexp(0))
 
