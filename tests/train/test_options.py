@@ -21,7 +21,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"proposal": ""}, "--proposal is required"),
         ({"objective": "dpo"}, "there is no objective 'dpo'; choose one of likelihood, preference, ram, sft"),
         ({"rule": "par"}, "there is no rule 'par'"),
-        ({"rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
+        ({"rule": "nucleus"}, "likelihood trains product, geometric or mixture, for 'nucleus' use sft"),
         ({"start": "zero"}, "start must be one of auto, tempered, pretrained, uniform"),
         ({"start": "uniform", "use_peft": True}, "choose one of them"),
         ({"weight": float("nan")}, "weight must be"),

@@ -9,9 +9,10 @@
     nudge       `nucleus` where max p̃ < τ, else p̃        Nudging, arXiv 2410.09300: a case of `gate`
     candidates  draw n from p̃, weight by Π q_i^λ_i, draw one of them: a sampler, without a row in closed form
 
-`base` says what a rule is, `text` how it is written, and `context` what it may know of the text before its row. To add a rule, write a frozen dataclass
-with a `name` and `log_weights`, in a package of your own (docs/extending.md) or in a file here that is registered below.
-`AlignedModel`, manifests and every `--rule` know it then, and `tests/core/test_rules.py` runs its contract over it.
+`base` says what a rule is, `text` how it is written, and `context` what it may know of the text before its row. To add a rule,
+write a frozen dataclass with a `name` and `log_weights`, in a package of your own (docs/extending.md) or in a file here that is
+registered below. `AlignedModel`, manifests and every `--rule` know it then, and `tests/core/test_rules.py` runs its contract
+over it.
 """
 
 from trimtab.core.rules.base import RULES, Rule, check_rule, log_power, register, weighted_sum
