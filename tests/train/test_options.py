@@ -82,6 +82,12 @@ def test_a_rule_that_looks_back_is_refused(monkeypatch):
         ({"objective": "sft"}, True),
         ({"objective": "ram", "rule": "nucleus"}, False),
         ({"objective": "preference", "rule": "geometric"}, True),
+        ({"objective": "likelihood", "rule": "mixture"}, False),
+        ({"objective": "sft", "rule": "mixture"}, False),
+        ({"objective": "sft", "rule": "kl_gate(tau=1)"}, False),
+        ({"objective": "ram", "rule": "nudge"}, False),
+        ({"objective": "sft", "rule": "gate(rule=gate(rule=mixture), by=max_p)"}, False),
+        ({"objective": "sft", "rule": "gate(by=max_p)"}, True),
     ],
 )
 def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warned, caplog):
