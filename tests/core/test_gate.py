@@ -123,7 +123,7 @@ def test_kl_gate_and_nudge_are_cases_that_keep_their_names():
 # ---- around rules that look back
 
 
-@pytest.mark.parametrize("gated", [Handover(tau=-1.0), Tiring(), Opening()], ids=str)
+@pytest.mark.parametrize("gated", [Handover(tau=-1.6), Tiring(), Opening()], ids=str)
 @pytest.mark.parametrize("by", ["kl", "entropy", "max_p"])
 def test_a_gate_around_a_rule_that_looks_back_has_the_law(gated, by):
     """By recursion over all texts from the definitions. What the rule remembers goes on while the gate is shut."""

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from law_of import expected_row
 from trimtab import AlignedModel, SamplingParams
+from trimtab.cli.serve import Options
 from trimtab.core.logprobs import log_normalize
 from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Gate, Mixture, Nucleus, parse_rule
@@ -135,6 +136,14 @@ def test_a_manifest_may_not_have_them_either():
     with pytest.raises(InvalidOption, match="weight: under mixture"):
         with_weight(manifest, 1.2, "mixture", "sha256:x")
     assert with_weight(manifest, 0.4, "mixture", "sha256:x").weight == 0.4
+
+
+def test_a_servers_aligners_are_weighed_each_by_itself():
+    """A request says which of them it wants; what it gets is checked then."""
+    two = {"proposal": "p", "aligner": ("a=x", "b=y"), "rule": "mixture"}
+    assert Options(**two, weight=(0.7, 0.7)).weight == (0.7, 0.7)
+    with pytest.raises(InvalidOption, match="under mixture the aligner's share is"):
+        Options(**two, weight=(0.7, 1.7))
 
 
 def test_manifests_that_ask_for_more_than_all_together_need_a_request_that_says():

@@ -81,13 +81,15 @@ def _rest(weights: Tensor) -> Tensor:
 
 def _log_mixture(rows: Sequence[Tensor], shares: Tensor) -> Tensor:
     """Log Σ s_k r_k of rows `[..., V]` with shares `[..., k]`; a row without a share may be anything."""
-    parts = torch.stack([_log_part(row, share) for row, share in zip(rows, torch.split(shares, 1, dim=-1), strict=True)])
-    nobody = parts.isneginf().all(0)  # its gradient would be NaN
-    return torch.where(nobody, -math.inf, torch.where(nobody, 0.0, parts).logsumexp(0))
+    parts = [_log_part(row, share) for row, share in zip(rows, torch.split(shares, 1, dim=-1), strict=True)]
+    return torch.stack(parts).logsumexp(0)
 
 
 def _log_part(row: Tensor, share: Tensor) -> Tensor:
-    """Log of `share` · row; NaN throughout if the share is below 0, or the row no distribution though it has a share."""
+    """Log of `share` · row; NaN throughout if the share is below 0, or the row no distribution though it has a share.
+
+    What is impossible takes no gradient: that of a token which nobody can say would be NaN.
+    """
     part = torch.where(share == 0, 1.0, share).log() + torch.where(impossible(row), -math.inf, row)
     part = torch.where(is_distribution(row), part, math.nan)
     return torch.where(share == 0, -math.inf, part)
