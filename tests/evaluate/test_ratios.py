@@ -117,12 +117,12 @@ def test_without_an_aligner_there_is_no_ratio():
         (
             1.25,
             [1.1, 1.4],
-            "1.2500 [1.1000, 1.4000]: above 1, so a small share of it in 'mixture' improves the likelihood (+0.2500",
+            "1.2500 [1.1000, 1.4000]: above 1, so a small share of it in 'mixture' improves the likelihood: {}+0.2500",
         ),
         (
             0.8,
             [0.7, 0.9],
-            "0.8000 [0.7000, 0.9000]: below 1, so a small share of it in 'mixture' worsens the likelihood (-0.2000",
+            "0.8000 [0.7000, 0.9000]: below 1, so a small share of it in 'mixture' worsens the likelihood: {}-0.2000",
         ),
         (1.1, [0.9, 1.3], "1.1000 [0.9000, 1.3000]: these data do not tell it from 1"),
         (1.1, None, "1.1000: above 1"),
@@ -131,7 +131,7 @@ def test_without_an_aligner_there_is_no_ratio():
 def test_what_is_said_of_a_ratio(ratio, interval, said):
     _, report = report_of(aligners=1)
     shown = render(report | {"likelihood_ratio": ratio, "likelihood_ratio_interval": interval})
-    assert f"mean likelihood ratio q/p of aligner: {said}" in shown
+    assert "mean likelihood ratio q/p of aligner: " + said.format("the slope at weight 0 is ") in shown
 
 
 def test_the_command_prints_it_and_takes_the_shares_that_it_prints(tmp_path, capsys):

@@ -87,11 +87,11 @@ def _verdict(ratio: float, interval: list[float] | None) -> str:
     """What a ratio means."""
     low, high = (ratio, ratio) if interval is None else interval
     said = "" if interval is None else f" [{low:.4f}, {high:.4f}]"
-    slope = f"{ratio - 1:+.4f} nats per token and share"
+    slope = f"the slope at weight 0 is {ratio - 1:+.4f} nats per token"
     if low <= 1 <= high:
         return f"{said}: these data do not tell it from 1, at which a small share of it in 'mixture' changes nothing"
     does = "improves" if ratio > 1 else "worsens"
-    return f"{said}: {'above' if ratio > 1 else 'below'} 1, so a small share of it in 'mixture' {does} the likelihood ({slope})"
+    return f"{said}: {'above' if ratio > 1 else 'below'} 1, so a small share of it in 'mixture' {does} the likelihood: {slope}"
 
 
 def _number(value: float | None) -> str:

@@ -87,8 +87,8 @@ def score_in_steps(
     if not shaping.rule.has_row:
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
     following = Following(shaping, [prompt for prompt, _ in pairs], proposal.device)
-    said = len(aligners) + 2
-    columns: list[list[list[float]]] = [[[] for _ in range(said + (2 * said - 3) * inputs)] for _ in pairs]
+    said, more = len(aligners) + 2, (2 * len(aligners) + 1) * inputs
+    columns: list[list[list[float]]] = [[[] for _ in range(said + more)] for _ in pairs]
     tops: list[list[list[list[tuple[int, float]]]]] = [[[], []] for _ in pairs]
     for rows, tokens, counts in completion_rows([proposal, *aligners], pairs, step):
         aligned = following.align(rows, tokens, counts)
@@ -110,10 +110,9 @@ def score_in_steps(
         yield
     scores = []
     for column, best, (_, completion) in zip(columns, tops, pairs, strict=True):
-        p, *q, row = column[:said]
-        seen, outside = column[said : 2 * said - 1], column[2 * said - 1 :]
-        both = (p, q[0] if len(aligners) == 1 else q, row, *(best if top else ()))
-        scores.append(Score(*both, tokens=completion, inputs=seen, outside=outside))
+        (p, *q, combined), rest = column[:said], column[said:]
+        logprobs = (p, q[0] if len(aligners) == 1 else q, combined, *(best if top else ()))
+        scores.append(Score(*logprobs, tokens=completion, inputs=rest[: said - 1], outside=rest[said - 1 :]))
     return scores
 
 
