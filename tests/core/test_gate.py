@@ -193,6 +193,7 @@ def test_how_gates_are_spelled():
     assert parse_rule("gate(rule=product, by=entropy, tau=1.0)") == Gate(Product(), "entropy", 1.0)
     assert parse_rule("gate(rule=nucleus(force_eos=True), by=kl)") == Gate(Nucleus(force_eos=True), "kl", 0.1)
     assert parse_rule(" gate( rule = gate(rule= geometric ,by=max_p) , tau=2 ) ") == Gate(Gate(Geometric(), "max_p"), "kl", 2.0)
+    assert parse_rule("gate(rule=gate(by=entropy;tau=2);by=max_p)") == Gate(Gate(by="entropy", tau=2.0), "max_p")
     assert parse_rule("gate(by='entropy')") == Gate(by="entropy", tau=1.0)
     assert str(Gate(Mixture(), "entropy")) == "gate(rule=mixture, by=entropy)"
     assert str(Gate()) == "gate"

@@ -443,6 +443,12 @@ def test_a_loaded_model_takes_no_arguments_of_loading(aligned):
         TrimtabLM(AlignedModel(TableLM.random(5, seed=0)))
 
 
+def test_a_rule_with_several_settings_fits_in_a_line_that_commas_divide(folder):
+    line = f"proposal={folder / 'proposal'},aligner={folder / 'aligner'},rule=gate(rule=mixture;by=entropy;tau=1.5),weight=0.3"
+    shaping = TrimtabLM.create_from_arg_string(line, {"batch_size": 1, "device": None})._shaping
+    assert (str(shaping.rule), shaping.weights) == ("gate(rule=mixture, by=entropy, tau=1.5)", (0.3,))
+
+
 def test_model_args_win_over_the_flags_of_the_harness(folder):
     """Its command line says batch size 1 and `cuda:0` even if nobody gave them."""
     line = f"proposal={folder / 'proposal'},dtype=float64,max_num_seqs=5"

@@ -2,7 +2,8 @@
 
     product    candidates(n=8)    gate(rule=nucleus(force_eos=True), by=kl)
 
-Settings stand in brackets, with commas between them. One that is a rule is written as rules are, so brackets nest.
+Settings stand in brackets, with commas between them, or semicolons, for lines that commas divide already. One that is a rule is
+written as rules are, so brackets nest.
 """
 
 import ast
@@ -18,8 +19,8 @@ __all__ = ["MAX_TEXT", "parse_rule"]
 MAX_TEXT = 200
 """Characters that any rule with its settings fits in."""
 
-PIECE = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[(),'"]|[^(),'"]+""")
-"""What a text is made of: texts in quotes, which may hold commas and brackets; brackets, commas, quotes; and the rest."""
+PIECE = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[(),;'"]|[^(),;'"]+""")
+"""What a text is made of: texts in quotes, which may hold all of these; brackets, commas, semicolons, quotes; and the rest."""
 
 
 def parse_rule(text: str | Rule) -> Rule:
@@ -57,7 +58,7 @@ def parse_rule(text: str | Rule) -> Rule:
 
 
 def _parts(text: str, settings: str) -> list[str]:
-    """What stands between the commas that are in no bracket and in no quotes."""
+    """What stands between the commas and semicolons that are in no bracket and in no quotes."""
     parts, depth = [""], 0
     for piece in PIECE.findall(settings):
         if piece in ("'", '"'):
@@ -65,7 +66,7 @@ def _parts(text: str, settings: str) -> list[str]:
         depth += (piece == "(") - (piece == ")")
         if depth < 0:
             raise InvalidOption(f"rule: '{text}' has a closing bracket too many")
-        if piece == "," and not depth:
+        if piece in (",", ";") and not depth:
             parts.append("")
         else:
             parts[-1] += piece
