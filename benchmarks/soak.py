@@ -71,7 +71,7 @@ class Soak:
         if draw.random() < 0.3:
             body |= {"logprobs": draw.randint(0, 5), "echo": draw.random() < 0.5}
         if draw.random() < 0.2:
-            body |= {"rule": draw.choice(["geometric", "nucleus", "kl_gate(tau=1.0)"]), "top_p": 0.9}
+            body |= {"rule": draw.choice(["geometric", "nucleus", "kl_gate(tau=1.0)", "mixture", "nudge"]), "top_p": 0.9}
         body["stream"] = draw.random() < 0.5
         while True:
             answer = await client.post("/v1/completions", json=body)

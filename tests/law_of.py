@@ -4,6 +4,7 @@ Nothing in `expected_row` comes from `trimtab`: it is the specification of each 
 """
 
 import math
+import re
 
 import torch
 
@@ -26,22 +27,48 @@ def powers(q: list[float], weight: float) -> list[float]:
     return [1.0 if weight == 0 else (max(p, least) if weight < 0 else p) ** weight for p in q]
 
 
+GATE = re.compile(r"gate\(rule=(?P<rule>.+), by=(?P<by>\w+), tau=(?P<tau>[^,]+?)(?P<invert>, invert=True)?\)")
+NAMED = {"kl_gate": "gate(rule=nucleus, by=kl, tau={})", "nudge": "gate(rule=nucleus, by=max_p, tau={})"}
+
+
 def expected_row(rule: str, p: list[float], qs: list[list[float]], weights: list[float]) -> list[float]:
-    """The decoding rules of the specification, in plain Python on probabilities."""
-    steered = [powers(row, w) for row, w in zip(qs, weights, strict=True)]
-    q = [math.prod(row[token] for row in steered) for token in range(len(p))]
+    """The decoding rules of the specification, in plain Python on probabilities. A gate says `rule`, `by` and `tau`."""
+    for name, meaning in NAMED.items():
+        if rule.startswith(name):
+            rule = meaning.format(rule.removeprefix(f"{name}(tau=").removesuffix(")"))
+    if gate := GATE.fullmatch(rule):
+        is_open = opens(gate["by"], float(gate["tau"]), p, together(gate["rule"], qs, weights))
+        return expected_row(gate["rule"], p, qs, weights) if is_open != bool(gate["invert"]) else p
+    q = together(rule, qs, weights) if qs else [1.0] * len(p)
     if rule == "product":
         raw = [a * b for a, b in zip(p, q, strict=True)]
     elif rule == "geometric":
         raw = [a ** (1 - sum(weights)) * b if a else 0.0 for a, b in zip(p, q, strict=True)]
+    elif rule == "mixture":
+        raw = [(1 - sum(weights)) * a + b if a else 0.0 for a, b in zip(p, q, strict=True)]
     else:
+        assert rule == "nucleus"
         raw = [b if a else 0.0 for a, b in zip(p, q, strict=True)]
-    if rule.startswith("kl_gate"):
-        unit = [b / math.fsum(q) for b in q]
-        tau = float(rule.removeprefix("kl_gate(tau=").removesuffix(")"))
-        if math.fsum(a * (math.log(a / b) if b else math.inf) for a, b in zip(p, unit, strict=True) if a) > tau:
-            raw = p
     return [r / math.fsum(raw) for r in raw]
+
+
+def together(rule: str, qs: list[list[float]], weights: list[float]) -> list[float]:
+    """What the aligners say: their weighted product, or in a mixture their weighted sum; not normalised."""
+    tokens = range(len(qs[0]))
+    if rule == "mixture":
+        return [math.fsum(w * row[token] for row, w in zip(qs, weights, strict=True)) for token in tokens]
+    steered = [powers(row, w) for row, w in zip(qs, weights, strict=True)]
+    return [math.prod(row[token] for row in steered) for token in tokens]
+
+
+def opens(by: str, tau: float, p: list[float], q: list[float]) -> bool:
+    """Whether a gate is open."""
+    if by == "max_p":
+        return max(p) < tau
+    if by == "entropy":
+        return -math.fsum(a * math.log(a) for a in p if a) >= tau
+    unit = [b / math.fsum(q) for b in q]
+    return math.fsum(a * (math.log(a / b) if b else math.inf) for a, b in zip(p, unit, strict=True) if a) <= tau
 
 
 def probabilities(model, prefix) -> list[float]:

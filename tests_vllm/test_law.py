@@ -23,7 +23,7 @@ from trimtab.core.rules import RULES as KNOWN
 
 SEED = 1000
 
-RULES = ["product", "geometric", "nucleus", "kl_gate(tau=1.0)"]
+RULES = ["product", "geometric", "nucleus", "kl_gate(tau=1.0)", "mixture", "nudge(tau=0.6)"]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["scheduled in turn", "scheduled ahead"])
@@ -68,6 +68,8 @@ ASKED: list[dict[str, Any]] = [
     {"aligner": "blue", "weight": 2.0},
     {"aligner": ["blue", "red"], "rule": "geometric"},
     {"aligner": ["second", "red"], "rule": "nucleus", "proposal_top_k": 4},
+    {"aligner": ["first", "second"], "rule": "mixture", "weight": [0.3, 0.4]},
+    {"aligner": "second", "rule": "gate(rule=mixture, by=entropy, tau=1.5)", "weight": 0.6},
 ]
 
 

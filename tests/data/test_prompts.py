@@ -382,7 +382,9 @@ def test_scores_do_not_depend_on_the_batch(stock, monkeypatch):
             assert one.aligned == pytest.approx(same.aligned, abs=5e-5)
 
 
-@pytest.mark.parametrize("rule", ["product", "geometric", "nucleus", "nucleus(force_eos=True)", "kl_gate(tau=1.0)"])
+@pytest.mark.parametrize(
+    "rule", ["product", "geometric", "nucleus", "nucleus(force_eos=True)", "kl_gate(tau=1.0)", "mixture", "nudge"]
+)
 def test_the_score_of_a_completion_is_what_generate_reported(rule):
     """Bit for bit on tables: the same rows, warps and rule."""
     model = table_model(rule=rule, proposal_top_p=0.9, aligner_temperature=0.7)
@@ -502,7 +504,7 @@ def test_a_nan_aligner_is_an_error_under_every_rule():
     broken = tiny_model("llama", 28)
     broken.model.norm.weight.data.fill_(torch.nan)
     model = AlignedModel.from_pretrained(tiny_model("llama", 28), broken, tokenizer=tiny_tokenizer())
-    for rule in ("product", "geometric", "nucleus", "kl_gate", "candidates(n=2)"):
+    for rule in ("product", "geometric", "nucleus", "kl_gate", "candidates(n=2)", "mixture", "nudge", "gate"):
         (dead,) = model.generate("a", SamplingParams(max_tokens=1, seed=0, rule=rule))
         assert dead.finish_reason == "error"
         assert "aligner 0 gives NaN" in dead.error

@@ -92,7 +92,10 @@ def a_request(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
         "aligner_temperature": draw(st.none() | st.floats(0.3, 3)),
     }
     rules = ["product", "geometric", "nucleus", "nucleus(force_eos=True)", "kl_gate(tau=0.4)", "kl_gate", "candidates(n=3)"]
+    rules += ["mixture", "nudge(tau=0.5)", "gate(rule=mixture, by=entropy)"]
     wanted["rule"] = draw(st.none() | st.sampled_from(rules))
+    if "mixture" in (wanted["rule"] or ""):
+        wanted["weight"] = draw(st.none() | st.lists(st.floats(0, 0.5), min_size=2, max_size=2))
     if wanted["rule"] != "candidates(n=3)":
         wanted |= {
             "temperature": draw(st.sampled_from([0, 0.5, 1.0, 1.7])),
@@ -120,6 +123,7 @@ def test_wide_rows_are_independent_too(dtype):
         {"top_p": 0.9},
         {"rule": "nucleus", "proposal_top_p": 0.7},
         {"rule": "kl_gate(tau=1.7)", "temperature": 0.8},
+        {"rule": "gate(rule=mixture, by=entropy, tau=5.0)", "weight": 0.4},
         {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.3},
         {"weight": 0.5, "proposal_temperature": 0.7},
     ]

@@ -20,7 +20,9 @@ def tables(aligners: int):
     return [TableLM.random(V, order=2, seed=seed, zeros=0.15 if seed == 0 else 0.0) for seed in range(aligners + 1)]
 
 
-RULES = ["product", "geometric", "nucleus", "kl_gate(tau=0.3)"]
+POWERS = ["product", "geometric", "nucleus", "kl_gate(tau=0.3)", "nudge(tau=0.45)"]
+"""Rules that take any weight."""
+RULES = [*POWERS, "mixture", "gate(rule=mixture, by=kl, tau=0.4, invert=True)"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -32,7 +34,7 @@ def test_tables_follow_the_rule(rule, weights):
     assert fits(sampled(model, [3], max_tokens=3), law) > 1e-3
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", POWERS)
 @pytest.mark.parametrize("weights", [[-0.8], [0.7, -1.2]], ids=["anti-expert", "proxy"])
 def test_anti_experts_with_zeros_follow_the_rule(rule, weights):
     """What an anti-expert cannot say is drawn as the definition says, scored so, and drawn alike at any draft length."""
@@ -79,10 +81,15 @@ def test_a_mixed_batch_follows_each_requests_own_rule():
     proposal, *aligners = tables(2)
     model = AlignedModel(proposal, aligners, eos_token_ids=[EOS], max_num_seqs=700)
     requests = [("product", [1.0, 0.5]), ("geometric", [0.2, 0.3]), ("nucleus", [1.0, 0.0]), ("kl_gate(tau=0.5)", [0.5, 0.5])]
+    requests += [
+        ("mixture", [0.5, 0.2]),
+        ("gate(rule=mixture, by=entropy, tau=1.2)", [0.3, 0.7]),
+        ("nudge(tau=0.5)", [1.0, 0.0]),
+    ]
     params = [SamplingParams(max_tokens=2, n=3000, seed=i, rule=rule, weight=w) for i, (rule, w) in enumerate(requests)]
-    out = model.generate([[i + 1] for i in range(4)], params)
+    out = model.generate([[1 + i % 4] for i in range(len(requests))], params)
     for i, (rule, weights) in enumerate(requests):
-        law = expected_law(proposal, aligners, rule, weights, [i + 1], 2)
+        law = expected_law(proposal, aligners, rule, weights, [1 + i % 4], 2)
         assert fits([tuple(c.tokens) for c in out[3000 * i : 3000 * (i + 1)]], law) > 1e-3
 
 

@@ -25,7 +25,7 @@ V = 7
 PROPOSAL = TableLM.random(V, order=2, seed=0, zeros=0.1)
 ALIGNERS = [TableLM.random(V, order=2, seed=1), TableLM.random(V, order=1, seed=2)]
 DRAFT = TableLM.random(V, order=2, seed=3)
-RULES = ["product", "geometric", "nucleus", "kl_gate(tau=0.5)"]
+RULES = ["product", "geometric", "nucleus", "kl_gate(tau=0.5)", "mixture", "gate(rule=mixture, by=entropy, tau=1.2)"]
 DRAFTS: list[Any] = ["aligner", "ngram", "none", DRAFT]
 IDS = ["aligner", "ngram", "none", "model"]
 
@@ -99,6 +99,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"rule": "nucleus(force_eos=True)", "proposal_temperature": 0.5},
     {"rule": "kl_gate(tau=0.4)", "top_p": 0.95},
     {"rule": "candidates(n=3)"},
+    {"rule": "mixture", "weight": 0.3, "proposal_top_p": 0.9},
+    {"rule": "gate(rule=product, by=max_p, tau=0.4)", "temperature": 0.8},
     {"weight": -0.7},
     {"weight": 0.0},
 ]

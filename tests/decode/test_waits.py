@@ -22,6 +22,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "nucleus": {"rule": "nucleus", "proposal_top_p": 0.9},
     "nucleus that ends": {"rule": "nucleus(force_eos=true)"},
     "kl_gate": {"rule": "kl_gate(tau=0.5)"},
+    "mixture": {"rule": "mixture", "weight": 0.4},
+    "gate": {"rule": "gate(rule=nucleus(force_eos=True), by=entropy)"},
     "candidates": {"rule": "candidates(n=2)"},
     "a window, its log p̃ and a state": {"rule": Handover()},
     "a count": {"rule": Tiring()},

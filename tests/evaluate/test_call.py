@@ -135,6 +135,11 @@ class Nameless(Judge):
         ({"proposal": "", "aligner": (), "model": 3}, r"^model must be a trimtab\.AlignedModel, not 3$"),
         ({"judge": Nameless()}, r"^judge: Nameless needs a text 'name'"),
         ({"sweep_weight": 0.5}, r"^sweep_weight needs a judge to pick by$"),
+        (
+            {"sweep_weight": [0.5, 1.5], "sweep_rule": ["product", "mixture"], "judge": "chrf"},
+            r"^sweep_weight: weight: under mixture the aligner's share is 1\.5, and must be at most 1",
+        ),
+        ({"sweep_weight": -0.5, "rule": "mixture", "judge": "chrf"}, r"^sweep_weight: weight must be at least 0 under mixture"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_options_name(task, model, settings, message, tmp_path):

@@ -35,6 +35,10 @@ CASES = [
     ("nucleus", [1.0], WARPS),
     ("nucleus", [1.0, 0.5], NO_WARPS),
     ("kl_gate(tau=0.3)", [1.0], WARPS),
+    ("mixture", [0.4], WARPS),
+    ("mixture", [0.3, 0.5], NO_WARPS),
+    ("gate(rule=mixture, by=kl, tau=0.2, invert=True)", [0.4], NO_WARPS),
+    ("nudge(tau=0.45)", [1.0], WARPS),
 ]
 
 
@@ -87,19 +91,23 @@ def test_expected_sums_are_those_of_the_sequence_law(rule, weights, warps):
 @pytest.mark.parametrize(("rule", "weights", "warps"), CASES)
 def test_log_z_is_the_sum_over_the_vocabulary(rule, weights, warps):
     """Z_t = Σ_v p̃(v)^a Π q_i(v)^λ_i over the support of p̃, in plain Python: a = 1 for `product`, 1 − Σw for `geometric`, 0 for
-    `nucleus`. A gate divides by one of two numbers, so it has none.
+    `nucleus`; and Σ_v (1−Σw)·p̃(v) + Σ w_i q_i(v) for `mixture`. A gate divides by one of two numbers, so it has none.
     """
     _, traces = law_and_traces(rule, weights, warps)
-    if rule.startswith("kl_gate"):
+    if "gate" in rule or "nudge" in rule:
         assert all(t.log_z is None for t in traces)
         return
-    power = {"product": 1.0, "geometric": 1 - sum(weights), "nucleus": 0.0}[rule]
+    power = {"product": 1.0, "geometric": 1 - sum(weights), "nucleus": 0.0, "mixture": None}[rule]
     for t in traces:
         for i, log_z in enumerate(t.log_z):
             prefix = PROMPT + t.tokens[:i]
             p = tempered(probabilities(PROPOSAL, prefix), *warps[:2])
             qs = [tempered(probabilities(q, prefix), warps[2]) for q in ALIGNERS[: len(weights)]]
-            z = sum(a**power * math.prod(q[v] ** w for q, w in zip(qs, weights, strict=True)) for v, a in enumerate(p) if a)
+            if power is None:
+                total = sum(weights)
+                z = sum((1 - total) * a + sum(w * q[v] for q, w in zip(qs, weights, strict=True)) for v, a in enumerate(p) if a)
+            else:
+                z = sum(a**power * math.prod(q[v] ** w for q, w in zip(qs, weights, strict=True)) for v, a in enumerate(p) if a)
             assert log_z == pytest.approx(math.log(z), abs=1e-10)
 
 
@@ -205,7 +213,8 @@ def test_which_rules_have_one_normaliser():
         for name in RULES
         if name != "candidates"
     }
-    assert has == {"product": True, "geometric": True, "nucleus": True, "kl_gate": False}
+    gates = {"gate": False, "kl_gate": False, "nudge": False}
+    assert has == {"product": True, "geometric": True, "nucleus": True, "mixture": True, **gates}
     assert trace(model, [1], [2, 0], SamplingParams(rule="nucleus(force_eos=True)"))[0].log_z is None
     assert trace(AlignedModel(PROPOSAL, (), None, [EOS]), [1], [2, 0])[0].log_z is None
 

@@ -253,7 +253,7 @@ def command(*words: Any) -> subprocess.CompletedProcess[str]:
 # ---- log-likelihoods
 
 
-@pytest.mark.parametrize("rule", ["product", "geometric", "kl_gate(tau=0.5)"])
+@pytest.mark.parametrize("rule", ["product", "geometric", "kl_gate(tau=0.5)", "gate(rule=mixture, by=entropy)"])
 def test_log_likelihoods_are_the_aligned_models_scores(aligned, rule):
     """Among them some that share all tokens but the last, and one that divides the same text elsewhere."""
     model = AlignedModel(aligned.proposal, aligned.aligners, aligned.tokenizer, [EOS], rule=rule, max_num_seqs=3)
@@ -441,6 +441,12 @@ def test_a_loaded_model_takes_no_arguments_of_loading(aligned):
         TrimtabLM(aligned, dtype="float32")
     with pytest.raises(InvalidOption, match="give the model a tokenizer"):
         TrimtabLM(AlignedModel(TableLM.random(5, seed=0)))
+
+
+def test_a_rule_with_several_settings_fits_in_a_line_that_commas_divide(folder):
+    line = f"proposal={folder / 'proposal'},aligner={folder / 'aligner'},rule=gate(rule=mixture;by=entropy;tau=1.5),weight=0.3"
+    shaping = TrimtabLM.create_from_arg_string(line, {"batch_size": 1, "device": None})._shaping
+    assert (str(shaping.rule), shaping.weights) == ("gate(rule=mixture, by=entropy, tau=1.5)", (0.3,))
 
 
 def test_model_args_win_over_the_flags_of_the_harness(folder):

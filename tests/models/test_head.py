@@ -205,7 +205,10 @@ def whole_passes(model: AlignedModel, monkeypatch: pytest.MonkeyPatch) -> list[i
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("asked", [{}, {"weight": [0.5, 0.5]}, {"weight": [0.0, 1.0]}, {"rule": "nucleus"}])
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"weight": [0.5, 0.5]}, {"weight": [0.0, 1.0]}, {"rule": "nucleus"}, {"rule": "mixture", "weight": [0.25, 0.75]}],
+)
 def test_layers_whose_rows_nobody_reads_are_not_run(asked, temperature, base, folders, monkeypatch):
     """At weight 1 the aligned model is the head's: the proposal's own upper layers say nothing. Log-probabilities ask them."""
     model = AlignedModel.from_pretrained(base, [folders[0], folders[2]], draft="ngram", max_num_seqs=2)
@@ -222,7 +225,9 @@ def test_layers_whose_rows_nobody_reads_are_not_run(asked, temperature, base, fo
         assert_close(torch.tensor(one.logprobs.proposal), torch.tensor(score.proposal), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("asked", [{"weight": 0.9}, {"weight": 0.0}, {"proposal_top_p": 0.9}, {"rule": "kl_gate"}])
+@pytest.mark.parametrize(
+    "asked", [{"weight": 0.9}, {"weight": 0.0}, {"proposal_top_p": 0.9}, {"rule": "kl_gate"}, {"rule": "nudge"}]
+)
 def test_rows_that_somebody_reads_are_there(asked, base, folders, monkeypatch):
     model = AlignedModel.from_pretrained(base, folders[0])
     noted = whole_passes(model, monkeypatch)

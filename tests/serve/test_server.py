@@ -70,8 +70,13 @@ def drawn(server: Server, rounds: int, **body) -> list[tuple[int, ...]]:
         ({"model": "base", "aligner": "q2", "rule": "geometric", "weight": 0.4}, ([2], "geometric", [0.4])),
         ({"model": "base", "aligner": ["q0", "q2"], "weight": [0.7, 0.3]}, ([0, 2], "product", [0.7, 0.3])),
         ({"model": "q1", "rule": "nucleus"}, ([1], "nucleus")),
+        ({"model": "q0", "rule": "mixture", "weight": 0.4}, ([0], "mixture", [0.4])),
+        (
+            {"model": "base", "aligner": ["q0", "q2"], "rule": "gate(rule=mixture, by=entropy, tau=1.5)", "weight": [0.4, 0.3]},
+            ([0, 2], "gate(rule=mixture, by=entropy, tau=1.5)", [0.4, 0.3]),
+        ),
     ],
-    ids=["base", "aligner", "strength", "geometric", "two", "nucleus"],
+    ids=["base", "aligner", "strength", "geometric", "two", "nucleus", "mixture", "gate"],
 )
 def test_samples_through_http_follow_the_rule(server, body, of):
     """While requests for other aligners and the bare base are in the same batch."""
@@ -287,6 +292,9 @@ def test_stop_bias_and_greedy_do_what_clients_mean(server):
         ({"model": "q0", "prompt": "a", "colour": 1}, 400, "colour", "unknown field 'colour'"),
         ({"model": "q0", "prompt": "a", "temperature": -1}, 400, "temperature", "temperature"),
         ({"model": "q0", "prompt": "a", "rule": "magic"}, 400, "rule", "there is no rule 'magic'"),
+        ({"model": "q0", "prompt": "a", "rule": "gate(rule=candidates)"}, 400, "rule", "has no row in closed form"),
+        ({"model": "q0", "prompt": "a", "rule": "mixture", "weight": 1.5}, 400, "weight", "and must be at most 1"),
+        ({"model": "q0", "prompt": "a", "rule": "gate(rule=mixture)", "weight": -1}, 400, "weight", "must be at least 0"),
         ({"model": "q0", "prompt": "a", "weight": [1.0, 2.0]}, 400, "weight", "2 numbers, but there are 1 aligners"),
         ({"model": "q0", "prompt": ""}, 400, "prompt", "prompt is empty"),
         ({"model": "q0", "prompt": ["a", ""]}, 400, "prompt", r"prompt[1] is empty"),

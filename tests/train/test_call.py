@@ -71,7 +71,7 @@ def test_options_are_taken_whole_and_settings_go_over_them(task):
         ({"objective": ["sft"]}, "^objective must be a text, not"),
         ({"alpha": -1.0, "objective": "ram"}, "^alpha must be at least 0, not -1.0"),
         ({"teacher_prompt": "t.txt", "rule": "geometric", "sft_weight": 0.1, "aligner": ""}, "^sft_weight: at weight 1"),
-        ({"teacher_prompt": "t.txt", "rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
+        ({"teacher_prompt": "t.txt", "rule": "nucleus"}, "teacher_prompt is learnt under product or geometric"),
     ],
 )
 def test_what_the_command_refuses_is_refused_without_dashes(task, more, message):

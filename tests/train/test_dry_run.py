@@ -71,6 +71,7 @@ CASES = {
     "likelihood": ({}, {}),
     "product, top-k and draws": ({"cache_top_k": 5, "cache_tail_samples": 7}, {}),
     "geometric, top-k": ({"rule": "geometric", "cache_top_k": 5}, {}),
+    "mixture, top-k": ({"rule": "mixture", "weight": 0.3, "cache_top_k": 5}, {}),
     "sft in bfloat16": ({"objective": "sft", "rule": "geometric"}, {"bf16": True}),
     "ram, accumulated": ({"objective": "ram", "alpha": 0.1}, {"gradient_accumulation_steps": 4, "optim": "rmsprop"}),
     "preference, checkpointed": ({"objective": "preference"}, {"activation_checkpointing": True}),

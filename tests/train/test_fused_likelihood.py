@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from trimtab.core.logprobs import Warp, row_from_logits, warp
 from trimtab.core.objectives import distillation, likelihood, sft
-from trimtab.core.rules import Geometric, Nucleus, Product
+from trimtab.core.rules import Geometric, Mixture, Nucleus, Product
 from trimtab.errors import InvalidOption
 from trimtab.train.fused_likelihood import fused_distillation, fused_likelihood, fused_sft
 from trimtab.train.rows import compress
@@ -42,6 +42,34 @@ def plain(rule, cached, logits, weight, temperature):
 )
 def test_losses_and_gradients_are_those_of_the_plain_likelihood(rule, weight, temperature, top_k, impossible):
     check(*inputs(top_k, impossible=impossible), rule, weight, temperature)
+
+
+@pytest.mark.parametrize(("top_k", "samples"), [(1, 0), (3, 0), (V, 0), (3, 4)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_of_a_mixture_one_number_of_the_proposal_a_token_is_read(weight, temperature, top_k, samples):
+    """Whatever is kept of the rest of its row, drawn or not: against rows of which everything is."""
+    cached, logits = inputs(top_k, samples=samples)
+    whole, _ = inputs(V)
+    results = []
+    for rows, compute in ((cached, fused_likelihood), (whole, None)):
+        leaf = logits.clone().requires_grad_()
+        how = weight, temperature
+        losses = compute(Mixture(), rows, leaf, POSITIONS, *how, V) if compute else plain(Mixture(), rows, leaf, *how)
+        (losses * torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)).sum().backward()
+        results.append((losses.detach(), torch.zeros_like(logits) if leaf.grad is None else leaf.grad))
+    assert_close(*results, atol=1e-10, rtol=1e-10)
+
+
+def test_a_mixture_with_a_proposal_that_has_zeros_is_bounded_from_above():
+    """The aligner's mass where p̃ is 0 is wasted: 1 − w·q(outside) is what the decoded row is divided by."""
+    cached, logits = inputs(V, impossible=True)
+    weight = 0.4
+    losses = fused_likelihood(Mixture(), cached, logits, POSITIONS, weight, 1.0, V)
+    outside = row_from_logits(logits[POSITIONS], V)[:, [1, 4]].exp().sum(-1)
+    assert_close(losses + (1 - weight * outside).log(), plain(Mixture(), cached, logits, weight, 1.0))
+    gone = cached._replace(token=torch.full_like(cached.token, 4), token_logp=torch.full_like(cached.token_logp, -torch.inf))
+    assert fused_likelihood(Mixture(), gone, logits, POSITIONS, weight, 1.0, V).isposinf().all()
 
 
 @pytest.mark.parametrize("samples", [0, 2])
@@ -117,7 +145,7 @@ def test_the_caller_s_logits_are_left_alone():
 
 def test_other_rules_are_refused():
     cached, logits = inputs(3)
-    with pytest.raises(InvalidOption, match="product and geometric have"):
+    with pytest.raises(InvalidOption, match="no product of powers, as product and geometric are"):
         fused_likelihood(Nucleus(), cached, logits, POSITIONS, 1.0, 1.0, V)
     drawn, _ = inputs(3, samples=2)
     with pytest.raises(InvalidOption, match="draws from its tail are biased"):
@@ -176,5 +204,5 @@ def test_the_distillation_of_low_precision_logits_is_computed_in_float32():
 
 def test_a_teacher_under_other_rules_is_refused():
     _, _, taught = both_rows()
-    with pytest.raises(InvalidOption, match="product and geometric have"):
+    with pytest.raises(InvalidOption, match="no product of powers, as product and geometric are"):
         fused_distillation(Nucleus(), taught, inputs(3)[1], POSITIONS, 1.0, 1.0, V)

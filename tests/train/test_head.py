@@ -256,7 +256,7 @@ def test_the_loss_of_kept_samples_is_their_divergence(task):
     torch.testing.assert_close(alone[at], whole[positions[places]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"contrast": None}, {"keep_samples": 24}])
+@pytest.mark.parametrize("settings", [{}, {"contrast": None}, {"keep_samples": 24}, {"rule": "mixture", "weight": 0.5}])
 def test_a_head_of_all_layers_reads_tokens(task, settings):
     """There is nothing below it to cache."""
     folder, _ = task

@@ -21,7 +21,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"proposal": ""}, "--proposal is required"),
         ({"objective": "dpo"}, "there is no objective 'dpo'; choose one of likelihood, preference, ram, sft"),
         ({"rule": "par"}, "there is no rule 'par'"),
-        ({"rule": "nucleus"}, "likelihood trains product or geometric, for 'nucleus' use sft"),
+        ({"rule": "nucleus"}, "likelihood trains product, geometric or mixture, for 'nucleus' use sft"),
         ({"start": "zero"}, "start must be one of auto, tempered, pretrained, uniform"),
         ({"start": "uniform", "use_peft": True}, "choose one of them"),
         ({"weight": float("nan")}, "weight must be"),
@@ -82,6 +82,12 @@ def test_a_rule_that_looks_back_is_refused(monkeypatch):
         ({"objective": "sft"}, True),
         ({"objective": "ram", "rule": "nucleus"}, False),
         ({"objective": "preference", "rule": "geometric"}, True),
+        ({"objective": "likelihood", "rule": "mixture"}, False),
+        ({"objective": "sft", "rule": "mixture"}, False),
+        ({"objective": "sft", "rule": "kl_gate(tau=1)"}, False),
+        ({"objective": "ram", "rule": "nudge"}, False),
+        ({"objective": "sft", "rule": "gate(rule=gate(rule=mixture), by=max_p)"}, False),
+        ({"objective": "sft", "rule": "gate(by=max_p)"}, True),
     ],
 )
 def test_a_rule_that_does_not_decode_what_is_trained_is_warned_of(settings, warned, caplog):

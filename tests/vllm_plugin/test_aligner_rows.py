@@ -90,6 +90,8 @@ ASKED: list[dict[str, Any] | None] = [
     {"aligner": "double", "rule": "nucleus", "proposal_top_p": 0.8},
     {"aligner": "red", "aligner_temperature": 1.5},
     {"aligner": "blue", "rule": "kl_gate(tau=0.3)"},
+    {"aligner": ["blue", "red"], "rule": "mixture", "weight": [0.2, 0.5]},
+    {"aligner": "first", "rule": "gate(rule=mixture, by=max_p)", "weight": 0.3},
     {"aligner": ["red", "blue"], "weight": [1.0, -0.3]},
     {"aligner": ["blue", "first"], "rule": "geometric", "weight": [0.2, 0.3]},
     {"aligner": ["double", "red"], "rule": "nucleus", "proposal_top_k": 4},
@@ -111,7 +113,7 @@ def test_every_row_of_every_batch_is_its_rules(models, seed, dtype):
     batch: list[tuple[Request, Arguments | None, int] | None] = [None] * size
     met = set()
     with torch.inference_mode(bool(seed)):
-        for _ in range(60):
+        for _ in range(90):
             for row, entry in enumerate(batch):
                 if entry is not None and (len(entry[0]) == CONTEXT or chosen.random() < 0.15):
                     entry[0].gone = True

@@ -49,13 +49,17 @@ DIFFERENT = [
     shaping("nucleus", 2.0, 0.0, p=(0.7, 0.8)),
     shaping("kl_gate(tau=0.4)", 1.0, 1.0, q=1.5),
     shaping("product", -1.0, 1.0, p=(1.3, 0.9), q=0.5),
+    shaping("mixture", 0.2, 0.5, p=(0.9, 0.8)),
+    shaping("gate(rule=mixture, by=entropy, tau=1.1)", 0.2, 0.5),
+    shaping("gate(rule=geometric, by=max_p, tau=0.5)", 1.0, -0.5),
+    shaping("nudge(tau=0.6)", 1.0, 0.5),
 ]
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [6, 0, 3, 2, 5], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("rows", [[*range(9)], [10, 0, 3, 2, 5, 1, 9, 7, 4], [*range(1, 10)]])
 def test_each_row_is_as_its_own_rule_specifies(rows):
-    logits = make_logits(7 if rows[0] else 5)
-    before, logqs = logits.clone(), [make_rows(5, 1), make_rows(5, 2)]
+    logits = make_logits(11 if rows[0] else 9)
+    before, logqs = logits.clone(), [make_rows(9, 1), make_rows(9, 2)]
     Mixer(V).mix(logits, rows, logqs, DIFFERENT)
     for i, row in enumerate(rows):
         assert_close(
@@ -91,9 +95,9 @@ def test_what_the_proposal_cannot_say_stays_impossible():
     """A grammar's mask stands in the logits before the aligner does."""
     logits = make_logits(2)
     logits[:, [1, 4]] = -math.inf
-    for rule in ("product", "geometric", "nucleus", "kl_gate(tau=9.0)"):
+    for rule in ("product", "geometric", "nucleus", "kl_gate(tau=9.0)", "mixture"):
         mixed = logits.clone()
-        Mixer(V).mix(mixed, [0, 1], [make_rows(2, 1)], [shaping(rule, 1.5)] * 2)
+        Mixer(V).mix(mixed, [0, 1], [make_rows(2, 1)], [shaping(rule, 0.5 if rule == "mixture" else 1.5)] * 2)
         assert (mixed[:, [1, 4]] == -math.inf).all()
         assert_close(mixed.exp().sum(-1), torch.ones(2))
 

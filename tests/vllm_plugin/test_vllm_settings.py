@@ -192,6 +192,9 @@ def test_defaults_that_contradict_an_aligner_are_refused(root, paths):
     assert catalog({"drawn": drawn}, rule="product").read({"aligner": "drawn"}) is not None
     with pytest.raises(InvalidOption, match=r"trimtab: aligner 'plain': rule: 'candidates' has no row.* use product"):
         catalog({"plain": paths["plain"]}, rule="candidates")
+    weighted = {"plain": {"path": str(paths["plain"]), "weight": 1.5}}
+    with pytest.raises(InvalidOption, match=r"trimtab.aligners.plain: weight: under mixture the aligner's share is 1.5"):
+        catalog(weighted, rule="mixture")
     with pytest.raises(InvalidOption, match=r"trimtab: aligner 'plain': weight has 2 numbers, but there are 1 aligners"):
         catalog({"plain": paths["plain"], "other": paths["other"]}, weight=[1, 2])
 
@@ -306,6 +309,10 @@ def test_fields_of_others(paths):
         ({"aligner": ["plain", "other"], "weight": 1}, r"^weight has 1 numbers, but there are 2 aligners"),
         ({"aligner": "plain", "weight": "1"}, r"^weight must be a number"),
         ({"aligner": "plain", "weight": float("nan")}, r"^weight must be a number"),
+        ({"aligner": "plain", "rule": "mixture", "weight": 1.5}, r"^weight: under mixture the aligner's share is 1\.5"),
+        ({"aligner": ["plain", "other"], "rule": "mixture", "weight": [0.7, 0.7]}, r"^weight: under mixture .* sum to 1\.4"),
+        ({"aligner": "plain", "rule": "gate(rule=mixture)", "weight": -1}, r"^weight must be at least 0 under mixture"),
+        ({"aligner": "plain", "rule": "gate(rule=candidates)"}, r"^rule: gate: rule 'candidates' has no row in closed form"),
         ({"aligner": "plain", "rule": "magic"}, r"^rule: there is no rule 'magic'"),
         ({"aligner": "plain", "rule": 1}, r"^rule must be the name of a rule"),
         (

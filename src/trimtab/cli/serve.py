@@ -99,6 +99,11 @@ class Options(TemplateOptions, ModelOptions):
     ssl_certfile: str | None = option(None, "certificate for https", metavar="FILE")
 
     @property
+    def weights_of_a_row(self) -> list[tuple[float, ...]]:
+        """Each alone: requests say which aligners they want."""
+        return [(weight,) for weight in self.weight]
+
+    @property
     def aligns(self) -> bool:
         """Whether there is, or may come, an aligner."""
         return bool(self.aligner or self.aligner_root)

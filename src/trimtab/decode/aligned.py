@@ -232,8 +232,7 @@ class AlignedModel:
             ids = [pairs[i][:2] for i in batch]
             rows = score_tokens(self.proposal, self.aligners, shaping, ids, batch)
             for i, row in zip(batch, rows, strict=True):
-                _, completion, num_bytes = pairs[i]
-                scores[i] = Score(row.proposal, row.aligner, row.aligned, tokens=completion, num_bytes=num_bytes)
+                scores[i] = dataclasses.replace(row, num_bytes=pairs[i][2])
         return [scores[i] for i in range(len(pairs))]
 
     def encode_pairs(

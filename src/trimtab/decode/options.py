@@ -29,7 +29,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-RULE_NAMES = ("candidates", "geometric", "kl_gate", "nucleus", "product")
+RULE_NAMES = ("candidates", "gate", "geometric", "kl_gate", "mixture", "nucleus", "nudge", "product")
 """Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
 
 DRAFTER_NAMES = ("aligner", "corpus", "model", "ngram", "none")
@@ -84,12 +84,20 @@ class RowOptions(ShapingKnobs, PairOptions):
         check_ranges(self)  # of options made by hand, too
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
-        parse_rule(self.rule or "product")
+        rule = parse_rule(self.rule or "product")
+        if self.rule is not None:
+            for weights in self.weights_of_a_row:
+                rule.check_weights(weights)
         check_dtype(self.dtype)
         if self.aligner_dtype is not None:
             check_dtype(self.aligner_dtype, "aligner_dtype")
             if not self.aligns and source_of(getattr(self, "draft", None)) is None:
                 raise InvalidOption("--aligner_dtype is that of aligners and drafters, and there is none: leave it out")
+
+    @property
+    def weights_of_a_row(self) -> list[tuple[float, ...]]:
+        """Which of the weights are of aligners that make one row together."""
+        return [self.weight]
 
     @property
     def aligns(self) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.core.logprobs import gather
+from trimtab.core.logprobs import gather, impossible
 from trimtab.core.transfer import to_device
 from trimtab.decode.history import Histories
 from trimtab.decode.prefill import pad, prefill
@@ -31,10 +31,14 @@ class Score(TokenLogprobs):
     Attributes:
         tokens: the completion's ids, with the end of sequence where it was added.
         num_bytes: length of its text in UTF-8, or None where it was given as ids.
+        inputs: log-probabilities as the rule sees them, after the warps of its inputs: the proposal's, then each aligner's.
+        outside: of each aligner, its probability at each position of all tokens that the rule does not see in the proposal.
     """
 
     tokens: list[int] = field(kw_only=True)
     num_bytes: int | None = field(default=None, kw_only=True)
+    inputs: list[list[float]] = field(default_factory=list, kw_only=True)
+    outside: list[list[float]] = field(default_factory=list, kw_only=True)
 
 
 def score_tokens(
@@ -43,9 +47,9 @@ def score_tokens(
     shaping: Shaping,
     pairs: Sequence[tuple[list[int], list[int]]],
     places: Sequence[int],
-) -> list[TokenLogprobs]:
-    """Score completions after their prompts, all in one batch; see `score_in_steps`."""
-    steps = score_in_steps(proposal, aligners, shaping, pairs, places=places)
+) -> list[Score]:
+    """Score completions after their prompts, all in one batch, with the rule's inputs; see `score_in_steps`."""
+    steps = score_in_steps(proposal, aligners, shaping, pairs, places=places, inputs=True)
     while True:
         try:
             next(steps)
@@ -62,7 +66,8 @@ def score_in_steps(
     top: int = 0,
     step: int | None = None,
     places: Sequence[int] | None = None,
-) -> Generator[None, None, list[TokenLogprobs]]:
+    inputs: bool = False,
+) -> Generator[None, None, list[Score]]:
     """Score completions after their prompts, all in one batch, piece by piece: the scores are the generator's return value.
 
     Args:
@@ -73,6 +78,7 @@ def score_in_steps(
         top: how many of the best tokens to return for each position.
         step: the most tokens of a completion to score before yielding.
         places: the completions' numbers, for errors; None where the user knows of none.
+        inputs: whether to return `Score.inputs` and `Score.outside`, too.
 
     Raises:
         InvalidOption: the rule has no row.
@@ -81,13 +87,16 @@ def score_in_steps(
     if not shaping.rule.has_row:
         raise InvalidOption(f"rule '{shaping.rule}' has no next-token row in closed form: it can sample, but not score")
     following = Following(shaping, [prompt for prompt, _ in pairs], proposal.device)
-    columns: list[list[list[float]]] = [[[] for _ in range(len(aligners) + 2)] for _ in pairs]
+    said, more = len(aligners) + 2, (2 * len(aligners) + 1) * inputs
+    columns: list[list[list[float]]] = [[[] for _ in range(said + more)] for _ in pairs]
     tops: list[list[list[list[tuple[int, float]]]]] = [[[], []] for _ in pairs]
     for rows, tokens, counts in completion_rows([proposal, *aligners], pairs, step):
-        rows.append(following.align(rows, tokens, counts).target)
-        values = torch.stack([gather(row, tokens) for row in rows], dim=1).tolist()
+        aligned = following.align(rows, tokens, counts)
+        rows.append(aligned.target)
+        found = [gather(row, tokens) for row in rows] + (_of_inputs(aligned.inputs, tokens) if inputs else [])
+        values = torch.stack(found, dim=1).tolist()
         for i, (column, value, count) in enumerate(zip(columns, values, counts, strict=True)):
-            dead = [j for j in range(count) if any(math.isnan(numbers[j]) for numbers in value)]
+            dead = [j for j in range(count) if any(math.isnan(numbers[j]) for numbers in value[:said])]
             if dead:
                 where = f"after {len(column[0]) + dead[0]} tokens"
                 where += "" if places is None else f" of completions[{places[i]}]"
@@ -99,10 +108,19 @@ def score_in_steps(
             for mine, values, names, count in zip(tops, best, ids, counts, strict=True):
                 mine[i] += [list(zip(*pair, strict=True)) for pair in zip(names[:count], values[:count], strict=True)]
         yield
-    return [
-        TokenLogprobs(p, q[0] if len(aligners) == 1 else q, aligned, *(best if top else ()))
-        for (p, *q, aligned), best in zip(columns, tops, strict=True)
-    ]
+    scores = []
+    for column, best, (_, completion) in zip(columns, tops, pairs, strict=True):
+        (p, *q, combined), rest = column[:said], column[said:]
+        logprobs = (p, q[0] if len(aligners) == 1 else q, combined, *(best if top else ()))
+        scores.append(Score(*logprobs, tokens=completion, inputs=rest[: said - 1], outside=rest[said - 1 :]))
+    return scores
+
+
+def _of_inputs(inputs: Inputs, tokens: Tensor) -> list[Tensor]:
+    """Of tokens `[B, K]`, the log-probabilities that the rule sees, and each aligner's mass where it sees none of p̃."""
+    logp, logqs = inputs
+    unseen = impossible(logp)
+    return [gather(row, tokens) for row in (logp, *logqs)] + [torch.where(unseen, q.exp(), 0.0).sum(-1) for q in logqs]
 
 
 class Aligned(NamedTuple):

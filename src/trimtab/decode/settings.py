@@ -29,7 +29,7 @@ def settle(
         eos_token_ids: ids that end a completion.
 
     Raises:
-        InvalidRequest: there are more weights than aligners, or fewer.
+        InvalidRequest: there are more weights than aligners, or fewer, or the rule has no law for them.
         InvalidOption: the manifests disagree about something that the request must then say.
     """
     count = len(manifests)
@@ -46,6 +46,10 @@ def settle(
         weights = tuple(float(number) for number in numbers)
     if len(weights) != count and (count or params.weight is not None):
         raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
+    try:
+        rule.check_weights(weights[:count])
+    except InvalidOption as error:
+        raise InvalidRequest(str(error)) from None
     temperatures = [_shared("aligner_temperature", params, defaults, [manifest]) for manifest in manifests]
     proposal = Warp(
         _shared("proposal_temperature", params, defaults, manifests),
@@ -63,11 +67,16 @@ def with_weight(manifest: Manifest | None, weight: float | None, rule: Rule | st
         weight: λ, or None to leave the manifest as it is.
         rule: the operator's default rule, to which the weight belongs; default: the manifest's.
         vocabulary: the tokenizer's fingerprint.
+
+    Raises:
+        InvalidOption: the rule has no law for the weight.
     """
     if weight is None:
         return manifest
     manifest = manifest or Manifest(vocabulary=vocabulary)
-    return dataclasses.replace(manifest, weight=weight, rule=manifest.rule if rule is None else str(rule))
+    said = manifest.rule if rule is None else str(rule)
+    parse_rule(said).check_weights([weight])
+    return dataclasses.replace(manifest, weight=weight, rule=said)
 
 
 def _shared(name: str, params: SamplingParams, defaults: SamplingParams, manifests: Sequence[Manifest | None]) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from trimtab.core.rules import parse_rule
+from trimtab.core.rules import Rule, parse_rule
 from trimtab.decode.aligned import AlignedModel
 from trimtab.endpoints.completions import check_sendable
 from trimtab.errors import DataError, InvalidOption
@@ -100,3 +100,14 @@ def _check_sweep(options: EvalOptions, system: System, given: set[str], aligners
             raise InvalidOption(f"--sweep_rule: {str(error).removeprefix('rule: ')}") from error
         if not rule.has_row:
             raise InvalidOption(f"--sweep_rule: '{rule}' has no row in closed form, so its KL cannot be measured")
+        _check_swept(options, rule)
+    if not options.sweep_rule and options.rule is not None:
+        _check_swept(options, parse_rule(options.rule))
+
+
+def _check_swept(options: EvalOptions, rule: Rule) -> None:
+    for weight in options.sweep_weight:
+        try:
+            rule.check_weights([weight])
+        except InvalidOption as error:
+            raise InvalidOption(f"--sweep_weight: {error}") from error

@@ -94,7 +94,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         batch_size: the harness's own flag: a number above 1 is `max_num_seqs` if that is not given. 1 is what the harness
             says when nobody said anything, so it means nothing.
         options: further arguments of `AlignedModel.from_pretrained`. Where one line has to hold several aligners or weights,
-            they are joined by a plus sign: `aligner=A+B,weight=1+0.5`.
+            they are joined by a plus sign: `aligner=A+B,weight=1+0.5`; and a rule's settings by semicolons.
 
     Raises:
         InvalidOption: there is no such option, or its value does not fit.

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from trimtab.core.rules import Mixture
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.decode.scoring import Score
 from trimtab.errors import DataError, DeadRow, InvalidRequest
 from trimtab.evaluate.intervals import ratio_interval
+from trimtab.evaluate.ratios import Ratios
 
 __all__ = ["held_out"]
 
@@ -43,7 +45,8 @@ def held_out(
         the completions' text; `gain`, by how many nats per token the aligned model is below the proposal;
         `impossible_tokens`, how many have no probability under the rule, and with any of them the aligned figures are None,
         for they are infinite. `nll_interval` and `gain_interval` are 95 % bootstrap intervals over the sequences, None for
-        fewer than two. `failed` is how many sequences have a dead row on their way, so that they have no likelihood: they
+        fewer than two. With aligners also what `trimtab.evaluate.ratios` reports: `likelihood_ratio` of each, and more.
+        `failed` is how many sequences have a dead row on their way, so that they have no likelihood: they
         are left out of everything else, and named in the log.
 
     Raises:
@@ -51,6 +54,7 @@ def held_out(
         DeadRow: none has a likelihood.
     """
     _check(model, prompts, completions, sources)
+    ratios = Ratios(len(model.aligners), solves=isinstance(model.shaping(params or model.defaults).rule, Mixture))
     sums: list[list[float]] = []
     sizes: list[int] = []
     num_bytes = impossible = 0
@@ -67,6 +71,8 @@ def held_out(
             sizes.append(len(score.tokens))
             num_bytes += score.num_bytes or 0
             impossible += sum(value == -math.inf for value in score.aligned)
+            if model.aligners:
+                ratios.add(score)
         logger.info("scored %d of %d", min(start + size, len(prompts)), len(prompts))
     if not sums and dead:
         raise dead[0]
@@ -84,6 +90,7 @@ def held_out(
         "gain": None if impossible else math.fsum(gains) / tokens,
         "gain_interval": _interval([-gain for gain in gains], sizes),
         "impossible_tokens": impossible,
+        **(ratios.report() if model.aligners else {}),
     }
 
 

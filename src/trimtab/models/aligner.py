@@ -102,6 +102,11 @@ class Manifest:
                 raise ManifestError(f"{name} must be a finite number, not {value!r}")
             if not knob.range.holds(value):
                 raise ManifestError(f"{name} must be {knob.range}, not {value}")
+        if self.weight is not None:
+            try:
+                parse_rule(self.rule).check_weights([self.weight])
+            except InvalidOption as error:
+                raise ManifestError(str(error)) from None
         proposal = self.proposal
         if proposal is not None and not (
             isinstance(proposal, Mapping)

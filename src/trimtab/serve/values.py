@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from trimtab.core.rules.base import MAX_TEXT
+from trimtab.core.rules.text import MAX_TEXT
 from trimtab.knobs import KNOBS, MAX_FACTOR, Knob
 from trimtab.options import Range
 from trimtab.serve.registry import NAME

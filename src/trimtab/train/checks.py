@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from trimtab.core.rules import Gate
 from trimtab.train.plan import Plan
 from trimtab.train.tune import RANGES, Tuned
 from trimtab.words import repetition, split_words
@@ -42,9 +43,11 @@ class Written(NamedTuple):
 
 
 def warn_of_rule(plan: Plan) -> None:
-    """Say it where objective and rule do not fit."""
-    fitting = plan.objective.fits(plan.setting)
-    if fitting and plan.rule.name not in fitting:
+    """Say it where objective and rule do not fit; of a gate, the rule within."""
+    fitting, rule = plan.objective.fits(plan.setting), plan.rule
+    while isinstance(rule, Gate):
+        rule = rule.rule
+    if fitting and not {rule.name, plan.rule.name} & set(fitting):
         logger.warning(
             "objective '%s' does not train what rule '%s' decodes; it fits %s",
             plan.asked.objective, plan.asked.rule, " or ".join(fitting),

@@ -5,6 +5,9 @@
 For `product` and `geometric` the target is softmax(a·log p̃ + b·s) of the aligner's logits s, whose own normaliser cancels. So
 two `[N, V]` buffers are made where the plain composition makes many, log p̃ is never rebuilt, and the gradient goes directly to
 the logits of a whole padded batch. Where the tail was drawn, k+1+S logits of a row count, and only the gradient has width V.
+
+For `mixture` the target of the wanted token is (1−w)·p̃ + w·q of that token, so of p̃ one number a token is read. That is the
+decoded law where p̃ is nowhere 0, as a softmax is; elsewhere it is less, by the share that the aligner wastes where p̃ is 0.
 `tests/train/test_fused_likelihood.py` holds it to the plain composition.
 """
 
@@ -13,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.logprobs import gather, log_normalize
+from trimtab.core.logprobs import gather, impossible, log_normalize
 from trimtab.core.objectives import sampled_distillation
-from trimtab.core.rules import Geometric, Product, Rule, log_power
+from trimtab.core.rules import Geometric, Mixture, Product, Rule, log_power
 from trimtab.errors import InvalidOption
 from trimtab.train.rows import CachedRows, TaughtRows
 
@@ -28,7 +31,7 @@ def fused_likelihood(
     """Negative log-likelihood of each token under the rule's target, in nats: `[N]`.
 
     Args:
-        rule: `product` or `geometric`.
+        rule: `product`, `geometric` or `mixture`.
         cached: the proposal's rows of N tokens, and the tokens.
         logits: the aligner's, `[M, W]` with W ≥ V, in any precision; computed in float32 or better.
         positions: `[N]`, which of the M rows predicts each token.
@@ -39,6 +42,8 @@ def fused_likelihood(
     Raises:
         InvalidOption: another rule, or `geometric` with rows whose tail was drawn.
     """
+    if isinstance(rule, Mixture):
+        return _mixed(cached, logits, positions, weight, temperature, vocab_size)
     share = _share(rule, weight)
     logits, positions, scale = _powered(logits, positions, weight / temperature, vocab_size)
     if cached.samples.shape[-1]:
@@ -81,18 +86,31 @@ def fused_distillation(
 
 def fused_sft(logits: Tensor, positions: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
     """`core.objectives.sft` from logits: the negative log-likelihood of each token under the aligner alone, in nats `[N]`."""
+    return _alone(logits, positions, tokens, 1.0, vocab_size)
+
+
+def _alone(logits: Tensor, positions: Tensor, tokens: Tensor, scale: float, vocab_size: int) -> Tensor:
+    """−log softmax(scale·logits)[token]."""
     none = tokens.new_empty(len(tokens), 0)
     alike = logits.new_zeros(len(tokens), dtype=torch.promote_types(logits.dtype, torch.float32))
     losses: Tensor = _Likelihood.apply(  # type: ignore[no-untyped-call]
-        logits, positions, none, alike.new_empty(none.shape), alike, tokens.long(), 1.0, vocab_size
+        logits, positions, none, alike.new_empty(none.shape), alike, tokens.long(), scale, vocab_size
     )
     return losses
+
+
+def _mixed(cached: CachedRows, logits: Tensor, positions: Tensor, weight: float, temperature: float, vocab_size: int) -> Tensor:
+    """−log((1−w)·p̃ + w·q)[token]; +inf for a token that p̃ cannot say, which no share makes possible."""
+    logp = cached.token_logp
+    both = torch.stack([logp, -_alone(logits, positions, cached.token, 1 / temperature, vocab_size).to(logp.dtype)])
+    shares = both.new_tensor([1 - weight, weight]).log().unsqueeze(-1)
+    return torch.where(impossible(logp), torch.inf, -(shares + both).logsumexp(0))
 
 
 def _share(rule: Rule, weight: float) -> float:
     """The proposal's exponent."""
     if not isinstance(rule, (Product, Geometric)):
-        raise InvalidOption(f"rule: '{rule}' has no likelihood from compressed rows; product and geometric have")
+        raise InvalidOption(f"rule: '{rule}' is no product of powers, as product and geometric are")
     return 1.0 if isinstance(rule, Product) else 1.0 - weight
 
 

@@ -178,6 +178,7 @@ def _resolve(asked: TrainOptions, facts: Facts) -> Plan:
     objective, taught = asked.asked_objective, asked.teacher_prompt is not None
     given = Temperatures(*(1.0 if t is None else t for t in (asked.proposal_temperature, asked.aligner_temperature)))
     weight = (1.0 if head else rule.default_weights(1)[0]) if asked.weight is None else asked.weight
+    rule.check_weights([weight])
     residual = objective.residual and isinstance(rule, Product)
     can_be_tempered = residual and weight > 0 and asked.aligner_temperature is None
     tempered = asked.start in ("auto", "tempered") and can_be_tempered

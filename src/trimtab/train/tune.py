@@ -3,6 +3,9 @@
 A budget in nats a token bounds how far the aligned model may be from the proposal. KL(aligned‖p̃) grows with the weight, for
 `product` (its derivative is λ times the variance of log q under the target) as for `geometric`, and the loss has one best
 weight; so where that one is beyond the budget, the largest weight within it is the best.
+
+For `mixture` the best share is not searched but solved for (`trimtab.core.shares`); the divergence is convex in the share and 0
+at 0, so it grows, too.
 """
 
 import math
@@ -12,15 +15,19 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from trimtab.core.rules import Rule
+from trimtab.core.rules import Mixture, Rule
+from trimtab.core.shares import best_shares
 from trimtab.train.ranks import ALONE, Ranks
 
 __all__ = ["CHEAPEST", "RANGES", "Losses", "Stay", "Tuned", "tune_weight"]
 
-RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0)}
+RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0), "mixture": (0.0, 1.0)}
 """Where to look, for the rules whose likelihood, or divergence from a teacher, has one best weight: both are convex in it."""
 
 STEPS = 8
+
+HALVINGS = 3
+"""Passes in which a budget's end is looked for, where no grid has been tried: STEPS³ weights in all."""
 
 
 class Stay(NamedTuple):
@@ -62,8 +69,8 @@ def tune_weight(
     """Search the rule's range in two passes, coarse and fine; in a third one, finer, where a budget binds.
 
     Args:
-        rule: `product` or `geometric`.
-        losses: makes a fresh run through the development data.
+        rule: `product` or `geometric`; or `mixture`, whose best share two passes find, to within `core.shares.GAP`.
+        losses: makes a fresh run through the development data; under `mixture` these are negative log-likelihoods.
         ranks: the processes that have the parts.
         max_kl: no more KL(aligned‖p̃) than that, in nats a token; weight 0, which has none, is always among those tried.
         stay: the weight to stay at; where it is beyond the budget and likelihood is no reason, the nearest one within it.
@@ -72,18 +79,32 @@ def tune_weight(
     if stay and stay.worth == math.inf and max_kl is None:  # nothing to look for
         found = _means([low, stay.weight], losses(), ranks)
         return Tuned(stay.weight, [(weight, loss) for weight, (loss, _) in found.items()], found[stay.weight][1], False)
-    step = (high - low) / STEPS
-    found = _means(sorted({low + i * step for i in range(STEPS + 1)} | ({stay.weight} if stay else set())), losses(), ranks)
-    centre = _best(found, max_kl, stay)
-    fine = [centre + i * step / 4 for i in range(-3, 4) if i != 0]
-    found |= _means([weight for weight in fine if low <= weight <= high], losses(), ranks)
+    staying = {stay.weight} if stay else set()
+    if isinstance(rule, Mixture):
+        found = _means(sorted({low, _share(losses(), ranks), high} | staying), losses(), ranks)
+        narrowing = HALVINGS
+    else:
+        step = (high - low) / STEPS
+        found = _means(sorted({low + i * step for i in range(STEPS + 1)} | staying), losses(), ranks)
+        centre = _best(found, max_kl, stay)
+        fine = [centre + i * step / 4 for i in range(-3, 4) if i != 0]
+        found |= _means([weight for weight in fine if low <= weight <= high], losses(), ranks)
+        narrowing = 1
     best = _best(found, max_kl, stay)
     bound = best != _best(found, None, stay)
-    if bound:  # the budget ends between this weight and the next one
+    for _ in range(narrowing * bound):  # the budget ends between this weight and the next one
         beyond = min(weight for weight in found if weight > best)
         found |= _means([best + i * (beyond - best) / STEPS for i in range(1, STEPS)], losses(), ranks)
         best = _best(found, max_kl, stay)
     return Tuned(best, [(weight, found[weight][0]) for weight in sorted(found)], found[best][1], bound)
+
+
+def _share(losses: Losses, ranks: Ranks) -> float:
+    """The best share of `mixture`: at 0 the losses are the proposal's, and at 1 the aligner's."""
+    both = [torch.zeros(2, 0)]
+    both += [-torch.stack([losses_at(weight)[0] for weight in (0.0, 1.0)]).cpu() for losses_at in losses]
+    logp, logq = torch.cat(both, -1)
+    return best_shares(logp, [logq], ranks.total).aligners[0]
 
 
 def _best(found: dict[float, tuple[float, float]], max_kl: float | None, stay: Stay | None) -> float:

@@ -119,7 +119,10 @@ class Catalog:
             check_same_vocabulary(tokenizer, found.tokenizer, name)
             vocabulary = fingerprint_vocabulary(found.tokenizer)
             rule = settings.defaults.rule
-            self._manifests[name] = with_weight(found.manifest, settings.weights.get(name), rule, vocabulary)
+            try:
+                self._manifests[name] = with_weight(found.manifest, settings.weights.get(name), rule, vocabulary)
+            except InvalidOption as error:
+                raise InvalidOption(f"{KEY}.aligners.{name}: {error}") from None
             several = isinstance(settings.defaults.weight, Sequence) and settings.aligner
             try:
                 self.read({"aligner": list(settings.aligner) if several else name})

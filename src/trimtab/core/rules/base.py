@@ -1,4 +1,4 @@
-"""What every decoding rule has in common, the registry of all of them, and how a rule is read from text.
+"""What every decoding rule has in common, and the registry of all of them.
 
 A rule is a frozen value. `rule(logp, logqs, weights)` maps the proposal's row log p̃ and the rows log q_1 … log q_n, each
 `[..., V]`, to the normalised target row `[..., V]`. It is pure, works on any number of leading dimensions row by row, never
@@ -8,7 +8,6 @@ one makes its aligner an anti-expert, and 0 removes it, whatever that aligner sa
 A rule may look beyond its rows, at the text before them: it says at what, and is given a `Context`.
 """
 
-import ast
 import dataclasses
 import math
 import re
@@ -25,7 +24,7 @@ from trimtab.core.rules.context import Context
 from trimtab.errors import DeadRow, InvalidOption
 from trimtab.registry import Registry
 
-__all__ = ["MAX_TEXT", "RULES", "Rule", "check_rule", "log_power", "parse_rule", "register", "weighted_sum"]
+__all__ = ["PLAIN", "RULES", "Rule", "check_rule", "log_power", "register", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,11 @@ class Rule:
 
         Raises:
             DeadRow: some row is −inf throughout, or has NaN or +inf, or the rows of a place share no support.
+            InvalidOption: the rule has no law for some of the weights.
         """
         weights = torch.as_tensor(weights, dtype=logp.dtype, device=logp.device)
+        for one in weights.flatten(0, -2).tolist() if weights.ndim > 1 else [weights.tolist()]:
+            self.check_weights(one)
         row = self.target(logp, logqs, weights, **self.seen(context, needed=bool(logqs)))
         if not bool(is_distribution(row).all()):
             raise DeadRow(f"rule '{self}' leaves no token with any probability: the rows share no support, or are NaN")
@@ -186,6 +188,17 @@ class Rule:
         """The weights of so many aligners when nobody says otherwise."""
         return (1.0,) * aligners
 
+    def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights that the rule has no law for. Whoever settles weights asks, before any work is done.
+
+        Raises:
+            InvalidOption: begins with `weight`, and says what to do.
+        """
+
+    def together(self, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """What the aligners say together, `[..., V]` log weights: Π q_i^λ_i, or what the rule has in its place."""
+        return weighted_sum(logqs, weights)
+
     def bind(self, eos_token_ids: Sequence[int]) -> Self:
         """This rule for a model with these end-of-sequence ids; only rules that treat them specially change."""
         return self
@@ -193,19 +206,18 @@ class Rule:
     def __str__(self) -> str:
         """The rule as `parse_rule` reads it: its name, and those of its settings that are not the defaults."""
         shown = [f for f in dataclasses.fields(self) if f.metadata.get("option", True)]
-        given = [f"{f.name}={_write_setting(getattr(self, f.name))}" for f in shown if getattr(self, f.name) != f.default]
+        given = [f"{f.name}={_write_setting(getattr(self, f.name))}" for f in shown if not self._has_default(f)]
         return f"{self.name}({', '.join(given)})" if given else self.name
 
+    def _has_default(self, field: "dataclasses.Field[Any]") -> bool:
+        """Whether a setting is what it is where nobody says it."""
+        return bool(getattr(self, field.name) == field.default)
 
-MAX_TEXT = 200
-"""Characters that any rule with its settings fits in."""
 
 KINDS = (bool, int, float, str)
-"""What a setting may be, as far as text can say it."""
+"""What a setting may be, as far as text can say it; or another rule."""
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
-PART = re.compile(r"""(?:[^,'"]|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")+""")
-"""What stands between two commas; a text in quotes may hold some."""
 PLAIN = re.compile(r"[\w.:/+-]+")
 """Texts that need no quotes."""
 
@@ -229,9 +241,10 @@ def check_rule(rule: Any) -> None:
         is_setting = field.metadata.get("option", True)
         if field.default is dataclasses.MISSING if is_setting else _has_no_default(field):
             raise InvalidOption(f"{rule.__name__}.{field.name} needs a default, so that the name alone is a rule")
-        if is_setting and type(field.default) not in KINDS:
+        if is_setting and type(field.default) not in KINDS and not isinstance(field.default, Rule):
             kinds = ", ".join(kind.__name__ for kind in KINDS)
-            raise InvalidOption(f"{rule.__name__}.{field.name} must have one of {kinds} for a default, not {field.default!r}")
+            must = f"must have one of {kinds}, or a rule, for a default"
+            raise InvalidOption(f"{rule.__name__}.{field.name} {must}, not {field.default!r}")
     if rule.has_row and rule.log_weights is Rule.log_weights and rule.target is Rule.target:
         raise InvalidOption(f"{rule.__name__} lacks log_weights")
     if rule.marks is not None and rule.marked is Rule.marked:
@@ -281,55 +294,5 @@ def log_power(logq: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, torch.where(is_distribution(logq), power, math.nan))
 
 
-def parse_rule(text: str | Rule) -> Rule:
-    """Read a rule as `str` writes it: `product`, `candidates(n=8)`, `kl_gate(tau=0.2)`, `nucleus(force_eos=True)`.
-
-    Raises:
-        InvalidOption: no such rule, no such setting, or a value of the wrong kind.
-    """
-    if isinstance(text, Rule):
-        return text
-    if not isinstance(text, str):
-        raise InvalidOption(f"rule must be the name of a rule, or a rule, not {text!r}")
-    if len(text) > MAX_TEXT:
-        raise InvalidOption(f"rule: no rule is longer than {MAX_TEXT} characters; choose one of {', '.join(sorted(RULES))}")
-    name, bracket, rest = text.strip().partition("(")
-    if name not in RULES:
-        raise InvalidOption(f"rule: there is no rule '{name}'; choose one of {', '.join(sorted(RULES))}")
-    if bracket and not rest.endswith(")"):
-        raise InvalidOption(f"rule: '{text}' lacks its closing bracket")
-    if PART.sub("", rest).strip(","):
-        raise InvalidOption(f"rule: '{text}' lacks a closing quote")
-    rule = RULES[name]
-    options = {f.name: f for f in dataclasses.fields(rule) if f.metadata.get("option", True)}
-    settings: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in PART.findall(rest.removesuffix(")")))):
-        key, _, value = (piece.strip() for piece in part.partition("="))
-        if key not in options:
-            known = ", ".join(options) or "none"
-            raise InvalidOption(f"rule: '{name}' has no setting '{key}'; it has: {known}")
-        if key in settings:
-            raise InvalidOption(f"rule: '{text}' gives {key} twice")
-        settings[key] = _read_setting(name, options[key], value)
-    try:
-        return rule(**settings)
-    except InvalidOption as error:
-        raise InvalidOption(f"rule: {error}") from None
-
-
 def _write_setting(value: Any) -> str:
     return repr(value) if isinstance(value, str) and not PLAIN.fullmatch(value) else str(value)
-
-
-def _read_setting(rule: str, field: "dataclasses.Field[Any]", text: str) -> Any:
-    kind = type(field.default)
-    if kind is str and PLAIN.fullmatch(text):
-        return text
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        value = float(value) if kind is float and type(value) is int else value
-    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
-        value = None
-    if type(value) is not kind:
-        raise InvalidOption(f"rule: '{rule}' wants {field.name} as {kind.__name__}, not '{text}'")
-    return value

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from trimtab.core.objectives import preference
-from trimtab.core.rules import Product
+from trimtab.core.rules import Geometric, Mixture, Product
 from trimtab.errors import InvalidOption
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
-from trimtab.train.objectives.losses import Decoded, LanguageModel, is_plain, refuse_beside_powers
+from trimtab.train.objectives.losses import Decoded, LanguageModel, is_plain, refuse_beside_head
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 from trimtab.train.objectives.taught import Taught
 
 __all__ = ["Likelihood"]
 
 logger = logging.getLogger(__name__)
+
+TRAINED = (Product, Geometric, Mixture)
+"""Rules whose likelihood is trained."""
 
 SFT_WEIGHT = 0.3
 """Of the regulariser of a tempered start."""
@@ -60,7 +63,9 @@ class Likelihood(Objective):
 
     def settle(self, setting: Setting) -> Self:
         """A contrast where every record has a rejected answer, a regulariser with a tempered start."""
-        refuse_beside_powers(setting, self.sft_weight)
+        if not isinstance(setting.rule, TRAINED):
+            raise InvalidOption(f"likelihood trains product, geometric or mixture, for '{setting.rule}' use sft")
+        refuse_beside_head(setting, self.sft_weight)
         filled: dict[str, Any] = {"contrast": self._contrast(setting)}
         if self.beta is None:
             filled["beta"] = BETA
@@ -84,8 +89,8 @@ class Likelihood(Objective):
             )
 
     def fits(self, setting: Setting) -> tuple[str, ...]:
-        """Those whose target is a product of powers."""
-        return ("product", "geometric")
+        """Those that it can be had of."""
+        return tuple(rule.name for rule in TRAINED)
 
     @property
     def answers(self) -> tuple[str, ...]:

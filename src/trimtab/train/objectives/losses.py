@@ -7,29 +7,38 @@ from torch import Tensor
 
 from trimtab.core.logprobs import gather, log_normalize
 from trimtab.core.objectives import likelihood, sft
-from trimtab.core.rules import Geometric, Product
+from trimtab.core.rules import Geometric, Mixture, Product
 from trimtab.errors import InvalidOption
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.objectives.seen import Logits, Rows, Setting, TokenLoss
 
-__all__ = ["Alone", "Decoded", "LanguageModel", "is_plain", "refuse_beside_powers"]
+__all__ = ["Alone", "Decoded", "LanguageModel", "is_plain", "refuse_beside_head", "refuse_beside_powers"]
 
 
 def refuse_beside_powers(setting: Setting, sft_weight: float | None) -> None:
-    """Refuse what cannot be trained by the likelihood of a product of powers, of tokens or of a teacher's rows.
+    """Refuse what cannot be trained by a teacher's rows, which are learnt under a product of powers.
 
     Raises:
         InvalidOption: another rule, or a regulariser of a head.
     """
     if not isinstance(setting.rule, (Product, Geometric)):
-        raise InvalidOption(f"likelihood trains product or geometric, for '{setting.rule}' use sft")
+        raise InvalidOption(f"teacher_prompt is learnt under product or geometric, and not under '{setting.rule}'")
+    refuse_beside_head(setting, sft_weight)
+
+
+def refuse_beside_head(setting: Setting, sft_weight: float | None) -> None:
+    """Refuse a regulariser of a head.
+
+    Raises:
+        InvalidOption: there is one.
+    """
     if setting.head and sft_weight:
         raise InvalidOption("sft_weight: at weight 1 the likelihood of a head is that of its own row already: leave it out")
 
 
 def is_plain(setting: Setting) -> bool:
-    """Whether what is decoded is the aligner's own row, as `geometric` has it at weight 1: no proposal's row is needed."""
-    return isinstance(setting.rule, Geometric) and setting.weight == 1 and setting.temperature == 1
+    """Whether what is decoded is the aligner's own row, as it is at weight 1 of these: no proposal's row is needed."""
+    return isinstance(setting.rule, (Geometric, Mixture)) and setting.weight == 1 and setting.temperature == 1
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class RAM(Objective):
 
     def fits(self, setting: Setting) -> tuple[str, ...]:
         """Those that weigh what the proposal says by Q."""
-        return ("product", "candidates", "nucleus", "kl_gate")
+        return ("product", "candidates", "nucleus")
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class SFT(Objective):
 
     def fits(self, setting: Setting) -> tuple[str, ...]:
         """Those for aligners that contain what the proposal knows."""
-        return ("nucleus", "geometric", "kl_gate")
+        return ("nucleus", "geometric", "mixture")
 
     def token_losses(self, setting: Setting) -> tuple[TokenLoss, ...]:
         """By the aligner alone."""
