@@ -159,6 +159,11 @@ class ShapingKnobs:
         "decoding rule, such as product or 'candidates(n=8)' [default: the manifest's, or product]",
         manifest=True,
     )
+    handover: Any = _knob(  # noqa: RUF009 - as rule
+        None,
+        "rule",
+        "one rule until the proposal finds what is written likely, then another: 'confidence(window=6, threshold=0.8)'",
+    )
     weight: float | Sequence[float] | None = _knob(
         None, "rule", "the aligner's strength, or one for each aligner", _check_numbers, low=-MAX_FACTOR, high=MAX_FACTOR,
         manifest=True,

@@ -107,5 +107,6 @@ def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, 
         }
         row |= {"prompt_tokens": c.prompt_tokens, "completion_tokens": len(c.tokens)}
         row |= {} if c.fallbacks is None else {"fallbacks": c.fallbacks}
+        row |= {} if c.handover_at is None else {"handover_at": c.handover_at}
         rows.append(row if c.error is None else row | {"error": c.error})
     return rows

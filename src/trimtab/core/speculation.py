@@ -43,7 +43,14 @@ def draft_tokens(logq: Tensor, uniforms: Tensor) -> Tensor:
     return inverse_cdf(logq, uniforms[..., :1]).squeeze(-1)
 
 
-def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Tensor, uniforms: Tensor) -> Verdict:
+def verify(
+    logp: Tensor,
+    drafts: Tensor | None,
+    logq: Tensor | None,
+    limits: Tensor,
+    uniforms: Tensor,
+    alone: Tensor | None = None,
+) -> Verdict:
     """Accept the longest run of drafts that stay, and decide the position behind it.
 
     Args:
@@ -53,6 +60,7 @@ def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Ten
         logq: draft rows `[B, P, V]` that the drafts were drawn from, or None where every draft is certain.
         limits: `[B]` the bonus position of each sequence, at most P − 1: drafts before it may be accepted.
         uniforms: `[B, P, DRAWS]` in [0, 1), float64.
+        alone: `[B, P]` positions whose drafts count as certain, though they were drawn; None for nowhere.
 
     Returns:
         The verdict; `NO_TOKEN` at the decided position if the target has no mass there, or is NaN.
@@ -62,11 +70,16 @@ def verify(logp: Tensor, drafts: Tensor | None, logq: Tensor | None, limits: Ten
     at = drafts.clamp(min=0)
     log_ratio = gather(logp, at) - gather(logq, at)
     keep = (drafts != NO_TOKEN) & (uniforms[..., 1] < log_ratio.double().exp())
+    if alone is not None:
+        own = draw_steadily(logp.exp(), uniforms[..., 2:])
+        keep = torch.where(alone, (drafts == own) & (drafts != NO_TOKEN), keep)
     kept = keep.long().cumprod(-1).sum(-1)
     accepted = torch.minimum(kept, limits)
     last = accepted.unsqueeze(-1)
     excess = _excess(_row(logp, accepted).exp(), _row(logq, accepted).exp())
     recovered = draw_steadily(excess, _row(uniforms, accepted)[:, 2:]).unsqueeze(-1)
+    if alone is not None:
+        recovered = torch.where(alone.gather(-1, last), own.gather(-1, last), recovered)
     token = torch.where(keep.gather(-1, last), drafts.gather(-1, last), recovered)
     return Verdict(drafts.scatter(-1, last, token), accepted, torch.minimum(kept, limits + 1))
 

@@ -45,6 +45,7 @@ class ModelSettings(WarpSettings, total=False):
     max_num_seqs: int
     prefix_cache_tokens: int
     date: str | None
+    handover: str | Rule | None
 
 
 class AlignedModel:
@@ -56,7 +57,7 @@ class AlignedModel:
         tokenizer: the shared tokenizer, or None to work with token ids alone.
         eos_token_ids: ids that end a completion.
         manifests: how each aligner wants to be decoded; None for one that does not say.
-        rule, weight: as in `SamplingParams`, which overrides them for a request; they override the manifests.
+        rule, weight, handover: as in `SamplingParams`, which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, another package's drafter
             (`"NAME"`, `"NAME:ARGUMENT"`), a `Drafter`, or a `LanguageModel` of the same vocabulary that only drafts. Default:
             the first aligner if there is one, and the text so far if its manifest says that it is a residual
@@ -89,6 +90,7 @@ class AlignedModel:
         max_num_seqs: int = 32,
         prefix_cache_tokens: int = PREFIX_CACHE_TOKENS,
         date: str | None = None,
+        handover: str | Rule | None = None,
         **warps: Unpack[WarpSettings],
     ) -> None:
         if unknown := warps.keys() - WarpSettings.__annotations__.keys():
@@ -108,7 +110,9 @@ class AlignedModel:
         self.pace = Pace(num_speculative_tokens)
         check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
         self._draft_temperature = draft_temperature
-        self.defaults = SamplingParams(rule=None if rule is None else parse_rule(rule), weight=weight, **warps)
+        self.defaults = SamplingParams(
+            rule=None if rule is None else parse_rule(rule), weight=weight, handover=handover, **warps
+        )
         self.shaping(self.defaults)  # contradictions show now, not with the first request
 
     @classmethod

@@ -153,7 +153,23 @@ class Batch:
             group.rollback(outcomes)
             events += group.emit(outcomes, want)
         self._proposal.rollback(self._state, unread)
+        self._let_go()
         return events
+
+    def _let_go(self) -> None:
+        """Part those from their aligners whose rule has handed over to the proposal: in its state they stay where they are."""
+        for models, group in list(self._groups.items()):
+            gone = [sequence for sequence in group.sequences if sequence.leaves]
+            if not gone:
+                continue
+            group.remove(gone)
+            if not group.sequences:
+                del self._groups[models]
+            for sequence in gone:
+                sequence.leave()
+            bare = self._group(gone[0].models, len(gone))
+            bare.add(gone, (), ())
+            self._groups[bare.models] = bare
 
     def _group(self, models: Models, more: int) -> Group:
         """The group of these models, with room for so many more."""

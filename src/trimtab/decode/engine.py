@@ -216,7 +216,7 @@ class Engine:
         self._moving = new
         if size != self._batch.size:
             self._batch.resize(*size)
-        decoding = {id(s.prompt): s for s in self._batch.sequences}
+        decoding = {id(s.prompt): s for s in self._batch.sequences if s.has_aligners}
         begin: dict[Models, list[Growing]] = {}
         for sequence in new:
             if sibling := decoding.get(id(sequence.prompt)):

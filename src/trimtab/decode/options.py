@@ -29,7 +29,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-RULE_NAMES = ("candidates", "gate", "geometric", "kl_gate", "mixture", "nucleus", "nudge", "product")
+RULE_NAMES = (
+    *("candidates", "confidence", "gate", "geometric", "kl_gate", "mixture", "nucleus", "nudge", "product", "proposal"),
+)
 """Our rules. They stand in `trimtab.core.rules`, which a text of help does not wait for."""
 
 DRAFTER_NAMES = ("aligner", "corpus", "model", "ngram", "none")
@@ -64,6 +66,7 @@ class RowOptions(ShapingKnobs, PairOptions):
     """Which models, and how their rows are combined."""
 
     rule: str | None = same(ShapingKnobs, "rule", help=_rule_help)
+    handover: str | None = same(ShapingKnobs, "handover")
     weight: tuple[float, ...] = same(
         ShapingKnobs, "weight", default=(), help="weight of each --aligner, in order [default: the manifest's, or the rule's]"
     )
@@ -77,15 +80,18 @@ class RowOptions(ShapingKnobs, PairOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be, and weights that are not one for each aligner."""
-        from trimtab.core.rules import parse_rule
         from trimtab.decode.drafters import source_of
+        from trimtab.decode.request import SamplingParams
         from trimtab.models.loading import check_dtype
 
         check_ranges(self)  # of options made by hand, too
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
-        rule = parse_rule(self.rule or "product")
-        if self.rule is not None:
+        try:
+            rule = SamplingParams(rule=self.rule, handover=self.handover).asked_rule
+        except InvalidRequest as error:
+            raise InvalidOption(str(error)) from None
+        if rule is not None:
             for weights in self.weights_of_a_row:
                 rule.check_weights(weights)
         check_dtype(self.dtype)
@@ -106,7 +112,7 @@ class RowOptions(ShapingKnobs, PairOptions):
 
     def idle(self) -> dict[str, str]:
         """What says nothing of a bare proposal; weights are of aligners that are named here."""
-        without = () if self.aligns else ("rule", "aligner_temperature")
+        without = () if self.aligns else ("rule", "handover", "aligner_temperature")
         return dict.fromkeys(without if self.aligner else (*without, "weight"), "needs an --aligner")
 
 

@@ -39,12 +39,22 @@ class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
         logprobs: also return the log-probability of each token under proposal, aligner and aligned model.
         top_logprobs: with them, the so many best tokens at each position under the proposal and under the aligned model.
         rule: a decoding rule, by name or as an object: `"product"`, `"candidates(n=8)"`, `Geometric()`.
+        handover: instead of `rule`, one that hands over: `"confidence(window=6, threshold=0.8)"` lets the aligner write until
+            the proposal finds its tokens likely, and the proposal from then on; `before` and `after` in its brackets name other
+            rules.
         weight: λ of the aligner, or one for each aligner.
         proposal_temperature, proposal_top_k, proposal_top_p: shape the proposal's row before the rule sees it.
         aligner_temperature: shapes each aligner's row before the rule sees it.
     """
 
     rule: str | Rule | None = same(ShapingKnobs, "rule")  # noqa: RUF009 - a field
+    handover: str | Rule | None = same(ShapingKnobs, "handover")  # noqa: RUF009 - a field
+
+    @property
+    def asked_rule(self) -> Rule | None:
+        """The rule that is said, be it as one or as a hand-over."""
+        said = self.rule if self.handover is None else self.handover
+        return None if said is None else parse_rule(said)
 
     def __post_init__(self) -> None:
         """Check every field that can be checked without a model."""
@@ -54,13 +64,22 @@ class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
             knob.check(getattr(self, name))
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=True")
-        if self.rule is not None:
-            if not isinstance(self.rule, (str, Rule)):
-                raise InvalidRequest(f"rule must be the name of a rule, or a rule, not {self.rule!r}")
+        for name in ("rule", "handover"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if not isinstance(given, (str, Rule)):
+                raise InvalidRequest(f"{name} must be the name of a rule, or a rule, not {given!r}")
             try:
-                object.__setattr__(self, "rule", parse_rule(self.rule))
+                object.__setattr__(self, name, parse_rule(given))
             except InvalidOption as error:
-                raise InvalidRequest(str(error)) from None
+                raise InvalidRequest(str(error) if name == "rule" else f"{name}: {error}") from None
+        if isinstance(self.handover, Rule) and not self.handover.hands_over:
+            example = "handover='confidence(window=6, threshold=0.8)'"
+            raise InvalidRequest(f"handover: rule '{self.handover}' hands nothing over; give one that does: {example}")
+        if self.rule is not None and self.handover is not None:
+            named = f"handover='confidence(before={self.rule})'"
+            raise InvalidRequest(f"rule has no effect beside handover: leave it out, or name it there: {named}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,7 @@ class Completion:
         logprobs: if asked for.
         fallbacks: how many tokens' rows the rule marked: under `kl_gate`, those that the gate left to the proposal. None under
             rules that mark none.
+        handover_at: how many tokens were written before the hand-over, if there was one: the index of the first token after it.
         error: why it could not go on (a distribution that is NaN, or without any token), or None.
     """
 
@@ -109,6 +129,7 @@ class Completion:
     prompt_tokens: int
     logprobs: TokenLogprobs | None = None
     fallbacks: int | None = None
+    handover_at: int | None = None
     error: str | None = None
 
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.core.draw import NO_TOKEN
+from trimtab.core.rules import Product
 from trimtab.decode.draft import Models
+from trimtab.decode.drafters import NgramDrafter
 from trimtab.decode.history import Place
 from trimtab.decode.outcome import Drawn
 from trimtab.decode.pace import Chances, Hope, Looked, Steady, Tally
@@ -78,7 +80,13 @@ class Sequence:
         self._text = TextStream(tokenizer, params.stop, () if answers else prompt)
         self._drawn: list[Drawn] = []
         self._marked = 0
+        self._rule = shaping.rule
+        """What was asked for, wherever it stands."""
+        self.handover_at: int | None = None
+        """The tokens that it had when a rule that hands over did so, if it did."""
         self._has_no_head = not taps_of(models.aligners)
+        self.has_aligners = True
+        """Whether whatever aligners were asked for are still there."""
 
     @property
     def next_input(self) -> int:
@@ -156,7 +164,25 @@ class Sequence:
     @property
     def kind(self) -> Hashable:
         """What its acceptance depends on, as far as it can be known."""
-        return id(self.models), self.shaping, self.params.temperature
+        return id(self.models) if self.has_aligners else None, self.shaping, self.params.temperature
+
+    @property
+    def leaves(self) -> bool:
+        """Whether its aligners have no further part in it, and it still holds on to them.
+
+        Those who want to know what aligners say of each token keep them.
+        """
+        handed = self.handover_at is not None and self._rule.lets_go
+        return handed and self.has_aligners and not self.params.logprobs and not self.finish_reason
+
+    def leave(self) -> None:
+        """Go on with the proposal alone, which draws the same tokens; whoever looks drafts up goes on doing so."""
+        drafter = self.models.drafter if not self.models.drafter.has_rows else NgramDrafter()
+        if drafter != self.models.drafter:
+            self.memory, self.started = None, False
+        self.models = Models(self.models.proposal, (), drafter, adapters=self.models.adapters[:1])
+        self.shaping, self.place, self.has_aligners = Shaping(Product(), (), self.shaping.proposal), None, False
+        self.hope, self._has_no_head = Hope(), True
 
     def observe_log_z(self, value: float) -> None:
         """Note log Z at one position; NaN, from a rule without one, is dropped."""
@@ -165,8 +191,10 @@ class Sequence:
 
     def accept(self, drawn: Drawn) -> TokenEvent:
         """Take the next token."""
+        if drawn.marked and self._rule.hands_over and self.handover_at is None:
+            self.handover_at = len(self.tokens)
         self.tokens.append(drawn.token)
-        self._marked += drawn.marked
+        self._marked += drawn.marked or not self.has_aligners
         if self.params.logprobs:
             self._drawn.append(drawn)
         ended = drawn.token in self._ends
@@ -211,7 +239,8 @@ class Sequence:
             seed=self.seed,
             prompt_tokens=len(self.prompt),
             logprobs=self._logprobs() if self.params.logprobs else None,
-            fallbacks=None if self.shaping.rule.marks is None else self._marked,
+            fallbacks=None if self._rule.marks is None else self._marked,
+            handover_at=self.handover_at,
             error=None if self.error is None else str(self.error),
         )
 

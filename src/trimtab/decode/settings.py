@@ -33,7 +33,7 @@ def settle(
         InvalidOption: the manifests disagree about something that the request must then say.
     """
     count = len(manifests)
-    rule = parse_rule(_shared("rule", params, defaults, manifests) or "product")
+    rule = _rule(params, defaults, manifests)
     weight = params.weight if params.weight is not None else defaults.weight
     if weight is None:
         fallback = rule.default_weights(count)
@@ -77,6 +77,12 @@ def with_weight(manifest: Manifest | None, weight: float | None, rule: Rule | st
     said = manifest.rule if rule is None else str(rule)
     parse_rule(said).check_weights([weight])
     return dataclasses.replace(manifest, weight=weight, rule=said)
+
+
+def _rule(params: SamplingParams, defaults: SamplingParams, manifests: Sequence[Manifest | None]) -> Rule:
+    """The rule of a request: what it says itself, be it a rule or a hand-over, before what the model says."""
+    said = params.asked_rule or defaults.asked_rule
+    return said if said is not None else parse_rule(_shared("rule", params, defaults, manifests) or "product")
 
 
 def _shared(name: str, params: SamplingParams, defaults: SamplingParams, manifests: Sequence[Manifest | None]) -> Any:

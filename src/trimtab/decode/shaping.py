@@ -77,6 +77,7 @@ class BatchShaping:
         self._marking = [(rule, index) for rule, index in self._groups if rule.marks and self._aligners]
         self._own = alone and all(s.rule.is_aligner(s.weights) for s in shapings)
         """Whether each aligned row is the only aligner's."""
+        self._leaving = [(rule, index) for rule, index in self._groups if rule.lets_go and self._aligners]
         self._rowless = [(rule, rows) for rule, rows in members.items() if not rule.has_row]
 
     def inputs(self, logp: Tensor, logqs: Sequence[Tensor]) -> Inputs:
@@ -135,6 +136,15 @@ class BatchShaping:
         for rule, index in self._marking:
             marked[index] = rule.marked(*self._part(inputs, index), **_seen(rule, contexts))
         return marked
+
+    def alone(self, inputs: Inputs, contexts: Contexts) -> Tensor | None:
+        """At which positions `[B, K]` no aligner plays a part any more, see `Rule.lets_go`; None if that cannot be."""
+        if not self._leaving:
+            return None
+        alone = torch.zeros(inputs[0].shape[:-1], dtype=torch.bool, device=inputs[0].device)
+        for rule, index in self._leaving:
+            alone[index] = rule.marked(*self._part(inputs, index), **_seen(rule, contexts))
+        return alone
 
     def log_z(self, inputs: Inputs, target: Tensor, tokens: Tensor, contexts: Contexts = NOTHING) -> Tensor:
         """Log Z `[B, 1]` at the first position, the log of the mass that normalising divides by; NaN where a rule has none.

@@ -209,7 +209,8 @@ class Group:
         inputs = settings.shaping.inputs(logp, logqs)
         contexts = settings.histories.contexts(inputs[0], drafts.tokens[:, 1:]) if settings.histories else {}
         aligned = settings.shaping.target(inputs, contexts)
-        verdict = settings.decide(aligned, drafts, to_device(limits, device))
+        alone = settings.shaping.alone(inputs, contexts)
+        verdict = settings.decide(aligned, drafts, to_device(limits, device), alone)
         tokens = settings.shaping.sample(inputs, settings.rowless_noise, verdict.tokens, contexts)
         if contexts:
             settings.histories.move_on(contexts, inputs[0], tokens, verdict.accepted + 1)
@@ -360,12 +361,12 @@ class _Settings:
         at = len(drafts)
         return draft_tokens(row, self.noise[:, at : at + 1]).clamp(min=0), row
 
-    def decide(self, aligned: Tensor, drafts: Drafts, limits: Tensor) -> Verdict:
-        """What becomes of the drafts, by the aligned rows `[b, P, V]`."""
+    def decide(self, aligned: Tensor, drafts: Drafts, limits: Tensor, alone: Tensor | None) -> Verdict:
+        """What becomes of the drafts, by the aligned rows `[b, P, V]`; `alone` as in `verify`."""
         before = drafts.tokens[:, 1:].unbind(1)
         if self.sampler.greedy:
             return match(self.sampler.best(aligned, before), drafts.drafts, limits)
-        return verify(self.sampler.rows(aligned, before), drafts.drafts, drafts.drawn_from, limits, self.noise)
+        return verify(self.sampler.rows(aligned, before), drafts.drafts, drafts.drawn_from, limits, self.noise, alone)
 
     def proposal_rows(self, logp: Tensor | None, logqs: Sequence[Tensor]) -> Tensor:
         """The proposal's rows `[b, P, V]`; even ones in the place of those that nobody reads, and that may mean nothing."""

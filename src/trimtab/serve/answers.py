@@ -259,7 +259,7 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
         if exchange.params.logprobs:
             logprobs = wire.chat_logprobs(texts, *_columns(completion))
         choice = wire.chat_choice(index, completion.text, completion.finish_reason, logprobs)
-        return choice | wire.dead_row(completion.error)
+        return choice | wire.beside(completion.error, completion.handover_at)
     echo = exchange.echo(index)
     text = (echo.text if echo else "") + completion.text
     if exchange.params.logprobs:
@@ -270,7 +270,7 @@ def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str
             tokens, values, tops, offsets = echo.ids + tokens, before + values, best + tops, echo.offsets + offsets
         logprobs = wire.completion_logprobs(texts, tokens, values, tops, offsets)
     reason, error = _ending(echo, completion.finish_reason, completion.error)
-    return wire.completion_choice(index, text, reason or "", logprobs) | wire.dead_row(error)
+    return wire.completion_choice(index, text, reason or "", logprobs) | wire.beside(error, completion.handover_at)
 
 
 def _ending(echo: _Echo | None, reason: str | None, error: str | None) -> tuple[str | None, str | None]:
@@ -333,7 +333,7 @@ async def _chat_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
             if text or logprobs:
                 chunks.append(stream.text(index, text, logprobs))
             if reason := mine[-1].finish_reason:
-                chunks.append(stream.end(index, reason, _error(mine)))
+                chunks.append(stream.end(index, reason, *_beside(mine)))
         if chunks:
             yield b"".join(chunks)
     if exchange.include_usage:
@@ -355,12 +355,13 @@ async def _completion_stream(exchange: _Exchange) -> AsyncIterator[bytes]:
             chunks.append(stream.text(index, echo.text, logprobs, reason, error))
         for index, mine in _by_choice(exchange, events).items():
             text, logprobs = "".join(event.text for event in mine), None
-            reason, error = _ending(exchange.echo(index), mine[-1].finish_reason, _error(mine))
+            error, handover_at = _beside(mine)
+            reason, error = _ending(exchange.echo(index), mine[-1].finish_reason, error)
             columns = _event_columns(mine)
             if exchange.params.logprobs and columns[0]:
                 logprobs = wire.completion_logprobs(texts, *columns, offsets[index].add(columns[0]))
             if text or logprobs or reason:
-                chunks.append(stream.text(index, text, logprobs, reason, error))
+                chunks.append(stream.text(index, text, logprobs, reason, error, handover_at))
         if chunks:
             yield b"".join(chunks)
     if exchange.include_usage:
@@ -374,10 +375,10 @@ def _by_choice(exchange: _Exchange, events: Sequence[TokenEvent]) -> dict[int, l
     return sorted_events
 
 
-def _error(events: Sequence[TokenEvent]) -> str | None:
-    """Why a choice could not go on, if that is how it ends."""
+def _beside(events: Sequence[TokenEvent]) -> tuple[str | None, int | None]:
+    """Of a choice that has come to its end: why it could not go on, if so, and where it was handed over, if it was."""
     whole = events[-1].completion
-    return None if whole is None else whole.error
+    return (None, None) if whole is None else (whole.error, whole.handover_at)
 
 
 def _event_columns(events: Sequence[TokenEvent]) -> tuple[list[int], list[Any], list[Any]]:

@@ -66,6 +66,8 @@ class Metrics:
         self._tested = count("spec_decode_num_tested_tokens", "Of those, up to the first that failed.")
         self._accepted = count("spec_decode_num_accepted_tokens", "Draft tokens that stayed; of the tested, the acceptance.")
         self._calls = count("proposal_calls", "Passes of the proposal, once for each sequence in them.")
+        self._handovers = count("handovers", "Sequences that a rule has handed over, such as confidence.")
+        self._before = count("handover_tokens", "Tokens of those before they were.")
         self._log_z_count = count("log_z_observations", "Positions at which log Z was observed.")
         self._acceptance = self._gauge("acceptance", "Share of tested draft tokens that stayed, since the start.")
         self._per_call = self._gauge("tokens_per_proposal_call", "Tokens of a sequence for each pass of the proposal.")
@@ -150,6 +152,9 @@ class Metrics:
             self._tested.labels(label).inc(s.tally.tested)
             self._accepted.labels(label).inc(s.tally.accepted)
             self._calls.labels(label).inc(s.tally.calls)
+            if s.handover_at is not None:
+                self._handovers.labels(label).inc()
+                self._before.labels(label).inc(s.handover_at)
             total.add(s.tally)
             self._log_z_count.labels(label).inc(len(s.log_z))
             log_z[0] += sum(s.log_z)

@@ -195,7 +195,7 @@ class Registry:
                 return None
             key = tuple(names)
             if key not in self._models or any(a is not b for a, b in zip(self._models[key][0], loaded, strict=True)):
-                rule, vocabulary = self.base.defaults.rule, self._vocabulary
+                rule, vocabulary = self.base.defaults.asked_rule, self._vocabulary
                 manifests = [
                     with_weight(one.manifest, entry.weight, rule, vocabulary)
                     for entry, one in zip(entries, loaded, strict=True)

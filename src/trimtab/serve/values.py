@@ -65,6 +65,7 @@ _SHAPES: dict[str, Any] = {
     "stop_token_ids": Annotated[list[TokenId], Field(fail_fast=True)],
     "logit_bias": Biases,
     "rule": Annotated[str, Field(max_length=MAX_TEXT)],
+    "handover": Annotated[str, Field(max_length=MAX_TEXT)],
     "weight": Factor | Annotated[list[Factor], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)],
 }
 """Knobs whose values are neither numbers nor truth values: what they are in JSON."""

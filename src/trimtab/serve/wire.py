@@ -101,9 +101,10 @@ def model_list(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 # ---- whole answers
 
 
-def dead_row(reason: str | None) -> dict[str, Any]:
-    """What a choice with the finish reason `error` has beside it; nothing for another choice."""
-    return {} if reason is None else error_body(reason, "invalid_request_error", code="dead_row")
+def beside(error: str | None, handover_at: int | None = None) -> dict[str, Any]:
+    """What a choice has that OpenAI's do not: why, with the finish reason `error`; where it was handed over, if it was."""
+    found = {} if error is None else error_body(error, "invalid_request_error", code="dead_row")
+    return found if handover_at is None else found | {"handover_at": handover_at}
 
 
 def completion_choice(index: int, text: str, finish_reason: str, logprobs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -147,11 +148,18 @@ class _Stream:
         """The last event, without choices; only for `include_usage`."""
         return f'{self._head}"choices":[],"usage":{_json(usage.as_dict())}}}\n\n'.encode("utf-8", "replace")
 
-    def _tail(self, logprobs: Mapping[str, Any] | None, finish_reason: str | None, error: str | None = None) -> str:
+    def _tail(
+        self,
+        logprobs: Mapping[str, Any] | None,
+        finish_reason: str | None,
+        error: str | None = None,
+        handover_at: int | None = None,
+    ) -> str:
         """What follows a choice's text."""
         if logprobs is None and finish_reason is None:
             return self._plain
-        return f"{_json({'logprobs': logprobs, 'finish_reason': finish_reason, **dead_row(error)})[1:]}{self._end}"
+        tail = {"logprobs": logprobs, "finish_reason": finish_reason, **beside(error, handover_at)}
+        return f"{_json(tail)[1:]}{self._end}"
 
 
 class CompletionStream(_Stream):
@@ -172,10 +180,11 @@ class CompletionStream(_Stream):
         logprobs: Mapping[str, Any] | None = None,
         finish_reason: str | None = None,
         error: str | None = None,
+        handover_at: int | None = None,
     ) -> bytes:
-        """More text of a choice; the last event of a choice has a finish reason, and why where that is `error`."""
-        event = f'{self._head}"choices":[{{"index":{index},"text":{_quote(text)},{self._tail(logprobs, finish_reason, error)}'
-        return event.encode("utf-8", "replace")
+        """More text of a choice; the last event of a choice has a finish reason, and what `beside` has."""
+        tail = self._tail(logprobs, finish_reason, error, handover_at)
+        return f'{self._head}"choices":[{{"index":{index},"text":{_quote(text)},{tail}'.encode("utf-8", "replace")
 
 
 class ChatStream(_Stream):
@@ -197,9 +206,9 @@ class ChatStream(_Stream):
         """More text of a choice."""
         return self._event(index, f'{{"content":{_quote(text)}}}', self._tail(logprobs, None))
 
-    def end(self, index: int, finish_reason: str, error: str | None = None) -> bytes:
-        """Nothing more follows in this choice; `error` says why, where that is the reason."""
-        return self._event(index, "{}", self._tail(None, finish_reason, error))
+    def end(self, index: int, finish_reason: str, error: str | None = None, handover_at: int | None = None) -> bytes:
+        """Nothing more follows in this choice; it has what `beside` has."""
+        return self._event(index, "{}", self._tail(None, finish_reason, error, handover_at))
 
     def _event(self, index: int, delta: str, tail: str) -> bytes:
         return f'{self._head}"choices":[{{"index":{index},"delta":{delta},{tail}'.encode("utf-8", "replace")

@@ -118,7 +118,7 @@ class Catalog:
             found = describe(path)
             check_same_vocabulary(tokenizer, found.tokenizer, name)
             vocabulary = fingerprint_vocabulary(found.tokenizer)
-            rule = settings.defaults.rule
+            rule = settings.defaults.asked_rule
             try:
                 self._manifests[name] = with_weight(found.manifest, settings.weights.get(name), rule, vocabulary)
             except InvalidOption as error:

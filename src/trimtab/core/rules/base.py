@@ -39,6 +39,9 @@ class Rule:
     marks: ClassVar[str | None] = None
     """What `marked` says of a row, in a word or two, if anything: `Completion.fallbacks` counts those rows."""
 
+    hands_over: ClassVar[bool] = False
+    """Whether one rule begins an answer and another goes on, whose rows it marks: `Completion.handover_at` is the first."""
+
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
         """The target up to a factor, `[..., V]`, from rows `[..., V]` and weights `[..., n]`; the support is cut for you.
 
@@ -116,6 +119,14 @@ class Rule:
     def marked(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
         """Which rows `[...]` the rule marks, if it has `marks`."""
         raise NotImplementedError
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether no aligner plays a part any more once it has handed over.
+
+        There a token is drawn as where nobody drafts, so that the aligners may be let go without changing it.
+        """
+        return False
 
     # ---- what it looks at beyond its rows
 

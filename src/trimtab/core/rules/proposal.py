@@ -1,0 +1,27 @@
+"""`proposal`: the proposal alone, for rules that are made of others, such as `confidence`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from trimtab.core.rules.base import Rule
+from trimtab.core.rules.context import Context
+
+__all__ = ["Proposal"]
+
+
+@dataclass(frozen=True)
+class Proposal(Rule):
+    """p̃, whatever the aligners say."""
+
+    name: ClassVar[str] = "proposal"
+
+    def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
+        """Log p̃."""
+        return logp
+
+    def target(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
+        """P̃ to the bit."""
+        return self._cut(logp, logqs, weights, context) if logqs else logp
