@@ -1,5 +1,6 @@
 """Weights of particles against definitions written out, and resampling by its expectation over the uniform, which is exact."""
 
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def cells(logw: Tensor) -> list[tuple[float, float]]:
     """Where systematic resampling does not depend on its uniform: the middle and the length of each stretch of [0, 1)."""
     running = logw.softmax(-1).cumsum(-1) * len(logw)
     edges = sorted({0.0, 1.0, *(running % 1).tolist()})
-    return [((low + high) / 2, high - low) for low, high in zip(edges, edges[1:], strict=False) if high - low > 1e-9]
+    return [((low + high) / 2, high - low) for low, high in itertools.pairwise(edges) if high - low > 1e-9]
 
 
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES)

@@ -1,4 +1,4 @@
-"""The sequence-level law by enumeration: exactly, over every outcome of all noise, and by many runs; against a slow sampler, too."""
+"""The sequence-level law by enumeration: exactly, over every outcome of all noise, and by many runs; and a slow sampler's runs."""
 
 import itertools
 import math
@@ -43,6 +43,7 @@ def law(masses: Masses) -> dict[tuple[int, ...], float]:
 
 
 # ---- exactly
+
 
 def table(*rows: list[float]) -> TableLM:
     """Rows after 1 and after 2; others do not occur."""

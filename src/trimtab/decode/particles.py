@@ -161,17 +161,17 @@ class _Runs:
         aligned, log_z = self._lay_out().weigh(self._lay_out().inputs(rows[0], rows[1:]))
         noise = self._next_noise()
         tokens = self._draw(aligned, self._slots, noise)
-        found = torch.stack([log_z[:, 0].double(), tokens.double()]).cpu()
-        for slot in found[0].isnan().nonzero()[:, 0].tolist():
+        numbers = torch.cat([log_z[:, 0].double(), tokens.double()]).tolist()
+        found, drawn = numbers[: len(self._slots)], numbers[len(self._slots) :]
+        for slot in (slot for slot, value in enumerate(found) if math.isnan(value)):
             self._break(slot, rows)
         increments = torch.zeros(len(self._particles), dtype=torch.float64)
-        increments[self._slots] = found[0].nan_to_num(neginf=-math.inf)
-        drawn = found[1].long().tolist()
+        increments[self._slots] = torch.tensor(found, dtype=torch.float64).nan_to_num(neginf=-math.inf)
         parents = self._settle(increments, noise[:, 0])
         if parents is not None:
-            tokens = self._draw(aligned[to_device(parents, self._device, torch.long)], self._slots, noise)
-            drawn = tokens.tolist()
-        self._accept(drawn)
+            rows_of = to_device(parents, self._device, torch.long)
+            drawn = self._draw(aligned[rows_of], self._slots, noise).tolist()
+        self._accept([int(token) for token in drawn])
         self._position += 1
 
     def _settle(self, increments: Tensor, uniform: Tensor) -> list[int] | None:
@@ -229,7 +229,8 @@ class _Runs:
         for particle, token in zip(self._slots, tokens, strict=True):
             growing, broken = self._particles[particle], self._broken.get(particle // self._how.particles)
             if broken is not None or token == NO_TOKEN:
-                event = growing.fail(broken or DeadRow(f"no token is possible after {len(growing.tokens)} tokens"))
+                where = f"after {len(growing.tokens)} tokens: the models' rows share none there"
+                event = growing.fail(broken or DeadRow(f"rule '{growing.shaping.rule}' leaves no possible token {where}"))
             else:
                 event = growing.accept(Drawn(token))
             if event.completion is not None:
