@@ -288,12 +288,16 @@ def test_a_proposal_with_few_slots_says_how_many():
         at_sequence_level(AlignedModel(proposal, [aligner], max_num_seqs=4), [[1]], SamplingParams())
 
 
-@pytest.mark.parametrize(("scale", "collapsed"), [(0.0, False), (20.0, True)])
-def test_weights_that_have_collapsed_are_warned_of_with_figures(scale, collapsed, caplog):
-    """An even aligner leaves all weights the same; one that is all but certain leaves one particle."""
-    proposal, aligner = TableLM.random(7, order=1, seed=1), TableLM.random(7, order=1, seed=2, scale=scale)
+@pytest.mark.parametrize(("after_two", "collapsed"), [(0.5, False), (0.001, True)])
+def test_weights_that_have_collapsed_are_warned_of_with_figures(after_two, collapsed, caplog):
+    """Texts of 1 and 2, at even odds; each 2 but the last costs its text a factor."""
+    rows = (
+        [[0.0, 0.5, 0.5, 0.0]] * 5,
+        [[0.0, 0.5, 0.5, 0.0]] * 2 + [[0.0, after_two, after_two, 1 - 2 * after_two]] + [[0.25] * 4] * 2,
+    )
+    proposal, aligner = (TableLM(torch.tensor(row, dtype=torch.float64).log()) for row in rows)
     model = AlignedModel(proposal, [aligner], eos_token_ids=[0])
     with caplog.at_level(logging.WARNING, logger="trimtab.decode.particles"):
-        done = at_sequence_level(model, [[1]], SamplingParams(max_tokens=6, seed=0, ignore_eos=True), "particles=8,ess=0")
-    assert done[0].particles.collapsed == collapsed
-    assert ("the weights have collapsed in 1 of 1 runs: at the end 8 particles are worth" in caplog.text) == collapsed
+        (done,) = at_sequence_level(model, [[1]], SamplingParams(max_tokens=6, seed=0), "particles=8,ess=0")
+    assert done.particles.collapsed == (done.particles.effective_size < 2) == collapsed
+    assert ("the weights have collapsed in 1 of 1 runs: at the end 8 particles are worth 1." in caplog.text) == collapsed

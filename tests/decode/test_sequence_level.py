@@ -1,4 +1,4 @@
-"""The sequence-level law by enumeration: exactly, over every outcome of all noise, and by many runs; and a slow sampler's runs."""
+"""The sequence-level law by enumeration: exactly, over every outcome of all noise, and by many runs; and slow runs."""
 
 import itertools
 import math
