@@ -291,10 +291,8 @@ def test_a_proposal_with_few_slots_says_how_many():
 @pytest.mark.parametrize(("after_two", "collapsed"), [(0.5, False), (0.001, True)])
 def test_weights_that_have_collapsed_are_warned_of_with_figures(after_two, collapsed, caplog):
     """Texts of 1 and 2, at even odds; each 2 but the last costs its text a factor."""
-    rows = (
-        [[0.0, 0.5, 0.5, 0.0]] * 5,
-        [[0.0, 0.5, 0.5, 0.0]] * 2 + [[0.0, after_two, after_two, 1 - 2 * after_two]] + [[0.25] * 4] * 2,
-    )
+    even, rest = [0.0, 0.5, 0.5, 0.0], [0.25] * 4
+    rows = [rest, even, even, rest, even], [rest, even, [0.0, after_two, after_two, 1 - 2 * after_two], rest, rest]
     proposal, aligner = (TableLM(torch.tensor(row, dtype=torch.float64).log()) for row in rows)
     model = AlignedModel(proposal, [aligner], eos_token_ids=[0])
     with caplog.at_level(logging.WARNING, logger="trimtab.decode.particles"):
