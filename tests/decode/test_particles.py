@@ -1,5 +1,6 @@
 """Runs of particles as requests: where texts end, what is read once, what cannot go on, what is refused, what is warned of."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from statistics_of import fits
 from tiny import save_lora, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.rules import Product
+from trimtab.decode.request import Particles
 from trimtab.decode.sequence_level import SequenceLevel, parse_sequence_level
 from trimtab.decode.text import TextStream
 from trimtab.errors import InvalidRequest
@@ -298,4 +300,11 @@ def test_weights_that_have_collapsed_are_warned_of_with_figures(after_two, colla
     with caplog.at_level(logging.WARNING, logger="trimtab.decode.particles"):
         (done,) = at_sequence_level(model, [[1]], SamplingParams(max_tokens=6, seed=0), "particles=8,ess=0")
     assert done.particles.collapsed == (done.particles.effective_size < 2) == collapsed
-    assert ("the weights have collapsed in 1 of 1 runs: at the end 8 particles are worth 1." in caplog.text) == collapsed
+    assert ("the weights have collapsed in 1 of 1 runs: 8 particles were once worth 1." in caplog.text) == collapsed
+
+
+def test_a_collapse_that_resampling_hides_is_one():
+    sound = Particles([], [0.5, 0.5], log_z=0.0, effective_size=8.0, effective_sizes=[8.0, 4.0], resampled=[], origins=5)
+    assert not sound.collapsed
+    assert dataclasses.replace(sound, effective_sizes=[8.0, 1.5]).collapsed
+    assert dataclasses.replace(sound, origins=1).collapsed

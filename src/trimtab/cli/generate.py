@@ -167,6 +167,7 @@ def _told(particles: Any) -> dict[str, Any]:
     return {
         "log_z": particles.log_z,
         "effective_size": particles.effective_size,
+        "least_size": particles.least_size,
         "resamplings": len(particles.resampled),
         "origins": particles.origins,
         "collapsed": particles.collapsed,

@@ -314,11 +314,11 @@ def _warn(completions: Sequence[Completion], how: SequenceLevel) -> None:
     poor = [particles for particles in sets if particles.collapsed]
     if not poor:
         return
-    size = statistics.median(particles.effective_size for particles in poor)
+    size = statistics.median(particles.least_size for particles in poor)
     origins = statistics.median(particles.origins for particles in poor)
     logger.warning(
-        "sequence level: the weights have collapsed in %d of %d runs: at the end %d particles are worth %.1f, and descend from"
-        " %g of those they began with (medians). Such texts follow neither law well: take more particles, fewer max_tokens or a"
+        "sequence level: the weights have collapsed in %d of %d runs: %d particles were once worth %.1f, and in the end descend"
+        " from %g of those that began (medians). Such texts follow neither law well: take more particles, fewer max_tokens or a"
         " smaller weight",
         *(len(poor), len(sets), how.particles, size, origins),
     )

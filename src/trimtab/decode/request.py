@@ -141,8 +141,16 @@ class Particles:
 
     @property
     def collapsed(self) -> bool:
-        """Whether one particle is as good as all that is left: it stands for the set at the end, or all begin with its text."""
-        return self.effective_size < 2 or self.origins < 2
+        """Whether one particle once stood for all, by its weight, or all descend from one: the set is worth little then.
+
+        What the weights are worth at the end does not tell: resampling makes them even again.
+        """
+        return self.least_size < 2 or self.origins < 2
+
+    @property
+    def least_size(self) -> float:
+        """How many particles the weights were worth when they were most uneven."""
+        return min(self.effective_size, *self.effective_sizes)
 
 
 @dataclass(frozen=True)

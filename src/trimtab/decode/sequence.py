@@ -1,6 +1,5 @@
 """The bookkeeping of one completion while it grows."""
 
-import copy
 import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
@@ -121,7 +120,8 @@ class Sequence:
 
     def fork(self) -> Self:
         """Another completion of the same request, with the same text so far and a way of its own; it remembers no drafts."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
         other.tokens, other.log_z, other._drawn = list(self.tokens), list(self.log_z), list(self._drawn)
         other.hope, other.tally, other.memory, other.started = Hope(), Tally(), None, False
         other._text = self._text.fork()
