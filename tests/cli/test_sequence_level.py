@@ -1,4 +1,4 @@
-"""`trimtab generate --sequence_level`: what it prints and writes, what is wrong usage before a model is loaded, what is resumed."""
+"""`trimtab generate --sequence_level`: what it prints and writes, what is wrong usage before a model is loaded, what goes on."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from tiny import tiny_tokenizer
 from tiny_task import make_task
 from trimtab import AlignedModel, SamplingParams
 from trimtab.models.aligner import Manifest
-from trimtab.models.fingerprint import fingerprint_vocabulary
+from trimtab.models.vocabulary import fingerprint_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +84,8 @@ def test_files_are_written_and_resumed_under_the_same_settings_only(task, capsys
     ],
 )
 def test_wrong_usage_is_one_line_before_a_model_is_loaded(task, capsys, more, message):
-    asked = [
-        "generate",
-        "--proposal",
-        task / "nowhere",
-        "--aligner",
-        task / "nobody",
-        "--prompt",
-        "ab",
-        "--sequence_level",
-        *more,
-    ]
-    status, out, errors = called(capsys, *asked)
+    asked = "generate", "--proposal", task / "nowhere", "--aligner", task / "nobody", "--prompt", "ab"
+    status, out, errors = called(capsys, *asked, "--sequence_level", *more)
     assert (status, out, len(errors)) == (2, "", 1)
     assert message in errors[0]
 
