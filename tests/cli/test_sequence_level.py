@@ -1,4 +1,4 @@
-"""`trimtab generate --sequence_level`: what it prints and writes, what is wrong usage before a model is loaded, what goes on."""
+"""`trimtab generate --sequence_level`: what it prints and writes, what is wrong usage before a model is loaded."""
 
 import json
 import shutil
