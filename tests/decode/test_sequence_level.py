@@ -235,7 +235,10 @@ def slowly(model, proposal, aligner, prompt, count, ess, length, seed, index=0) 
             if row is not None:
                 running = list(itertools.accumulate(row))
                 texts[i] += (next(v for v in range(len(row)) if running[v] > noise[1 + i] * running[-1]),)
-    return {"texts": texts, "logw": logw, "log_z": log_z, "resampled": resampled, "sizes": sizes}
+    w = list(itertools.accumulate(math.exp(value - max(logw)) for value in logw))
+    uniform = float(uniforms([seed], [index], [len(sizes)], 1, 1))
+    drawn = texts[next(i for i in range(count) if w[i] > uniform * w[-1])]
+    return {"texts": texts, "logw": logw, "log_z": log_z, "resampled": resampled, "sizes": sizes, "drawn": drawn}
 
 
 SPREADS = {"llama": 0.4, "qwen3_next": 0.4, "gemma3_text": 0.1}
@@ -263,6 +266,9 @@ def test_a_run_is_that_of_the_slow_sampler(kind):
         assert found.weights == pytest.approx(torch.tensor(expected["logw"]).double().softmax(-1).tolist(), rel=1e-4)
         assert found.effective_sizes == pytest.approx(expected["sizes"], rel=1e-3)
         assert found.resampled == expected["resampled"]
+        mean = math.fsum(map(math.exp, expected["logw"])) / len(expected["logw"])
+        assert found.log_z == pytest.approx(expected["log_z"] + math.log(mean), abs=1e-3)
+        assert tuple(done.tokens) == expected["drawn"]
         resamplings += len(found.resampled)
     assert resamplings > 3
     for i, prompt in enumerate(prompts):

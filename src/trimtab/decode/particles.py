@@ -110,7 +110,7 @@ class _Runs:
             self._step(rows)
             if self._slots:
                 rows = self._extend()
-        return [self._draw_one(run) for run in range(len(self._sequences))]
+        return self._draw_completions()
 
     def _read(self) -> list[Tensor]:
         """Read the prompts, copy each for its particles, and return all models' rows `[b, 1, V]` after them."""
@@ -181,10 +181,10 @@ class _Runs:
             increments: log Z of each, 0 for those that have ended.
             uniform: `[R]` one for each run.
         """
-        live = {particle // self._how.particles for particle in self._slots}
         weights = reweigh(self._weights, increments.view_as(self._weights.logw))
-        for run in live:
-            self._sizes[run].append(float(effective_size(weights.logw[run])))
+        sizes = effective_size(weights.logw).tolist()
+        for run in {particle // self._how.particles for particle in self._slots}:
+            self._sizes[run].append(sizes[run])
         self._weights, ancestors, happened = resample(weights, uniform, self._how.ess)
         for run in happened.nonzero()[:, 0].tolist():
             self._resampled[run].append(self._position)
@@ -280,26 +280,24 @@ class _Runs:
         mine = [row[slot, 0] for row in rows]
         self._broken.setdefault(run, explain_dead_row(self._sequences[run].shaping, mine, f"after {self._position} tokens"))
 
-    def _draw_one(self, run: int) -> Completion:
-        """The completion of a run, drawn by the weights of its particles, with all of them."""
-        sequence, count = self._sequences[run], self._how.particles
-        logw = self._weights.logw[run]
-        uniform = uniforms([sequence.seed], [sequence.index], [len(self._sizes[run])], 1, 1)[0, 0, 0]
-        chosen = int(choose(logw, uniform))
-        mine = range(run * count, (run + 1) * count)
+    def _draw_completions(self) -> list[Completion]:
+        """The completion of each run, drawn by the weights of its particles, with all of them."""
+        seeds, indices = [s.seed for s in self._sequences], [s.index for s in self._sequences]
+        uniform = uniforms(seeds, indices, [len(sizes) for sizes in self._sizes], 1, 1)[:, 0, 0]
+        logw = self._weights.logw
+        columns = choose(logw, uniform), logw.softmax(-1), estimate_log_z(self._weights), effective_size(logw)
+        found = zip(*(column.tolist() for column in columns), strict=True)
+        return [self._completion(run, *numbers) for run, numbers in enumerate(found)]
+
+    def _completion(self, run: int, chosen: int, weights: list[float], log_z: float, size: float) -> Completion:
+        """That of a run whose particle `chosen` was drawn; `NO_TOKEN` if none counts."""
+        first = run * self._how.particles
+        done = [self._done[particle] for particle in range(first, first + self._how.particles)]
         if run in self._broken or chosen == NO_TOKEN:
-            return next(self._done[particle] for particle in mine if self._done[particle].error)
-        weights = logw.softmax(-1).tolist()
-        particles = Particles(
-            completions=[self._done[particle] for particle in mine],
-            weights=weights,
-            log_z=float(estimate_log_z(self._weights)[run]),
-            effective_size=float(effective_size(logw)),
-            effective_sizes=self._sizes[run],
-            resampled=self._resampled[run],
-            origins=len({self._origins[particle] for particle, weight in zip(mine, weights, strict=True) if weight}),
-        )
-        return dataclasses.replace(self._done[mine[chosen]], particles=particles)
+            return next(one for one in done if one.error)
+        origins = {self._origins[first + i] for i, weight in enumerate(weights) if weight}
+        told = self._sizes[run], self._resampled[run], len(origins)
+        return dataclasses.replace(done[chosen], particles=Particles(done, weights, log_z, size, *told))
 
 
 def _without_drafter(models: Models) -> Models:
