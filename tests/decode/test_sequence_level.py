@@ -149,11 +149,10 @@ def test_a_planted_mistake_is_found(mistake, monkeypatch):
 V = 4
 REQUESTS: dict[str, dict[str, Any]] = {
     "product": {},
-    "half": {"weight": 0.5},
     "anti-expert": {"weight": -0.7},
     "geometric": {"rule": "geometric", "weight": 0.4},
     "nucleus": {"rule": "nucleus", "proposal_top_p": 0.8},
-    "warped": {"proposal_temperature": 0.6, "proposal_top_p": 0.9},
+    "warped": {"weight": 0.5, "proposal_temperature": 0.6, "proposal_top_p": 0.9},
 }
 
 
