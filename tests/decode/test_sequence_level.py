@@ -202,11 +202,11 @@ def test_averages_over_the_weighted_set_are_those_of_the_law():
 # ---- against a sampler that keeps nothing and shares nothing
 
 
-def slowly(model, proposal, aligner, prompt, count, ess, length, seed, index=0) -> dict[str, Any]:
+def slowly(pair, prompt, count, ess, length, seed, index, weight, ends) -> dict[str, Any]:
     """One run, a particle at a time, every row computed anew from the whole text; with the same uniforms."""
     texts, logw, log_z, resampled, sizes = [()] * count, [0.0] * count, 0.0, [], []
     for t in range(length):
-        ended = [bool(text) and text[-1] == EOS for text in texts]
+        ended = [bool(text) and text[-1] in ends for text in texts]
         if all(ended):
             break
         noise = uniforms([seed], [index], [t], 1, 1 + count)[0, 0].tolist()
@@ -215,9 +215,9 @@ def slowly(model, proposal, aligner, prompt, count, ess, length, seed, index=0) 
             if ended[i]:
                 rows.append(None)
                 continue
-            p, q = (probabilities(part, [*prompt, *text]) for part in (proposal, aligner))
-            rows.append(expected_row("product", p, [q], [1.0]))
-            logw[i] += math.log(math.fsum(a * b for a, b in zip(p, q, strict=True)))
+            p, q = (probabilities(part, [*prompt, *text]) for part in pair)
+            rows.append(expected_row("product", p, [q], [weight]))
+            logw[i] += math.log(math.fsum(token_weights("product", p, [q], [weight])))
         w = [math.exp(value - max(logw)) for value in logw]
         sizes.append(math.fsum(w) ** 2 / math.fsum(x * x for x in w))
         if sizes[-1] < ess * count and max(w) > min(w):
@@ -251,15 +251,20 @@ def pair_of(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["table", "llama", "qwen3_next", "gemma3_text"])
-def test_a_run_is_that_of_the_slow_sampler(kind):
-    """Same texts, weights and resamplings; a run is the same in a batch of several prompts and completions, in any order."""
-    proposal, aligner = pair_of(kind)
-    model = AlignedModel(proposal, [aligner], eos_token_ids=[EOS], max_num_seqs=64)
-    prompts, asked = [[1], [3, 2, 4, 1, 5], [2, 2]], SamplingParams(n=2, max_tokens=8, seed=5)
-    together = model.generate(prompts, asked, sequence_level="particles=6,ess=0.8")
+@pytest.mark.parametrize("case", ["live", "ended", "revived"])
+def test_a_run_is_that_of_the_slow_sampler(kind, case):
+    """Same texts, weights and resamplings; a run is the same in a batch of several prompts and completions.
+
+    Particles take over the slots of others that live; they become copies of those that have ended, which outweigh them; and
+    where an anti-expert makes each further token weigh more, those that have ended become copies of those that go on.
+    """
+    pair, weight, ends = pair_of(kind), -0.7 if case == "revived" else 1.0, () if case == "live" else (EOS,)
+    model = AlignedModel(pair[0], pair[1:], eos_token_ids=ends, max_num_seqs=64, weight=weight)
+    prompts, asked = [[1], [3, 2, 4, 1, 5]], SamplingParams(n=2, max_tokens=7, seed=5)
+    together = model.generate(prompts, asked, sequence_level="particles=6,ess=0.9")
     resamplings = 0
     for i, done in enumerate(together):
-        expected = slowly(model, proposal, aligner, prompts[i // 2], 6, 0.8, 8, 5, i % 2)
+        expected = slowly(pair, prompts[i // 2], 6, 0.9, 7, 5, i % 2, weight, ends)
         found = done.particles
         assert [tuple(one.tokens) for one in found.completions] == expected["texts"]
         assert found.weights == pytest.approx(torch.tensor(expected["logw"]).double().softmax(-1).tolist(), rel=1e-4)
@@ -269,8 +274,7 @@ def test_a_run_is_that_of_the_slow_sampler(kind):
         assert found.log_z == pytest.approx(expected["log_z"] + math.log(mean), abs=1e-3)
         assert tuple(done.tokens) == expected["drawn"]
         resamplings += len(found.resampled)
-    assert resamplings > 3
-    for i, prompt in enumerate(prompts):
-        alone = AlignedModel(proposal, [aligner], eos_token_ids=[EOS], max_num_seqs=1)
-        again = alone.generate([prompt], asked, sequence_level="particles=6,ess=0.8")
-        assert [done.tokens for done in again] == [done.tokens for done in together[2 * i : 2 * i + 2]]
+    assert resamplings >= 3
+    alone = AlignedModel(pair[0], pair[1:], eos_token_ids=ends, max_num_seqs=1, weight=weight)
+    again = alone.generate(prompts[1:], asked, sequence_level="particles=6,ess=0.9")
+    assert [done.tokens for done in again] == [done.tokens for done in together[2:]]
