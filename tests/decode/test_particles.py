@@ -286,7 +286,7 @@ def test_the_proposal_alone_is_refused():
 def test_a_proposal_with_few_slots_says_how_many():
     proposal, aligner = tables()
     proposal.max_slots = 4
-    with pytest.raises(InvalidRequest, match="holds at most 4 texts at once, so use particles=4"):
+    with pytest.raises(InvalidRequest, match="holds at most 4 texts at once: use particles=4"):
         at_sequence_level(AlignedModel(proposal, [aligner], max_num_seqs=4), [[1]], SamplingParams())
 
 

@@ -61,11 +61,13 @@ def sample_sequences(
     Raises:
         InvalidRequest: a request cannot be sampled so; nothing has been computed then.
     """
+    most = max(max_num_seqs, how.particles)
     for sequence in sequences:
         check_sequence_level(sequence.params, sequence.shaping)
-        if how.particles > (most := getattr(sequence.models.proposal, "max_slots", how.particles)):
-            raise InvalidRequest(f"sequence_level: this proposal holds at most {most} texts at once, so use particles={most}")
-    at_once = max(1, max_num_seqs // how.particles)
+        most = min(most, getattr(sequence.models.proposal, "max_slots", most))
+    if how.particles > most:
+        raise InvalidRequest(f"sequence_level: this proposal holds at most {most} texts at once: use particles={most}")
+    at_once = most // how.particles
     done = []
     for start in range(0, len(sequences), at_once):
         done += _Runs(sequences[start : start + at_once], how, prefixes).finish()
