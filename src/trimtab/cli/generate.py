@@ -70,7 +70,8 @@ def run(options: Options) -> dict[str, Any]:
         records = read_records(options.input, need="prompt", answers=False)
         prompts = [record.prompt for record in records]
         check_chats(options, prompts)
-    model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
+    asked = options if how is None else dataclasses.replace(options, draft="none")  # no drafter is loaded for particles
+    model = load_aligned_model(asked, options, kept_header(options.out).get("date") if options.out else None)
     refuse_idle_date(options.date, model.tokenizer)
     check_prompts(model, records, params)
     shaping = model.shaping(params)
