@@ -19,9 +19,11 @@ __all__ = [
     "Aligner",
     "Completion",
     "EvalOptions",
+    "Particles",
     "ProposeOptions",
     "SamplingParams",
     "Score",
+    "SequenceLevel",
     "TokenEvent",
     "TokenLogprobs",
     "TrainOptions",
@@ -36,9 +38,11 @@ _HOMES = {
     "Aligner": "trimtab.models.aligner",
     "Completion": "trimtab.decode.request",
     "EvalOptions": "trimtab.evaluate.options",
+    "Particles": "trimtab.decode.request",
     "ProposeOptions": "trimtab.propose.options",
     "SamplingParams": "trimtab.decode.request",
     "Score": "trimtab.decode.scoring",
+    "SequenceLevel": "trimtab.decode.sequence_level",
     "TokenEvent": "trimtab.decode.request",
     "TokenLogprobs": "trimtab.decode.request",
     "TrainOptions": "trimtab.train.options",
@@ -51,8 +55,9 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from trimtab.decode.aligned import AlignedModel
-    from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
+    from trimtab.decode.request import Completion, Particles, SamplingParams, TokenEvent, TokenLogprobs
     from trimtab.decode.scoring import Score
+    from trimtab.decode.sequence_level import SequenceLevel
     from trimtab.errors import TrimtabError
     from trimtab.evaluate.call import evaluate
     from trimtab.evaluate.options import EvalOptions

@@ -120,6 +120,16 @@ def test_so_does_a_step_of_several_groups(reads: list[int]) -> None:
     assert watch.waited == []
 
 
+def test_so_does_a_step_of_particles(reads: list[int]) -> None:
+    """All draw the token 0 with log Z 0, so that nothing is drawn anew."""
+    model = AlignedModel(far_model(0), [far_model(1)], eos_token_ids=[EOS])
+    params = SamplingParams(max_tokens=9, ignore_eos=True, seed=0, n=2)
+    with Watch() as watch:
+        model.generate([[1, 2, 3], [1]], params, sequence_level="particles=3")
+    assert len(reads) == 9
+    assert watch.waited == []
+
+
 def test_the_watch_sees_what_waits(reads: list[int]) -> None:
     far, near = torch.zeros(2, device="meta"), torch.zeros(2)
     with Watch() as watch:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trimtab.data.options import TemplateOptions, check_chats
@@ -14,7 +16,7 @@ from trimtab.decode.options import (
     load_aligned_model,
     make_sampling_params,
 )
-from trimtab.errors import InvalidOption
+from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.files import json_digest, refuse_overwriting
 from trimtab.jsonlines import ResumableLines, kept_header
 from trimtab.options import option
@@ -23,6 +25,9 @@ __all__ = ["Options", "render", "run"]
 
 logger = logging.getLogger(__name__)
 
+LATER = ("sequence_level", "handover")
+"""Options that came after files had been begun, which go on where these are not given."""
+
 
 @dataclass(frozen=True)
 class Options(SamplingOptions, TemplateOptions, ModelOptions):
@@ -30,11 +35,23 @@ class Options(SamplingOptions, TemplateOptions, ModelOptions):
 
     prompt: tuple[str, ...] = option((), "a prompt; may repeat")
     input: str | None = option(None, "a data set whose 'prompt' (or 'messages') to complete", metavar="FILE")
+    sequence_level: str | None = option(
+        None,
+        "draw whole sequences from the sequence-level law, and not token by token from the token-level one: 'particles=16', or"
+        " 'particles=16,ess=0.5', which says when they are resampled",
+        metavar="SETTINGS",
+    )
     out: str | None = option(None, "write JSON Lines here, resuming an interrupted run", metavar="FILE")
 
     def idle(self) -> dict[str, str]:
-        """What is for chats where there is none."""
-        return dict.fromkeys(("chat_template_path", "date"), "is for chats, and --prompt is a text") if self.prompt else {}
+        """What is for chats where there is none, and what drafts where nothing is drafted."""
+        idle = dict.fromkeys(("chat_template_path", "date"), "is for chats, and --prompt is a text") if self.prompt else {}
+        if self.sequence_level:
+            why = "has no effect with --sequence_level: nobody drafts for particles"
+            idle |= dict.fromkeys(("draft", "draft_temperature", "num_speculative_tokens"), why)
+        if not self.aligner:
+            idle["sequence_level"] = "needs an --aligner: the proposal alone is the same at both levels"
+        return idle
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -44,6 +61,7 @@ def run(options: Options) -> dict[str, Any]:
     if bool(options.prompt) == bool(options.input):
         raise InvalidOption("give either --prompt or --input")
     params = make_sampling_params(options)
+    how = _sequence_level(options, params)
     prompts: list[Any] = list(options.prompt)
     records: list[Any] = []
     if options.out:
@@ -54,15 +72,22 @@ def run(options: Options) -> dict[str, Any]:
         records = read_records(options.input, need="prompt", answers=False)
         prompts = [record.prompt for record in records]
         check_chats(options, prompts)
-    model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
+    asked = options if how is None else dataclasses.replace(options, draft="none")  # no drafter is loaded for particles
+    model = load_aligned_model(asked, options, kept_header(options.out).get("date") if options.out else None)
     refuse_idle_date(options.date, model.tokenizer)
     check_prompts(model, records, params)
-    report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
+    shaping = model.shaping(params)
+    report: dict[str, Any] = {"rule": str(shaping.rule), "weight": list(shaping.weights), "target": "token-level"}
+    complete = model.generate
+    if how is not None:
+        _check_rule(shaping.rule)
+        report |= {"target": "sequence-level", "sequence_level": str(how)}
+        complete = partial(model.generate, sequence_level=how)
     report["kernels"] = kernels_of(model)
     if options.out is None:
-        rows = _rows(prompts, model.generate(prompts, params), params.n)
+        rows = _rows(prompts, complete(prompts, params), params.n)
         return report | {"completions": rows, "failed": sum("error" in row for row in rows)}
-    return report | {"out": options.out} | _write(options, model, prompts, params)
+    return report | {"out": options.out} | _write(options, model, prompts, params, complete)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -73,7 +98,33 @@ def render(report: dict[str, Any]) -> str:
     return "\n\n".join(row["completion"] for row in report["completions"])
 
 
-def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dict[str, Any]:
+def _sequence_level(options: Options, params: Any) -> Any:
+    """How whole sequences are drawn, if they are, checked as far as it can be before the models are loaded."""
+    from trimtab.core.rules import parse_rule
+    from trimtab.decode.sequence_level import parse_sequence_level, refuse_knobs
+
+    if options.sequence_level is None:
+        return None
+    try:
+        how = parse_sequence_level(options.sequence_level)
+        refuse_knobs(params)
+    except InvalidRequest as error:
+        raise InvalidOption(str(error)) from error
+    if options.rule is not None:
+        _check_rule(parse_rule(options.rule))
+    return how
+
+
+def _check_rule(rule: Any) -> None:
+    from trimtab.decode.sequence_level import refuse_rule
+
+    try:
+        refuse_rule(rule)
+    except InvalidRequest as error:
+        raise InvalidOption(str(error)) from error
+
+
+def _write(options: Options, model: Any, prompts: list[Any], params: Any, complete: Callable[..., list[Any]]) -> dict[str, Any]:
     from trimtab.decode.drafters import DRAFTERS
     from trimtab.models.fingerprint import fingerprint_of
 
@@ -82,12 +133,15 @@ def _write(options: Options, model: Any, prompts: list[Any], params: Any) -> dic
     weights = [fingerprint_of(m) for m in model.models.all]
     if (options.draft or "").partition(":")[0] in set(DRAFTERS) - {"aligner", "model"}:
         settings["draft"] = model.drafter  # what it drafts from, if that means anything, and not where it was named
+    for name in LATER:
+        if settings[name] is None:
+            del settings[name]
     settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": weights}
     lines = ResumableLines(options.out, settings, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):
             part = prompts[start : start + options.max_num_seqs]
-            lines.write(_rows(part, model.generate(part, params), params.n))
+            lines.write(_rows(part, complete(part, params), params.n))
             logger.info("completed %d of %d prompts", start + len(part), len(prompts))
     return {"rows": len(prompts) * options.n, "failed": lines.failed}
 
@@ -108,5 +162,18 @@ def _rows(prompts: list[Any], completions: list[Any], n: int) -> list[dict[str, 
         row |= {"prompt_tokens": c.prompt_tokens, "completion_tokens": len(c.tokens)}
         row |= {} if c.fallbacks is None else {"fallbacks": c.fallbacks}
         row |= {} if c.handover_at is None else {"handover_at": c.handover_at}
+        row |= {} if c.particles is None else {"sequence_level": _told(c.particles)}
         rows.append(row if c.error is None else row | {"error": c.error})
     return rows
+
+
+def _told(particles: Any) -> dict[str, Any]:
+    """What a row says of the run that its completion was drawn from."""
+    return {
+        "log_z": particles.log_z,
+        "effective_size": particles.effective_size,
+        "least_size": particles.least_size,
+        "resamplings": len(particles.resampled),
+        "origins": particles.origins,
+        "collapsed": particles.collapsed,
+    }

@@ -16,6 +16,7 @@ from trimtab.decode.draft import choose_drafter
 from trimtab.decode.drafters import Drafter, Given, as_drafter
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
+from trimtab.decode.particles import sample_sequences
 from trimtab.decode.prefixes import PREFIX_CACHE_TOKENS, Prefixes
 from trimtab.decode.request import (
     Completion,
@@ -26,6 +27,7 @@ from trimtab.decode.request import (
 )
 from trimtab.decode.scoring import Score, by_length, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
+from trimtab.decode.sequence_level import SequenceLevel, parse_sequence_level
 from trimtab.decode.settings import settle
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
@@ -178,7 +180,11 @@ class AlignedModel:
         return cls(*models, manifests=parts.manifests, rule=rule, weight=weight, draft=parts.draft, **settings)
 
     def generate(
-        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        sequence_level: str | SequenceLevel | None = None,
     ) -> list[Completion]:
         """Complete prompts.
 
@@ -188,6 +194,8 @@ class AlignedModel:
         Args:
             prompts: texts, chat message lists or id lists, of any lengths; or just one of them.
             params: one for all prompts, or a list with one for each.
+            sequence_level: `"particles=16"`: draw each completion from the sequence-level law, by a run of sequential Monte
+                Carlo of its own; its `particles` are the run's weighted set. See docs/sequence-level.md.
 
         Returns:
             A flat list in the order of the prompts, with `n` consecutive completions for each.
@@ -196,6 +204,8 @@ class AlignedModel:
             InvalidRequest: a prompt or parameter cannot be decoded; nothing has been computed then.
         """
         sequences = self._sequences(prompts, params)
+        if sequence_level is not None:
+            return sample_sequences(sequences, parse_sequence_level(sequence_level), self.prefixes, self.max_num_seqs)
         done = {(e.prompt_index, e.index): e.completion for e in self._decode(sequences) if e.completion is not None}
         return [done[s.prompt_index, s.index] for s in sequences]
 
@@ -364,7 +374,7 @@ class AlignedModel:
                 raise InvalidRequest(f"{field}: there is no token {outside[0]}; ids end at {self.proposal.vocab_size - 1}")
         shaping = self.shaping(params)
         if not shaping.rule.has_row:
-            refuse_row_settings(params, shaping.rule)
+            refuse_row_settings(params, f"acts on the aligned row, which rule '{shaping.rule}' does not have")
         seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
         how = (self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
         return [Growing(i, index, ids, *how, answers=is_chat(prompt)) for index in range(params.n)]

@@ -8,7 +8,7 @@ from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.knobs import KNOBS, DrawingKnobs, EndingKnobs, ShapingKnobs
 from trimtab.options import same
 
-__all__ = ["Completion", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_params", "refuse_row_settings"]
+__all__ = ["Completion", "Particles", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_params", "refuse_row_settings"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Completion:
             rules that mark none.
         handover_at: how many tokens were written before the hand-over, if there was one: the index of the first token after it.
         error: why it could not go on (a distribution that is NaN, or without any token), or None.
+        particles: of one that was drawn at the sequence level, all that it was drawn from.
     """
 
     text: str
@@ -131,6 +132,46 @@ class Completion:
     fallbacks: int | None = None
     handover_at: int | None = None
     error: str | None = None
+    particles: "Particles | None" = None
+
+
+@dataclass(frozen=True)
+class Particles:
+    """The weighted set of one run of sequential Monte Carlo (`trimtab.core.particles`), from which a completion was drawn.
+
+    Σ_i weights[i] · f(completions[i]) estimates the mean of f under the sequence-level law.
+
+    Attributes:
+        completions: of all N particles; after a resampling some may be the same. One that came to a place without any token
+            has the `finish_reason` `"error"`, and weighs nothing.
+        weights: one for each; they sum to 1.
+        log_z: log of an unbiased estimate of Z = Σ_y Π_t w_t(y_t), in nats; under `product` that is Σ_y P_M(y)·Q(y)^λ.
+        effective_size: how many equal particles the weights are worth.
+        effective_sizes: how many they were worth before each token, and before the particles were resampled if they were.
+        resampled: the positions of the tokens before which the particles were resampled.
+        origins: how many of the N particles that the run began with those that weigh something descend from.
+    """
+
+    completions: list[Completion]
+    weights: list[float]
+    log_z: float
+    effective_size: float
+    effective_sizes: list[float]
+    resampled: list[int]
+    origins: int
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether one particle once stood for all, by its weight, or all descend from one: the set is worth little then.
+
+        What the weights are worth at the end does not tell: resampling makes them even again.
+        """
+        return self.least_size < 2 or self.origins < 2
+
+    @property
+    def least_size(self) -> float:
+        """How many particles the weights were worth when they were most uneven."""
+        return min(self.effective_size, *self.effective_sizes)
 
 
 @dataclass(frozen=True)
@@ -167,12 +208,12 @@ def check_params(params: Any) -> None:
         raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
 
 
-def refuse_row_settings(params: SamplingParams, rule: Rule) -> None:
-    """Without an aligned row there is nothing for the sampling knobs to act on; say so instead of dropping them."""
+def refuse_row_settings(params: SamplingParams, why: str) -> None:
+    """Refuse the knobs that act on the aligned row where that cannot be; `why` goes on with a knob's name."""
     plain = SamplingParams()
     for name in (name for name, knob in KNOBS.items() if knob.said["acts"] == "row"):
         if getattr(params, name) != getattr(plain, name) and not (name == "top_k" and params.top_k <= 0):
             raise InvalidRequest(
-                f"{name} acts on the aligned row, which rule '{rule}' does not have: leave it at "
+                f"{name} {why}: leave it at "
                 f"{getattr(plain, name)!r}, or use proposal_temperature, proposal_top_p and aligner_temperature"
             )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from trimtab.core.draw import NO_TOKEN
 from trimtab.core.rules import Product
@@ -188,6 +188,15 @@ class Sequence:
         """Note log Z at one position; NaN, from a rule without one, is dropped."""
         if value == value:
             self.log_z.append(value)
+
+    def fork(self) -> Self:
+        """Another completion of the same request, with the same text so far and a way of its own; it remembers no drafts."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.tokens, other.log_z, other._drawn = list(self.tokens), list(self.log_z), list(self._drawn)
+        other.hope, other.tally, other.memory, other.started = Hope(), Tally(), None, False
+        other._text = self._text.fork()
+        return other
 
     def accept(self, drawn: Drawn) -> TokenEvent:
         """Take the next token."""

@@ -166,6 +166,19 @@ class BatchShaping:
                 found[index] = gather(logw, at[index])
         return found - gather(target[:, :1], at)
 
+    def weigh(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The aligned rows `[B, K, V]`, and the log of the mass `[B, K]` that each was divided by: −inf where there is none.
+
+        Of rules that all weigh tokens and do not look back; there are aligners. A row that means nothing has NaN for its mass.
+        """
+        logp, _ = inputs
+        rows, log_z = torch.empty_like(logp), torch.empty_like(logp[..., 0])
+        for rule, index in self._groups:
+            if len(self._groups) == 1:
+                return rule.weigh(*self._part(inputs, None))
+            rows[index], log_z[index] = rule.weigh(*self._part(inputs, index))
+        return rows, log_z
+
     def _part(self, inputs: Inputs, index: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Some requests' inputs and weights, as a rule takes them; all of them without an index."""
         logp, logqs = inputs

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 from trimtab.decode.spelling import spelling_of
 
@@ -52,6 +52,17 @@ class TextStream:
             plain = (token for token in reversed(prompt) if not self._spelling.is_special(token))
             for token in reversed(list(islice(plain, WINDOW))):
                 self._characters(token)
+
+    def fork(self) -> Self:
+        """Another stream that stands where this one does and goes its own way."""
+        if self._spelling is None:
+            return self
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))  # copy.copy takes five times as long
+        other._open, other._seen = list(self._open), list(self._seen)
+        other._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
     def push(self, token: int, *, ends: bool = False) -> str:
         """Add a token and return the text that has become certain; a token that `ends` the completion has no text."""

@@ -73,6 +73,14 @@ class Rule:
         """
         return self._cut(logp, logqs, weights, context).logsumexp(-1)
 
+    def weigh(
+        self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`target` `[..., V]` and `log_z` `[...]`, with the work of one; the arguments are `target`'s, aligners among them."""
+        logw = self._cut(logp, logqs, weights, context)
+        log_z = logw.logsumexp(-1)
+        return logw - log_z.unsqueeze(-1), log_z
+
     def _cut(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, context: Context | None) -> Tensor:
         """`log_weights` on the support of p̃; NaN where p̃ is no distribution, which must not pass unnoticed."""
         logw = self.log_weights(logp, logqs, weights, **self.seen(context))
