@@ -9,14 +9,13 @@ Of a linear layer's product x·Wᵀ an adapter of rank r makes x·Wᵀ + (x·A)�
 products a layer, two of them fused from several linear layers: there, A stacks the layers' blocks and B is block-diagonal, so
 that each product needs one pair of small ones. Where all slots of a step use the same adapter, the pairs are views of its flat
 tensor. Otherwise the adapters are gathered side by side (`Gathered`), padded with zeros to the largest rank, and the pairs are
-views of that; a later step writes only the rows whose adapter changed.
+views of that; a later step writes only the rows whose adapter changed. A slot may use a `Blend` of adapters, too; a few adapters
+in many blends are stacked (`Stacked`).
 """
 
 import copy
 import hashlib
-import weakref
 from collections.abc import Collection, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +27,8 @@ from trimtab.errors import CheckpointError, UnsupportedModel
 from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.models.adapter_layout import Layout, Shape
+from trimtab.models.adapter_mixing import FEW, Gathered, Stacked, are_few, distinct
+from trimtab.models.adapter_values import Adapter, Blend
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.blocks import LEAN, projections_of
 from trimtab.models.huggingface import HuggingFaceLM
@@ -38,78 +39,7 @@ from trimtab.models.lora_plan import plan_of
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
-__all__ = ["Adapted", "Adapter", "AdapterPool", "AdapterStore"]
-
-
-class Adapter:
-    """The weights of one LoRA adapter for one pool's base; equal only to itself.
-
-    Attributes:
-        name: what to call it in messages.
-        flat: `[size]` all its weights, in the base's dtype and on its device.
-        shape: how they are laid out.
-        deltas: the same as pairs for the lean pass, where all slots use it.
-    """
-
-    def __init__(self, name: str, flat: Tensor, shape: Shape, layout: Layout) -> None:
-        self.name, self.flat, self.shape = name, flat, shape
-        self.deltas = layout.deltas(flat[None], shape)
-        self.reference = weakref.ref(self)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes, zeros of padding and fused blocks included."""
-        return self.flat.nbytes
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """`sha256:…` of its weights and how they are laid out."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        digest.update(self.flat.cpu().view(torch.uint8).numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
-
-
-class Gathered:
-    """Copies of the adapters of a state's first slots, side by side.
-
-    Args:
-        layout: the pool's.
-        shape: one with room for all of the state's adapters.
-        flat: `[rows, size]`, a row for each slot, not yet written.
-
-    Attributes:
-        held: the adapters of the rows that are written.
-    """
-
-    def __init__(self, layout: Layout, shape: Shape, flat: Tensor) -> None:
-        self.shape, self.rows = shape, len(flat)
-        self.held: list[weakref.ref[Adapter] | None] = []
-        self._layout, self._flat = layout, flat
-        self._deltas: dict[int, Deltas] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the copies take."""
-        return self._flat.nbytes
-
-    def write(self, row: int, adapter: Adapter | None) -> None:
-        """Put an adapter, or none, into a row that is written or the first that is not."""
-        self.held[row : row + 1] = [_reference(adapter)]
-        target = self._flat[row : row + 1]
-        if adapter is not None and adapter.shape == self.shape:
-            target.copy_(adapter.flat)
-            return
-        target.zero_()
-        if adapter is not None:
-            regions = self._layout.regions(target, self.shape)
-            for product, region in self._layout.regions(adapter.flat[None], adapter.shape).items():
-                regions[product][:, :, : adapter.shape.rank] = region
-
-    def deltas(self, slots: int) -> Deltas:
-        """The pairs of the first rows."""
-        if slots not in self._deltas:
-            self._deltas[slots] = self._layout.deltas(self._flat[:slots], self.shape)
-        return self._deltas[slots]
+__all__ = ["Adapted", "AdapterPool", "AdapterStore"]
 
 
 class AdapterStore:
@@ -138,14 +68,23 @@ class AdapterStore:
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
         return Adapter(name, flat, shape, self._layout)
 
-    def gathered_bytes(self, adapters: Iterable[Adapter]) -> int:
-        """What each slot of a step takes in which several of these adapters are used."""
+    def gathered_bytes(self, adapters: Iterable[Adapter | Blend]) -> int:
+        """What each slot of a step takes in which several of these are used."""
         return self._layout.size(Shape.around(adapter.shape for adapter in adapters)) * self.dtype.itemsize
 
     def mixing_bytes(self, slots: int, adapters: Collection[Any]) -> int:
-        """What so many slots take for these adapters side by side, None among them for a slot without: 0 for one alone."""
+        """What so many slots take for these adapters side by side, None among them for a slot without: 0 for one alone.
+
+        Where they are too many to be stacked, there may have been fewer before.
+        """
         different = set(adapters)
-        return slots * self.gathered_bytes(different - {None}) if len(different) > 1 else 0
+        some = different - {None}
+        if not any(isinstance(one, Blend) for one in some):
+            return slots * self.gathered_bytes(some) if len(different) > 1 else 0
+        stacked = Shape.beside(adapter.shape for adapter in distinct(list(some)))
+        if are_few(list(some), self.dtype):
+            return self._layout.size(stacked) * self.dtype.itemsize
+        return max(slots, FEW) * self.gathered_bytes(some)
 
     def _plan(self, folder: Path, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
         """Rank and scaling of each adapted module. Where only PEFT knows, it lays them out around a base without weights."""
@@ -192,24 +131,42 @@ class AdapterStore:
 
     def deltas(self, state: SlotState, slots: int) -> Deltas | None:
         """What the first slots of a state add to the weights."""
-        adapters: list[Adapter | None] = state.adapters[:slots]
-        first = adapters[0]
-        if all(adapter is first for adapter in adapters):
-            state.gathered = None
-            return None if first is None else first.deltas
-        gathered: Gathered | None = state.gathered
-        wanted = [_reference(adapter) for adapter in adapters]
-        if gathered is None or gathered.held[:slots] != wanted:
-            shape = Shape.around(adapter.shape for adapter in state.adapters if adapter is not None)
-            if gathered is None or gathered.shape != shape or gathered.rows < slots:
-                state.gathered = gathered = None  # the old one's memory goes before the new one's comes
+        values: list[Adapter | Blend | None] = state.adapters[:slots]
+        first = values[0]
+        if all(value == first for value in values):
+            if not isinstance(first, Blend):
+                state.gathered = None
+                return None if first is None else first.deltas
+            return self._gathered(state, [first], [first]).deltas(1)
+        if are_few(state.adapters, self.dtype):
+            return self._stacked(state, values).deltas(values)
+        return self._gathered(state, values, state.adapters).deltas(slots)
+
+    def _stacked(self, state: SlotState, values: Sequence[Adapter | Blend | None]) -> Stacked:
+        """The adapters that these are made of, once each; with all others of the state, where that is made anew."""
+        stacked = state.gathered
+        if not isinstance(stacked, Stacked) or not stacked.serves(distinct(values)):
+            state.gathered = None  # the old one's memory goes before the new one's comes
+            state.gathered = stacked = Stacked(self._layout, distinct(state.adapters))
+        return stacked
+
+    def _gathered(
+        self, state: SlotState, values: Sequence[Adapter | Blend | None], around: Sequence[Adapter | Blend | None]
+    ) -> Gathered:
+        """A row for each of these, with room for what stands around them, too."""
+        gathered, slots = state.gathered, len(values)
+        wanted = [None if value is None else value.reference for value in values]
+        if not isinstance(gathered, Gathered) or gathered.held[:slots] != wanted:
+            shape = Shape.around(value.shape for value in around if value is not None)
+            if not isinstance(gathered, Gathered) or gathered.shape != shape or gathered.rows < slots:
+                state.gathered = gathered = None
                 rows = min(len(state), 1 << (slots - 1).bit_length())  # a batch that grows slot by slot gathers seldom
                 flat = torch.empty(rows, self._layout.size(shape), dtype=self.dtype, device=self.device)
                 state.gathered = gathered = Gathered(self._layout, shape, flat)
-            for row, adapter in enumerate(adapters):
+            for row, value in enumerate(values):
                 if gathered.held[row : row + 1] != wanted[row : row + 1]:
-                    gathered.write(row, adapter)
-        return gathered.deltas(slots)
+                    gathered.write(row, value)
+        return gathered
 
 
 class AdapterPool(HuggingFaceLM):
@@ -275,7 +232,7 @@ class Adapted:
         adapter: what every slot of a new state gets.
     """
 
-    def __init__(self, pool: Pool, adapter: Adapter) -> None:
+    def __init__(self, pool: Pool, adapter: Adapter | Blend) -> None:
         self.pool, self.adapter = pool, adapter
         self.vocab_size, self.max_length, self.device = pool.vocab_size, pool.max_length, pool.device
 
@@ -313,7 +270,3 @@ class Adapted:
     def select(self, state: State, rows: Sequence[int]) -> State:
         """Copies of the given slots, adapters included."""
         return self.pool.select(state, rows)
-
-
-def _reference(adapter: Adapter | None) -> weakref.ref[Adapter] | None:
-    return None if adapter is None else adapter.reference
