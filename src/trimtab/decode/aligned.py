@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self, Unpack
 
 import torch
@@ -12,7 +13,8 @@ from trimtab.core.rules import Rule, parse_rule
 from trimtab.data.encoding import Encoder
 from trimtab.data.prompts import Prompt, are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.assemble import AlignerLike, load_parts
-from trimtab.decode.draft import choose_drafter
+from trimtab.decode.blending import Blends
+from trimtab.decode.draft import Models, choose_drafter
 from trimtab.decode.drafters import Drafter, Given, as_drafter
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
@@ -109,7 +111,7 @@ class AlignedModel:
         check_number("draft_temperature", 1.0 if draft_temperature is None else draft_temperature, above=0)
         self._draft_temperature = draft_temperature
         self.defaults = SamplingParams(rule=None if rule is None else parse_rule(rule), weight=weight, **warps)
-        self.shaping(self.defaults)  # contradictions show now, not with the first request
+        self.models_of(self.shaping(self.defaults))  # contradictions show now, not with the first request
 
     @classmethod
     def from_pretrained(
@@ -230,7 +232,7 @@ class AlignedModel:
         scores: dict[int, Score] = {}
         for batch in by_length([len(prompt) + len(completion) for prompt, completion, _ in pairs], self.max_num_seqs):
             ids = [pairs[i][:2] for i in batch]
-            rows = score_tokens(self.proposal, self.aligners, shaping, ids, batch)
+            rows = score_tokens(self.proposal, self.aligners_of(shaping), shaping, ids, batch)
             for i, row in zip(batch, rows, strict=True):
                 _, completion, num_bytes = pairs[i]
                 scores[i] = Score(row.proposal, row.aligner, row.aligned, tokens=completion, num_bytes=num_bytes)
@@ -278,7 +280,8 @@ class AlignedModel:
         self.aligners = list(aligners)
         self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
         residual = bool(self._manifests) and self._manifests[0] is not None and self._manifests[0].is_residual
-        self.models = choose_drafter(self.proposal, aligners, self._draft, "none" if residual else "aligner")
+        choose = partial(choose_drafter, self.proposal, drafter=self._draft, default="none" if residual else "aligner")
+        self.models, self._blends = choose(aligners), Blends(self.aligners, choose)
         names = ["", *(f"aligner {i}" for i in range(len(aligners))), "draft"]
         for name, model in zip(names, self.models.all, strict=False):
             if model.vocab_size != self.proposal.vocab_size:
@@ -323,6 +326,14 @@ class AlignedModel:
         temperature = self.models.drafter.temperature(shaping, self._draft_temperature)
         return dataclasses.replace(shaping, draft_temperature=temperature)
 
+    def aligners_of(self, shaping: Shaping) -> Sequence[LanguageModel]:
+        """What a request with this shaping reads beside the proposal: the aligners, or their blend."""
+        return self.aligners if shaping.blend is None else [self._blends(shaping.blend)[0]]
+
+    def models_of(self, shaping: Shaping) -> Models:
+        """All that is run for a request with this shaping."""
+        return self.models if shaping.blend is None else self._blends(shaping.blend)[1]
+
     def _sequences(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Growing]:
@@ -363,7 +374,7 @@ class AlignedModel:
         if not shaping.rule.has_row:
             refuse_row_settings(params, shaping.rule)
         seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
-        how = (self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
+        how = (self.models_of(shaping), seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
         return [Growing(i, index, ids, *how, answers=is_chat(prompt)) for index in range(params.n)]
 
     def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:

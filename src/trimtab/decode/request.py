@@ -11,7 +11,11 @@ from trimtab.options import same
 __all__ = ["Completion", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_params", "refuse_row_settings"]
 
 
-@dataclass(frozen=True)
+_LATER = ("blend", "rule_weight")
+"""Fields that the first version did not have."""
+
+
+@dataclass(frozen=True, repr=False)
 class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
     """How to decode one request.
 
@@ -40,11 +44,19 @@ class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
         top_logprobs: with them, the so many best tokens at each position under the proposal and under the aligned model.
         rule: a decoding rule, by name or as an object: `"product"`, `"candidates(n=8)"`, `Geometric()`.
         weight: λ of the aligner, or one for each aligner.
+        blend: what the weights of several aligners mix: `"logits"`, by the rule, or `"weights"`, the adapters themselves: LoRA
+            aligners of one base become one aligner, with `weight` as λ of each, in one pass.
+        rule_weight: λ of that one aligner.
         proposal_temperature, proposal_top_k, proposal_top_p: shape the proposal's row before the rule sees it.
         aligner_temperature: shapes each aligner's row before the rule sees it.
     """
 
     rule: str | Rule | None = same(ShapingKnobs, "rule")  # noqa: RUF009 - a field
+
+    def __repr__(self) -> str:
+        """The fields; later ones where they say something: resumed files compare it, those of earlier versions too."""
+        shown = (name for name in KNOBS if name not in _LATER or getattr(self, name) != KNOBS[name].default)
+        return f"SamplingParams({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self) -> None:
         """Check every field that can be checked without a model."""

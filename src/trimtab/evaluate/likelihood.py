@@ -56,12 +56,13 @@ def held_out(
     num_bytes = impossible = 0
     dead: list[DeadRow] = []
     size = BATCHES * model.max_num_seqs
+    alone = len(model.aligners_of(model.shaping(params or model.defaults))) == 1
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         scores, died = _score(model, prompts[part], completions[part], sources[part], params)
         dead += died
         for score in scores:
-            aligners = [score.aligner] if len(model.aligners) == 1 else score.aligner
+            aligners = [score.aligner] if alone else score.aligner
             columns: list[Any] = [score.proposal, *aligners, score.aligned]
             sums.append([math.fsum(column) for column in columns])
             sizes.append(len(score.tokens))

@@ -23,6 +23,7 @@ from trimtab.serve.values import (
     OnlyFalse,
     OnlyOne,
     OnlyZero,
+    Shares,
     Text,
     TokenIds,
     Whole,
@@ -121,9 +122,20 @@ class _Request(_Sampled):
     reasoning_effort: None = None
     web_search_options: None = None
 
-    aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
-        None, description="One aligner or several, where `model` is the base."
+    aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | Shares | None = Field(
+        None, description="One aligner or several, where `model` is the base; or an object from their names to their weights."
     )
+
+    @model_validator(mode="after")
+    def _weights_are_given_once(self) -> Self:
+        if isinstance(self.aligner, dict) and getattr(self, "weight", None) is not None:
+            raise _conflict("weight", "weight: aligner says the weights already; give them in one of the two")
+        return self
+
+    @property
+    def aligners(self) -> str | list[str] | None:
+        """Whom `aligner` names."""
+        return list(self.aligner) if isinstance(self.aligner, dict) else self.aligner
 
     @property
     def completions(self) -> int:
@@ -138,6 +150,8 @@ class _Request(_Sampled):
     def sampling(self, max_tokens: int, logprobs: bool, top_logprobs: int) -> dict[str, Any]:
         """Keyword arguments for `SamplingParams`; what is null is left out, and so has its default there."""
         given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        if isinstance(self.aligner, dict):
+            given["weight"] = list(self.aligner.values())
         if self.logit_bias:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return given | {"max_tokens": max_tokens, "logprobs": logprobs, "top_logprobs": top_logprobs}
