@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
-from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.models.adapter_layout import Layout, Shape
 from trimtab.models.adapter_mixing import FEW, Gathered, Stacked, are_few, distinct
@@ -35,7 +34,7 @@ from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import read_plain
-from trimtab.models.lora_plan import plan_of
+from trimtab.models.lora_plan import check_keys, key_of, plan_or_peft
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
@@ -87,28 +86,14 @@ class AdapterStore:
         return max(slots, FEW) * self.gathered_bytes(some)
 
     def _plan(self, folder: Path, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
-        """Rank and scaling of each adapted module. Where only PEFT knows, it lays them out around a base without weights."""
+        """Rank and scaling of each adapted module."""
         with torch.device("meta"):
             skeleton = type(self._model)(copy.deepcopy(self._model.config))
-        if (plan := plan_of(values, skeleton)) is not None:
-            return plan
-        need("train", f"'{folder}', an adapter whose adapter_config.json does not name its modules,", "peft")
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import LoraLayer
-
-        config = LoraConfig.from_peft_type(**values)
-        inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
-        layers = [(path, module) for path, module in skeleton.named_modules() if isinstance(module, LoraLayer)]
-        return {path: (layer.r["default"], layer.scaling["default"]) for path, layer in layers}
+        return plan_or_peft(folder, values, skeleton)
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], plan: dict[str, tuple[int, float]]) -> tuple[Tensor, Shape]:
         """The flat tensor of a file's tensors; every one of them must be expected, and no other."""
-        keys = {f"base_model.model.{path}.lora_{half}.weight" for path in plan for half in "AB"}
-        for problem, wrong in (("lacks", keys - set(tensors)), ("has no place for", set(tensors) - keys)):
-            if wrong:
-                raise CheckpointError(
-                    f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, such as {min(wrong)}"
-                )
+        check_keys(folder, plan, tensors)
         places = self._layout.places
         shape = Shape(max(rank for rank, _ in plan.values()), tuple(sorted({places[path].product for path in plan})))
         flat = torch.zeros(1, self._layout.size(shape), dtype=self.dtype, device=self.device)
@@ -117,7 +102,7 @@ class AdapterStore:
             place = places[path]
             block = regions[place.product][0, place.block, :rank]
             for half, columns, factor in (("A", place.down, 1.0), ("B", place.up, scaling)):
-                key, target = f"base_model.model.{path}.lora_{half}.weight", block[:, columns]
+                key, target = key_of(path, half), block[:, columns]
                 given, target = tensors[key], target if half == "A" else target.mT
                 if given.shape != target.shape:
                     raise CheckpointError(
