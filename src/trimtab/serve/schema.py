@@ -71,6 +71,9 @@ def _needs(field: str, given: Mapping[str, Any], other: str, value: Any) -> dict
 
 
 _STREAM_OPTIONS = _needs("stream_options", {"type": "object"}, "stream", True)
+_WEIGHED = {"aligner": {"type": "object"}, "weight": {"type": ["number", "array"]}}
+_WEIGHTS_ONCE: dict[str, Any] = {"not": {"required": ["aligner", "weight"], "properties": _WEIGHED}}
+"""JSON schema of another: an `aligner` that says the weights, and `weight`."""
 
 
 class _Asked(_Strict):
@@ -160,7 +163,9 @@ class _Request(_Sampled):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS, _needs("max_tokens", {"const": 0}, "echo", True)]})
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_STREAM_OPTIONS, _WEIGHTS_ONCE, _needs("max_tokens", {"const": 0}, "echo", True)]}
+    )
 
     prompt: (
         str
@@ -306,6 +311,7 @@ class ChatRequest(_Request):
         json_schema_extra={
             "allOf": [
                 _STREAM_OPTIONS,
+                _WEIGHTS_ONCE,
                 _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", True),
                 {"not": {"required": ["max_tokens", "max_completion_tokens"], "properties": _BOTH}},
             ]
