@@ -178,7 +178,7 @@ def test_heads_of_one_tap_make_a_head_and_nothing_else_does(folders, tmp_path):
     assert describe(tmp_path / "out").manifest.head == {"tap": 1, "layers": 2, "proposal": "sha256:0"}
     heads |= {"late": as_head(tmp_path / "late", folders["layers"], 0), "plain": folders["layers"]}
     for odd in ("late", "plain"):
-        with pytest.raises(InvalidOption, match="head: the parts disagree.*heads of two taps or proposals"):
+        with pytest.raises(InvalidOption, match=r"head: the parts disagree.*heads of two taps or proposals"):
             blend(heads, tmp_path / "no", {"one": 0.5, odd: 0.5})
 
 

@@ -150,7 +150,11 @@ def test_tied_weights_stay_tied_whoever_stores_them_twice(held, tmp_path):
 
 
 def test_the_bases_dtype_counts_and_the_sum_is_in_float64(tmp_path):
-    parts = {"a0": save(tmp_path / "a0", 0, dtype="bfloat16"), "med": save(tmp_path / "med", 1), "law": save(tmp_path / "law", 2)}
+    parts = {
+        "a0": save(tmp_path / "a0", 0, dtype="bfloat16"),
+        "med": save(tmp_path / "med", 1),
+        "law": save(tmp_path / "law", 2),
+    }
     weights = {"med": 1000.0, "law": -1000.0}
     blend(parts, tmp_path / "out", weights)
     expected = summed(parts, weights)
@@ -252,7 +256,9 @@ def test_other_architectures_shapes_and_files_are_refused(parts, tmp_path):
 
     refused(save(tmp_path / "deep", 1, num_hidden_layers=3), UnsupportedModel, "odd: config.json has num_hidden_layers 3")
     refused(save(tmp_path / "eps", 1, rms_norm_eps=1e-3), UnsupportedModel, "odd: config.json has rms_norm_eps 0.001")
-    refused(save(tmp_path / "tied", 1, tie_word_embeddings=True), UnsupportedModel, "odd: config.json has tie_word_embeddings True")
+    refused(
+        save(tmp_path / "tied", 1, tie_word_embeddings=True), UnsupportedModel, "odd: config.json has tie_word_embeddings True"
+    )
     save_tiny(tmp_path / "words", tiny_model("llama", V), tiny_tokenizer("zyxwvutsrqponmlkjihgfedcba "))
     refused(tmp_path / "words", VocabularyMismatch, "does not share the proposal's vocabulary")
     file, found = parts["med"] / "model.safetensors", tensors(parts["med"])
@@ -296,7 +302,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_read(settings, me
 
 def test_models_need_a_base_and_an_out_of_its_own(parts, tmp_path):
     vector = f"med={parts['med']}:0.5"
-    with pytest.raises(InvalidOption, match="^base is required: the model that all of these began as"):
+    with pytest.raises(InvalidOption, match=r"^base is required: the model that all of these began as"):
         trimtab.blend(vector=vector, out=str(tmp_path / "out"))
     for out in (parts["med"], parts["a0"], parts["med"] / "in"):
         with pytest.raises(InvalidOption, match="is, or is in, a part of the blend"):

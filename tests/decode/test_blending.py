@@ -33,7 +33,9 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("blending") / "base", tiny_model("llama", V, seed=3, spread=0.3), tiny_tokenizer("abcd"))
+    return save_tiny(
+        tmp_path_factory.mktemp("blending") / "base", tiny_model("llama", V, seed=3, spread=0.3), tiny_tokenizer("abcd")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,9 @@ def test_scores_are_those_of_the_blended_aligner_and_there_is_one(base, folders,
     weights = [0.7, -0.3, 1.2]
     params = SamplingParams(blend="weights", weight=weights, rule="geometric", rule_weight=0.4)
     one = aligned(adapters).score([[3, 1]], [[2, 4, 0]], params)[0]
-    other = aligned([merged(base, folders, weights)]).score([[3, 1]], [[2, 4, 0]], SamplingParams(rule="geometric", weight=0.4))[0]
+    other = aligned([merged(base, folders, weights)]).score(
+        [[3, 1]], [[2, 4, 0]], SamplingParams(rule="geometric", weight=0.4)
+    )[0]
     assert one.aligner == pytest.approx(other.aligner, abs=1e-5)
     assert one.aligned == pytest.approx(other.aligned, abs=1e-5)
     shown = aligned(adapters).generate([[3]], dataclasses.replace(params, logprobs=True, max_tokens=3, seed=0))[0].logprobs
@@ -223,7 +227,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(base, folders, ad
     refused(aligned([]), "^blend: there is no aligner whose weights could be blended", blend="weights")
     refused(aligned([adapters[0], other]), "^blend: .*different bases", blend="weights", weight=[0.5, 0.5])
     refused(aligned([adapters[0], PROPOSAL]), r"^blend: aligners\[1\] is no LoRA adapter", blend="weights", weight=[0.5, 0.5])
-    with pytest.raises(InvalidRequest, match="^blend must be logits or weights, not 'sum'"):
+    with pytest.raises(InvalidRequest, match=r"^blend must be logits or weights, not 'sum'"):
         SamplingParams(blend="sum")
-    with pytest.raises(InvalidRequest, match="^blend: weight is missing"):
+    with pytest.raises(InvalidRequest, match=r"^blend: weight is missing"):
         aligned(adapters, blend="weights")

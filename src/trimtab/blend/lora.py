@@ -1,7 +1,7 @@
 """Blends of LoRA adapters of one base: Σ λ_d·s_d·B_d·A_d is a LoRA adapter again, of rank Σ r_d.
 
-The A of a module stand below each other, the B beside each other with λ and scale folded in: the blend has the scale 1. Nothing of
-the base is read but its configuration.
+The A of a module stand below each other, the B beside each other with λ and scale folded in: the blend has the scale 1. Of the
+base nothing is read but its configuration.
 """
 
 import functools
@@ -67,8 +67,10 @@ class Adapters:
         self.base = base_of(given[-1][1])
         for name, folder, _ in given:
             if base_of(folder) != self.base:
-                raise InvalidOption(f"--vector: {name} adapts '{base_of(folder)}', and {given[-1][0]} '{self.base}': they need one base")
-        if start is not None and not is_adapter(start) and self.base not in (Base(str(start.resolve())), Base(str(named))):
+                raise InvalidOption(
+                    f"--vector: {name} adapts '{base_of(folder)}', and {given[-1][0]} '{self.base}': they need one base"
+                )
+        if start is not None and not is_adapter(start) and self.base.source not in (str(start.resolve()), named):
             raise InvalidOption(f"--base '{named}' is not what the adapters adapt, '{self.base}': leave it out, or name that")
         self._config, _ = load_configs(self.base.source, revision=self.base.revision)
         self._skeleton = _skeleton(self._config)
@@ -101,9 +103,8 @@ class Adapters:
         name_of = {value: name for name, value in DTYPES.items()}
         layout = {}
         for path, rank in self._ranks.items():
-            linear = self._skeleton.get_submodule(path)
-            layout[key_of(path, "A")] = Stored(name_of[dtype], (rank, linear.in_features))
-            layout[key_of(path, "B")] = Stored(name_of[dtype], (linear.out_features, rank))
+            for half, shape in self._shapes(path, rank).items():
+                layout[key_of(path, half)] = Stored(name_of[dtype], shape)
         write_tensors(folder / WEIGHTS_NAME, layout, lambda name: self._make(name, dtype))
 
     @property
@@ -148,6 +149,11 @@ class Adapters:
             raise CheckpointError(f"{name} of the blend is not finite: a part's is not, or weights are too large")
         return whole
 
+    def _shapes(self, path: str, rank: int) -> dict[str, tuple[int, int]]:
+        """Of the A and the B of a module."""
+        linear: Any = self._skeleton.get_submodule(path)
+        return {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
+
     def _read(self, name: str, folder: Path, factor: float) -> _Adapter:
         """A part, checked without its weights."""
         try:
@@ -158,8 +164,7 @@ class Adapters:
             plan, tensors = plan_or_peft(folder, values, _skeleton(self._config)), stored_tensors(folder)
         check_keys(folder, plan, tensors)
         for path, (rank, _) in plan.items():
-            linear = self._skeleton.get_submodule(path)
-            for half, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
+            for half, shape in self._shapes(path, rank).items():
                 stored = tensors[key_of(path, half)]
                 if stored.shape != shape or stored.dtype not in DTYPES:
                     raise CheckpointError(
@@ -180,5 +185,3 @@ def _skeleton(config: Any) -> nn.Module:
 
 def _path_of(key: str) -> str:
     return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-
-

@@ -38,8 +38,8 @@ def parse_vector(text: str) -> Vector:
         weight = math.nan
     if not _NAME.fullmatch(name) or not source or math.isnan(weight):
         raise InvalidOption(
-            f"--vector must be NAME=FOLDER:WEIGHT, such as med=med_aligner:0.7, with a name of letters, digits, '.', '_' and '-'"
-            f" and a weight from -{MAX_FACTOR:g} to {MAX_FACTOR:g}, not '{text}'"
+            f"--vector must be NAME=FOLDER:WEIGHT, such as med=med_aligner:0.7, with a name of letters, digits, '.', '_' and"
+            f" '-' and a weight from -{MAX_FACTOR:g} to {MAX_FACTOR:g}, not '{text}'"
         )
     return Vector(name, source, weight)
 

@@ -36,8 +36,7 @@ def run(options: BlendOptions) -> dict[str, Any]:
     """Write the blend that the options describe; what `trimtab.blend.call.blend` says of it holds."""
     vectors = options.vectors
     check_writable(options.out, folder=True)
-    sources = [options.base] * (options.base is not None) + [one.source for one in vectors]
-    _refuse_replacing(options.out, sources)
+    _refuse_replacing(options.out, [source for source in (options.base, *(one.source for one in vectors)) if source])
     base = None if options.base is None else _Named("base", options.base, describe(options.base))
     parts = [_Named(one.name, one.source, describe(one.source)) for one in vectors]
     everyone = [*([base] if base else []), *parts]
@@ -122,8 +121,8 @@ def _manifest(options: BlendOptions, everyone: Sequence[_Named], vectors: Sequen
     said = options.weight
     settled["weight"] = said if said is not None else _agreed("weight", weights, "say which with --weight")
     for name in ("objective", "proposal"):  # what nothing depends on but words, and who drafts
-        values = [getattr(one.found.manifest, name, None) for one in vectors]
-        settled[name] = values[0] if all(value == values[0] for value in values) else None
+        trained = [getattr(one.found.manifest, name, None) for one in vectors]
+        settled[name] = trained[0] if all(value == trained[0] for value in trained) else None
     return dataclasses.replace(manifest, **settled)
 
 
@@ -146,5 +145,3 @@ def _write_tokenizer(everyone: Sequence[_Named], folder: Path) -> None:
                     shutil.copyfile(file, folder / file.name)
             return
     everyone[0].found.tokenizer.save_pretrained(folder)
-
-

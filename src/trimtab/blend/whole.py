@@ -74,12 +74,16 @@ class Wholes:
         reads = [partial(part.read, name) for part in self._parts]
         if stored.dtype not in DTYPES:
             first = reads[0]()
-            if odd := next((p.name for p, read in zip(self._parts, reads, strict=True) if not torch.equal(read(), first)), None):
+            if odd := next(
+                (p.name for p, read in zip(self._parts, reads, strict=True) if not torch.equal(read(), first)), None
+            ):
                 raise CheckpointError(f"{odd}: {name} holds {stored.dtype}, no weights, and differs from the base's")
             return first
         total = weighted_sum(reads, self._factors).to(DTYPES[stored.dtype])
         if not bool(torch.isfinite(total).all()):
-            raise CheckpointError(f"{name} of the blend is not finite in {stored.dtype}: a part's is not, or weights are too large")
+            raise CheckpointError(
+                f"{name} of the blend is not finite in {stored.dtype}: a part's is not, or weights are too large"
+            )
         return total
 
 
@@ -108,7 +112,8 @@ class _Folder:
             mine, its = self.config.get(key), base.config.get(key)
             if mine != its:
                 raise UnsupportedModel(
-                    f"{self.name}: config.json has {key} {mine!r}, and the base's {its!r}: parts of a blend are of one architecture"
+                    f"{self.name}: config.json has {key} {mine!r}, and the base's {its!r}: parts of a blend are of one"
+                    " architecture"
                 )
         extra = sorted(name for name in self.tensors if self._home(name, base.tensors) is None)
         lacking = sorted(name for name in base.tensors if self._home(name, self.tensors) is None)

@@ -20,8 +20,8 @@ def settle(
 ) -> Shaping:
     """How a request's aligned row comes about.
 
-    A manifest's weight belongs to the manifest's rule: under another rule, that rule's default weight counts. Where the aligners'
-    weights are blended, there is one aligner, and what their manifests say of it must be the same.
+    A manifest's weight belongs to the manifest's rule: under another rule, that rule's default weight counts. Where the
+    aligners' weights are blended, there is one aligner, and what their manifests say of it must be the same.
 
     Args:
         params: what the request says.

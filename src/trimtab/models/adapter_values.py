@@ -79,6 +79,11 @@ class Blend:
         return hash(self.parts)
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that its parts take."""
+        return sum(adapter.num_bytes for adapter, _ in self.parts)
+
+    @property
     def shape(self) -> Shape:
         """That of its parts side by side, as one adapter."""
         return Shape.beside(adapter.shape for adapter, _ in self.parts)

@@ -9,8 +9,8 @@ Of a linear layer's product x·Wᵀ an adapter of rank r makes x·Wᵀ + (x·A)�
 products a layer, two of them fused from several linear layers: there, A stacks the layers' blocks and B is block-diagonal, so
 that each product needs one pair of small ones. Where all slots of a step use the same adapter, the pairs are views of its flat
 tensor. Otherwise the adapters are gathered side by side (`Gathered`), padded with zeros to the largest rank, and the pairs are
-views of that; a later step writes only the rows whose adapter changed. A slot may use a `Blend` of adapters, too; a few adapters
-in many blends are stacked (`Stacked`).
+views of that; a later step writes only the rows whose adapter changed. A slot may use a `Blend` of adapters, too; of a few
+adapters, any number of blends are stacked (`Stacked`).
 """
 
 import copy

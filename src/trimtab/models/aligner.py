@@ -154,7 +154,7 @@ class Manifest:
             raise ManifestError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `trimtab.json` holds; `head` for heads alone, and `blend` for blends, so that earlier versions read all others."""
+        """What `trimtab.json` holds; `head` for heads, `blend` for blends alone, so that earlier versions read all others."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in ("head", "blend") or value is not None}
 

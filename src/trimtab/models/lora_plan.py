@@ -28,7 +28,8 @@ def plan_of(values: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int,
         values: what `trimtab.models.lora_folder.read_plain` gives.
         model: a stock model, or one of its shape without weights.
     """
-    if model.config.model_type not in FAMILIES or not _is_plain(values, model.config):  # type: ignore[union-attr]
+    config: Any = model.config
+    if config.model_type not in FAMILIES or not _is_plain(values, config):
         return None
     ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
     plan = {}
@@ -80,9 +81,7 @@ def check_keys(folder: Path, plan: Collection[str], held: Collection[str]) -> No
     keys = {key_of(path, half) for path in plan for half in "AB"}
     for problem, wrong in (("lacks", keys - set(held)), ("has no place for", set(held) - keys)):
         if wrong:
-            raise CheckpointError(
-                f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, such as {min(wrong)}"
-            )
+            raise CheckpointError(f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, such as {min(wrong)}")
 
 
 def _is_plain(values: Mapping[str, Any], config: Any) -> bool:
