@@ -233,9 +233,22 @@ def test_many_adapters_are_gathered_and_few_are_stacked(adapted, monkeypatch):
     assert len(adapter_mixing.distinct(blends)) == len(KINDS)
     for few in (len(KINDS) - 1, len(KINDS)):
         monkeypatch.setattr(adapter_mixing, "FEW", few)
-        assert adapter_mixing.are_few(blends, torch.float32) == (few == len(KINDS))
-    assert not adapter_mixing.are_few(blends, torch.float16), "infinity times 0 would be NaN for the neighbours"
-    assert not adapter_mixing.are_few([adapted["all"].adapter, adapted["mlp"].adapter], torch.float32), "there is no blend"
+        assert adapter_mixing.are_few(blends) == (few == len(KINDS))
+    assert not adapter_mixing.are_few([adapted["all"].adapter, adapted["mlp"].adapter]), "there is no blend"
+
+
+def test_what_overflows_in_float16_is_no_neighbours_business(base, folders):
+    pool, adapted = make_pool(base, folders, "float16")
+    ids = contract.tokens(3, seed=1, rows=2)
+    expected = rows(blend(adapted, {"all": 0.5, "mlp": 0.5}), ids[:1])
+    huge = adapted["attention"].adapter
+    huge.flat.fill_(6e4)
+    state = pool.new_state(2, 8)
+    state.adapters = [blend(adapted, {"all": 0.5, "mlp": 0.5}).adapter, huge]
+    got = pool.extend(state, ids, [3, 3])
+    assert isinstance(state.gathered, Stacked)
+    assert_close(got[:1], expected, atol=2e-2, rtol=0)
+    assert not got[1].isfinite().all()
 
 
 def test_a_blend_keeps_its_adapters_and_a_state_keeps_none(base, folders):

@@ -24,14 +24,9 @@ FEW = 32
 """The most adapters that are stacked: each slot pays for all of them. benchmarks/blend_speed.py measures it."""
 
 
-def are_few(values: Sequence[Adapter | Blend | None], dtype: torch.dtype) -> bool:
-    """Whether what slots use is to be stacked: blends, of so few adapters together that it pays.
-
-    In float16 a product that overflows would be infinite, and NaN times 0 for the other slots.
-    """
-    if dtype == torch.float16 or not any(isinstance(value, Blend) for value in values):
-        return False
-    return len(distinct(values)) <= FEW
+def are_few(values: Sequence[Adapter | Blend | None]) -> bool:
+    """Whether what slots use is to be stacked: blends, of so few adapters together that it pays."""
+    return any(isinstance(value, Blend) for value in values) and len(distinct(values)) <= FEW
 
 
 def distinct(values: Sequence[Adapter | Blend | None]) -> list[Adapter]:
@@ -113,7 +108,9 @@ class Stacked:
         return all(adapter.reference in self._place for adapter in adapters)
 
     def deltas(self, values: Sequence[Adapter | Blend | None]) -> Deltas:
-        """The pairs, with what each of the slots that use these takes of them."""
+        """The pairs, with what each of the slots that use these takes of them, or what all do."""
+        if all(value == values[0] for value in values):
+            values = values[:1]  # what all take stands there once
         taken = [None if value is None else value.reference for value in values]
         if taken != self._taken:
             self._taken, self._deltas = taken, self._layout.shared(self._pairs, self._shape, self._shares(values))

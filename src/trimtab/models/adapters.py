@@ -67,6 +67,10 @@ class AdapterStore:
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
         return Adapter(name, flat, shape, self._layout)
 
+    def stack(self, adapters: Sequence[Adapter]) -> Stacked:
+        """So many adapters for any blends of them: what `deltas` makes by itself where a state has nothing of the kind."""
+        return Stacked(self._layout, adapters)
+
     def gathered_bytes(self, adapters: Iterable[Adapter | Blend]) -> int:
         """What each slot of a step takes in which several of these are used."""
         return self._layout.size(Shape.around(adapter.shape for adapter in adapters)) * self.dtype.itemsize
@@ -81,7 +85,7 @@ class AdapterStore:
         if not any(isinstance(one, Blend) for one in some):
             return slots * self.gathered_bytes(some) if len(different) > 1 else 0
         stacked = Shape.beside(adapter.shape for adapter in distinct(list(some)))
-        if are_few(list(some), self.dtype):
+        if are_few(list(some)):
             return self._layout.size(stacked) * self.dtype.itemsize
         return max(slots, FEW) * self.gathered_bytes(some)
 
@@ -122,8 +126,9 @@ class AdapterStore:
             if not isinstance(first, Blend):
                 state.gathered = None
                 return None if first is None else first.deltas
-            return self._gathered(state, [first], [first]).deltas(1)
-        if are_few(state.adapters, self.dtype):
+            if not isinstance(state.gathered, Stacked):
+                return self._gathered(state, [first], [first]).deltas(1)
+        if are_few(state.adapters):
             return self._stacked(state, values).deltas(values)
         return self._gathered(state, values, state.adapters).deltas(slots)
 
@@ -132,7 +137,7 @@ class AdapterStore:
         stacked = state.gathered
         if not isinstance(stacked, Stacked) or not stacked.serves(distinct(values)):
             state.gathered = None  # the old one's memory goes before the new one's comes
-            state.gathered = stacked = Stacked(self._layout, distinct(state.adapters))
+            state.gathered = stacked = self.stack(distinct(state.adapters))
         return stacked
 
     def _gathered(

@@ -303,7 +303,9 @@ def _product(linear: Linear, x: Tensor, delta: Delta | None) -> Tensor:
         if down.ndim == 2:
             narrow = torch.mm(x, down)
             for share in shares:
-                narrow.view(len(share), -1, share.shape[1]).mul_(share[:, None])
+                taken = narrow.view(len(share), -1, share.shape[1]).mul_(share[:, None])
+                if x.dtype == torch.float16:  # what overflows there is no slot's business that takes nothing of it
+                    taken.masked_fill_((share == 0)[:, None], 0)
             return product.addmm_(narrow, up)
         rows = x.view(len(down), -1, x.shape[-1])
         # On a CPU each is the faster way round for its dtype: with the first, oneDNN would copy bfloat16 weights every time.
