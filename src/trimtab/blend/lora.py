@@ -18,7 +18,7 @@ from trimtab.blend.arithmetic import factors
 from trimtab.blend.stream import DTYPES, write_tensors
 from trimtab.errors import CheckpointError, InvalidOption, UnsupportedModel
 from trimtab.files import write_json
-from trimtab.models.adapter_folder import Base, base_of, is_adapter, read_config
+from trimtab.models.adapter_folder import base_of, is_adapter, read_config
 from trimtab.models.loading import attention_for, load_configs, readable
 from trimtab.models.lora_folder import read_plain
 from trimtab.models.lora_plan import check_keys, key_of, plan_or_peft

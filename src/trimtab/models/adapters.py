@@ -75,6 +75,10 @@ class AdapterStore:
         """What each slot of a step takes in which several of these are used."""
         return self._layout.size(Shape.around(adapter.shape for adapter in adapters)) * self.dtype.itemsize
 
+    def stacked_bytes(self, adapters: Iterable[Adapter]) -> int:
+        """What all slots of a step take together, in which blends of these are used."""
+        return self._layout.size(Shape.beside(adapter.shape for adapter in adapters)) * self.dtype.itemsize
+
     def mixing_bytes(self, slots: int, adapters: Collection[Any]) -> int:
         """What so many slots take for these adapters side by side, None among them for a slot without: 0 for one alone.
 
@@ -84,9 +88,8 @@ class AdapterStore:
         some = different - {None}
         if not any(isinstance(one, Blend) for one in some):
             return slots * self.gathered_bytes(some) if len(different) > 1 else 0
-        stacked = Shape.beside(adapter.shape for adapter in distinct(list(some)))
         if are_few(list(some)):
-            return self._layout.size(stacked) * self.dtype.itemsize
+            return self.stacked_bytes(distinct(list(some)))
         return max(slots, FEW) * self.gathered_bytes(some)
 
     def _plan(self, folder: Path, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
