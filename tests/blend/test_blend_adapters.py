@@ -155,8 +155,8 @@ def test_manifest_and_tokenizer_are_written(base, folders, tmp_path):
     blend(folders, tmp_path / "out", {"all": 0.7, "attention": -0.3}, rule="geometric", weight=0.5)
     manifest = describe(tmp_path / "out").manifest
     assert (manifest.rule, manifest.weight) == ("geometric", 0.5)
-    assert manifest.blend["base"] == {"id": str(base.resolve()), "revision": None, "digest": None}
-    assert {name: one["weight"] for name, one in manifest.blend["vectors"].items()} == {"all": 0.7, "attention": -0.3}
+    assert manifest.blended["base"] == {"id": str(base.resolve()), "revision": None, "digest": None}
+    assert {name: one["weight"] for name, one in manifest.blended["vectors"].items()} == {"all": 0.7, "attention": -0.3}
     assert Aligner.from_pretrained(tmp_path / "out").tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 

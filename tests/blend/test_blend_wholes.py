@@ -105,11 +105,11 @@ def test_the_folder_says_what_it_was_made_of(parts, tmp_path):
     report = blend(parts, tmp_path / "out", {"law": -0.3, "med": 0.7}, rule="geometric", weight=0.5)
     manifest = describe(tmp_path / "out").manifest
     assert (manifest.rule, manifest.weight) == ("geometric", 0.5)
-    assert manifest.blend == report["parts"]
-    assert list(manifest.blend["vectors"]) == ["law", "med"]
-    assert manifest.blend["vectors"]["law"]["weight"] == -0.3
-    assert manifest.blend["base"]["id"] == str(parts["a0"])
-    digests = {one["digest"] for one in (manifest.blend["base"], *manifest.blend["vectors"].values())}
+    assert manifest.blended == report["parts"]
+    assert list(manifest.blended["vectors"]) == ["law", "med"]
+    assert manifest.blended["vectors"]["law"]["weight"] == -0.3
+    assert manifest.blended["base"]["id"] == str(parts["a0"])
+    digests = {one["digest"] for one in (manifest.blended["base"], *manifest.blended["vectors"].values())}
     assert len(digests) == 3
     assert all(digest.startswith("sha256:") for digest in digests)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -239,9 +239,9 @@ def test_a_manifest_that_is_broken_is_refused(change, parts, tmp_path):
     blend(parts, tmp_path / "out", {"med": 0.5})
     file = tmp_path / "out" / "trimtab.json"
     values = json.loads(file.read_text())
-    change(values["blend"])
+    change(values["blended"])
     write_json(file, values)
-    with pytest.raises(ManifestError, match="blend"):
+    with pytest.raises(ManifestError, match="blended"):
         describe(tmp_path / "out")
 
 

@@ -66,7 +66,7 @@ def run(options: BlendOptions) -> dict[str, Any]:
     return {
         "out": options.out,
         **blend.report,
-        "parts": manifest.blend,
+        "parts": manifest.blended,
         **{name: getattr(manifest, name) for name in told},
     }
 
@@ -108,7 +108,7 @@ def _manifest(options: BlendOptions, everyone: Sequence[_Named], vectors: Sequen
     told = {one.name: one.found.manifest for one in everyone if one.found.manifest is not None}
     heads = {one.name: one.found.manifest.head if one.found.manifest else None for one in everyone if one.found.is_adapter}
     head = _agreed("head", heads, "a head and what is none, or heads of two taps or proposals, are no parts of one blend")
-    manifest = Manifest(fingerprint_vocabulary(everyone[0].found.tokenizer), head=head, blend=parts.to_dict())
+    manifest = Manifest(fingerprint_vocabulary(everyone[0].found.tokenizer), head=head, blended=parts.to_dict())
     settled: dict[str, Any] = {}
     for name in ("rule", "proposal_temperature", "proposal_top_p", "aligner_temperature"):
         said = getattr(options, name)

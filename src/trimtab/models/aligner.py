@@ -76,7 +76,7 @@ class Manifest:
         proposal_temperature, proposal_top_p, aligner_temperature: the warps before the rule.
         objective: the name of what it was trained with, if we know; it need not be installed here.
         head: for a head (`trimtab.models.head`), `{"tap": …, "layers": …, "proposal": …}`.
-        blend: for a blend, what it was made of (`trimtab.models.parts`).
+        blended: for a blend, what it was made of (`trimtab.models.parts`).
     """
 
     vocabulary: str
@@ -88,7 +88,7 @@ class Manifest:
     aligner_temperature: float = 1.0
     objective: str | None = None
     head: dict[str, Any] | None = None
-    blend: dict[str, Any] | None = None
+    blended: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class Manifest:
     @property
     def parts(self) -> Parts | None:
         """What it was blended of, if it is a blend."""
-        return None if self.blend is None else Parts.from_dict(self.blend)
+        return None if self.blended is None else Parts.from_dict(self.blended)
 
     @property
     def is_residual(self) -> bool:
@@ -154,9 +154,9 @@ class Manifest:
             raise ManifestError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `trimtab.json` holds; `head` for heads, `blend` for blends alone, so that earlier versions read all others."""
+        """What `trimtab.json` holds; `head` for heads, `blended` for blends alone, so that earlier versions read all others."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in ("head", "blend") or value is not None}
+        return {name: value for name, value in values.items() if name not in ("head", "blended") or value is not None}
 
 
 def is_head(folder: Path) -> bool:

@@ -28,13 +28,13 @@ class Parts(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Read the `blend` of a manifest.
+        """Read the `blended` of a manifest.
 
         Raises:
             ManifestError: it is not whole, or cannot be.
         """
         if not isinstance(values, Mapping) or set(values) != {"base", "vectors"} or not isinstance(values["vectors"], Mapping):
-            raise ManifestError(f"blend must be {{'base': …, 'vectors': {{NAME: …}}}}, not {values!r}")
+            raise ManifestError(f"blended must be {{'base': …, 'vectors': {{NAME: …}}}}, not {values!r}")
         return cls(
             _part(values["base"], "base"),
             {name: (_part(one, name, ("weight",)), _weight(one, name)) for name, one in values["vectors"].items()},
@@ -59,15 +59,15 @@ def _at(part: Part) -> str:
 
 def _part(values: Any, name: str, more: tuple[str, ...] = ()) -> Part:
     if not isinstance(values, Mapping) or set(values) != {*Part._fields, *more}:
-        raise ManifestError(f"blend: {name} must have {', '.join((*Part._fields, *more))}, not {values!r}")
+        raise ManifestError(f"blended: {name} must have {', '.join((*Part._fields, *more))}, not {values!r}")
     part = Part(*(values[field] for field in Part._fields))
     if not isinstance(part.id, str) or not all(isinstance(value, str | None) for value in part):
-        raise ManifestError(f"blend: {name} must have texts as its id, revision and digest, not {values!r}")
+        raise ManifestError(f"blended: {name} must have texts as its id, revision and digest, not {values!r}")
     return part
 
 
 def _weight(values: Any, name: str) -> float:
     weight = values["weight"]
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise ManifestError(f"blend: the weight of {name} must be a finite number, not {weight!r}")
+        raise ManifestError(f"blended: the weight of {name} must be a finite number, not {weight!r}")
     return float(weight)
