@@ -58,7 +58,9 @@ def run(options: Options) -> dict[str, Any]:
     model = load_aligned_model(options, options, kept_header(options.out).get("date") if options.out else None)
     refuse_idle_date(options.date, model.tokenizer)
     check_prompts(model, records, params)
-    report: dict[str, Any] = {"rule": str(model.shaping(params).rule), "weight": list(model.shaping(params).weights)}
+    shaping = model.shaping(params)
+    report: dict[str, Any] = {"rule": str(shaping.rule), "weight": list(shaping.weights)}
+    report |= {} if shaping.blend is None else {"blend": list(shaping.blend)}
     report["kernels"] = kernels_of(model)
     if options.out is None:
         rows = _rows(prompts, model.generate(prompts, params), params.n)

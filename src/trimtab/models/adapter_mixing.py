@@ -21,7 +21,7 @@ from trimtab.models.lean import Deltas
 __all__ = ["FEW", "Gathered", "Stacked", "are_few", "distinct"]
 
 FEW = 32
-"""The most adapters that are stacked: each slot pays for all of them. benchmarks/blend_speed.py measures it."""
+"""The most adapters that are stacked: each slot pays for all of them (benchmarks/RESULTS.md, Blends)."""
 
 
 def are_few(values: Sequence[Adapter | Blend | None]) -> bool:
