@@ -68,6 +68,8 @@ ASKED: list[dict[str, Any]] = [
     {"aligner": "blue", "weight": 2.0},
     {"aligner": ["blue", "red"], "rule": "geometric"},
     {"aligner": ["second", "red"], "rule": "nucleus", "proposal_top_k": 4},
+    {"aligner": ["red", "blue"], "weight": [0.7, -0.5], "blend": "weights", "rule_weight": 1.5},
+    {"aligner": ["blue", "red"], "weight": [0.4, 1.2], "blend": "weights", "rule": "geometric"},
 ]
 
 

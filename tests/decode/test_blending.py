@@ -231,3 +231,23 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(base, folders, ad
         SamplingParams(blend="sum")
     with pytest.raises(InvalidRequest, match=r"^blend: weight is missing"):
         aligned(adapters, blend="weights")
+
+
+def test_what_was_read_for_a_blend_is_read_once_and_for_no_other(adapters, monkeypatch):
+    read: list[int] = []
+    prefill = AdapterPool.prefill
+    monkeypatch.setattr(
+        AdapterPool, "prefill", lambda self, state, ids, counts: read.append(sum(counts)) or prefill(self, state, ids, counts)
+    )
+    model, prompt = aligned(adapters), [1 + i % 4 for i in range(40)]
+
+    def ask(weights: list[float]) -> list[int]:
+        read.clear()
+        params = SamplingParams(max_tokens=4, ignore_eos=True, seed=0, blend="weights", weight=weights)
+        return model.generate([prompt], params)[0].tokens
+
+    tokens: dict[str, list[int]] = {}
+    for weights, expected in (([0.5, 0.5, 0.0], 39), ([0.5, 0.5, 0.0], 0), ([0.5, 0.25, 0.0], 39), ([0.5, 0.5, 0.0], 0)):
+        drawn = ask(weights)
+        assert abs(sum(read) - expected) <= 1, (weights, read)
+        assert tokens.setdefault(str(weights), drawn) == drawn

@@ -1,5 +1,7 @@
 """`aligner: {"med": 0.7, "law": 0.3}` with `blend: "weights"` over HTTP, in mixed traffic."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import pytest
 from serving import Server, folder_service, running
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
+from trimtab.decode.assemble import Loader
+from trimtab.serve.registry import Registry
 
 V = 28
 RANKS = {"med": 2, "law": 4, "wit": 1}
@@ -106,3 +110,21 @@ def test_an_aligner_of_an_object_that_is_not_there_is_a_404(server):
     answer = server.post("/v1/completions", **body)
     assert answer.status_code == 404
     assert "nobody" in answer.json()["error"]["message"]
+
+
+def test_an_unloaded_aligner_is_gone_with_the_blends_that_it_was_in(root):
+    base = AlignedModel.from_pretrained(root / "proposal")
+    registry = Registry(base, Loader(base.tokenizer, dtype="auto", device="cpu"))
+    for name in ("med", "law"):
+        registry.load(name, str(root / name))
+    model = registry.resident(["med", "law"])
+    model.generate(
+        ["the quick brown fox jumps over it"], SamplingParams(max_tokens=3, seed=0, blend="weights", weight=[0.5, 0.5])
+    )
+    adapter = weakref.ref(model.aligners[0].adapter)
+    del model
+    gc.collect()
+    assert adapter() is not None
+    registry.unload("med")
+    gc.collect()
+    assert adapter() is None, "neither prefixes nor blends that are remembered keep it"
