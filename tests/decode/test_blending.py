@@ -17,8 +17,9 @@ from trimtab.decode import blending
 from trimtab.decode.engine import Engine
 from trimtab.decode.settings import settle
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.models.adapters import AdapterPool
+from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.aligner import Manifest
+from trimtab.models.head import HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model
 from trimtab.models.table import TableLM
@@ -251,3 +252,19 @@ def test_what_was_read_for_a_blend_is_read_once_and_for_no_other(adapters, monke
         drawn = ask(weights)
         assert abs(sum(read) - expected) <= 1, (weights, read)
         assert tokens.setdefault(str(weights), drawn) == drawn
+
+
+def test_heads_of_one_tap_blend_as_adapters_of_the_same_model_do(base, folders):
+    """Which read the proposal's hidden states in the place of tokens, and are the same models."""
+    proposal = HuggingFaceLM(load_model(base), owned=True)
+    heads, pool = HeadPool(proposal, 0), AdapterPool(load_model(base), owned=True)
+    params = [SamplingParams(max_tokens=8, ignore_eos=True, seed=i, blend="weights", weight=[0.7, -0.2 * i]) for i in range(4)]
+    texts = []
+    for aligners in (
+        [Adapted(heads, heads.store.read(folder, folder.name)) for folder in folders[:2]],
+        [pool.read(folder, folder.name) for folder in folders[:2]],
+    ):
+        model = AlignedModel(proposal, aligners, eos_token_ids=[EOS], draft="none")
+        texts.append([completion.tokens for completion in model.generate([[1, 2, 3]] * 4, params)])
+    assert texts[0] == texts[1]
+    assert len({tuple(tokens) for tokens in texts[0]}) > 1

@@ -60,7 +60,7 @@ _WORDS = {
     "logit_bias": "an object from token ids to numbers from -1e+06 to 1e+06",
     "metadata": "an object whose values are texts",
     "stop_token_ids": "a list of token ids",
-    "aligner": "the name of an aligner, a list of names, or an object from names to weights",
+    "aligner": "the name of an aligner, a list of names, or an object from names to numbers from -1e+06 to 1e+06",
     "blend": "'logits' or 'weights'",
     "weight": "a number from -1e+06 to 1e+06, or a list with one for each aligner",
     "presence_penalty": "0 or null: it is not supported, use repetition_penalty",
