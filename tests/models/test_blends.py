@@ -213,9 +213,13 @@ def test_a_new_blend_of_the_same_adapters_copies_nothing(base, folders):
     state.adapters[1] = blend(adapted, {"all": 0.9, "rslora": -1.0}).adapter
     pool.extend(state, contract.tokens(1, seed=2, rows=3), [1] * 3)
     assert state.gathered is stacked
+    assert stacked.num_bytes == pool.store.mixing_bytes(3, state.adapters)
     once = sum(adapted[kind].adapter.num_bytes for kind in ("all", "rslora"))
     assert stacked.num_bytes >= once, "each adapter is there once"
     assert stacked.num_bytes <= once + 4 * adapted["mlp"].adapter.num_bytes, "padded to the products of the others"
+    state.adapters[0] = state.adapters[2] = blend(adapted, {"all": 0.1, "rslora": 0.2}).adapter
+    pool.extend(state, contract.tokens(1, seed=3, rows=3), [1] * 3)
+    assert state.gathered.num_bytes == pool.store.mixing_bytes(3, state.adapters) < stacked.num_bytes, "what nobody uses goes"
 
 
 def test_memory_is_reckoned_before_it_is_taken(way, base, folders):

@@ -83,9 +83,11 @@ class Stacked:
     Args:
         layout: the pool's.
         adapters: at least one.
+        for_good: whether it stays where a state uses fewer of them; otherwise it makes room.
     """
 
-    def __init__(self, layout: Layout, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, layout: Layout, adapters: Sequence[Adapter], *, for_good: bool = False) -> None:
+        self._for_good = for_good
         self._place = {adapter.reference: i for i, adapter in enumerate(adapters)}
         self._layout, self._ranks = layout, [adapter.shape.rank for adapter in adapters]
         self._shape = Shape.beside(adapter.shape for adapter in adapters)
@@ -104,8 +106,9 @@ class Stacked:
         return self._flat.nbytes
 
     def serves(self, adapters: Sequence[Adapter]) -> bool:
-        """Whether it holds all of these."""
-        return all(adapter.reference in self._place for adapter in adapters)
+        """Whether it holds these, and nothing beside them that takes memory for nobody."""
+        held = all(adapter.reference in self._place for adapter in adapters)
+        return held and (self._for_good or len(adapters) == len(self._place))
 
     def deltas(self, values: Sequence[Adapter | Blend | None]) -> Deltas:
         """The pairs, with what each of the slots that use these takes of them, or what all do."""

@@ -68,8 +68,8 @@ class AdapterStore:
         return Adapter(name, flat, shape, self._layout)
 
     def stack(self, adapters: Sequence[Adapter]) -> Stacked:
-        """So many adapters for any blends of them: what `deltas` makes by itself where a state has nothing of the kind."""
-        return Stacked(self._layout, adapters)
+        """What `deltas` makes by itself where a state has nothing of the kind, for any blends of these, and for good."""
+        return Stacked(self._layout, adapters, for_good=True)
 
     def gathered_bytes(self, adapters: Iterable[Adapter | Blend]) -> int:
         """What each slot of a step takes in which several of these are used."""
@@ -132,15 +132,15 @@ class AdapterStore:
             if not isinstance(state.gathered, Stacked):
                 return self._gathered(state, [first], [first]).deltas(1)
         if are_few(state.adapters):
-            return self._stacked(state, values).deltas(values)
+            return self._stacked(state).deltas(values)
         return self._gathered(state, values, state.adapters).deltas(slots)
 
-    def _stacked(self, state: SlotState, values: Sequence[Adapter | Blend | None]) -> Stacked:
-        """The adapters that these are made of, once each; with all others of the state, where that is made anew."""
-        stacked = state.gathered
-        if not isinstance(stacked, Stacked) or not stacked.serves(distinct(values)):
-            state.gathered = None  # the old one's memory goes before the new one's comes
-            state.gathered = stacked = self.stack(distinct(state.adapters))
+    def _stacked(self, state: SlotState) -> Stacked:
+        """The adapters that the state's slots use, once each."""
+        stacked, wanted = state.gathered, distinct(state.adapters)
+        if not isinstance(stacked, Stacked) or not stacked.serves(wanted):
+            state.gathered = stacked = None  # the old one's memory goes before the new one's comes
+            state.gathered = stacked = Stacked(self._layout, wanted)
         return stacked
 
     def _gathered(
