@@ -15,6 +15,7 @@ BELOW: dict[str, set[str]] = {"core": set()}
 BELOW["models"] = {"core"}
 BELOW["data"] = {"core", "models"}
 BELOW["decode"] = {"core", "models", "data"}
+BELOW["blend"] = {"core", "models"}
 BELOW["endpoints"] = {"core", "models", "data", "decode"}
 for _package in ("serve", "vllm"):
     BELOW[_package] = {"core", "models", "data", "decode"}

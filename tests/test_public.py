@@ -28,6 +28,7 @@ def test_the_public_names_are_these():
     assert trimtab.__all__ == [
         "AlignedModel",
         "Aligner",
+        "BlendOptions",
         "Completion",
         "EvalOptions",
         "Particles",
@@ -39,6 +40,7 @@ def test_the_public_names_are_these():
         "TokenLogprobs",
         "TrainOptions",
         "TrimtabError",
+        "blend",
         "evaluate",
         "propose",
         "train",

@@ -70,6 +70,8 @@ ASKED: list[dict[str, Any]] = [
     {"aligner": ["second", "red"], "rule": "nucleus", "proposal_top_k": 4},
     {"aligner": ["first", "second"], "rule": "mixture", "weight": [0.3, 0.4]},
     {"aligner": "second", "rule": "gate(rule=mixture, by=entropy, tau=1.5)", "weight": 0.6},
+    {"aligner": ["red", "blue"], "weight": [0.7, -0.5], "blend": "weights", "rule_weight": 1.5},
+    {"aligner": ["blue", "red"], "weight": [0.4, 1.2], "blend": "weights", "rule": "geometric"},
 ]
 
 

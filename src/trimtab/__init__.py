@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignedModel",
     "Aligner",
+    "BlendOptions",
     "Completion",
     "EvalOptions",
     "Particles",
@@ -28,6 +29,7 @@ __all__ = [
     "TokenLogprobs",
     "TrainOptions",
     "TrimtabError",
+    "blend",
     "evaluate",
     "propose",
     "train",
@@ -36,6 +38,7 @@ __all__ = [
 _HOMES = {
     "AlignedModel": "trimtab.decode.aligned",
     "Aligner": "trimtab.models.aligner",
+    "BlendOptions": "trimtab.blend.options",
     "Completion": "trimtab.decode.request",
     "EvalOptions": "trimtab.evaluate.options",
     "Particles": "trimtab.decode.request",
@@ -47,6 +50,7 @@ _HOMES = {
     "TokenLogprobs": "trimtab.decode.request",
     "TrainOptions": "trimtab.train.options",
     "TrimtabError": "trimtab.errors",
+    "blend": "trimtab.blend",
     "evaluate": "trimtab.evaluate",
     "propose": "trimtab.propose",
     "train": "trimtab.train",
@@ -54,6 +58,8 @@ _HOMES = {
 """Where a public name is; a package of the name is itself what is called, see `trimtab.callable`."""
 
 if TYPE_CHECKING:
+    from trimtab.blend.call import blend
+    from trimtab.blend.options import BlendOptions
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.request import Completion, Particles, SamplingParams, TokenEvent, TokenLogprobs
     from trimtab.decode.scoring import Score

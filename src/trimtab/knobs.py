@@ -32,6 +32,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.options import Range, option
 
 __all__ = [
+    "BLENDS",
     "KNOBS",
     "MAX_FACTOR",
     "SHAPING",
@@ -86,6 +87,11 @@ def _check_texts(name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} must be a text or a list of texts, none of them empty, not {value!r}")
 
 
+def _check_choice(name: str, value: Any, *, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InvalidRequest(f"{name} must be {' or '.join(choices)}, not {value!r}")
+
+
 def _check_ids(name: str, value: Any) -> None:
     if not isinstance(value, Sequence):
         raise InvalidRequest(f"{name} must be a list of token ids, not {value!r}")
@@ -106,6 +112,9 @@ def _knob(default: Any, acts: str, text: str, check: Callable[..., None] | None 
     ends = {end: more[end] for end in Range._fields if end in more}
     return option(default, text, acts=acts, check=check and partial(check, **ends), **more)
 
+
+BLENDS = ("logits", "weights")
+"""What the weights of several aligners mix."""
 
 _number, _integer = partial(_knob, check=check_number), partial(_knob, check=_check_integer)
 
@@ -168,6 +177,21 @@ class ShapingKnobs:
         None, "rule", "the aligner's strength, or one for each aligner", _check_numbers, low=-MAX_FACTOR, high=MAX_FACTOR,
         manifest=True,
     )  # fmt: skip
+    blend: str | None = _knob(
+        None,
+        "rule",
+        "what the aligners' weights mix: their rows (logits), by the rule, or, of LoRA aligners of one base, the adapters"
+        " themselves (weights), which then are one aligner [default: logits]",
+        partial(_check_choice, choices=BLENDS),
+        choices=BLENDS,
+    )
+    rule_weight: float | None = _number(
+        None,
+        "rule",
+        "with blend weights, the strength of the blended aligner [default: the manifests', or the rule's]",
+        low=-MAX_FACTOR,
+        high=MAX_FACTOR,
+    )
     proposal_temperature: float | None = _number(
         None, "proposal", "temperature of the proposal's row, before the rule", above=0, neutral=1.0, manifest=True
     )
@@ -183,6 +207,8 @@ class ShapingKnobs:
 class WarpSettings(TypedDict, total=False):
     """The plain knobs of `ShapingKnobs`, as keyword arguments: `rule` and `weight` apart, which signatures spell out."""
 
+    blend: str | None
+    rule_weight: float | None
     proposal_temperature: float | None
     proposal_top_k: int | None
     proposal_top_p: float | None

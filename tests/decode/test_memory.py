@@ -14,7 +14,7 @@ from trimtab.decode.engine import Engine
 from trimtab.decode.prefixes import Prefixes
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidRequest
-from trimtab.models.adapters import Gathered
+from trimtab.models.adapter_mixing import Gathered
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.slots import SlotLayer, SlotState
 

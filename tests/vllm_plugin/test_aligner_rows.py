@@ -13,9 +13,10 @@ from law_of import possible
 from tiny import save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.core.logprobs import row_from_logits, warp
 from trimtab.decode.assemble import Loader
-from trimtab.errors import InvalidOption, ModelError, UnsupportedModel
+from trimtab.errors import InvalidOption, InvalidRequest, ModelError, UnsupportedModel
 from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
+from trimtab.models.blends import blended
 from trimtab.models.fingerprint import digest_model
 from trimtab.models.loading import load_model
 from trimtab.models.vocabulary import fingerprint_vocabulary
@@ -75,10 +76,10 @@ def expected(models: Models, logits: torch.Tensor, tokens: list[int], arguments:
     """The aligned row of one request, and −inf for the padding."""
     shaping = arguments.shaping
     logp = warp(row_from_logits(logits.float(), V), shaping.proposal)
-    logqs = [
-        warp(row_alone(models.alone[name], tokens).float(), how)
-        for name, how in zip(arguments.names, shaping.aligners, strict=True)
-    ]
+    aligners = [models.alone[name] for name in arguments.names]
+    if shaping.blend is not None:
+        aligners = [blended(aligners, shaping.blend)]
+    logqs = [warp(row_alone(one, tokens).float(), how) for one, how in zip(aligners, shaping.aligners, strict=True)]
     return torch.cat([shaping.rule(logp, logqs, shaping.weights), torch.full((COLUMNS - V,), -torch.inf)])
 
 
@@ -96,6 +97,10 @@ ASKED: list[dict[str, Any] | None] = [
     {"aligner": ["blue", "first"], "rule": "geometric", "weight": [0.2, 0.3]},
     {"aligner": ["double", "red"], "rule": "nucleus", "proposal_top_k": 4},
     {"aligner": ["first", "double"], "weight": 2 * [0.5]},
+    {"aligner": ["red", "blue"], "weight": [0.7, -0.3], "blend": "weights", "rule_weight": 0.5},
+    {"aligner": ["blue", "red"], "weight": [0.2, 1.5], "blend": "weights", "rule": "geometric"},
+    {"aligner": "red", "weight": -0.5, "blend": "weights"},
+    {"aligner": ["red", "blue"], "weight": [0.0, 0.0], "blend": "weights"},
 ]
 
 
@@ -113,7 +118,7 @@ def test_every_row_of_every_batch_is_its_rules(models, seed, dtype):
     batch: list[tuple[Request, Arguments | None, int] | None] = [None] * size
     met = set()
     with torch.inference_mode(bool(seed)):
-        for _ in range(90):
+        for _ in range(110):
             for row, entry in enumerate(batch):
                 if entry is not None and (len(entry[0]) == CONTEXT or chosen.random() < 0.15):
                     entry[0].gone = True
@@ -137,7 +142,7 @@ def test_every_row_of_every_batch_is_its_rules(models, seed, dtype):
                 if how is None or row in reading:
                     assert torch.equal(mixed[row], before[row].float()), "bit for bit"
                 else:
-                    met.add((how.names, str(how.shaping.rule)))
+                    met.add((how.names, str(how.shaping.rule), how.shaping.blend))
                     assert_close(
                         possible(mixed[row]), expected(models, before[row], request.tokens(0, 99), how), atol=2e-5, rtol=0
                     )
@@ -201,6 +206,56 @@ def test_a_head_is_refused_with_the_way_out(models, tmp_path):
         make_aligners(Models({"head": str(folder)}, models.catalog, {}))
 
 
+# ---- blends
+
+
+def test_an_object_is_a_list_with_its_weights(models):
+    as_object = read(models, aligner={"red": 0.7, "blue": -0.3}, blend="weights")
+    assert as_object == read(models, aligner=["red", "blue"], weight=[0.7, -0.3], blend="weights")
+    assert as_object.shaping.blend == (0.7, -0.3)
+    assert as_object.shaping.weights == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"aligner": ["red", "first"], "weight": [1, 1]}, "blend: aligner 'first' is no LoRA adapter on a base"),
+        ({"aligner": ["red", "blue"]}, "blend: weight is missing: give one number for each aligner"),
+        ({"aligner": {"red": 1.0}, "weight": 1.0}, "weight: aligner says the weights already"),
+        ({}, "blend needs an aligner"),
+    ],
+)
+def test_what_cannot_be_blended_is_refused_before_vllm_has_it(asked, message, models):
+    with pytest.raises(InvalidRequest, match=message):
+        models.catalog.read({"blend": "weights", **asked})
+
+
+def test_adapters_of_two_bases_or_too_many_are_refused(models, tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer(LETTERS)
+    other = save_tiny(tmp_path / "other", tiny_model("llama", V, seed=9), tokenizer)
+    paths = models.paths | {"green": str(save_lora(tmp_path / "green", other, target_modules=["q_proj"]))}
+    tokenizer.save_pretrained(paths["green"])
+    catalog = Catalog(Settings(paths), tokenizer, [0])
+    asked = {"aligner": ["red", "green"], "weight": [1, 1], "blend": "weights"}
+    with pytest.raises(InvalidRequest, match="blend: aligners 'red' and 'green' are adapters of different bases"):
+        catalog.read(asked)
+    monkeypatch.setattr("trimtab.vllm.settings.FEW", 1)
+    with pytest.raises(InvalidRequest, match=r"blend: more than 1 aligners adapt .*, which is the most for blends"):
+        catalog.read(asked | {"aligner": ["red", "blue"]})
+
+
+def test_a_blend_makes_nothing_in_flight(models):
+    """What blends share is there from the start, and new weights change no more than a row of it."""
+    aligners = make_aligners(models, "red", "blue")
+    (cache,) = aligners._caches.values()
+    stacked = cache._stacked
+    for weight in (0.1, 0.9):
+        arguments = [read(models, aligner={"red": weight * i, "blue": 0.5}, blend="weights") for i in (1, 2)]
+        asked = {row: Aligned(Request([1, 2], []), one) for row, one in enumerate(arguments)}
+        aligners.align(torch.zeros(2, COLUMNS), asked, {})
+        assert cache._state.gathered is stacked
+
+
 # ---- memory
 
 
@@ -217,11 +272,12 @@ def weights(aligners: Aligners) -> int:
 def test_adapters_share_a_cache_with_a_slot_for_each_that_a_request_may_combine(models):
     token = models.alone["red"].pool.cache_bytes_per_token  # type: ignore[attr-defined]
     slot, both = (CONTEXT + 1) * token, [models.alone[name].adapter for name in ("red", "blue")]  # type: ignore[attr-defined]
-    mixing = models.alone["red"].pool.store.gathered_bytes(both)  # type: ignore[attr-defined]
+    store = models.alone["red"].pool.store  # type: ignore[attr-defined]
+    mixing, once = store.gathered_bytes(both), store.stacked_bytes(both)
     assert token == 2 * 2 * 2 * 8 * 4, "keys and values, layers, heads, dimensions, bytes"
-    assert size(make_aligners(models, "red", "blue", requests=3)) == 2 * 3 * (slot + mixing)
-    assert size(make_aligners(models, "red", "blue", requests=3, max_aligners=1)) == 3 * (slot + mixing)
-    assert size(make_aligners(models, "red", requests=3)) == 3 * slot
+    assert size(make_aligners(models, "red", "blue", requests=3)) == 2 * 3 * (slot + mixing) + once
+    assert size(make_aligners(models, "red", "blue", requests=3, max_aligners=1)) == 3 * (slot + mixing) + once
+    assert size(make_aligners(models, "red", requests=3)) == 3 * slot + store.stacked_bytes(both[:1])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "granite", "olmo2", "qwen2", "gemma"])

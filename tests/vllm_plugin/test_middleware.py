@@ -89,6 +89,10 @@ MOVED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"aligner": "docs"}, {"vllm_xargs": {"aligner": "docs"}}),
     ({"model": "base", "aligner": []}, {"model": "base", "vllm_xargs": {"aligner": []}}),
     ({"model": "base", "weight": 0}, {"model": "base", "vllm_xargs": {"weight": 0}}),
+    (
+        {"model": "base", "aligner": {"docs": 0.7, "terse": -0.3}, "blend": "weights"},
+        {"model": "base", "vllm_xargs": {"aligner": ["docs", "terse"], "weight": [0.7, -0.3], "blend": "weights"}},
+    ),
     ({"model": "docs", "weight": None, "rule": None}, {"model": "base", "vllm_xargs": {"aligner": "docs"}}),
     ({"model": "docs", "vllm_xargs": None}, {"model": "base", "vllm_xargs": {"aligner": "docs"}}),
     ({"model": "docs", "vllm_xargs": {"weight": 2}}, {"model": "base", "vllm_xargs": {"weight": 2, "aligner": "docs"}}),

@@ -299,7 +299,6 @@ def test_fields_of_others(paths):
         ({"aligner": ""}, r"^aligner: there is no aligner ''"),
         ({"aligner": 3}, r"^aligner must be a name or a list of names, not 3"),
         ({"aligner": [["plain"]]}, r"^aligner must be a name or a list of names"),
-        ({"aligner": {"plain": 1}}, r"^aligner must be a name or a list of names"),
         ({"aligner": ["plain", "plain"]}, r"^aligner: 'plain' is named twice"),
         ({"aligner": ["plain", "other", "half"]}, r"^aligner: 3 aligners, but at most 2 are allowed"),
         ({"weight": 1}, r"^weight needs an aligner: name one of plain, other, half, mild"),

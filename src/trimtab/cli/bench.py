@@ -24,6 +24,10 @@ class Options(ModelOptions):
     repeats: int = option(5, "timed runs of each contestant, after one to warm up", low=1)
     seed: int = same(SamplingOptions, "seed", default=0, help="of the prompts and of the draws")
 
+    def idle(self) -> dict[str, str]:
+        """The contestants run the aligner as it is."""
+        return {"blend": "is for several aligners"} if self.blend == "weights" else {}
+
 
 def run(options: Options) -> dict[str, Any]:
     """Load everything twice, once for the baselines, and let the contestants take turns."""

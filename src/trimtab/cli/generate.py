@@ -25,7 +25,7 @@ __all__ = ["Options", "render", "run"]
 
 logger = logging.getLogger(__name__)
 
-LATER = ("sequence_level", "handover")
+LATER = ("sequence_level", "handover", "blend", "rule_weight")
 """Options that came after files had been begun, which go on where these are not given."""
 
 
@@ -78,6 +78,7 @@ def run(options: Options) -> dict[str, Any]:
     check_prompts(model, records, params)
     shaping = model.shaping(params)
     report: dict[str, Any] = {"rule": str(shaping.rule), "weight": list(shaping.weights), "target": "token-level"}
+    report |= {} if shaping.blend is None else {"blend": list(shaping.blend)}
     complete = model.generate
     if how is not None:
         _check_rule(shaping.rule)

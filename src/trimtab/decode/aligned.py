@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self, Unpack
 
 import torch
@@ -12,7 +13,8 @@ from trimtab.core.rules import Rule, parse_rule
 from trimtab.data.encoding import Encoder
 from trimtab.data.prompts import Prompt, are_ids, as_list, as_pairs, is_chat
 from trimtab.decode.assemble import AlignerLike, load_parts
-from trimtab.decode.draft import choose_drafter
+from trimtab.decode.blending import Blends
+from trimtab.decode.draft import Models, choose_drafter
 from trimtab.decode.drafters import Drafter, Given, as_drafter
 from trimtab.decode.engine import Engine
 from trimtab.decode.pace import Pace
@@ -22,6 +24,7 @@ from trimtab.decode.request import (
     Completion,
     SamplingParams,
     TokenEvent,
+    check_against,
     check_params,
     refuse_row_settings,
 )
@@ -30,7 +33,7 @@ from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.sequence_level import SequenceLevel, parse_sequence_level
 from trimtab.decode.settings import settle
 from trimtab.decode.shaping import Shaping
-from trimtab.errors import InvalidOption, InvalidRequest, VocabularyMismatch
+from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.knobs import WarpSettings, check_number
 from trimtab.models.aligner import Manifest
 from trimtab.models.base import LanguageModel
@@ -115,7 +118,7 @@ class AlignedModel:
         self.defaults = SamplingParams(
             rule=None if rule is None else parse_rule(rule), weight=weight, handover=handover, **warps
         )
-        self.shaping(self.defaults)  # contradictions show now, not with the first request
+        self.models_of(self.shaping(self.defaults))  # contradictions show now, not with the first request
 
     @classmethod
     def from_pretrained(
@@ -244,7 +247,7 @@ class AlignedModel:
         scores: dict[int, Score] = {}
         for batch in by_length([len(prompt) + len(completion) for prompt, completion, _ in pairs], self.max_num_seqs):
             ids = [pairs[i][:2] for i in batch]
-            rows = score_tokens(self.proposal, self.aligners, shaping, ids, batch)
+            rows = score_tokens(self.proposal, self.aligners_of(shaping), shaping, ids, batch)
             for i, row in zip(batch, rows, strict=True):
                 scores[i] = dataclasses.replace(row, num_bytes=pairs[i][2])
         return [scores[i] for i in range(len(pairs))]
@@ -291,12 +294,9 @@ class AlignedModel:
         self.aligners = list(aligners)
         self._manifests = list(manifests) if manifests is not None else [None] * len(self.aligners)
         residual = bool(self._manifests) and self._manifests[0] is not None and self._manifests[0].is_residual
-        self.models = choose_drafter(self.proposal, aligners, self._draft, residual=residual)
-        names = ["", *(f"aligner {i}" for i in range(len(aligners))), "draft"]
-        for name, model in zip(names, self.models.all, strict=False):
-            if model.vocab_size != self.proposal.vocab_size:
-                sizes = f"{model.vocab_size} tokens, the proposal {self.proposal.vocab_size}"
-                raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
+        choose = partial(choose_drafter, self.proposal, drafter=self._draft, residual=residual)
+        self.models, self._blends = choose(aligners), Blends(self.aligners, choose)
+        self.models.check_vocabulary()
         self.max_length = min((m.max_length for m in self.models.all if m.max_length is not None), default=None)
 
     def fits(self, prompt: Prompt, completion: Any) -> bool:
@@ -336,6 +336,14 @@ class AlignedModel:
         temperature = self.models.drafter.temperature(shaping, self._draft_temperature)
         return dataclasses.replace(shaping, draft_temperature=temperature)
 
+    def aligners_of(self, shaping: Shaping) -> Sequence[LanguageModel]:
+        """What a request with this shaping reads beside the proposal: the aligners, or their blend."""
+        return self.aligners if shaping.blend is None else [self._blends(shaping.blend)[0]]
+
+    def models_of(self, shaping: Shaping) -> Models:
+        """All that is run for a request with this shaping."""
+        return self.models if shaping.blend is None else self._blends(shaping.blend)[1]
+
     def _sequences(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Growing]:
@@ -367,25 +375,17 @@ class AlignedModel:
                 room = f"the context holds {self.max_length} with at least one new one"
                 raise InvalidRequest(f"{name} has {len(ids)} tokens, but {room}: shorten it")
             limit = min(limit, self.max_length - len(ids))
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stop needs a tokenizer; use stop_token_ids")
-        for field, named in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if outside := [token for token in named if token >= self.proposal.vocab_size]:
-                raise InvalidRequest(f"{field}: there is no token {outside[0]}; ids end at {self.proposal.vocab_size - 1}")
+        check_against(params, self.proposal.vocab_size, has_tokenizer=self.tokenizer is not None)
         shaping = self.shaping(params)
         if not shaping.rule.has_row:
             refuse_row_settings(params, f"acts on the aligned row, which rule '{shaping.rule}' does not have")
         seeded = dataclasses.replace(params, seed=fresh_seed() if params.seed is None else params.seed)
-        how = (self.models, seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
+        how = (self.models_of(shaping), seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
         return [Growing(i, index, ids, *how, answers=is_chat(prompt)) for index in range(params.n)]
 
     def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
         engine = Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs, prefixes=self.prefixes)
-        engine.submit(sequences)
-        while engine:
-            yield from engine.step()
-            if engine.failed and engine.failed[0].error is not None:
-                raise engine.failed[0].error
+        return engine.run(sequences)
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""

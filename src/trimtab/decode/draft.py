@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.decode.drafters import AlignerDrafter, Drafter, NgramDrafter, NoDrafter
-from trimtab.errors import InvalidOption
+from trimtab.errors import InvalidOption, VocabularyMismatch
 from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
 from trimtab.models.head import check_heads, tap_of
@@ -36,6 +36,18 @@ class Models:
     def all(self) -> list[LanguageModel]:
         """Proposal, aligners, and the models that the drafter has of its own."""
         return [self.proposal, *self.aligners, *self.drafter.models]
+
+    def check_vocabulary(self) -> None:
+        """Refuse models whose rows are of different lengths.
+
+        Raises:
+            VocabularyMismatch: naming the first.
+        """
+        names = ["", *(f"aligner {i}" for i in range(len(self.aligners))), "draft"]
+        for name, model in zip(names, self.all, strict=False):
+            if model.vocab_size != self.proposal.vocab_size:
+                sizes = f"{model.vocab_size} tokens, the proposal {self.proposal.vocab_size}"
+                raise VocabularyMismatch(f"{name} has {sizes}; they must share one vocabulary")
 
 
 def choose_drafter(

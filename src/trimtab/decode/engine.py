@@ -15,7 +15,7 @@ share a prompt list; it is read once and copied. What is in the engine never cha
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -129,6 +129,19 @@ class Engine:
                 sizes = f"{alone / 2**20:.1f} MiB of caches, but {self._cache_bytes / 2**20:.1f} MiB are allowed"
                 raise InvalidRequest(f"prompt and max_tokens, {need} tokens, need {sizes}: ask for fewer")
         self._waiting.extend(new)
+
+    def run(self, sequences: Iterable[Growing]) -> Iterator[TokenEvent]:
+        """Decode sequences to their end, with whatever else is here; closing the iterator stops the work.
+
+        Raises:
+            InvalidRequest: as `submit`.
+            Exception: what a sequence was lost to.
+        """
+        self.submit(sequences)
+        while self:
+            yield from self.step()
+            if self.failed and self.failed[0].error is not None:
+                raise self.failed[0].error
 
     @torch.inference_mode()
     def cancel(self, sequences: Iterable[Growing]) -> None:

@@ -112,8 +112,9 @@ class RowOptions(ShapingKnobs, PairOptions):
 
     def idle(self) -> dict[str, str]:
         """What says nothing of a bare proposal; weights are of aligners that are named here."""
-        without = () if self.aligns else ("rule", "handover", "aligner_temperature")
-        return dict.fromkeys(without if self.aligner else (*without, "weight"), "needs an --aligner")
+        without = () if self.aligns else ("rule", "handover", "blend", "rule_weight", "aligner_temperature")
+        idle = {} if self.blend == "weights" else {"rule_weight": "is for --blend weights"}
+        return idle | dict.fromkeys(without if self.aligner else (*without, "weight"), "needs an --aligner")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,23 @@ from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.knobs import KNOBS, DrawingKnobs, EndingKnobs, ShapingKnobs
 from trimtab.options import same
 
-__all__ = ["Completion", "Particles", "SamplingParams", "TokenEvent", "TokenLogprobs", "check_params", "refuse_row_settings"]
+__all__ = [
+    "Completion",
+    "Particles",
+    "SamplingParams",
+    "TokenEvent",
+    "TokenLogprobs",
+    "check_against",
+    "check_params",
+    "refuse_row_settings",
+]
 
 
-@dataclass(frozen=True)
+_LATER = ("handover", "blend", "rule_weight")
+"""Fields that the first version did not have."""
+
+
+@dataclass(frozen=True, repr=False)
 class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
     """How to decode one request.
 
@@ -43,6 +56,9 @@ class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
             the proposal finds its tokens likely, and the proposal from then on; `before` and `after` in its brackets name other
             rules.
         weight: λ of the aligner, or one for each aligner.
+        blend: what the weights of several aligners mix: `"logits"`, by the rule, or `"weights"`, the adapters themselves: LoRA
+            aligners of one base become one aligner, with `weight` as λ of each, in one pass.
+        rule_weight: λ of that one aligner.
         proposal_temperature, proposal_top_k, proposal_top_p: shape the proposal's row before the rule sees it.
         aligner_temperature: shapes each aligner's row before the rule sees it.
     """
@@ -55,6 +71,11 @@ class SamplingParams(ShapingKnobs, EndingKnobs, DrawingKnobs):
         """The rule that is said, be it as one or as a hand-over."""
         said = self.rule if self.handover is None else self.handover
         return None if said is None else parse_rule(said)
+
+    def __repr__(self) -> str:
+        """The fields; later ones where they say something: resumed files compare it, those of earlier versions too."""
+        shown = (name for name in KNOBS if name not in _LATER or getattr(self, name) != KNOBS[name].default)
+        return f"SamplingParams({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self) -> None:
         """Check every field that can be checked without a model."""
@@ -206,6 +227,19 @@ def check_params(params: Any) -> None:
     """Refuse what is no `SamplingParams`."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
+
+
+def check_against(params: SamplingParams, vocab_size: int, *, has_tokenizer: bool) -> None:
+    """Refuse what a model of this vocabulary cannot do.
+
+    Raises:
+        InvalidRequest: stop texts without a tokenizer, or a token that there is not.
+    """
+    if params.stop and not has_tokenizer:
+        raise InvalidRequest("stop needs a tokenizer; use stop_token_ids")
+    for field, named in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if outside := [token for token in named if token >= vocab_size]:
+            raise InvalidRequest(f"{field}: there is no token {outside[0]}; ids end at {vocab_size - 1}")
 
 
 def refuse_row_settings(params: SamplingParams, why: str) -> None:

@@ -20,7 +20,8 @@ def settle(
 ) -> Shaping:
     """How a request's aligned row comes about.
 
-    A manifest's weight belongs to the manifest's rule: under another rule, that rule's default weight counts.
+    A manifest's weight belongs to the manifest's rule: under another rule, that rule's default weight counts. Where the
+    aligners' weights are blended, there is one aligner, and what their manifests say of it must be the same.
 
     Args:
         params: what the request says.
@@ -29,34 +30,66 @@ def settle(
         eos_token_ids: ids that end a completion.
 
     Raises:
-        InvalidRequest: there are more weights than aligners, or fewer, or the rule has no law for them.
+        InvalidRequest: there are more weights than aligners, or fewer, or the rule has no law for them; or a blend has none, or
+            nothing to blend.
         InvalidOption: the manifests disagree about something that the request must then say.
     """
     count = len(manifests)
     rule = _rule(params, defaults, manifests)
-    weight = params.weight if params.weight is not None else defaults.weight
-    if weight is None:
-        fallback = rule.default_weights(count)
-        weights = tuple(
-            m.weight if m is not None and m.weight is not None and parse_rule(m.rule) == rule else default
-            for m, default in zip(manifests, fallback, strict=True)
-        )
-    else:
-        numbers: Any = weight if isinstance(weight, Sequence) else [weight]
+    said = params.weight if params.weight is not None else defaults.weight
+    numbers: Any = said if isinstance(said, Sequence) else [said]
+    blend, weights = _blend(params, defaults, count), _weights(rule, manifests)
+    if said is not None:
         weights = tuple(float(number) for number in numbers)
-    if len(weights) != count and (count or params.weight is not None):
-        raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
-    try:
-        rule.check_weights(weights[:count])
-    except InvalidOption as error:
-        raise InvalidRequest(str(error)) from None
-    temperatures = [_shared("aligner_temperature", params, defaults, [manifest]) for manifest in manifests]
+        if len(weights) != count and (count or params.weight is not None):
+            raise InvalidRequest(f"weight has {len(weights)} numbers, but there are {count} aligners: give one for each")
+    elif blend and count > 1:
+        raise InvalidRequest("blend: weight is missing: give one number for each aligner")
+    temperatures = [
+        _shared("aligner_temperature", params, defaults, group)
+        for group in ([manifests] if blend else [[manifest] for manifest in manifests])
+    ]
     proposal = Warp(
         _shared("proposal_temperature", params, defaults, manifests),
         max(_shared("proposal_top_k", params, defaults, manifests), 0),
         _shared("proposal_top_p", params, defaults, manifests),
     )
-    return Shaping(rule.bind(eos_token_ids), weights[:count], proposal, tuple(map(Warp, temperatures)))
+    mixed, shares = weights[:count], None
+    if blend:
+        strength = params.rule_weight if params.rule_weight is not None else defaults.rule_weight
+        mixed = (float(_same_weight(_weights(rule, manifests)) if strength is None else strength),)
+        shares = weights if said is not None else (1.0,)
+    try:
+        rule.check_weights(mixed)
+    except InvalidOption as error:
+        raise InvalidRequest(str(error)) from None
+    return Shaping(rule.bind(eos_token_ids), mixed, proposal, tuple(map(Warp, temperatures)), blend=shares)
+
+
+def _blend(params: SamplingParams, defaults: SamplingParams, count: int) -> bool:
+    """Whether so many aligners' weights are blended; a bare proposal's request may have nothing to say of it."""
+    blends = _shared("blend", params, defaults, ()) == "weights"
+    if not count and params.blend == "weights":
+        raise InvalidRequest("blend: there is no aligner whose weights could be blended: name one, or leave blend out")
+    if params.rule_weight is not None and not (blends and count):
+        raise InvalidRequest("rule_weight is the strength of aligners that blend='weights' makes one: use weight without it")
+    return blends and count > 0
+
+
+def _weights(rule: Rule, manifests: Sequence[Manifest | None]) -> tuple[float, ...]:
+    """λ of each aligner where nobody says one: its manifest's, which belongs to the manifest's rule, or the rule's own."""
+    return tuple(
+        m.weight if m is not None and m.weight is not None and parse_rule(m.rule) == rule else default
+        for m, default in zip(manifests, rule.default_weights(len(manifests)), strict=True)
+    )
+
+
+def _same_weight(weights: Sequence[float]) -> float:
+    """The strength of aligners that are blended, if they agree on it."""
+    if len(set(weights)) > 1:
+        values = " and ".join(map(str, sorted(set(weights))))
+        raise InvalidOption(f"the aligners' manifests disagree on weight: {values}; say which with rule_weight=")
+    return weights[0]
 
 
 def with_weight(manifest: Manifest | None, weight: float | None, rule: Rule | str | None, vocabulary: str) -> Manifest | None:

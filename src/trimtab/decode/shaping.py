@@ -39,6 +39,7 @@ class Shaping:
         proposal: the warp of the proposal's row, in plain numbers.
         aligners: the warp of each aligner's row.
         draft_temperature: of the row that drafts are drawn from, on top of the request's own temperature.
+        blend: λ of each aligner where their weights are blended, after which there is one; None where they are not.
     """
 
     rule: Rule
@@ -46,6 +47,7 @@ class Shaping:
     proposal: Warp = NEUTRAL
     aligners: tuple[Warp, ...] = ()
     draft_temperature: float = 1.0
+    blend: tuple[float, ...] | None = None
 
     @cached_property
     def reads_proposal(self) -> bool:

@@ -152,7 +152,7 @@ def _trace_batch(
     has_log_z = shaping.rule.weighs_tokens and bool(model.aligners)
     names = ["proposal", "aligned", "kl", "entropy"] + ["log_z"] * has_log_z
     columns: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in pairs]
-    for rows, tokens, counts in completion_rows([model.proposal, *model.aligners], pairs):
+    for rows, tokens, counts in completion_rows([model.proposal, *model.aligners_of(shaping)], pairs):
         inputs, contexts, aligned = following.align(rows, tokens, counts)
         # Rounding may put the KL of equal rows a hair below 0.
         values = [

@@ -273,7 +273,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped here
         logps: list[list[float]] = [[] for _ in pairs]
         greedy: list[list[bool]] = [[] for _ in pairs]
         last: list[Tensor] = [torch.empty(0)] * len(pairs)
-        for rows, tokens, counts in completion_rows([model.proposal, *model.aligners], pairs):
+        for rows, tokens, counts in completion_rows([model.proposal, *model.aligners_of(self._shaping)], pairs):
             target = following.align(rows, tokens, counts).target
             found, best = gather(target, tokens).tolist(), target.argmax(-1).eq(tokens).tolist()
             for i, count in enumerate(counts):

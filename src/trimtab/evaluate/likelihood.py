@@ -54,7 +54,9 @@ def held_out(
         DeadRow: none has a likelihood.
     """
     _check(model, prompts, completions, sources)
-    ratios = Ratios(len(model.aligners), solves=isinstance(model.shaping(params or model.defaults).rule, Mixture))
+    shaping = model.shaping(params or model.defaults)
+    read = len(model.aligners_of(shaping))
+    ratios = Ratios(read, solves=isinstance(shaping.rule, Mixture))
     sums: list[list[float]] = []
     sizes: list[int] = []
     num_bytes = impossible = 0
@@ -65,13 +67,13 @@ def held_out(
         scores, died = _score(model, prompts[part], completions[part], sources[part], params)
         dead += died
         for score in scores:
-            aligners = [score.aligner] if len(model.aligners) == 1 else score.aligner
+            aligners = [score.aligner] if read == 1 else score.aligner
             columns: list[Any] = [score.proposal, *aligners, score.aligned]
             sums.append([math.fsum(column) for column in columns])
             sizes.append(len(score.tokens))
             num_bytes += score.num_bytes or 0
             impossible += sum(value == -math.inf for value in score.aligned)
-            if model.aligners:
+            if read:
                 ratios.add(score)
         logger.info("scored %d of %d", min(start + size, len(prompts)), len(prompts))
     if not sums and dead:
@@ -90,7 +92,7 @@ def held_out(
         "gain": None if impossible else math.fsum(gains) / tokens,
         "gain_interval": _interval([-gain for gain in gains], sizes),
         "impossible_tokens": impossible,
-        **(ratios.report() if model.aligners else {}),
+        **(ratios.report() if read else {}),
     }
 
 

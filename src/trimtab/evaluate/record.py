@@ -73,6 +73,7 @@ def make_record(
             for name, (source, part) in sources.items()
         }
         record["decoding"] = {"rule": str(shaping.rule), "weight": list(shaping.weights)}
+        record["decoding"] |= {} if shaping.blend is None else {"blend": list(shaping.blend)}
     return record
 
 

@@ -25,6 +25,12 @@ class Shape(NamedTuple):
         ranks, products = zip(*shapes, strict=True)
         return cls(max(ranks), tuple(sorted({index for some in products for index in some})))
 
+    @classmethod
+    def beside(cls, shapes: Iterable["Shape"]) -> "Shape":
+        """The shape of one adapter that has all of these behind each other."""
+        ranks, products = zip(*shapes, strict=True)
+        return cls(sum(ranks), tuple(sorted({index for some in products for index in some})))
+
 
 class _Place(NamedTuple):
     """Where the pair of one linear layer lies in the region of its product."""
@@ -84,6 +90,31 @@ class Layout:
             views[product] = flat[:, start:end].view(-1, *size)
             start = end
         return views
+
+    def place(self, source: Tensor, shape: Shape, flat: Tensor, of: Shape, start: int, weight: float) -> None:
+        """Write what an adapter adds, times a weight, into other flat tensors, from one of their ranks on.
+
+        Args:
+            source: `[1, size]` the adapter's.
+            shape: how it is laid out.
+            flat: `[1, size]` zeros, or what other ranks were written to.
+            of: how that is laid out.
+            start: the first rank that is written.
+            weight: what B is multiplied by.
+        """
+        regions = self.regions(flat, of)
+        for product, region in self.regions(source, shape).items():
+            target = regions[product][:, :, start : start + shape.rank]
+            target.copy_(region)
+            if weight != 1.0:
+                for span in self._spans:
+                    if (columns := span[product]) is not None:
+                        target[..., columns[1] : columns[2]] *= weight
+
+    def shared(self, pairs: Deltas, shape: Shape, shares: Tensor) -> Deltas:
+        """Pairs `[in, n·r]` and `[n·r, out]` with how much of each rank `[slots, r]` the slots take."""
+        each = {product: shares.repeat(1, self.blocks[product]) for product in shape.products}
+        return [[pair and (*pair, each[i]) for i, pair in enumerate(layer)] for layer in pairs]
 
     def deltas(self, flat: Tensor, shape: Shape) -> Deltas:
         """The pairs of every layer and product in flat tensors `[G, size]`, as views; of one, those without G.

@@ -9,14 +9,13 @@ Of a linear layer's product x·Wᵀ an adapter of rank r makes x·Wᵀ + (x·A)�
 products a layer, two of them fused from several linear layers: there, A stacks the layers' blocks and B is block-diagonal, so
 that each product needs one pair of small ones. Where all slots of a step use the same adapter, the pairs are views of its flat
 tensor. Otherwise the adapters are gathered side by side (`Gathered`), padded with zeros to the largest rank, and the pairs are
-views of that; a later step writes only the rows whose adapter changed.
+views of that; a later step writes only the rows whose adapter changed. A slot may use a `Blend` of adapters, too; of a few
+adapters, any number of blends are stacked (`Stacked`).
 """
 
 import copy
 import hashlib
-import weakref
 from collections.abc import Collection, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,91 +24,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, UnsupportedModel
-from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.models.adapter_layout import Layout, Shape
+from trimtab.models.adapter_mixing import FEW, Gathered, Stacked, are_few, distinct
+from trimtab.models.adapter_values import Adapter, Blend
 from trimtab.models.base import LanguageModel, State
 from trimtab.models.blocks import LEAN, projections_of
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.lean import Deltas
 from trimtab.models.loading import readable
 from trimtab.models.lora_folder import read_plain
-from trimtab.models.lora_plan import plan_of
+from trimtab.models.lora_plan import check_keys, key_of, plan_or_peft
 from trimtab.models.slots import SlotState
 from trimtab.models.weight_files import WEIGHTS_NAME
 
-__all__ = ["Adapted", "Adapter", "AdapterPool", "AdapterStore"]
-
-
-class Adapter:
-    """The weights of one LoRA adapter for one pool's base; equal only to itself.
-
-    Attributes:
-        name: what to call it in messages.
-        flat: `[size]` all its weights, in the base's dtype and on its device.
-        shape: how they are laid out.
-        deltas: the same as pairs for the lean pass, where all slots use it.
-    """
-
-    def __init__(self, name: str, flat: Tensor, shape: Shape, layout: Layout) -> None:
-        self.name, self.flat, self.shape = name, flat, shape
-        self.deltas = layout.deltas(flat[None], shape)
-        self.reference = weakref.ref(self)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes, zeros of padding and fused blocks included."""
-        return self.flat.nbytes
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """`sha256:…` of its weights and how they are laid out."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        digest.update(self.flat.cpu().view(torch.uint8).numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
-
-
-class Gathered:
-    """Copies of the adapters of a state's first slots, side by side.
-
-    Args:
-        layout: the pool's.
-        shape: one with room for all of the state's adapters.
-        flat: `[rows, size]`, a row for each slot, not yet written.
-
-    Attributes:
-        held: the adapters of the rows that are written.
-    """
-
-    def __init__(self, layout: Layout, shape: Shape, flat: Tensor) -> None:
-        self.shape, self.rows = shape, len(flat)
-        self.held: list[weakref.ref[Adapter] | None] = []
-        self._layout, self._flat = layout, flat
-        self._deltas: dict[int, Deltas] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the copies take."""
-        return self._flat.nbytes
-
-    def write(self, row: int, adapter: Adapter | None) -> None:
-        """Put an adapter, or none, into a row that is written or the first that is not."""
-        self.held[row : row + 1] = [_reference(adapter)]
-        target = self._flat[row : row + 1]
-        if adapter is not None and adapter.shape == self.shape:
-            target.copy_(adapter.flat)
-            return
-        target.zero_()
-        if adapter is not None:
-            regions = self._layout.regions(target, self.shape)
-            for product, region in self._layout.regions(adapter.flat[None], adapter.shape).items():
-                regions[product][:, :, : adapter.shape.rank] = region
-
-    def deltas(self, slots: int) -> Deltas:
-        """The pairs of the first rows."""
-        if slots not in self._deltas:
-            self._deltas[slots] = self._layout.deltas(self._flat[:slots], self.shape)
-        return self._deltas[slots]
+__all__ = ["Adapted", "AdapterPool", "AdapterStore"]
 
 
 class AdapterStore:
@@ -138,38 +67,40 @@ class AdapterStore:
             flat, shape = self._fill(folder, load_file(folder / WEIGHTS_NAME), plan)
         return Adapter(name, flat, shape, self._layout)
 
-    def gathered_bytes(self, adapters: Iterable[Adapter]) -> int:
-        """What each slot of a step takes in which several of these adapters are used."""
+    def stack(self, adapters: Sequence[Adapter]) -> Stacked:
+        """What `deltas` makes by itself where a state has nothing of the kind, for any blends of these, and for good."""
+        return Stacked(self._layout, adapters, for_good=True)
+
+    def gathered_bytes(self, adapters: Iterable[Adapter | Blend]) -> int:
+        """What each slot of a step takes in which several of these are used."""
         return self._layout.size(Shape.around(adapter.shape for adapter in adapters)) * self.dtype.itemsize
 
+    def stacked_bytes(self, adapters: Iterable[Adapter]) -> int:
+        """What all slots of a step take together, in which blends of these are used."""
+        return self._layout.size(Shape.beside(adapter.shape for adapter in adapters)) * self.dtype.itemsize
+
     def mixing_bytes(self, slots: int, adapters: Collection[Any]) -> int:
-        """What so many slots take for these adapters side by side, None among them for a slot without: 0 for one alone."""
+        """What so many slots take for these adapters side by side, None among them for a slot without: 0 for one alone.
+
+        Where they are too many to be stacked, there may have been fewer before.
+        """
         different = set(adapters)
-        return slots * self.gathered_bytes(different - {None}) if len(different) > 1 else 0
+        some = different - {None}
+        if not any(isinstance(one, Blend) for one in some):
+            return slots * self.gathered_bytes(some) if len(different) > 1 else 0
+        if are_few(list(some)):
+            return self.stacked_bytes(distinct(list(some)))
+        return max(slots, FEW) * self.gathered_bytes(some)
 
     def _plan(self, folder: Path, values: dict[str, Any]) -> dict[str, tuple[int, float]]:
-        """Rank and scaling of each adapted module. Where only PEFT knows, it lays them out around a base without weights."""
+        """Rank and scaling of each adapted module."""
         with torch.device("meta"):
             skeleton = type(self._model)(copy.deepcopy(self._model.config))
-        if (plan := plan_of(values, skeleton)) is not None:
-            return plan
-        need("train", f"'{folder}', an adapter whose adapter_config.json does not name its modules,", "peft")
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import LoraLayer
-
-        config = LoraConfig.from_peft_type(**values)
-        inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
-        layers = [(path, module) for path, module in skeleton.named_modules() if isinstance(module, LoraLayer)]
-        return {path: (layer.r["default"], layer.scaling["default"]) for path, layer in layers}
+        return plan_or_peft(folder, values, skeleton)
 
     def _fill(self, folder: Path, tensors: dict[str, Tensor], plan: dict[str, tuple[int, float]]) -> tuple[Tensor, Shape]:
         """The flat tensor of a file's tensors; every one of them must be expected, and no other."""
-        keys = {f"base_model.model.{path}.lora_{half}.weight" for path in plan for half in "AB"}
-        for problem, wrong in (("lacks", keys - set(tensors)), ("has no place for", set(tensors) - keys)):
-            if wrong:
-                raise CheckpointError(
-                    f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, such as {min(wrong)}"
-                )
+        check_keys(folder, plan, tensors)
         places = self._layout.places
         shape = Shape(max(rank for rank, _ in plan.values()), tuple(sorted({places[path].product for path in plan})))
         flat = torch.zeros(1, self._layout.size(shape), dtype=self.dtype, device=self.device)
@@ -178,7 +109,7 @@ class AdapterStore:
             place = places[path]
             block = regions[place.product][0, place.block, :rank]
             for half, columns, factor in (("A", place.down, 1.0), ("B", place.up, scaling)):
-                key, target = f"base_model.model.{path}.lora_{half}.weight", block[:, columns]
+                key, target = key_of(path, half), block[:, columns]
                 given, target = tensors[key], target if half == "A" else target.mT
                 if given.shape != target.shape:
                     raise CheckpointError(
@@ -192,24 +123,43 @@ class AdapterStore:
 
     def deltas(self, state: SlotState, slots: int) -> Deltas | None:
         """What the first slots of a state add to the weights."""
-        adapters: list[Adapter | None] = state.adapters[:slots]
-        first = adapters[0]
-        if all(adapter is first for adapter in adapters):
-            state.gathered = None
-            return None if first is None else first.deltas
-        gathered: Gathered | None = state.gathered
-        wanted = [_reference(adapter) for adapter in adapters]
-        if gathered is None or gathered.held[:slots] != wanted:
-            shape = Shape.around(adapter.shape for adapter in state.adapters if adapter is not None)
-            if gathered is None or gathered.shape != shape or gathered.rows < slots:
-                state.gathered = gathered = None  # the old one's memory goes before the new one's comes
+        values: list[Adapter | Blend | None] = state.adapters[:slots]
+        first = values[0]
+        if all(value == first for value in values):
+            if not isinstance(first, Blend):
+                state.gathered = None
+                return None if first is None else first.deltas
+            if not isinstance(state.gathered, Stacked):
+                return self._gathered(state, [first], [first]).deltas(1)
+        if are_few(state.adapters):
+            return self._stacked(state).deltas(values)
+        return self._gathered(state, values, state.adapters).deltas(slots)
+
+    def _stacked(self, state: SlotState) -> Stacked:
+        """The adapters that the state's slots use, once each."""
+        stacked, wanted = state.gathered, distinct(state.adapters)
+        if not isinstance(stacked, Stacked) or not stacked.serves(wanted):
+            state.gathered = stacked = None  # the old one's memory goes before the new one's comes
+            state.gathered = stacked = Stacked(self._layout, wanted)
+        return stacked
+
+    def _gathered(
+        self, state: SlotState, values: Sequence[Adapter | Blend | None], around: Sequence[Adapter | Blend | None]
+    ) -> Gathered:
+        """A row for each of these, with room for what stands around them, too."""
+        gathered, slots = state.gathered, len(values)
+        wanted = [None if value is None else value.reference for value in values]
+        if not isinstance(gathered, Gathered) or gathered.held[:slots] != wanted:
+            shape = Shape.around(value.shape for value in around if value is not None)
+            if not isinstance(gathered, Gathered) or gathered.shape != shape or gathered.rows < slots:
+                state.gathered = gathered = None
                 rows = min(len(state), 1 << (slots - 1).bit_length())  # a batch that grows slot by slot gathers seldom
                 flat = torch.empty(rows, self._layout.size(shape), dtype=self.dtype, device=self.device)
                 state.gathered = gathered = Gathered(self._layout, shape, flat)
-            for row, adapter in enumerate(adapters):
+            for row, value in enumerate(values):
                 if gathered.held[row : row + 1] != wanted[row : row + 1]:
-                    gathered.write(row, adapter)
-        return gathered.deltas(slots)
+                    gathered.write(row, value)
+        return gathered
 
 
 class AdapterPool(HuggingFaceLM):
@@ -275,7 +225,7 @@ class Adapted:
         adapter: what every slot of a new state gets.
     """
 
-    def __init__(self, pool: Pool, adapter: Adapter) -> None:
+    def __init__(self, pool: Pool, adapter: Adapter | Blend) -> None:
         self.pool, self.adapter = pool, adapter
         self.vocab_size, self.max_length, self.device = pool.vocab_size, pool.max_length, pool.device
 
@@ -313,7 +263,3 @@ class Adapted:
     def select(self, state: State, rows: Sequence[int]) -> State:
         """Copies of the given slots, adapters included."""
         return self.pool.select(state, rows)
-
-
-def _reference(adapter: Adapter | None) -> weakref.ref[Adapter] | None:
-    return None if adapter is None else adapter.reference

@@ -24,6 +24,7 @@ from trimtab.models.adapter_folder import Base, base_of, is_adapter, load_adapte
 from trimtab.models.fingerprint import Files
 from trimtab.models.head import Head
 from trimtab.models.loading import expand, load_model, load_tokenizer, readable
+from trimtab.models.parts import Parts
 from trimtab.models.peft_saving import embeddings_of, unasked
 from trimtab.models.reduced import REDUCED_NAME
 from trimtab.models.vocabulary import fingerprint_vocabulary
@@ -32,6 +33,8 @@ from trimtab.options import Range
 __all__ = [
     "DRAFT_NAME",
     "MANIFEST_NAME",
+    "SUPERSEDED",
+    "TOKENIZER_FILES",
     "Aligner",
     "Description",
     "Manifest",
@@ -48,15 +51,17 @@ MANIFEST_NAME = "trimtab.json"
 DRAFT_NAME = "draft"
 """The folder in an aligner's folder that may hold its drafter: an ordinary transformers model, or a head's, see `reduced`."""
 FORMAT_VERSION = 1
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
     REDUCED_NAME,
 )
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "chat_template.*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
-_MODEL_FILES = _WEIGHT_FILES + _TOKENIZER_FILES
+_MODEL_FILES = WEIGHT_FILES + TOKENIZER_FILES
+SUPERSEDED = _MODEL_FILES + tuple(f"{DRAFT_NAME}/{pattern}" for pattern in _MODEL_FILES)
+"""What another aligner leaves in a folder that a new one is written to, its drafter included."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Manifest:
         proposal_temperature, proposal_top_p, aligner_temperature: the warps before the rule.
         objective: the name of what it was trained with, if we know; it need not be installed here.
         head: for a head (`trimtab.models.head`), `{"tap": …, "layers": …, "proposal": …}`.
+        blended: for a blend, what it was made of (`trimtab.models.parts`).
     """
 
     vocabulary: str
@@ -82,6 +88,7 @@ class Manifest:
     aligner_temperature: float = 1.0
     objective: str | None = None
     head: dict[str, Any] | None = None
+    blended: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -117,7 +124,7 @@ class Manifest:
             raise ManifestError(f"proposal must be {{'id': …, 'revision': …}}, not {proposal!r}")
         if self.objective is not None and not (isinstance(self.objective, str) and self.objective.isidentifier()):
             raise ManifestError(f"objective must be the name of one, not {self.objective!r}")
-        _ = self.parsed_head  # raises where it cannot be
+        _ = self.parsed_head, self.parts  # raises where one cannot be
         if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
             raise ManifestError(f"vocabulary must be a fingerprint 'sha256:…', not {self.vocabulary!r}")
 
@@ -125,6 +132,11 @@ class Manifest:
     def parsed_head(self) -> Head | None:
         """What it says of a head, if it is one."""
         return None if self.head is None else Head.from_dict(self.head)
+
+    @property
+    def parts(self) -> Parts | None:
+        """What it was blended of, if it is a blend."""
+        return None if self.blended is None else Parts.from_dict(self.blended)
 
     @property
     def is_residual(self) -> bool:
@@ -147,9 +159,9 @@ class Manifest:
             raise ManifestError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `trimtab.json` holds; `head` for heads alone, so that earlier versions read all others."""
+        """What `trimtab.json` holds; `head` for heads, `blended` for blends alone, so that earlier versions read all others."""
         values = dataclasses.asdict(self)
-        return values if self.head is not None else {name: value for name, value in values.items() if name != "head"}
+        return {name: value for name, value in values.items() if name not in ("head", "blended") or value is not None}
 
 
 def is_head(folder: Path) -> bool:
@@ -245,8 +257,7 @@ class Aligner:
         if base and Path(base).is_dir() and Path(base).resolve() == Path(path).resolve():
             raise InvalidOption(f"'{path}' holds the base model of this adapter: save the adapter to another folder")
         stays = self.draft is not None and self.draft.resolve() == (Path(path) / DRAFT_NAME).resolve()
-        old_draft = () if stays else tuple(f"{DRAFT_NAME}/{pattern}" for pattern in _MODEL_FILES)
-        with atomic_folder(path, superseded=_MODEL_FILES + old_draft) as folder:
+        with atomic_folder(path, superseded=_MODEL_FILES if stays else SUPERSEDED) as folder:
             _write_model(self.model, self.tokenizer, folder, weights)
             if self.draft is not None and not stays:
                 shutil.copytree(self.draft, folder / DRAFT_NAME)
@@ -354,9 +365,14 @@ print(model.generate(["..."], SamplingParams(max_tokens=64, seed=0))[0].text)
 ```
 
 {_FITS_ONE if manifest.head else _FITS_ANY}
+{"" if manifest.parts is None else _BLEND + manifest.parts.table}
 """
 
 
+_BLEND = """
+It is a blend: its weights are θ_0 + Σ_d λ_d (θ_d − θ_0), of these parts.
+
+"""
 _FITS_ANY = "It works with any proposal of the same vocabulary."
 _FITS_ONE = """It is a head: a LoRA adapter of the proposal's layers, or of the upper ones, which Trimtab decodes together with
 the proposal. It fits this proposal only. PEFT loads it into the proposal as an ordinary adapter: that is the aligned model at

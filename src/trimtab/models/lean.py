@@ -26,9 +26,9 @@ from trimtab.models.slots import SlotLayer, Step
 
 __all__ = ["Delta", "Deltas", "LeanDecoder", "no_lean_pass"]
 
-Delta = tuple[Tensor, Tensor]
+Delta = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 """What is added to a product of rows `[B·K, in]`: `[in, r]` and `[r, out]` by all slots, or `[G, r, in]` and `[G, r, out]` by G
-groups of as many slots each."""
+groups of as many slots each. Behind the first kind may stand `[B, r]`: how much of each of the r every slot takes."""
 Deltas = Sequence[Sequence[Delta | None]]
 """For each layer those of its four products, in the order of `_Layer`."""
 
@@ -299,9 +299,14 @@ def _product(linear: Linear, x: Tensor, delta: Delta | None) -> Tensor:
     """Rows `[B·K, in]` to `[B·K, out]`."""
     product = linear(x)
     if delta is not None:
-        down, up = delta
+        down, up, *shares = delta
         if down.ndim == 2:
-            return product.addmm_(torch.mm(x, down), up)
+            narrow = torch.mm(x, down)
+            for share in shares:
+                taken = narrow.view(len(share), -1, share.shape[1]).mul_(share[:, None])
+                if x.dtype == torch.float16:  # what overflows there is no slot's business that takes nothing of it
+                    taken.masked_fill_((share == 0)[:, None], 0)
+            return product.addmm_(narrow, up)
         rows = x.view(len(down), -1, x.shape[-1])
         # On a CPU each is the faster way round for its dtype: with the first, oneDNN would copy bfloat16 weights every time.
         narrow = torch.bmm(rows, down.mT) if x.dtype == torch.float32 else torch.bmm(down, rows.mT).mT

@@ -6,13 +6,16 @@ So decoding with adapters on a shared base, and with heads, needs no PEFT. What 
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trimtab.errors import CheckpointError
+from trimtab.extras import need
 from trimtab.models.blocks import FAMILIES, products_of, sparse_layers
 
-__all__ = ["plan_of"]
+__all__ = ["check_keys", "key_of", "plan_of", "plan_or_peft"]
 
 RANK, ALPHA = 8, 8
 """What PEFT takes where the file says nothing."""
@@ -25,7 +28,8 @@ def plan_of(values: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int,
         values: what `trimtab.models.lora_folder.read_plain` gives.
         model: a stock model, or one of its shape without weights.
     """
-    if not _is_plain(values, model.config):
+    config: Any = model.config
+    if config.model_type not in FAMILIES or not _is_plain(values, config):
         return None
     ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
     plan = {}
@@ -38,6 +42,46 @@ def plan_of(values: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int,
             return None
         plan[path] = (rank, alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank)
     return plan or None
+
+
+def plan_or_peft(folder: Path, values: Mapping[str, Any], skeleton: nn.Module) -> dict[str, tuple[int, float]]:
+    """Rank and scaling of each adapted module. Where only PEFT knows, it lays them out around a base without weights.
+
+    Args:
+        folder: the adapter's.
+        values: what `trimtab.models.lora_folder.read_plain` gives.
+        skeleton: a model of the base's shape without weights, which PEFT may wrap.
+
+    Raises:
+        InvalidOption: PEFT is wanted and not installed.
+    """
+    if (plan := plan_of(values, skeleton)) is not None:
+        return plan
+    need("train", f"'{folder}', an adapter whose adapter_config.json does not name its modules,", "peft")
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
+
+    config = LoraConfig.from_peft_type(**values)
+    inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
+    layers = [(path, module) for path, module in skeleton.named_modules() if isinstance(module, LoraLayer)]
+    return {path: (layer.r["default"], layer.scaling["default"]) for path, layer in layers}
+
+
+def key_of(path: str, half: str) -> str:
+    """What the file of an adapter calls the A or the B of a module."""
+    return f"base_model.model.{path}.lora_{half}.weight"
+
+
+def check_keys(folder: Path, plan: Collection[str], held: Collection[str]) -> None:
+    """Refuse a file that lacks a tensor of its adapter, or has another one.
+
+    Raises:
+        CheckpointError: names one.
+    """
+    keys = {key_of(path, half) for path in plan for half in "AB"}
+    for problem, wrong in (("lacks", keys - set(held)), ("has no place for", set(held) - keys)):
+        if wrong:
+            raise CheckpointError(f"'{folder}' does not fill the adapter: {problem} {len(wrong)} keys, such as {min(wrong)}")
 
 
 def _is_plain(values: Mapping[str, Any], config: Any) -> bool:

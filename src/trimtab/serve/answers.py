@@ -151,7 +151,7 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     Raises:
         Refusal: it cannot be answered.
     """
-    target = await service.find(asked.model, asked.aligner)
+    target = await service.find(asked.model, asked.aligners)
     limit = service.limit(target, asked.max_tokens, "max_tokens", unsaid=16)
     wants = asked.logprobs is not None
     with service.refusing(None):
@@ -180,7 +180,7 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest, si
     Raises:
         Refusal: it cannot be answered.
     """
-    target = await service.find(asked.model, asked.aligner)
+    target = await service.find(asked.model, asked.aligners)
     limit = service.limit(target, asked.limit, "max_completion_tokens")
     with service.refusing(None):
         params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0))
@@ -199,7 +199,7 @@ async def _echo(exchange: _Exchange) -> list[_Echo]:
         if params.logprobs and len(mine) > 1:
             pair = (mine[:1], mine[1:])
             shaping = model.shaping(params)
-            models, top = (model.proposal, model.aligners), params.top_logprobs
+            models, top = (model.proposal, model.aligners_of(shaping)), params.top_logprobs
             steps = score_in_steps(*models, shaping, [pair], top=top, step=ECHO_STEP)
             try:
                 async with asyncio.timeout(exchange.service.remaining(exchange.job)):

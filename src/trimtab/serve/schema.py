@@ -23,6 +23,7 @@ from trimtab.serve.values import (
     OnlyFalse,
     OnlyOne,
     OnlyZero,
+    Shares,
     Text,
     TokenIds,
     Whole,
@@ -70,6 +71,9 @@ def _needs(field: str, given: Mapping[str, Any], other: str, value: Any) -> dict
 
 
 _STREAM_OPTIONS = _needs("stream_options", {"type": "object"}, "stream", True)
+_WEIGHED = {"aligner": {"type": "object"}, "weight": {"type": ["number", "array"]}}
+_WEIGHTS_ONCE: dict[str, Any] = {"not": {"required": ["aligner", "weight"], "properties": _WEIGHED}}
+"""JSON schema of another: an `aligner` that says the weights, and `weight`."""
 
 
 class _Asked(_Strict):
@@ -121,9 +125,20 @@ class _Request(_Sampled):
     reasoning_effort: None = None
     web_search_options: None = None
 
-    aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | None = Field(
-        None, description="One aligner or several, where `model` is the base."
+    aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | Shares | None = Field(
+        None, description="One aligner or several, where `model` is the base; or an object from their names to their weights."
     )
+
+    @model_validator(mode="after")
+    def _weights_are_given_once(self) -> Self:
+        if isinstance(self.aligner, dict) and getattr(self, "weight", None) is not None:
+            raise _conflict("weight", "weight: aligner says the weights already; give them in one of the two")
+        return self
+
+    @property
+    def aligners(self) -> str | list[str] | None:
+        """Whom `aligner` names."""
+        return list(self.aligner) if isinstance(self.aligner, dict) else self.aligner
 
     @property
     def completions(self) -> int:
@@ -138,6 +153,8 @@ class _Request(_Sampled):
     def sampling(self, max_tokens: int, logprobs: bool, top_logprobs: int) -> dict[str, Any]:
         """Keyword arguments for `SamplingParams`; what is null is left out, and so has its default there."""
         given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        if isinstance(self.aligner, dict):
+            given["weight"] = list(self.aligner.values())
         if self.logit_bias:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return given | {"max_tokens": max_tokens, "logprobs": logprobs, "top_logprobs": top_logprobs}
@@ -146,7 +163,9 @@ class _Request(_Sampled):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS, _needs("max_tokens", {"const": 0}, "echo", True)]})
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_STREAM_OPTIONS, _WEIGHTS_ONCE, _needs("max_tokens", {"const": 0}, "echo", True)]}
+    )
 
     prompt: (
         str
@@ -292,6 +311,7 @@ class ChatRequest(_Request):
         json_schema_extra={
             "allOf": [
                 _STREAM_OPTIONS,
+                _WEIGHTS_ONCE,
                 _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", True),
                 {"not": {"required": ["max_tokens", "max_completion_tokens"], "properties": _BOTH}},
             ]

@@ -1,6 +1,6 @@
 """What stands in the bodies that clients send: JSON's types with our bounds, and the decoding knobs as fields of them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -21,6 +21,7 @@ __all__ = [
     "OnlyFalse",
     "OnlyOne",
     "OnlyZero",
+    "Shares",
     "Text",
     "TokenIds",
     "Whole",
@@ -58,6 +59,7 @@ Factor = Annotated[float, Field(ge=-MAX_FACTOR, le=MAX_FACTOR)]
 Biases = Annotated[dict[TokenKey, Factor], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})]
 Text = Annotated[str, Field(min_length=1)]
 Empty = Annotated[list[Any], Field(max_length=0)]
+Shares = Annotated[dict[Text, Factor], Field(min_length=1, max_length=MAX_ALIGNERS)]
 AlignerName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 _SHAPES: dict[str, Any] = {
@@ -66,6 +68,7 @@ _SHAPES: dict[str, Any] = {
     "logit_bias": Biases,
     "rule": Annotated[str, Field(max_length=MAX_TEXT)],
     "handover": Annotated[str, Field(max_length=MAX_TEXT)],
+    "blend": Literal["logits", "weights"],
     "weight": Factor | Annotated[list[Factor], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)],
 }
 """Knobs whose values are neither numbers nor truth values: what they are in JSON."""

@@ -8,10 +8,11 @@ from torch import Tensor
 from trimtab.decode.assemble import Loader
 from trimtab.errors import InvalidOption
 from trimtab.hardware import free_memory
-from trimtab.models.adapters import Adapted
+from trimtab.models.adapter_values import Blend
+from trimtab.models.adapters import Adapted, AdapterPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.vocabulary import vocabulary_size
-from trimtab.vllm.cache import AlignerCache, Ask, Request
+from trimtab.vllm.cache import AlignerCache, Ask, Request, blends
 from trimtab.vllm.mixing import Mixer
 from trimtab.vllm.settings import KEY, Arguments, Settings
 
@@ -86,14 +87,14 @@ class Aligners:
         drawn: dict[HuggingFaceLM, int] = {}
         groups: dict[int, list[int]] = {}
         for row, (request, arguments) in aligned.items():
-            for i, name in enumerate(arguments.names):
-                base, adapter = self._models[name]
+            models = self._asked(arguments)
+            for i, (base, adapter) in enumerate(models):
                 asks.setdefault(base, []).append(Ask(request, adapter, reading.get(row)))
                 if row not in reading:
                     places[row, i] = base, drawn.get(base, 0)
                     drawn[base] = drawn.get(base, 0) + 1
             if row not in reading:
-                groups.setdefault(len(arguments.names), []).append(row)
+                groups.setdefault(len(models), []).append(row)
         rows = {base: self._caches[base].rows(wanted) for base, wanted in asks.items()}
         mixed = logits.float()
         for count, members in groups.items():
@@ -103,8 +104,21 @@ class Aligners:
             mixer.mix(mixed, members, logqs, [one.arguments.shaping for one in asked], [one.request for one in asked])
         return mixed
 
+    def _asked(self, arguments: Arguments) -> list[tuple[HuggingFaceLM, Any]]:
+        """The model and adapter of each aligner of a request; of aligners whose weights are blended, of the one they make."""
+        models = [self._models[name] for name in arguments.names]
+        if arguments.shaping.blend is None:
+            return models
+        base, blend = models[0][0], Blend(zip((adapter for _, adapter in models), arguments.shaping.blend, strict=True))
+        return [(base, blend if blend.parts else None)]
+
     def _adapters(self, base: HuggingFaceLM) -> list[Any]:
         return [adapter for of, adapter in self._models.values() if of is base and adapter is not None]
+
+    def _stacked_bytes(self, base: HuggingFaceLM) -> int:
+        """What a model's adapters take once more, for blends of them."""
+        adapters = self._adapters(base)
+        return base.store.stacked_bytes(adapters) if isinstance(base, AdapterPool) and blends(adapters) else 0
 
     def _count_slots(self, settings: Settings, limits: Limits) -> dict[HuggingFaceLM, int]:
         """Slots of each model: one for every request, or for every adapter that a request may combine."""
@@ -117,13 +131,14 @@ class Aligners:
             base.state_bytes(slots, limits.max_model_len, self._adapters(base)) // limits.max_num_seqs
             for base, slots in self._slots.items()
         )
-        cache = per_request * limits.max_num_seqs
+        shared = sum(map(self._stacked_bytes, self._slots))
+        cache = per_request * limits.max_num_seqs + shared
         weights = sum(base.num_bytes + sum(adapter.num_bytes for adapter in self._adapters(base)) for base in self._slots)
         allowed = None if settings.memory is None else settings.memory - weights
         rooms = [room for room in (free_memory(device), allowed) if room is not None]
         shape = f"{limits.max_num_seqs} requests of {limits.max_model_len} tokens"
         if rooms and cache > min(rooms):
-            fit = max(min(rooms) // per_request, 0)
+            fit = max((min(rooms) - shared) // per_request, 0)
             advice = f"--max-num-seqs {fit} fits" if fit else "not even one request fits; lower --max-model-len"
             if allowed is not None and allowed <= 0:
                 advice = f"the weights alone take more than {KEY}.memory_gib; raise it"

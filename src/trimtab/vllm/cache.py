@@ -15,12 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.models.adapter_mixing import FEW
+from trimtab.models.adapter_values import Blend
+from trimtab.models.adapters import AdapterPool
 from trimtab.models.huggingface import HuggingFaceLM
 
-__all__ = ["AlignerCache", "Ask", "Request"]
+__all__ = ["AlignerCache", "Ask", "Request", "blends"]
 
 PATIENCE = 16
 """Steps that an empty seat is kept: a row of each pass is wasted on it."""
+
+
+def blends(adapters: Sequence[Any]) -> bool:
+    """Whether requests may blend these adapters of one model: few enough to be stacked, once, when vLLM starts."""
+    return 0 < len(adapters) <= FEW
 
 
 class Request:
@@ -52,7 +60,7 @@ class Ask(NamedTuple):
 
     request: Request
     adapter: Any = None
-    """The adapter on the aligner's model, if it is one."""
+    """The adapter on the aligner's model, or the blend of some, if it is one."""
     limit: int | None = None
     """Tokens of its prompt that may be read by now, if it draws nothing at this step; None if it draws."""
 
@@ -70,7 +78,7 @@ class _Seat:
 
     def suits(self, ask: Ask) -> bool:
         """Whether the request may go on from here, after somebody left."""
-        same = self.owner.gone and self.prompt is ask.request.prompt and self.adapter is ask.adapter
+        same = self.owner.gone and self.prompt is ask.request.prompt and self.adapter == ask.adapter
         return same and list(ask.request.output[: len(self.output)]) == self.output
 
     def learn(self, request: Request, read: int) -> None:
@@ -103,11 +111,12 @@ class AlignerCache:
             layer.keys.zero_()  # so that the memory is taken now, and not in flight
             layer.values.zero_()
         self._gathered = self._state.gathered  # where adapters stand side by side: kept for steps that mix them
+        self._stacked = model.store.stack(adapters) if isinstance(model, AdapterPool) and blends(adapters) else None
 
     @property
     def num_bytes(self) -> int:
         """What all slots take, and their adapters side by side."""
-        mixing = self._gathered.num_bytes if self._gathered is not None else 0
+        mixing = sum(part.num_bytes for part in (self._gathered, self._stacked) if part is not None)
         return mixing + self._state.num_bytes
 
     def rows(self, asks: Sequence[Ask]) -> Tensor:
@@ -125,7 +134,8 @@ class AlignerCache:
         tokens, counts = [[0]] * width, [0] * width
         for request, slot in drawing:
             tokens[slot], counts[slot] = request.tokens(len(request) - 1, len(request)), 1
-        self._state.gathered = self._gathered
+        blending = any(isinstance(adapter, Blend) for adapter in self._state.adapters)
+        self._state.gathered = self._stacked if blending else self._gathered
         rows = self.model.extend(self._state, torch.tensor(tokens), counts)[:, 0]
         for request, slot in drawing:
             self._seats[slot].learn(request, len(request))
@@ -134,10 +144,10 @@ class AlignerCache:
 
     def _seat(self, asks: Sequence[Ask]) -> list[int]:
         """The slot of each ask; newcomers get the next free ones, so that they can be read together."""
-        found = {(id(seat.owner), id(seat.adapter)): seat for seat in self._seats if not seat.owner.gone}
+        found = {(id(seat.owner), seat.adapter): seat for seat in self._seats if not seat.owner.gone}
         seats = []
         for ask in asks:
-            key = id(ask.request), id(ask.adapter)
+            key = id(ask.request), ask.adapter
             if key not in found and (seat := next((seat for seat in self._seats if seat.suits(ask)), None)):
                 seat.owner, found[key] = ask.request, seat
             seats.append(found.get(key))
@@ -201,7 +211,7 @@ def _runs(slots: Sequence[int], adapters: Sequence[Any]) -> list[tuple[int, int]
     """Ascending slots as half-open ranges without gaps, each of one adapter, which so need not be gathered."""
     runs: list[tuple[int, int]] = []
     for slot in slots:
-        if runs and runs[-1][1] == slot and adapters[slot] is adapters[slot - 1]:
+        if runs and runs[-1][1] == slot and adapters[slot] == adapters[slot - 1]:
             runs[-1] = runs[-1][0], slot + 1
         else:
             runs.append((slot, slot + 1))

@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
+from trimtab.errors import InvalidRequest
 from trimtab.origins import Origins, is_json
-from trimtab.vllm.settings import FIELDS, Settings, field_of, read_settings
+from trimtab.vllm.settings import FIELDS, Settings, as_lists, field_of, read_settings
 
 __all__ = ["HOSTS_VARIABLE", "AlignerNames", "AllowedPages"]
 
@@ -169,7 +170,10 @@ def translate(body: dict[str, Any], bases: list[str], settings: Settings | None)
     if twice := sorted(set(asked) & set(xargs)):
         raise ValueError(f"{twice[0]} is given twice, in vllm_xargs and outside")
     kept = {name: value for name, value in body.items() if name not in FIELDS}
-    return {**kept, "vllm_xargs": xargs | asked}
+    try:
+        return {**kept, "vllm_xargs": {**xargs, **as_lists(asked)}}  # vLLM takes lists there, and no objects
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
 
 
 def _names(scope: Message) -> tuple[list[str], Settings | None]:

@@ -13,6 +13,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.decode.request import SamplingParams
@@ -20,10 +21,15 @@ from trimtab.decode.settings import settle, with_weight
 from trimtab.decode.shaping import Shaping
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.knobs import KNOBS, SHAPING, check_number
+from trimtab.models.adapter_folder import Base, is_adapter
+from trimtab.models.adapter_mixing import FEW
 from trimtab.models.aligner import Manifest, describe
+from trimtab.models.blocks import LEAN
+from trimtab.models.loading import load_configs
+from trimtab.models.lora_folder import poolable
 from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary
 
-__all__ = ["FIELDS", "KEY", "Arguments", "Catalog", "Settings", "field_of", "read_settings"]
+__all__ = ["FIELDS", "KEY", "Arguments", "Catalog", "Settings", "as_lists", "field_of", "read_settings"]
 
 KEY = "trimtab"
 """Where `additional_config` holds our settings."""
@@ -114,11 +120,14 @@ class Catalog:
     def __init__(self, settings: Settings, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
         self.settings, self._eos = settings, tuple(eos_token_ids)
         self._manifests: dict[str, Manifest | None] = {}
+        self._bases: dict[str, Base | None] = {}
+        """Of aligners that can be blended, what they adapt."""
         for name, path in settings.aligners.items():
             found = describe(path)
             check_same_vocabulary(tokenizer, found.tokenizer, name)
             vocabulary = fingerprint_vocabulary(found.tokenizer)
             rule = settings.defaults.asked_rule
+            self._bases[name] = _blendable(found.folder)
             try:
                 self._manifests[name] = with_weight(found.manifest, settings.weights.get(name), rule, vocabulary)
             except InvalidOption as error:
@@ -133,13 +142,30 @@ class Catalog:
         except InvalidRequest as error:
             raise InvalidOption(f"{KEY}.aligner: {error}") from None
 
+    def _check_blend(self, names: Sequence[str]) -> None:
+        """Refuse to blend what is no adapter of one base, or one of too many."""
+        base = self._bases[names[0]]
+        for name in names:
+            if self._bases[name] is None:
+                raise InvalidRequest(
+                    f"blend: aligner '{name}' is no LoRA adapter on a base that adapters share: leave blend out"
+                )
+            if self._bases[name] != base:
+                raise InvalidRequest(
+                    f"blend: aligners '{names[0]}' and '{name}' are adapters of different bases: leave blend out"
+                )
+        if list(self._bases.values()).count(base) > FEW:
+            raise InvalidRequest(
+                f"blend: more than {FEW} aligners adapt '{base}', which is the most for blends: leave blend out"
+            )
+
     def read(self, extra_args: Mapping[str, Any] | None) -> Arguments | None:
         """What a request asks for; None if it wants no aligner.
 
         Raises:
             InvalidRequest: names the field that is wrong.
         """
-        given = {name: value for name, value in (extra_args or {}).items() if name not in self.settings.ignore}
+        given = as_lists({name: value for name, value in (extra_args or {}).items() if name not in self.settings.ignore})
         names = _names(given["aligner"], self.settings) if "aligner" in given else self.settings.aligner
         asked = {name: value for name, value in given.items() if name in SHAPING and value is not None}
         if not names:
@@ -156,9 +182,34 @@ class Catalog:
             shaping = settle(params, self.settings.defaults, [self._manifests[name] for name in names], self._eos)
         except InvalidOption as error:
             raise InvalidRequest(str(error)) from None
+        if shaping.blend is not None:
+            self._check_blend(names)
         if not shaping.rule.has_row:
             raise InvalidRequest(f"rule: '{shaping.rule}' has no row in closed form, and vLLM samples from rows: use product")
         return Arguments(names, shaping)
+
+
+def as_lists(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A request's fields, an `aligner` that maps names to weights as a list of names and one of weights.
+
+    Raises:
+        InvalidRequest: the weights are said twice.
+    """
+    aligner = given.get("aligner")
+    if not isinstance(aligner, Mapping):
+        return given
+    if given.get("weight") is not None:
+        raise InvalidRequest("weight: aligner says the weights already; give them in one of the two")
+    return {**given, "aligner": list(aligner), "weight": list(aligner.values())}
+
+
+def _blendable(folder: Path) -> Base | None:
+    """What an adapter adapts that shares its base with others; None for other aligners."""
+    base = poolable(folder) if is_adapter(folder) else None
+    if base is None:
+        return None
+    config, _ = load_configs(base.source, revision=base.revision)
+    return base if config.model_type in LEAN and not getattr(config, "quantization_config", None) else None
 
 
 def _aligners(given: Any) -> dict[str, Any]:
