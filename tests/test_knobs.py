@@ -51,8 +51,10 @@ def test_the_representation_that_resumed_files_compare_is_as_it_was():
 
 
 def test_keyword_arguments_that_type_checkers_see_are_the_schema():
-    """`rule` and `weight` are spelt out in signatures, for their types are wider than one number."""
-    hints = {name: hint for name, hint in typing.get_type_hints(ShapingKnobs).items() if name not in ("rule", "weight")}
+    """`rule`, `handover` and `weight` are spelt out in signatures, for their types are wider than one number."""
+    hints = {
+        name: hint for name, hint in typing.get_type_hints(ShapingKnobs).items() if name not in ("rule", "handover", "weight")
+    }
     assert typing.get_type_hints(WarpSettings) == hints
     for takes in (AlignedModel.__init__, AlignedModel.from_pretrained):
         assert {"rule", "weight"} <= inspect.signature(takes).parameters.keys()

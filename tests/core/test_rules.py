@@ -338,7 +338,7 @@ def test_rules_are_values_that_read_as_they_are_written():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("par", "there is no rule 'par'; choose one of candidates, gate, geometric"),
+        ("par", "there is no rule 'par'; choose one of candidates, confidence, gate, geometric"),
         ("candidates(n=8", "closing bracket"),
         ('product(")', "lacks a closing quote"),
         ("kl_gate(tau='0.2)", "lacks a closing quote"),

@@ -24,7 +24,7 @@ from trimtab.core.rules.context import Context
 from trimtab.errors import DeadRow, InvalidOption
 from trimtab.registry import Registry
 
-__all__ = ["PLAIN", "RULES", "Rule", "check_rule", "log_power", "register", "weighted_sum"]
+__all__ = ["PLAIN", "RULES", "Rule", "check_rule", "log_power", "register", "unless_broken", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -297,6 +297,13 @@ def weighted_sum(logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Σ log q_i^λ_i over whole rows `[..., V]` with weights `[..., n]`, see `log_power`."""
     terms = [log_power(logq, weight) for logq, weight in zip(logqs, torch.split(weights, 1, dim=-1), strict=True)]
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
+def unless_broken(row: Tensor, logqs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """A row `[..., V]` that some aligners play no part in: NaN all the same where one that has a weight is no distribution."""
+    for logq, weight in zip(logqs, torch.split(weights, 1, dim=-1), strict=True):
+        row = torch.where((weight == 0) | is_distribution(logq), row, math.nan)
+    return row
 
 
 def log_power(logq: Tensor, weight: Tensor) -> Tensor:

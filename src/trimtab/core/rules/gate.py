@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from trimtab.core.logprobs import entropy, is_distribution, kl_divergence, log_normalize
-from trimtab.core.rules.base import Rule
+from trimtab.core.logprobs import entropy, kl_divergence, log_normalize
+from trimtab.core.rules.base import Rule, unless_broken
 from trimtab.core.rules.context import Context
 from trimtab.core.rules.nucleus import Nucleus
 from trimtab.core.rules.product import Product
@@ -64,9 +64,7 @@ class Gate(Rule):
         """The rule's target, or log p̃ where the gate is shut; NaN where an aligner is broken, which is no shut gate."""
         row = self.rule.target(logp, logqs, weights, **self.rule.seen(context))
         row = torch.where(self.marked(logp, logqs, weights).unsqueeze(-1), logp, row)
-        for logq, weight in zip(logqs, torch.split(weights, 1, dim=-1), strict=True):
-            row = torch.where((weight == 0) | is_distribution(logq), row, math.nan)
-        return row
+        return unless_broken(row, logqs, weights)
 
     def target(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
         """As for every rule; where the gate is shut, p̃ to the bit, and elsewhere the rule's target to the bit."""
