@@ -22,6 +22,7 @@ from trimtab.evaluate.systems import (
     parse_system,
     show_prompt,
 )
+from trimtab.evaluate.texts import describe_handovers
 from trimtab.journal import Journal
 
 PARAMS = SamplingParams(max_tokens=6, seed=7)
@@ -96,6 +97,23 @@ def test_who_drafts_is_part_of_what_a_seed_means(task, tmp_path):
         assert answer_here(looked_up, prompts, PARAMS, journal, "aligned").texts == found[1]
         assert len(journal) == before
     assert len({tuple(texts) for texts in found}) == len(settings)
+
+
+def test_where_answers_were_handed_over_is_kept_and_told(task, tmp_path):
+    """In the journal, so that a resumed run knows it, too; and as a share and a mean in the report."""
+    over = "confidence(window=2, threshold=0.02)"
+    model = AlignedModel.from_pretrained(task / "proposal", [task / "start"], handover=over)
+    prompts = prompts_of([letter * 4 for letter in "defghijk"])
+    expected = [c.handover_at for c in model.generate(prompts.prompts, seeded(8))]
+    assert any(at is not None for at in expected)
+    with Journal(tmp_path / "a.jsonl") as journal:
+        for _ in range(2):
+            assert answer_here(model, prompts, PARAMS, journal, "aligned").handovers == expected
+        plain = AlignedModel.from_pretrained(task / "proposal", [task / "start"])
+        assert answer_here(plain, prompts, PARAMS, journal, "aligned").handovers is None
+    assert describe_handovers([3, None, 5, None]) == {"handed_over": 0.5, "tokens_before_handover": 4}
+    assert describe_handovers([None]) == {"handed_over": 0.0, "tokens_before_handover": None}
+    assert describe_handovers(None) == {}
 
 
 def test_the_proposal_answers_without_aligners_and_without_their_settings(task, tmp_path):

@@ -16,6 +16,8 @@ LABELS = {
     "mean_words": "words",
     "empty": "empty, share",
     "truncated": "cut by the limit, share",
+    "handed_over": "handed over, share",
+    "tokens_before_handover": "tokens before the hand-over",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
     "distinct_3": "distinct-3",

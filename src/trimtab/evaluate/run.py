@@ -35,7 +35,7 @@ from trimtab.evaluate.systems import (
     answer_remotely,
     show_prompt,
 )
-from trimtab.evaluate.texts import describe_texts, distinct_at_equal_length
+from trimtab.evaluate.texts import describe_handovers, describe_texts, distinct_at_equal_length
 from trimtab.files import write_json
 from trimtab.journal import Journal
 from trimtab.judges.base import Judge, Judgement
@@ -294,6 +294,7 @@ def _describe_texts(answers: Mapping[str, Answers]) -> dict[str, Any]:
     return {
         name: describe_texts(_pick(one.texts, one.died), one.finish_reasons and _pick(one.finish_reasons, one.died))
         | {f"{figure}_at_equal_length": value for figure, value in equal[name].items()}
+        | describe_handovers(None if one.handovers is None else _pick(one.handovers, one.died))
         for name, one in answers.items()
     }
 

@@ -118,12 +118,14 @@ class Answers:
         texts: one for each prompt.
         tokens: their ids, from a model here.
         finish_reasons: why each ended, where that is known; `"error"` for one that could not go on, and is no answer.
+        handovers: where each was handed over (`Completion.handover_at`), under a rule that does; None under others.
         speed: of the decoding, from a model here, see `Throughput`.
     """
 
     texts: list[str]
     tokens: list[list[int]] | None = None
     finish_reasons: list[str | None] | None = None
+    handovers: list[int | None] | None = None
     speed: dict[str, float | None] = field(default_factory=dict)
 
     @property
@@ -216,6 +218,7 @@ def answer_here(model: AlignedModel, prompts: Prompts, params: SamplingParams, j
         [row["output"] for row in found],
         [row["tokens"] for row in found],
         [row["finish_reason"] for row in found],
+        [row.get("handover_at") for row in found] if shaping.rule.hands_over else None,
         _speed(journal.get(speed_key)),
     )
 
@@ -317,6 +320,7 @@ def _decode(
             if (c := event.completion) is not None:
                 row = {"output": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason}
                 row |= {} if c.error is None else {"error": c.error}
+                row |= {} if c.handover_at is None else {"handover_at": c.handover_at}
                 done[keys[event.prompt_index]] = row
             if done and time.perf_counter() - started >= WRITE_EVERY:
                 keep()

@@ -16,7 +16,7 @@ from typing import Any
 
 from trimtab.words import distinct, repetition, split_words
 
-__all__ = ["describe_texts", "distinct_at_equal_length"]
+__all__ = ["describe_handovers", "describe_texts", "distinct_at_equal_length"]
 
 _SIZES = (1, 2, 3)
 """The n of distinct_n."""
@@ -51,6 +51,18 @@ def describe_texts(answers: Sequence[str], finish_reasons: Sequence[str | None] 
         "repetition_4": repetition(corpus),
         "truncated": _mean([reason == "length" for reason in known]),
     }
+
+
+def describe_handovers(handovers: Sequence[int | None] | None) -> dict[str, Any]:
+    """Of answers under a rule that hands over: `handed_over`, the share that was, and `tokens_before_handover`, the mean of those.
+
+    Args:
+        handovers: `Completion.handover_at` of each answer; None under other rules, of which there is nothing to say.
+    """
+    if handovers is None:
+        return {}
+    known = [at for at in handovers if at is not None]
+    return {"handed_over": _mean([at is not None for at in handovers]), "tokens_before_handover": _mean(known)}
 
 
 def distinct_at_equal_length(systems: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float | None]]:
