@@ -318,7 +318,7 @@ def _decode(
     try:
         for event in work:
             if (c := event.completion) is not None:
-                row = {"output": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason}
+                row: dict[str, Any] = {"output": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason}
                 row |= {} if c.error is None else {"error": c.error}
                 row |= {} if c.handover_at is None else {"handover_at": c.handover_at}
                 done[keys[event.prompt_index]] = row

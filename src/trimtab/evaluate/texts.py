@@ -54,7 +54,7 @@ def describe_texts(answers: Sequence[str], finish_reasons: Sequence[str | None] 
 
 
 def describe_handovers(handovers: Sequence[int | None] | None) -> dict[str, Any]:
-    """Of answers under a rule that hands over: `handed_over`, the share that was, and `tokens_before_handover`, the mean of those.
+    """Of answers under a rule that hands over: `handed_over`, the share that was, and the mean of `tokens_before_handover`.
 
     Args:
         handovers: `Completion.handover_at` of each answer; None under other rules, of which there is nothing to say.
