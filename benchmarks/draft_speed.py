@@ -4,8 +4,8 @@
 
 Every prompt is answered with each drafter in turn, the order turning round from prompt to prompt; `none` is the baseline.
 Prompts of three kinds are made of what every Python has: *code* to be repeated (the standard library), *text* to be copied (the
-topics of its help), and *random* tokens, where nothing matches. Those of a data set can be added. The clock is the process's own,
-so that neighbours on the machine count little; run it on one thread.
+topics of its help), and *random* tokens, where nothing matches. Those of a data set can be added. The clock is the process's
+own, so that neighbours on the machine count little; run it on one thread.
 """
 
 import argparse
