@@ -101,6 +101,22 @@ def test_drafts_that_are_known_are_weighed_by_their_own_odds():
     assert Looked([0.5, 0.5]).tokens(2) == 1.75
 
 
+def test_where_no_draft_is_worth_it_they_are_looked_up_seldom_until_one_is():
+    pace, load = Pace(), Load(32, 32)
+    for _ in range(50):
+        pace.observe(load, pace.choose(load, [Looked([])] * 32), 1.0)
+    looked = []
+    for _ in range(80):
+        looked.append(pace.longest(load))
+        pace.observe(load, 0, 1.0)
+    assert looked.count(16) == 10
+    assert looked.count(0) == 70
+    assert pace.longest(Load(1, 1)) == 16, "another load is another matter"
+    pace.observe(load, 2, 1.0)
+    assert pace.longest(load) == 16
+    assert Pace(3).longest(load) == 3
+
+
 def test_nothing_is_timed_that_nobody_drafts():
     pace, load = Pace(), Load(1, 1)
     for _ in range(30):

@@ -326,8 +326,10 @@ class Engine:
 
     def _decode(self) -> list[TokenEvent]:
         sequences = self._batch.sequences
-        chances = [s.chances(self.pace.kind(s.kind), self.pace.longest) for s in sequences if s.can_draft]
-        load = Load(len(sequences), len(chances), self._batch.groups)
+        drafting = [s for s in sequences if s.can_draft]
+        load = Load(len(sequences), len(drafting), self._batch.groups)
+        longest = self.pace.longest(load)
+        chances = [s.chances(self.pace.kind(s.kind), longest) for s in drafting]
         wanted = self.pace.choose(load, chances)
         limits = [s.drafts(wanted) for s in sequences]
         started = time.perf_counter()

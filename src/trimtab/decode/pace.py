@@ -26,6 +26,10 @@ DRAWN = 8
 """The longest of them for drafts that a model must make one by one."""
 FIRST = (4, 0, 2)
 """Draft lengths that are timed before one is chosen, twice each: the first time of anything is slow."""
+PATIENCE = 32
+"""Steps in a row in which no draft was worth verifying, after which drafts are looked up seldom: that takes time, too."""
+SELDOM = 8
+"""Once in so many steps, then."""
 LOOK_AROUND = 48
 """Steps after which a neighbour of the best length, or 0, is timed again: what was measured once may no longer be so."""
 RECONSIDER = 4
@@ -179,11 +183,14 @@ class Pace:
         self._seconds: dict[Size, dict[int, deque[float]]] = {}
         self._steps: dict[Size, int] = {}
         self._best: dict[Size, int] = {}
+        self._idle: dict[Size, int] = {}
 
-    @property
-    def longest(self) -> int:
-        """The most tokens that are worth looking up."""
-        return MAX_DRAFT if self.fixed is None else self.fixed
+    def longest(self, load: "Load") -> int:
+        """The most tokens of a text that are worth looking up before the next step."""
+        if self.fixed is not None:
+            return self.fixed
+        idle = self._idle.get(load.size, 0)
+        return MAX_DRAFT if idle < PATIENCE or idle % SELDOM == 0 else 0
 
     def kind(self, key: Hashable) -> Hope:
         """What is known about requests of a kind; the kinds met longest ago are forgotten."""
@@ -223,6 +230,7 @@ class Pace:
 
     def observe(self, load: "Load", length: int, seconds: float) -> None:
         """Note how long a step took."""
+        self._idle[load.size] = 0 if length else self._idle.get(load.size, 0) + 1
         self._seconds.setdefault(load.size, {}).setdefault(length, deque(maxlen=5)).append(seconds)
 
     def _cost(self, seconds: Mapping[int, Sequence[float]], k: int) -> float:
