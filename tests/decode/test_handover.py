@@ -26,6 +26,7 @@ from trimtab.decode.assemble import Loader
 from trimtab.decode.engine import Engine
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.evaluate.harness import TrimtabLM
+from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.table import TableLM, enumerate_sequences
 from trimtab.serve.registry import Registry
 from trimtab.serve.service import Opened, Service, Settings
@@ -270,6 +271,25 @@ def test_float32_models_give_the_same_tokens_at_every_draft_length_with_prefixes
         found += [[(c.tokens, c.handover_at) for c in aligned.generate(texts, params)] for _ in range(2)]
     assert all(other == found[0] for other in found[1:])
     assert any(at for _, at in found[0])
+
+
+def test_a_prompt_that_was_handed_over_is_taken_over_by_the_next(monkeypatch):
+    """What aligner and proposal had read of it is kept when they part."""
+    monkeypatch.setattr(HuggingFaceLM, "immutable", True)
+    pair = [tiny_model("llama", 28, seed=seed, spread=0.3) for seed in range(2)]
+    both = AlignedModel.from_pretrained(*pair, tokenizer=tiny_tokenizer())
+    prompt = "a long text that is taken over from what was read before"
+    params = SamplingParams(seed=1, max_tokens=26, ignore_eos=True, handover="confidence(window=3, threshold=0.0)")
+    engine = Engine(both.proposal, both.pace, prefixes=both.prefixes)
+    found = []
+    for _ in range(2):
+        (sequence,) = both.prepare(prompt, params)
+        list(engine.run([sequence]))
+        found.append((sequence.tokens, sequence.handover_at, sequence.has_aligners))
+        cached = sequence.cached_tokens
+    assert found[0] == found[1]
+    assert found[0][1:] == (3, False)
+    assert cached >= len(sequence.prompt) - 1
 
 
 # ---- wherever a request may say so

@@ -153,15 +153,12 @@ class Batch:
             group.rollback(outcomes)
             events += group.emit(outcomes, want)
         self._proposal.rollback(self._state, unread)
-        self._let_go()
         return events
 
-    def _let_go(self) -> None:
-        """Part those from their aligners whose rule has handed over to the proposal: in its state they stay where they are."""
-        for models, group in list(self._groups.items()):
-            gone = [sequence for sequence in group.sequences if sequence.leaves]
-            if not gone:
-                continue
+    def part(self, leaving: Sequence[Growing]) -> None:
+        """Part sequences from their aligners, since their rule has handed over; in the proposal's state they stay."""
+        for models in dict.fromkeys(sequence.models for sequence in leaving):
+            gone, group = [sequence for sequence in leaving if sequence.models == models], self._groups[models]
             group.remove(gone)
             if not group.sequences:
                 del self._groups[models]

@@ -307,8 +307,11 @@ class Engine:
         self._batch.remove(gone)
 
     def _keep(self, sequence: Growing, parts: Sequence[tuple[State, int]]) -> None:
-        """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's."""
-        if sequence.error is None and sequence.index == 0:
+        """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's.
+
+        One that has left its aligners was kept then.
+        """
+        if sequence.error is None and sequence.index == 0 and sequence.has_aligners:
             self.prefixes.keep(sequence, parts, self._spare_bytes)
 
     @property
@@ -335,6 +338,10 @@ class Engine:
         started = time.perf_counter()
         events = self._batch.step(limits)
         self.pace.observe(load, max(limits), time.perf_counter() - started)
+        if leaving := [sequence for sequence in sequences if sequence.leaves]:
+            for sequence in leaving:  # while it has read all of its text with them
+                self._keep(sequence, self._batch.parts(sequence))
+            self._batch.part(leaving)
         return events
 
 
