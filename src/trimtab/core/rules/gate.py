@@ -63,7 +63,7 @@ class Gate(Rule):
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
         """The rule's target, or log p̃ where the gate is shut; NaN where an aligner is broken, which is no shut gate."""
         row = self.rule.target(logp, logqs, weights, **self.rule.seen(context))
-        row = torch.where(self.marked(logp, logqs, weights).unsqueeze(-1), logp, row)
+        row = torch.where(self.marked(logp, logqs, weights, context=context).unsqueeze(-1), logp, row)
         return unless_broken(row, logqs, weights)
 
     def target(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
