@@ -1,4 +1,4 @@
-"""The study of gates: its columns are what the engine decodes, its curves are those of a table made by hand, its run is whole."""
+"""The study of gates: its columns are what the engine decodes, its curves those of a table made by hand, its run is whole."""
 
 import json
 import math
