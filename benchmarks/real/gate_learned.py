@@ -25,7 +25,7 @@ STEPS = 50
 
 @dataclass(frozen=True)
 class Logit:
-    """What was learnt. Inputs are standardised: `(x − center) / scale`.
+    """What was learnt. Inputs are standardised, `(x − center) / scale`; one that never varied is left as it is.
 
     Attributes:
         coefficients: one for each input, and the constant.
@@ -52,7 +52,8 @@ def fit(columns: Mapping[str, Tensor]) -> Logit:
     """Learn from tokens whose gain is known: float64 columns `[N]` of `read_columns`."""
     inputs = _inputs([columns[name] for name in ROW], columns["position"])
     gain = columns["rule"] - columns["proposal"]
-    center, scale = inputs.mean(0), inputs.std(0)
+    center, spread = inputs.mean(0), inputs.std(0)
+    scale = torch.where(spread > 0, spread, 1.0)
     table = torch.cat([(inputs - center) / scale, torch.ones_like(inputs[:, :1])], dim=1)
     weight = gain.abs() / gain.abs().mean()
     ridge = torch.full((table.shape[1],), RIDGE * len(gain), dtype=table.dtype)
@@ -67,10 +68,13 @@ def fit(columns: Mapping[str, Tensor]) -> Logit:
 
 
 def _inputs(of_rows: Sequence[Tensor], position: Tensor) -> Tensor:
-    """`[..., 6]` in float64: the row's, how late it is, and whether it is the first."""
+    """`[..., 25]` in float64: the row's, how late it is, and whether it is the first; then squares, and products of pairs."""
     # A token that p̃ holds for impossible is no more so at −200 nats than at −100.
-    said = [part.double().clamp(min=-100) for part in of_rows]
-    return torch.stack([*said, position.double().log1p(), (position == 0).double()], dim=-1)
+    row = torch.stack([part.double().clamp(min=-100) for part in of_rows], dim=-1)
+    late, first = position.double().log1p().unsqueeze(-1), (position == 0).double().unsqueeze(-1)
+    plain = torch.cat([row, late], dim=-1)
+    pairs = [plain[..., i:] * plain[..., i : i + 1] for i in range(plain.shape[-1])]
+    return torch.cat([plain, first, *pairs, row * first], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,6 @@ def by_hand() -> dict[str, torch.Tensor]:
     made = {"prompt": torch.arange(4.0).repeat_interleave(5), "position": position, "proposal": torch.full((count,), -3.0)}
     made |= {"rule": made["proposal"] + gain, "other": made["proposal"] + gain.roll(1)}
     made |= {"entropy": torch.arange(float(count)), "best": -position - 1, "margin": position * 0 + 1, "end": -position}
-    made["margin"][0] = 1.5  # a column of equal numbers could not be standardised
     return {name: column.double() for name, column in made.items()} | {"kl": gain.double()}
 
 
