@@ -35,7 +35,7 @@ __all__ = ["Setting", "run_study"]
 
 OTHER_SEED = 1
 """Of the training of the other head; the demo's has the trainer's own."""
-TEXT_SHARES = (0.25, 0.5, 0.75)
+TEXT_SHARES = (0.5, 0.75)
 BY = {"entropy": ("entropy", False), "max_p": ("max_p", False), "kl past tau": ("kl", True), "kl up to tau": ("kl", False)}
 """How the gates that the engine has are written: `by`, and whether `invert` is on."""
 
