@@ -18,7 +18,7 @@ from trimtab.judges.references import ReferenceMetric
 __all__ = ["METRICS", "compare", "measure_cost", "text_of"]
 
 METRICS = ("rougeL", "chrf")
-COST_PROMPTS, COST_TOKENS, COST_TURNS = 6, 24, 3
+COST_PROMPTS, COST_TOKENS, COST_TURNS = 4, 24, 3
 
 
 def text_of(model: AlignedModel, rule: Rule | None, records: Sequence[Record], max_tokens: int) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def run_study(out: Path, setting: Setting) -> dict[str, Any]:
         ways = signals(learned)
         rules = _rules(model, ways, tables["dev"], learned)
         answered = list({record["group"]: record for record in read["test"]}.values())[: setting.scale.test]
+        cost = parts.do("measure the cost", lambda: measure_cost(model, answered))
         texts = {
             name: parts.do(f"answer by {name}", lambda r=rule: text_of(model, r, answered, setting.scale.max_tokens))
             for name, rule in rules.items()
@@ -115,7 +116,7 @@ def run_study(out: Path, setting: Setting) -> dict[str, Any]:
             "learned": learned.__dict__,
             "prompts": len(answered),
             "texts": {name: compare(found, texts["rule"]) for name, found in texts.items()},
-            "cost": parts.do("measure the cost", lambda: measure_cost(model, answered)),
+            "cost": cost,
             "seconds": parts.seconds,
         }  # fmt: skip
         write_json(out / "report.json", report)
