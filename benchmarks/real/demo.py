@@ -35,7 +35,7 @@ from trimtab.models.loading import load_model, quiet_loading
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import run_training as train
 
-__all__ = ["ALIGNED", "Scale", "run_demo"]
+__all__ = ["ALIGNED", "Parts", "Scale", "run_demo", "train_head"]
 
 ALIGNED = "aligned"
 METRICS = ("rougeL", "chrf")
@@ -120,7 +120,7 @@ def run_demo(out: Path, proposal: Path, scale: Scale | None = None, task: Task =
         parts.do("convert the model", lambda: _convert(cell.proposal))
         parts.do("read the standard library", lambda: cell.task.prepare(cell.data, None, scale.train))
         records = list({record["group"]: record for record in cell.read("test")}.values())[: scale.test]  # each prompt once
-        history = parts.do("train the head", lambda: _train(cell, scale))
+        history = parts.do("train the head", lambda: train_head(cell.proposal, cell.data, cell.model("head"), scale))
         systems = _open(cell)
         judged = {name: parts.do(f"judge {name}", lambda s=s: _judge(cell, s, records)) for name, s in systems.items()}
         chats = [record["prompt"] for record in records[: scale.speed + WARM_UP]]
@@ -159,13 +159,13 @@ def _convert(proposal: Path) -> None:
     load_model(str(proposal), dtype=torch.float32, device=None)
 
 
-def _train(cell: Cell, scale: Scale) -> list[dict[str, Any]]:
-    """Train the head, as `trimtab train` does without `--aligner`; what the trainer logged."""
+def train_head(proposal: Path, data: Path, out: Path, scale: Scale) -> list[dict[str, Any]]:
+    """Train a head into `out`, as `trimtab train` does without `--aligner`; what the trainer logged."""
     options = TrainOptions(
-        proposal=str(cell.proposal),
-        dataset=str(cell.data / "train.jsonl"),
-        eval_dataset=str(cell.data / "dev.jsonl"),
-        output_dir=str(cell.model("head")),
+        proposal=str(proposal),
+        dataset=str(data / "train.jsonl"),
+        eval_dataset=str(data / "dev.jsonl"),
+        output_dir=str(out),
         head_layers=scale.head_layers,
         keep_samples=scale.keep_samples,
         dev_samples=0,
