@@ -9,7 +9,10 @@ import torch
 
 from tiny import EOS
 from trimtab import AlignedModel, SamplingParams
+from trimtab.decode import engine as engine_module
 from trimtab.decode.drafters import Drafted, Drafter, Step, TextDrafter
+from trimtab.decode.engine import Engine
+from trimtab.decode.sequence import Sequence as Growing
 from trimtab.models.table import TableLM
 
 V = 5
@@ -63,3 +66,46 @@ def test_whoever_drafts_with_models_stays_behind_with_them(draft, length):
         for one in (draft, "none")
     )
     assert found == plain
+
+
+# ---- what is kept, and what it takes
+
+
+def told(model: AlignedModel, prompt: list[int], **more: Any) -> Growing:
+    (sequence,) = model.prepare(prompt, params(**more))
+    engine = Engine(model.proposal, model.pace, prefixes=model.prefixes)
+    engine.submit([sequence])
+    while engine:
+        engine.step()
+    return sequence
+
+
+def test_what_all_models_have_read_is_kept_when_some_of_them_leave():
+    """A further turn takes over the prompt and the answer up to the switch; what stands behind it they have not read."""
+    model = AlignedModel(PROPOSAL, [ALIGNER], eos_token_ids=[EOS], num_speculative_tokens=0)
+    prompt = [1 + i % 4 for i in range(30)]
+    first = told(model, prompt)
+    assert (first.handover_at, first.has_aligners) == (2, False)
+    assert model.prefixes.num_tokens == 30 + 2
+    assert told(model, [*prompt, *first.tokens, 3]).cached_tokens == 30 + 2
+    assert told(model, [*prompt, 3], handover=None).cached_tokens == 30
+
+
+def test_who_comes_after_its_siblings_have_left_reads_its_prompt_and_that_counts(monkeypatch):
+    model = AlignedModel(PROPOSAL, [ALIGNER], eos_token_ids=[EOS], num_speculative_tokens=0)
+    counted = []
+    monkeypatch.setattr(engine_module, "reading_bytes", lambda coming: counted.append(len(list(coming))) or 0)
+    engine = Engine(model.proposal, model.pace, max_num_seqs=2, max_cache_bytes=2**30)
+    longer, shorter = model.prepare([1], params(n=2, seed=1))
+    third = Growing(0, 2, longer.prompt, longer.models, longer.params, longer.shaping, 5, [EOS], None)
+    shorter.limit = 6
+    engine.submit([longer, shorter, third])
+    while not shorter.finish_reason:
+        engine.step()
+    assert not longer.has_aligners
+    counted.clear()
+    engine.step()
+    assert counted == [1]
+    while engine:
+        engine.step()
+    assert len(third.tokens) == 5

@@ -261,7 +261,7 @@ class Engine:
             return False
         if self._cache_bytes is None:
             return True
-        prompts = {id(sequence.prompt) for sequence in live}
+        prompts = {id(sequence.prompt) for sequence in live if sequence.has_aligners}
         reading = [sequence for reading in self._reading for sequence in reading.sequences]
         begin = [sequence for sequence in new if id(sequence.prompt) not in prompts]
         beside = sum(reading.num_bytes for reading in self._reading) + reading_bytes(begin)
@@ -307,8 +307,11 @@ class Engine:
         self._batch.remove(gone)
 
     def _keep(self, sequence: Growing, parts: Sequence[tuple[State, int]]) -> None:
-        """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's."""
-        if sequence.error is None and sequence.index == 0:
+        """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's.
+
+        Of one that leaves its aligners, that is what they have read, too: what comes behind it only a bare request could use.
+        """
+        if sequence.error is None and sequence.index == 0 and sequence.has_aligners:
             self.prefixes.keep(sequence, parts, self._spare_bytes)
 
     @property
@@ -333,6 +336,10 @@ class Engine:
         started = time.perf_counter()
         events = self._batch.step(limits)
         self.pace.observe(load, max(limits), time.perf_counter() - started)
+        if leaving := [sequence for sequence in sequences if sequence.leaves]:
+            for sequence in leaving:
+                self._keep(sequence, self._batch.parts(sequence))
+            self._batch.part(leaving)
         return events
 
 
