@@ -147,10 +147,10 @@ class KLGate(Gate):
     """
 
     name: ClassVar[str] = "kl_gate"
-    rule: Rule = dataclasses.field(default=Nucleus(), init=False, metadata=FIXED)
-    by: str = dataclasses.field(default="kl", init=False, metadata=FIXED)
+    rule: Rule = dataclasses.field(default=Nucleus(), init=False, repr=False, metadata=FIXED)
+    by: str = dataclasses.field(default="kl", init=False, repr=False, metadata=FIXED)
     tau: float = TAUS["kl"]
-    invert: bool = dataclasses.field(default=False, init=False, metadata=FIXED)
+    invert: bool = dataclasses.field(default=False, init=False, repr=False, metadata=FIXED)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Nudge(Gate):
     """
 
     name: ClassVar[str] = "nudge"
-    rule: Rule = dataclasses.field(default=Nucleus(), init=False, metadata=FIXED)
-    by: str = dataclasses.field(default="max_p", init=False, metadata=FIXED)
+    rule: Rule = dataclasses.field(default=Nucleus(), init=False, repr=False, metadata=FIXED)
+    by: str = dataclasses.field(default="max_p", init=False, repr=False, metadata=FIXED)
     tau: float = TAUS["max_p"]
-    invert: bool = dataclasses.field(default=False, init=False, metadata=FIXED)
+    invert: bool = dataclasses.field(default=False, init=False, repr=False, metadata=FIXED)
