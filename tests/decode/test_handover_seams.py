@@ -1,5 +1,6 @@
 """Where hand-overs meet what else is there: drafters of other packages, memory, prefixes, aligners that break."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,10 +63,35 @@ class Best(Drafter):
 def test_whoever_drafts_with_models_stays_behind_with_them(draft, length):
     """What is certain changes no token, before the switch or after it."""
     found, plain = (
-        AlignedModel(PROPOSAL, [ALIGNER], eos_token_ids=[EOS], draft=one, num_speculative_tokens=length).generate([[1]], params())
+        AlignedModel(PROPOSAL, [ALIGNER], eos_token_ids=[EOS], draft=one, num_speculative_tokens=length).generate(
+            [[1]], params()
+        )
         for one in (draft, "none")
     )
     assert found == plain
+
+
+class Failing(TableLM):
+    """Gives NaN from the sixth token of a text on."""
+
+    def extend(self, state: Any, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        places = torch.tensor(state.lengths[: len(counts)])[:, None] + torch.arange(tokens.shape[1])
+        rows = super().extend(state, tokens, counts)
+        return torch.where((places >= 5).unsqueeze(-1), math.nan, rows)
+
+
+@pytest.mark.parametrize("draft", ["aligner", "none"])
+def test_an_aligner_that_breaks_when_it_has_had_its_say_is_not_noticed(draft):
+    """Whether it was read once more depends on the draft length and on `logprobs`; the text does not."""
+    found = [
+        AlignedModel(
+            PROPOSAL, [Failing(ALIGNER.table)], eos_token_ids=[EOS], draft=draft, num_speculative_tokens=length
+        ).generate([[1, 2]], params(handover="confidence(window=3, threshold=0.0)", logprobs=logprobs))[0]
+        for length in (0, 1, 3, 6)
+        for logprobs in (False, True)
+    ]
+    assert [one.tokens for one in found] == [found[0].tokens] * 8
+    assert {one.finish_reason for one in found} == {"length"}
 
 
 # ---- what is kept, and what it takes

@@ -53,7 +53,9 @@ class Gate(Rule):
             raise InvalidOption(f"{self.name}: rule '{self.rule}' has no row in closed form: choose another, such as product")
         if self.rule.hands_over:
             example = "confidence(before=gate(by=entropy))"
-            raise InvalidOption(f"{self.name}: rule '{self.rule}' hands over, which a gate would hide: put gates into it, {example}")
+            raise InvalidOption(
+                f"{self.name}: rule '{self.rule}' hands over, which a gate would hide: put gates into it, {example}"
+            )
         if self.by not in TAUS:
             raise InvalidOption(f"{self.name}: by must be one of {', '.join(TAUS)}, not '{self.by}'")
         if math.isnan(self.tau):
