@@ -154,7 +154,7 @@ class Batch:
         return events
 
     def part(self, leaving: Sequence[Growing]) -> None:
-        """Part sequences from their aligners, for their rule has handed over: in the proposal's state they stay where they are."""
+        """Part sequences from their aligners, once a rule has handed over: in the proposal's state they stay where they are."""
         for models in dict.fromkeys(sequence.models for sequence in leaving):
             gone = [sequence for sequence in leaving if sequence.models == models]
             self._remove(models, gone)
