@@ -226,6 +226,8 @@ def test_what_is_no_gate_is_named(text, message):
 
 
 def test_from_python_a_rule_within_is_a_rule():
+    with pytest.raises(InvalidOption, match="gate: rule 'confidence' hands over, which a gate would hide: put gates into it"):
+        parse_rule("confidence(before=gate(rule=confidence))")
     with pytest.raises(InvalidOption, match="gate: rule must be a rule, such as Product"):
         Gate("product")
     with pytest.raises(InvalidOption, match="no row in closed form"):

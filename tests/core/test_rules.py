@@ -457,7 +457,19 @@ def bad_rules():
         name = "unmarked"
         marks = "loud"
 
+    @dataclasses.dataclass(frozen=True)
+    class Silent(Product):
+        name = "silent"
+        hands_over = True
+
+    @dataclasses.dataclass(frozen=True)
+    class Leaving(Product):
+        name = "leaving"
+        lets_go = True
+
     return {
+        "that hands over without a mark": (Silent, "Silent hands over, and lacks marks"),
+        "that lets go without a hand-over": (Leaving, "Leaving lets aligners go, and does not say that it hands over"),
         "that does not say what it marks": (Unmarked, "Unmarked says what it marks, and lacks marked"),
         "without a row": (Rowless, "Rowless lacks log_weights"),
         "with a state that never goes on": (Standing, "Standing keeps a state, and lacks advance"),

@@ -74,14 +74,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AlignedModel]:
     return found
 
 
-def run(models: dict[str, AlignedModel], names: list[str], **limits: Any) -> tuple[Engine, list[Any]]:
+def run(
+    models: dict[str, AlignedModel], names: list[str], asked: dict[str, Any] | None = None, **limits: Any
+) -> tuple[Engine, list[Any]]:
     """Requests of all lengths, some with several completions, that come while others run."""
     proposal = models["bare"].proposal
     engine = Engine(proposal, models["bare"].pace, max_num_batched_tokens=16, **limits)
     everyone = []
     for i in range(24):
         model = models[names[i % len(names)]]
-        params = SamplingParams(max_tokens=3 + 7 * (i % 5), seed=i, ignore_eos=True, n=1 + 2 * (i % 7 == 0))
+        params = SamplingParams(max_tokens=3 + 7 * (i % 5), seed=i, ignore_eos=True, n=1 + 2 * (i % 7 == 0), **asked or {})
         group = model.prepare([1 + i % 9] * (2 + 11 * (i % 3)), params, i)
         engine.submit(group)
         everyone += group
@@ -108,6 +110,22 @@ def test_what_is_allocated_stays_within_the_budget_and_the_text_is_the_same(mode
     _, kept = run(models, names, max_cache_bytes=budget, prefixes=None if prefixes is None else Prefixes(prefixes))
     assert 0.4 * budget < meter.peak - before <= budget
     assert [s.tokens for s in kept] == [s.tokens for s in free]
+
+
+@pytest.mark.parametrize("names", [["one"], ["red", "blue"], MIXES[-1]], ids="+".join)
+@pytest.mark.parametrize("share", [1.0, 2.0, 3.0])
+def test_it_stays_there_where_requests_leave_their_aligners(models, names, share, meter):
+    """After two tokens or more. A further completion of a prompt whose first ones have left reads it again, and that counts."""
+    asked = {"handover": "confidence(window=2, threshold=0.02)"}
+    engine = Engine(models["bare"].proposal, models["bare"].pace)
+    alone = max(least_bytes(engine, models[name].prepare([1] * 24, SamplingParams(max_tokens=31), 0)[0]) for name in names)
+    _, free = run(models, names, asked)
+    meter.peak = meter.alive
+    before, budget = meter.alive, int(share * alone)
+    _, kept = run(models, names, asked, max_cache_bytes=budget, prefixes=Prefixes(300))
+    assert meter.peak - before <= budget
+    assert [s.tokens for s in kept] == [s.tokens for s in free]
+    assert any(s.handover_at and not s.has_aligners for s in kept)
 
 
 def least_bytes(engine: Engine, sequence: Any) -> int:

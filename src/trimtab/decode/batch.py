@@ -109,9 +109,7 @@ class Batch:
             self.sequences[slot] = self.sequences[-1]
             self.sequences.pop()
         for models in dict.fromkeys(sequence.models for sequence in gone):
-            self._groups[models].remove([sequence for sequence in gone if sequence.models == models])
-            if not self._groups[models].sequences:
-                del self._groups[models]
+            self._remove(models, [sequence for sequence in gone if sequence.models == models])
 
     def step(self, limits: Sequence[int]) -> list[TokenEvent]:
         """Draft up to `limits[i]` tokens for sequence i and verify them: at least one token for each.
@@ -156,17 +154,21 @@ class Batch:
         return events
 
     def part(self, leaving: Sequence[Growing]) -> None:
-        """Part sequences from their aligners, since their rule has handed over; in the proposal's state they stay."""
+        """Part sequences from their aligners, once a rule has handed over: in the proposal's state they stay where they are."""
         for models in dict.fromkeys(sequence.models for sequence in leaving):
-            gone, group = [sequence for sequence in leaving if sequence.models == models], self._groups[models]
-            group.remove(gone)
-            if not group.sequences:
-                del self._groups[models]
+            gone = [sequence for sequence in leaving if sequence.models == models]
+            self._remove(models, gone)
             for sequence in gone:
                 sequence.leave()
             bare = self._group(gone[0].models, len(gone))
             bare.add(gone, (), ())
             self._groups[bare.models] = bare
+
+    def _remove(self, models: Models, gone: Sequence[Growing]) -> None:
+        """Let sequences of a group go, and the group if it is empty."""
+        self._groups[models].remove(gone)
+        if not self._groups[models].sequences:
+            del self._groups[models]
 
     def _group(self, models: Models, more: int) -> Group:
         """The group of these models, with room for so many more."""

@@ -261,7 +261,7 @@ class Engine:
             return False
         if self._cache_bytes is None:
             return True
-        prompts = {id(sequence.prompt) for sequence in live}
+        prompts = {id(sequence.prompt) for sequence in live if sequence.has_aligners}
         reading = [sequence for reading in self._reading for sequence in reading.sequences]
         begin = [sequence for sequence in new if id(sequence.prompt) not in prompts]
         beside = sum(reading.num_bytes for reading in self._reading) + reading_bytes(begin)
@@ -309,7 +309,7 @@ class Engine:
     def _keep(self, sequence: Growing, parts: Sequence[tuple[State, int]]) -> None:
         """Keep what was read of a sequence, where it went well; of several completions of a prompt, of the first one's.
 
-        One that has left its aligners was kept then.
+        Of one that leaves its aligners, that is what they have read, too: what comes behind it only a bare request could use.
         """
         if sequence.error is None and sequence.index == 0 and sequence.has_aligners:
             self.prefixes.keep(sequence, parts, self._spare_bytes)
@@ -339,7 +339,7 @@ class Engine:
         events = self._batch.step(limits)
         self.pace.observe(load, max(limits), time.perf_counter() - started)
         if leaving := [sequence for sequence in sequences if sequence.leaves]:
-            for sequence in leaving:  # while it has read all of its text with them
+            for sequence in leaving:
                 self._keep(sequence, self._batch.parts(sequence))
             self._batch.part(leaving)
         return events

@@ -177,9 +177,9 @@ class Sequence:
 
     def leave(self) -> None:
         """Go on with the proposal alone, which draws the same tokens; whoever looks drafts up goes on doing so."""
-        drafter = self.models.drafter if not self.models.drafter.has_rows else NgramDrafter()
-        if drafter != self.models.drafter:
-            self.memory, self.started = None, False
+        drafter = self.models.drafter
+        if drafter.models or not (drafter.looks or not drafter.drafts):  # whoever needs rows has no models any more
+            drafter, self.memory, self.started = NgramDrafter(), None, False
         self.models = Models(self.models.proposal, (), drafter, adapters=self.models.adapters[:1])
         self.shaping, self.place, self.has_aligners = Shaping(Product(), (), self.shaping.proposal), None, False
         self.hope, self._has_no_head = Hope(), True

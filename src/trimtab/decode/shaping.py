@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ NOTHING: Contexts = {}
 """What no rule sees where none looks back."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shaping:
     """How one request's aligned row comes about.
 
@@ -48,6 +48,11 @@ class Shaping:
     aligners: tuple[Warp, ...] = ()
     draft_temperature: float = 1.0
     blend: tuple[float, ...] | None = None
+
+    def __repr__(self) -> str:
+        """The fields; a blend where there is one: resumed files compare it, those of earlier versions too."""
+        shown = (field.name for field in fields(self) if field.name != "blend" or self.blend is not None)
+        return f"Shaping({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @cached_property
     def reads_proposal(self) -> bool:

@@ -268,6 +268,12 @@ def check_rule(rule: Any) -> None:
         raise InvalidOption(f"{rule.__name__} lacks log_weights")
     if rule.marks is not None and rule.marked is Rule.marked:
         raise InvalidOption(f"{rule.__name__} says what it marks, and lacks marked")
+    if rule.hands_over and rule.marks is None:
+        raise InvalidOption(
+            f"{rule.__name__} hands over, and lacks marks: the rows that it marks are those after the hand-over"
+        )
+    if rule().lets_go and not rule.hands_over:
+        raise InvalidOption(f"{rule.__name__} lets aligners go, and does not say that it hands over: set hands_over")
     if rule().state_size and rule.advance is Rule.advance:
         raise InvalidOption(f"{rule.__name__} keeps a state, and lacks advance")
 

@@ -63,9 +63,15 @@ class Confidence(Rule):
                 raise InvalidOption(f"{self.name}: {part}='{rule}' looks at {rule.window} tokens: let window be at least that")
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
-        """The target of whichever of the rules has its turn."""
+        """The target of whichever of the rules has its turn; p̃ behind the last word of the aligners, even of broken ones.
+
+        Whether they have left already depends on how far somebody drafts, and must not be noticed.
+        """
         assert context is not None
-        before, after = (rule.target(logp, logqs, weights, **rule.seen(part)) for rule, part in self._parts(context))
+        before, after = (
+            logp if rule is self.after and self.lets_go else rule.target(logp, logqs, weights, **rule.seen(part))
+            for rule, part in self._parts(context)
+        )
         return torch.where(_handed(context).unsqueeze(-1), after, before)
 
     def target(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:

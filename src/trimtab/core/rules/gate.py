@@ -51,6 +51,11 @@ class Gate(Rule):
             raise InvalidOption(f"{self.name}: rule must be a rule, such as Product(), not {self.rule!r}")
         if not self.rule.has_row:
             raise InvalidOption(f"{self.name}: rule '{self.rule}' has no row in closed form: choose another, such as product")
+        if self.rule.hands_over:
+            example = "confidence(before=gate(by=entropy))"
+            raise InvalidOption(
+                f"{self.name}: rule '{self.rule}' hands over, which a gate would hide: put gates into it, {example}"
+            )
         if self.by not in TAUS:
             raise InvalidOption(f"{self.name}: by must be one of {', '.join(TAUS)}, not '{self.by}'")
         if math.isnan(self.tau):
@@ -144,10 +149,10 @@ class KLGate(Gate):
     """
 
     name: ClassVar[str] = "kl_gate"
-    rule: Rule = dataclasses.field(default=Nucleus(), init=False, metadata=FIXED)
-    by: str = dataclasses.field(default="kl", init=False, metadata=FIXED)
+    rule: Rule = dataclasses.field(default=Nucleus(), init=False, repr=False, metadata=FIXED)
+    by: str = dataclasses.field(default="kl", init=False, repr=False, metadata=FIXED)
     tau: float = TAUS["kl"]
-    invert: bool = dataclasses.field(default=False, init=False, metadata=FIXED)
+    invert: bool = dataclasses.field(default=False, init=False, repr=False, metadata=FIXED)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class Nudge(Gate):
     """
 
     name: ClassVar[str] = "nudge"
-    rule: Rule = dataclasses.field(default=Nucleus(), init=False, metadata=FIXED)
-    by: str = dataclasses.field(default="max_p", init=False, metadata=FIXED)
+    rule: Rule = dataclasses.field(default=Nucleus(), init=False, repr=False, metadata=FIXED)
+    by: str = dataclasses.field(default="max_p", init=False, repr=False, metadata=FIXED)
     tau: float = TAUS["max_p"]
-    invert: bool = dataclasses.field(default=False, init=False, metadata=FIXED)
+    invert: bool = dataclasses.field(default=False, init=False, repr=False, metadata=FIXED)
