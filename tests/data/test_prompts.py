@@ -470,7 +470,7 @@ def test_the_end_of_a_chat_answer_is_the_templates_own():
         (lambda m: AlignedModel(m.proposal, rule=5), "rule must be the name"),
         (lambda m: AlignedModel(m.proposal, max_num_seqs=1.5), "max_num_seqs must be an integer"),
         (lambda m: AlignedModel(m.proposal, eos_token_ids=[99]), "eos_token_ids must be ids from 0 to 27"),
-        (lambda m: AlignedModel(m.proposal, draft="par"), "draft must be one of aligner, ngram, none"),
+        (lambda m: AlignedModel(m.proposal, draft="par"), "draft must be one of aligner, corpus, ngram, none"),
         (lambda m: AlignedModel(m.proposal, num_speculative_tokens="a"), "num_speculative_tokens must be from 0"),
         (lambda m: AlignedModel.from_pretrained(None), "must be folders, hub ids or models"),
         (lambda m: AlignedModel.from_pretrained(m.proposal, [None]), "must be folders, hub ids or models"),

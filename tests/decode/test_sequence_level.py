@@ -180,7 +180,7 @@ def test_the_estimate_of_z_is_unbiased_and_sequences_follow_the_law(case):
         assert abs(float(drawn.mean()) - masses[y]) < 4 * float(drawn.std()) / len(few) ** 0.5
     many = [tuple(done.tokens) for done in sampled(model, "particles=64", n=150, max_tokens=4, **asked)]
     assert fits(many, law(masses)) > 1e-3
-    tokenwise = [tuple(done.tokens) for done in sampled(model, None, n=150, max_tokens=4, **asked)]
+    tokenwise = [tuple(done.tokens) for done in sampled(model, None, n=600, max_tokens=4, **asked)]
     assert fits(tokenwise, law(masses)) < 1e-4
 
 

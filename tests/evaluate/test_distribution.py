@@ -213,7 +213,7 @@ def test_which_rules_have_one_normaliser():
         for name in RULES
         if name != "candidates"
     }
-    gates = {"gate": False, "kl_gate": False, "nudge": False}
+    gates = dict.fromkeys(("gate", "kl_gate", "nudge", "confidence", "proposal"), False)
     assert has == {"product": True, "geometric": True, "nucleus": True, "mixture": True, **gates}
     assert trace(model, [1], [2, 0], SamplingParams(rule="nucleus(force_eos=True)"))[0].log_z is None
     assert trace(AlignedModel(PROPOSAL, (), None, [EOS]), [1], [2, 0])[0].log_z is None

@@ -118,7 +118,7 @@ def test_every_row_of_every_batch_is_its_rules(models, seed, dtype):
     batch: list[tuple[Request, Arguments | None, int] | None] = [None] * size
     met = set()
     with torch.inference_mode(bool(seed)):
-        for _ in range(110):
+        for _ in range(260):
             for row, entry in enumerate(batch):
                 if entry is not None and (len(entry[0]) == CONTEXT or chosen.random() < 0.15):
                     entry[0].gone = True

@@ -133,7 +133,7 @@ ALIGNERS = {"a": "x", "b": "y", "c": "z"}
         ({"aligners": {"a": {"path": "x", "weight": 1e7}}}, r"trimtab.aligners.a: weight must .* at most 1e\+06"),
         (
             {"aligners": ALIGNERS, "wieght": 1},
-            r"'trimtab' has no key 'wieght'; it has aligners, aligner, rule, weight, .*ignore",
+            r"'trimtab' has no key 'wieght'; it has aligners, aligner, rule, handover, weight, .*ignore",
         ),
         ({"aligners": ALIGNERS, "weight": True}, r"trimtab.weight must be a number"),
         ({"aligners": ALIGNERS, "weight": [1, "2"]}, r"trimtab.weight\[1\] must be a number"),
@@ -283,7 +283,7 @@ def test_fields_of_others(paths):
     allowed = {"kv_transfer_params": {"x": 1}, "ec_transfer_params": {}, "kv_cache_report_mode": "y", "session_id": "z"}
     assert catalog(paths).read({"aligner": "plain", **allowed}) is not None
     with pytest.raises(
-        InvalidRequest, match=r"theirs: an aligned request has no such field; .*aligner, rule, weight.*trimtab.ignore"
+        InvalidRequest, match=r"theirs: an aligned request has no such field; .*aligner, rule, handover, weight.*trimtab.ignore"
     ):
         catalog(paths).read({"aligner": "plain", "theirs": 1})
     lenient = catalog(paths, ignore=["theirs", "ours"])
