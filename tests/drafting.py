@@ -1,13 +1,14 @@
 """Drafters for tests: one looks tokens up in a fixed text, one draws from rows of its own, and one keeps a record."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from trimtab import AlignedModel, Completion, SamplingParams
 from trimtab.decode.drafters import CorpusDrafter, Drafted, Drafter, Guess, Step, TextDrafter
 from trimtab.decode.drafters.table import count_runs, write_table
 
@@ -115,5 +116,21 @@ _FOLDER = tempfile.TemporaryDirectory()
 def corpus_of(texts: Sequence[Sequence[int]], name: str = "corpus.table") -> CorpusDrafter:
     """A drafter from a table of these texts."""
     path = Path(_FOLDER.name) / name
-    write_table(path, count_runs([(text, 1) for text in texts], successors=4), {"vocabulary": "sha256:x"})
+    write_table(path, count_runs([(text, 1) for text in texts]), {"vocabulary": "sha256:x"})
     return CorpusDrafter(path)
+
+
+def alone_and_together(
+    model: Callable[..., AlignedModel], asked: Sequence[tuple[list[int], SamplingParams]]
+) -> list[list[Completion]]:
+    """What each request gets alone and token by token, which is what it gets in a batch, at every draft length.
+
+    Args:
+        model: makes one with a draft length, and further settings.
+        asked: prompts and what is asked for.
+    """
+    expected = [model(0).generate([prompt], params) for prompt, params in asked]
+    for length in (0, 2, 5, None):
+        together = iter(model(length, max_num_seqs=4).generate(*map(list, zip(*asked, strict=True))))
+        assert [[next(together) for _ in range(params.n)] for _, params in asked] == expected, length
+    return expected

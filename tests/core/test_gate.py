@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from law_of import expected_row
 from looking import Handover, Opening, Tiring, looking_row
+from rows_of import rows
 from statistics_of import fits
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.logprobs import entropy, kl_divergence, log_normalize
@@ -18,13 +19,6 @@ from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.table import TableLM, enumerate_sequences
 
 V, EOS = 6, 0
-
-
-def rows(seed: int, *shape: int, zeros: float = 0.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(*shape, V, generator=generator, dtype=torch.float64) * 1.5
-    gone = (torch.rand(*shape, V, generator=generator) < zeros) & (logits < logits.amax(-1, keepdim=True))
-    return log_normalize(logits.masked_fill(gone, -math.inf))
 
 
 # ---- the law

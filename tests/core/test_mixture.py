@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from law_of import expected_row
+from rows_of import rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli.serve import Options
 from trimtab.core.logprobs import log_normalize
@@ -19,13 +20,6 @@ from trimtab.models.aligner import Manifest
 from trimtab.models.table import TableLM
 
 V = 6
-
-
-def rows(seed: int, *shape: int, zeros: float = 0.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(*shape, V, generator=generator, dtype=torch.float64) * 2
-    gone = (torch.rand(*shape, V, generator=generator) < zeros) & (logits < logits.amax(-1, keepdim=True))
-    return log_normalize(logits.masked_fill(gone, -math.inf))
 
 
 @pytest.mark.parametrize("weights", [[0.3], [1.0], [0.2, 0.5], [0.0, 1.0], [0.7, 0.2, 0.1]], ids=str)

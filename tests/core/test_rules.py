@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from brought import bring, look_again
 from law_of import expected_row, powers
 from looking import LOOKING, Tiring
+from rows_of import rows
 from statistics_of import chi_square
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli.options import add_options
@@ -40,14 +41,6 @@ from trimtab.errors import DeadRow, InvalidOption
 from trimtab.models.table import TableLM
 
 V = 6
-
-
-def rows(seed: int, *shape: int, zeros: float = 0.0) -> torch.Tensor:
-    """Random log-probabilities `[*shape, V]` in float64, some of them −inf."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(*shape, V, generator=generator, dtype=torch.float64) * 2
-    gone = (torch.rand(*shape, V, generator=generator) < zeros) & (logits < logits.amax(-1, keepdim=True))
-    return log_normalize(logits.masked_fill(gone, -math.inf))
 
 
 EVERY: list[Rule] = [rule() for rule in RULES.values()]

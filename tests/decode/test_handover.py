@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from drafting import corpus_of
+from drafting import alone_and_together, corpus_of
 from law_of import expected_row, probabilities, tempered
 from serving import running
 from statistics_of import fits
@@ -220,10 +220,7 @@ ASKED = [(prompt, SamplingParams(seed=i, **asked)) for i, (prompt, asked) in enu
 @pytest.mark.parametrize("draft", DRAFTS, ids=IDS)
 def test_a_mixed_batch_is_each_request_alone_bit_for_bit(draft):
     """Those that leave their aligners stand beside those that have not, and beside bare ones."""
-    expected = [model(0, draft).generate([prompt], params) for prompt, params in ASKED]
-    for length in (0, 2, 5, None):
-        together = iter(model(length, draft, max_num_seqs=4).generate(*map(list, zip(*ASKED, strict=True))))
-        assert [[next(together) for _ in range(params.n)] for _, params in ASKED] == expected, length
+    alone_and_together(lambda length, **settings: model(length, draft, **settings), ASKED)
 
 
 def test_to_ask_for_log_probabilities_changes_no_token():

@@ -99,10 +99,7 @@ def test_an_aligner_that_breaks_when_it_has_had_its_say_is_not_noticed(draft):
 
 def told(model: AlignedModel, prompt: list[int], **more: Any) -> Growing:
     (sequence,) = model.prepare(prompt, params(**more))
-    engine = Engine(model.proposal, model.pace, prefixes=model.prefixes)
-    engine.submit([sequence])
-    while engine:
-        engine.step()
+    list(Engine(model.proposal, model.pace, prefixes=model.prefixes).run([sequence]))
     return sequence
 
 

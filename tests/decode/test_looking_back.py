@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from drafting import alone_and_together
 from looking import Handover, Opening, Tiring, looking_law
 from statistics_of import fits
 from tiny import EOS, tiny_model, tiny_tokenizer
@@ -97,10 +98,7 @@ ASKED = [(prompt, SamplingParams(seed=i, **asked)) for i, (prompt, asked) in enu
 @pytest.mark.parametrize("draft", DRAFTS, ids=IDS)
 def test_a_mixed_batch_is_each_request_alone_bit_for_bit(draft):
     """In any order of coming, with prompts that are read in pieces, few at a time, and with some that are cancelled."""
-    expected = [model(0, draft).generate([prompt], params) for prompt, params in ASKED]
-    for length in (0, 2, 5, None):
-        together = iter(model(length, draft, max_num_seqs=4).generate(*map(list, zip(*ASKED, strict=True))))
-        assert [[next(together) for _ in range(params.n)] for _, params in ASKED] == expected, length
+    expected = alone_and_together(lambda length, **settings: model(length, draft, **settings), ASKED)
     draw = random.Random(1)
     for length in (0, 3):
         base = model(length, draft)

@@ -42,10 +42,7 @@ def tables(**settings) -> AlignedModel:
 def told(model: AlignedModel, prompt: list[int], **settings) -> Sequence:
     """A request that is over."""
     (sequence,) = model.prepare(prompt, SamplingParams(**{"seed": 0, "max_tokens": 6, "ignore_eos": True} | settings))
-    engine = Engine(model.proposal, model.pace, prefixes=model.prefixes)
-    engine.submit([sequence])
-    while engine:
-        engine.step()
+    list(Engine(model.proposal, model.pace, prefixes=model.prefixes).run([sequence]))
     return sequence
 
 

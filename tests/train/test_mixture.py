@@ -107,19 +107,17 @@ def test_the_share_stays_within_a_budget(task):
     assert 0.01 < report["kl"] <= 0.02
 
 
+def train_line(task) -> list[str]:
+    """The command up to where it writes."""
+    models = ["--proposal", str(task / "proposal"), "--aligner", str(task / "start")]
+    return ["train", *models, "--dataset", str(task / "train.jsonl")]
+
+
 @pytest.mark.parametrize("weight", [1.2, -0.1])
 def test_a_weight_that_is_no_share_is_refused_before_any_work(task, weight, capsys):
     with pytest.raises(InvalidOption, match=r"^weight"):
         task_plan(task, "none", rule="mixture", weight=weight)
-    line = [
-        "train",
-        "--proposal",
-        str(task / "proposal"),
-        "--aligner",
-        str(task / "start"),
-        "--dataset",
-        str(task / "train.jsonl"),
-    ]
+    line = train_line(task)
     assert main([*line, "--output_dir", str(task / "none"), "--rule", "mixture", f"--weight={weight}"]) == 2
     assert "weight" in capsys.readouterr().err
     assert not (task / "none").exists()
@@ -144,15 +142,7 @@ def test_what_a_mixture_is_not_trained_by(task):
 
 
 def test_the_command_trains_it(task, capsys):
-    line = [
-        "train",
-        "--proposal",
-        str(task / "proposal"),
-        "--aligner",
-        str(task / "start"),
-        "--dataset",
-        str(task / "train.jsonl"),
-    ]
+    line = train_line(task)
     line += [
         "--output_dir",
         str(task / "told"),

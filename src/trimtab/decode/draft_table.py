@@ -28,7 +28,6 @@ class TableOptions(DataOptions, TemplateOptions):
     )  # fmt: skip
     out: str = option("", "the table's file", required=True, metavar="FILE")
     max_examples: int | None = option(None, "take only the first so many records [default: all]", low=1)
-    successors: int = option(12, "the most tokens to keep for what follows a run of tokens", low=1)
 
 
 def make_table(options: TableOptions) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def make_table(options: TableOptions) -> dict[str, Any]:
                 logger.info("read %d of %d records", done, len(records))
             yield [*prompt, *answer], len(prompt)
 
-    counted = count_runs(texts(), successors=options.successors)
+    counted = count_runs(texts())
     facts = {"vocabulary": fingerprint_vocabulary(tokenizer), "records": str(len(records)), "tokens": str(tokens)}
     size = write_table(options.out, counted, facts)
     runs = [len(one.runs) for one in counted]
