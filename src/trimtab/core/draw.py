@@ -54,9 +54,10 @@ def draw_steadily(mass: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token `[...]` from each row of weights `[..., V]`, so that rounding errors in them hardly ever change it.
 
     The passes of a model over one token and over five differ in the last digits. An inverse CDF adds those up over all that
-    stands before a token, so that all its thousands of thresholds move: of a row of SmolLM2-135M (float32, temperature 1) by
-    enough to change .15 % of all tokens. Where a large vocabulary is halved again and again, each time with a uniform of its
-    own, an error moves one threshold, by its own size: .0003 %. Four levels, the last three of 16 ways: .001 %.
+    stands before a token, so that all its thousands of thresholds move: with rows of SmolLM2-135M (float32, temperature 1) by
+    enough to change .16 % of all tokens. Where a large vocabulary is halved again and again, each time with a uniform of its
+    own, an error moves one threshold, by its own size: .0003 %. Four levels, the last three of 16 ways: .0009 %
+    (benchmarks/steady_draw.py).
 
     Args:
         mass: at least 0; it need not sum to 1.
