@@ -3,8 +3,8 @@
     python benchmarks/steady_draw.py --proposal P
 
 A text is read one token at a time and five at a time: the rows are the same but for rounding. For each way to draw, the share
-of uniforms is worked out exactly for which the two rows give two tokens: of an inverse CDF, which is one level of all tokens, and
-of trees of tokens with a uniform of its own at each level. The total variation between the rows is the least there can be.
+of uniforms is worked out exactly for which the two rows give two tokens: of an inverse CDF, which is one level of all tokens,
+and of trees of tokens with a uniform of its own at each level. The total variation between the rows is the least there can be.
 """
 
 import argparse
