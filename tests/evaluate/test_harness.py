@@ -447,6 +447,9 @@ def test_a_rule_with_several_settings_fits_in_a_line_that_commas_divide(folder):
     line = f"proposal={folder / 'proposal'},aligner={folder / 'aligner'},rule=gate(rule=mixture;by=entropy;tau=1.5),weight=0.3"
     shaping = TrimtabLM.create_from_arg_string(line, {"batch_size": 1, "device": None})._shaping
     assert (str(shaping.rule), shaping.weights) == ("gate(rule=mixture, by=entropy, tau=1.5)", (0.3,))
+    line = f"proposal={folder / 'proposal'},aligner={folder / 'aligner'},handover=confidence(window=2;threshold=0.9)"
+    shaping = TrimtabLM.create_from_arg_string(line, {"batch_size": 1, "device": None})._shaping
+    assert str(shaping.rule) == "confidence(window=2, threshold=0.9)"
 
 
 def test_model_args_win_over_the_flags_of_the_harness(folder):
