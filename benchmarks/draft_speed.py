@@ -2,10 +2,10 @@
 
     python benchmarks/draft_speed.py --proposal P --aligner A --draft ngram --draft corpus:answers.table
 
-Every prompt is answered with each drafter in turn, the order turning round from prompt to prompt; `none` is the baseline.
-Prompts of three kinds are made of what every Python has: *code* to be repeated (the standard library), *text* to be copied (the
-topics of its help), and *random* tokens, where nothing matches. Those of a data set can be added. The clock is the process's
-own, so that neighbours on the machine count little; run it on one thread.
+Every prompt is answered with all drafters at once, a token of each in turn, so that whatever else the machine does slows all
+of them; `none` is the baseline. Prompts of three kinds are made of what every Python has: *code* to be repeated (the standard
+library), *text* to be copied (the topics of its help), and *random* tokens, where nothing matches. Those of a data set can be
+added. The clock is the process's own; run it on one thread.
 """
 
 import argparse
@@ -89,13 +89,19 @@ def measure(models: dict[str, AlignedModel], prompts: list[Any], max_tokens: int
         model.pace = Pace()
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=i)
-        found = {}
-        for name in sorted(models, reverse=bool(i % 2)):
-            started = time.process_time()
-            (found[name],) = models[name].generate(prompt, params)
-            seconds[name] += (time.process_time() - started) * (i > 0)
-        tokens += len(found["none"].tokens) * (i > 0)
-        differing += any(one.tokens != found["none"].tokens for one in found.values())
+        streams = {name: model.stream(prompt, params) for name, model in models.items()}
+        found: dict[str, list[int | None]] = {name: [] for name in models}
+        while streams:
+            for name, stream in list(streams.items()):
+                started = time.process_time()
+                event = next(stream, None)
+                seconds[name] += (time.process_time() - started) * (i > 0)
+                if event is None:
+                    del streams[name]
+                else:
+                    found[name].append(event.token)
+        tokens += len(found["none"]) * (i > 0)
+        differing += any(one != found["none"] for one in found.values())
     tallies = {name: model.pace.tally for name, model in models.items()}
     return {
         "tokens": tokens,

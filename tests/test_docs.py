@@ -9,6 +9,7 @@ import sys
 import tomllib
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 def test_the_rule_of_the_tutorial_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """docs/rules.md as a package of somebody else's: found by its name, parsed with its setting, decoded."""
-    (source,), (points,) = blocks("rules.md", "python"), blocks("rules.md", "toml")
+    (_, source), (points,) = blocks("rules.md", "python"), blocks("rules.md", "toml")
     look_again(rules.RULES, monkeypatch)
     bring(tmp_path, monkeypatch, "my_rules", source, tomllib.loads(points)["project"]["entry-points"])
     gate = rules.parse_rule("entropy_gate(nats=1.05)")
@@ -43,6 +44,15 @@ def test_the_rule_of_the_tutorial_works_as_written(tmp_path: Path, monkeypatch: 
             gate(logp[shut], [torch.full_like(logq[shut], torch.nan)], [1.0])
     model = AlignedModel(TableLM.random(5, seed=0), [TableLM.random(5, seed=1)], rule="entropy_gate(nats=1.05)")
     assert len(model.generate([[1]], SamplingParams(max_tokens=4, seed=0))[0].tokens) == 4
+
+
+def test_the_hand_over_between_tokenizers_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, letters in (("SMALL", "TEX abc"), ("BIG", "XET abcdef")):
+        save_tiny(tmp_path / name, tiny_model("llama", len(letters) + 1), tiny_tokenizer(letters))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("rules.md", "python")[0], "docs/rules.md", "exec"), names)
+    assert names["answer"].finish_reason in ("stop", "length")
 
 
 def test_the_rule_of_the_page_on_extending_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

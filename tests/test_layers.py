@@ -19,6 +19,7 @@ BELOW["blend"] = {"core", "models"}
 BELOW["endpoints"] = {"core", "models", "data", "decode"}
 for _package in ("serve", "vllm"):
     BELOW[_package] = {"core", "models", "data", "decode"}
+BELOW["handover"] = {"core", "models", "data", "decode", "endpoints"}
 BELOW["judges"] = {"core", "models", "data", "decode", "endpoints"}
 BELOW["propose"] = {*BELOW["judges"], "judges"}
 BELOW["evaluate"] = {*BELOW["judges"], "judges"}

@@ -36,6 +36,7 @@ def test_the_public_names_are_these():
         "SamplingParams",
         "Score",
         "SequenceLevel",
+        "TextHandover",
         "TokenEvent",
         "TokenLogprobs",
         "TrainOptions",

@@ -25,6 +25,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "SequenceLevel",
+    "TextHandover",
     "TokenEvent",
     "TokenLogprobs",
     "TrainOptions",
@@ -46,6 +47,7 @@ _HOMES = {
     "SamplingParams": "trimtab.decode.request",
     "Score": "trimtab.decode.scoring",
     "SequenceLevel": "trimtab.decode.sequence_level",
+    "TextHandover": "trimtab.handover.writing",
     "TokenEvent": "trimtab.decode.request",
     "TokenLogprobs": "trimtab.decode.request",
     "TrainOptions": "trimtab.train.options",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from trimtab.errors import TrimtabError
     from trimtab.evaluate.call import evaluate
     from trimtab.evaluate.options import EvalOptions
+    from trimtab.handover.writing import TextHandover
     from trimtab.models.aligner import Aligner
     from trimtab.propose.call import propose
     from trimtab.propose.options import ProposeOptions

@@ -75,6 +75,7 @@ def test_it_hands_over_behind_the_token_with_which_the_mean_gets_there(listed, w
         if bool(context.state[0, 0]) and found is None:
             found = i + 1
     assert found == expected
+    assert rule.hands_over_at([math.log(p) if p else -math.inf for p in listed]) == expected
 
 
 @pytest.mark.parametrize("text", RULES)

@@ -18,6 +18,7 @@ from trimtab.decode.options import (
 )
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.files import json_digest, refuse_overwriting
+from trimtab.handover.options import REMOTE, HandoverOptions, open_handover
 from trimtab.jsonlines import ResumableLines, kept_header
 from trimtab.options import option
 
@@ -25,12 +26,12 @@ __all__ = ["Options", "render", "run"]
 
 logger = logging.getLogger(__name__)
 
-LATER = ("sequence_level", "handover", "blend", "rule_weight")
+LATER = ("sequence_level", "handover", "blend", "rule_weight", "leader")
 """Options that came after files had been begun, which go on where these are not given."""
 
 
 @dataclass(frozen=True)
-class Options(SamplingOptions, TemplateOptions, ModelOptions):
+class Options(SamplingOptions, HandoverOptions, TemplateOptions, ModelOptions):
     """Flags of `trimtab generate`."""
 
     prompt: tuple[str, ...] = option((), "a prompt; may repeat")
@@ -49,7 +50,9 @@ class Options(SamplingOptions, TemplateOptions, ModelOptions):
         if self.sequence_level:
             why = "has no effect with --sequence_level: nobody drafts for particles"
             idle |= dict.fromkeys(("draft", "draft_temperature", "num_speculative_tokens"), why)
-        if not self.aligner:
+        if self.leader is not None:
+            idle |= dict.fromkeys(("sequence_level", "blend"), "has no effect with --leader")
+        elif not self.aligner:
             idle["sequence_level"] = "needs an --aligner: the proposal alone is the same at both levels"
         return idle
 
@@ -62,7 +65,6 @@ def run(options: Options) -> dict[str, Any]:
         raise InvalidOption("give either --prompt or --input")
     params = make_sampling_params(options)
     how = _sequence_level(options, params)
-    prompts: list[Any] = list(options.prompt)
     records: list[Any] = []
     if options.out:
         refuse_overwriting(options.out, options.input)
@@ -70,12 +72,17 @@ def run(options: Options) -> dict[str, Any]:
         from trimtab.data.records import read_records
 
         records = read_records(options.input, need="prompt", answers=False)
-        prompts = [record.prompt for record in records]
+    prompts: list[Any] = [record.prompt for record in records] or list(options.prompt)
+    if options.input:
         check_chats(options, prompts)
+    kept_date = kept_header(options.out).get("date") if options.out else None
+    if options.has_leader:
+        with open_handover(options, kept_date) as opened:
+            return _hand_over(options, opened, prompts, records, params)
     asked = options if how is None else dataclasses.replace(options, draft="none")  # no drafter is loaded for particles
-    model = load_aligned_model(asked, options, kept_header(options.out).get("date") if options.out else None)
+    model = load_aligned_model(asked, options, kept_date)
     refuse_idle_date(options.date, model.tokenizer)
-    check_prompts(model, records, params)
+    check_prompts(records, partial(model.prepare, params=params))
     shaping = model.shaping(params)
     report: dict[str, Any] = {"rule": str(shaping.rule), "weight": list(shaping.weights), "target": "token-level"}
     report |= {} if shaping.blend is None else {"blend": list(shaping.blend)}
@@ -85,10 +92,28 @@ def run(options: Options) -> dict[str, Any]:
         report |= {"target": "sequence-level", "sequence_level": str(how)}
         complete = partial(model.generate, sequence_level=how)
     report["kernels"] = kernels_of(model)
+    return report | _answer(options, prompts, params, complete, partial(_facts, options, model))
+
+
+def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[Any], params: Any) -> dict[str, Any]:
+    """Complete every prompt, with a leader."""
+    from trimtab.data.template import refuse_idle_date
+
+    handover = opened.handover
+    refuse_idle_date(options.date, *opened.tokenizers)
+    check_prompts(records, partial(handover.check, params=params))
+    report = {"leader": options.leader, "handover": str(handover.rule), "target": "text-level hand-over"}
+    return report | _answer(options, prompts, params, handover.generate, lambda: opened.facts)
+
+
+def _answer(
+    options: Options, prompts: list[Any], params: Any, complete: Callable[..., list[Any]], facts: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The completions, or where they went; `facts` are those that decide them beside the options."""
     if options.out is None:
         rows = _rows(prompts, complete(prompts, params), params.n)
-        return report | {"completions": rows, "failed": sum("error" in row for row in rows)}
-    return report | {"out": options.out} | _write(options, model, prompts, params, complete)
+        return {"completions": rows, "failed": sum("error" in row for row in rows)}
+    return {"out": options.out} | _write(options, facts(), prompts, params, complete)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -125,20 +150,27 @@ def _check_rule(rule: Any) -> None:
         raise InvalidOption(str(error)) from error
 
 
-def _write(options: Options, model: Any, prompts: list[Any], params: Any, complete: Callable[..., list[Any]]) -> dict[str, Any]:
+def _facts(options: Options, model: Any) -> dict[str, Any]:
+    """What decides the completions of a model, beside the options."""
     from trimtab.decode.drafters import DRAFTERS
     from trimtab.models.fingerprint import fingerprint_of
 
-    assert options.out is not None
-    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("out", "input", "prompt")}
-    weights = [fingerprint_of(m) for m in model.models.all]
+    facts = {**model.encoder.chat_settings, "weights": [fingerprint_of(m) for m in model.models.all]}
     if (options.draft or "").partition(":")[0] in set(DRAFTERS) - {"aligner", "model"}:
-        settings["draft"] = model.drafter  # what it drafts from, if that means anything, and not where it was named
+        facts["draft"] = model.drafter  # what it drafts from, if that means anything, and not where it was named
+    return facts
+
+
+def _write(
+    options: Options, facts: dict[str, Any], prompts: list[Any], params: Any, complete: Callable[..., list[Any]]
+) -> dict[str, Any]:
+    assert options.out is not None
+    apart = ("out", "input", "prompt", *REMOTE)
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in apart}
     for name in LATER:
         if settings[name] is None:
             del settings[name]
-    settings |= {**model.encoder.chat_settings, "prompts": json_digest(prompts), "weights": weights}
-    lines = ResumableLines(options.out, settings, params.n)
+    lines = ResumableLines(options.out, settings | facts | {"prompts": json_digest(prompts)}, params.n)
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):
             part = prompts[start : start + options.max_num_seqs]

@@ -6,6 +6,7 @@ on its neighbours, on the order of work, on the device, or on what was drawn bef
 cheap to address as one.
 """
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from trimtab.core.transfer import to_device
 
-__all__ = ["fresh_seed", "philox", "uniforms"]
+__all__ = ["fresh_seed", "philox", "seed_after", "uniforms"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -24,6 +25,12 @@ _MASK = 0xFFFFFFFF
 def fresh_seed() -> int:
     """A seed nobody asked for, from the operating system."""
     return secrets.randbits(63)
+
+
+def seed_after(seed: int, index: int) -> int:
+    """A seed for what follows completion `index` of a request of this seed, with noise of its own."""
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ from trimtab.decode.request import (
     check_against,
     check_params,
     refuse_row_settings,
+    with_params,
 )
 from trimtab.decode.scoring import Score, by_length, score_tokens
 from trimtab.decode.sequence import Sequence as Growing
@@ -209,7 +210,7 @@ class AlignedModel:
         sequences = self._sequences(prompts, params)
         if sequence_level is not None:
             return sample_sequences(sequences, parse_sequence_level(sequence_level), self.prefixes, self.max_num_seqs)
-        done = {(e.prompt_index, e.index): e.completion for e in self._decode(sequences) if e.completion is not None}
+        done = {(e.prompt_index, e.index): e.completion for e in self.engine().run(sequences) if e.completion is not None}
         return [done[s.prompt_index, s.index] for s in sequences]
 
     def stream(
@@ -219,7 +220,7 @@ class AlignedModel:
 
         The arguments and the tokens are those of `generate`. Closing the iterator stops the work.
         """
-        return self._decode(self._sequences(prompts, params))
+        return self.engine().run(self._sequences(prompts, params))
 
     def score(
         self,
@@ -347,13 +348,8 @@ class AlignedModel:
     def _sequences(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Growing]:
-        items = as_list(prompts)
-        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(items)
-        for one in each:
-            check_params(one)
-        if len(each) != len(items):
-            raise InvalidRequest(f"there are {len(items)} prompts, but {len(each)} sampling parameters")
-        return [sequence for i, (item, p) in enumerate(zip(items, each, strict=True)) for sequence in self.prepare(item, p, i)]
+        asked = enumerate(with_params(as_list(prompts), params))
+        return [sequence for i, (item, p) in asked for sequence in self.prepare(item, p, i)]
 
     def prepare(self, prompt: Prompt, params: SamplingParams, i: int = 0, name: str | None = None) -> list[Growing]:
         """The `n` sequences of one request, checked, for an `Engine` over the same proposal.
@@ -383,9 +379,9 @@ class AlignedModel:
         how = (self.models_of(shaping), seeded, shaping, limit, self.eos_token_ids, self.tokenizer)
         return [Growing(i, index, ids, *how, answers=is_chat(prompt)) for index in range(params.n)]
 
-    def _decode(self, sequences: list[Growing]) -> Iterator[TokenEvent]:
-        engine = Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs, prefixes=self.prefixes)
-        return engine.run(sequences)
+    def engine(self) -> Engine:
+        """One to decode what `prepare` makes."""
+        return Engine(self.proposal, self.pace, max_num_seqs=self.max_num_seqs, prefixes=self.prefixes)
 
     def _pair(self, i: int, item: Prompt, answer: Any) -> tuple[list[int], list[int], int | None]:
         """Ids of a prompt and its completion, and the completion's length in bytes."""

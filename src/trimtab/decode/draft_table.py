@@ -44,8 +44,7 @@ def make_table(options: TableOptions) -> dict[str, Any]:
     from trimtab.data.records import read_records
     from trimtab.data.template import read_chat_template, refuse_idle_date
     from trimtab.decode.drafters.table import count_runs, write_table
-    from trimtab.models.gguf import is_gguf, load_gguf_tokenizer
-    from trimtab.models.loading import load_tokenizer, quiet_loading
+    from trimtab.models.loading import load_tokenizer_alone, quiet_loading
     from trimtab.models.vocabulary import find_eos_token_ids, fingerprint_vocabulary, vocabulary_size
 
     refuse_overwriting(options.out, options.dataset)
@@ -53,7 +52,7 @@ def make_table(options: TableOptions) -> dict[str, Any]:
     records = read_records(options.dataset, how=options, limit=options.max_examples)
     check_chats(options, [record.prompt for record in records])
     quiet_loading()
-    tokenizer = load_gguf_tokenizer(options.proposal) if is_gguf(options.proposal) else load_tokenizer(options.proposal)
+    tokenizer = load_tokenizer_alone(options.proposal)
     if template is not None:
         tokenizer.chat_template = template
     refuse_idle_date(options.date, tokenizer)

@@ -137,9 +137,14 @@ class Engine:
             InvalidRequest: as `submit`.
             Exception: what a sequence was lost to.
         """
+        for events in self.steps(sequences):
+            yield from events
+
+    def steps(self, sequences: Iterable[Growing]) -> Iterator[list[TokenEvent]]:
+        """As `run`, with the events of each step together."""
         self.submit(sequences)
         while self:
-            yield from self.step()
+            yield self.step()
             if self.failed and self.failed[0].error is not None:
                 raise self.failed[0].error
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,7 +88,7 @@ class RowOptions(ShapingKnobs, PairOptions):
         if self.aligner and len(self.weight) not in (0, len(self.aligner)):
             raise InvalidOption(f"{len(self.weight)} --weight for {len(self.aligner)} --aligner: give one for each, in order")
         try:
-            rule = SamplingParams(rule=self.rule, handover=self.handover).asked_rule
+            rule = SamplingParams(rule=self.rule, handover=None if self.has_leader else self.handover).asked_rule
         except InvalidRequest as error:
             raise InvalidOption(str(error)) from None
         if rule is not None:
@@ -110,9 +110,15 @@ class RowOptions(ShapingKnobs, PairOptions):
         """Whether there is, or may come, an aligner."""
         return bool(self.aligner)
 
+    @property
+    def has_leader(self) -> bool:
+        """Whether a model leads that is no aligner, so that a hand-over is between texts."""
+        return False
+
     def idle(self) -> dict[str, str]:
         """What says nothing of a bare proposal; weights are of aligners that are named here."""
-        without = () if self.aligns else ("rule", "handover", "blend", "rule_weight", "aligner_temperature")
+        without: tuple[str, ...] = () if self.aligns else ("rule", "blend", "rule_weight", "aligner_temperature")
+        without += () if self.aligns or self.has_leader else ("handover",)
         idle = {} if self.blend == "weights" else {"rule_weight": "is for --blend weights"}
         return idle | dict.fromkeys(without if self.aligner else (*without, "weight"), "needs an --aligner")
 
@@ -256,11 +262,11 @@ def refuse_beside_loaded(options: Any, model: Any) -> None:
             raise InvalidOption(f"--{field.name} is for models that are loaded here, and model is loaded: leave it out")
 
 
-def check_prompts(model: Any, records: Sequence[Any], params: Any) -> None:
-    """Refuse a prompt that cannot be decoded before any is, naming where it stands."""
+def check_prompts(records: Sequence[Any], check: Callable[[Any], Any]) -> None:
+    """Refuse a prompt that cannot be decoded before any is, naming where it stands; `check` raises for one."""
     for record in records:
         try:
-            model.prepare(record.prompt, params)
+            check(record.prompt)
         except InvalidRequest as error:
             raise DataError(f"{record.source}: {error}") from error
 

@@ -1,7 +1,8 @@
 """What a user asks for and what comes back: `SamplingParams` in, `Completion` and `TokenEvent` out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.errors import InvalidOption, InvalidRequest
@@ -17,7 +18,10 @@ __all__ = [
     "check_against",
     "check_params",
     "refuse_row_settings",
+    "with_params",
 ]
+
+P = TypeVar("P")
 
 
 _LATER = ("handover", "blend", "rule_weight")
@@ -227,6 +231,20 @@ def check_params(params: Any) -> None:
     """Refuse what is no `SamplingParams`."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, or a list of them, not {params!r}")
+
+
+def with_params(items: Sequence[P], params: Any) -> list[tuple[P, SamplingParams]]:
+    """Each prompt with what is asked for: the same for all, one for each of them in a list, or None for the defaults.
+
+    Raises:
+        InvalidRequest: these are no `SamplingParams`, or not as many as there are prompts.
+    """
+    each = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(items)
+    for one in each:
+        check_params(one)
+    if len(each) != len(items):
+        raise InvalidRequest(f"there are {len(items)} prompts, but {len(each)} sampling parameters")
+    return list(zip(items, each, strict=True))
 
 
 def check_against(params: SamplingParams, vocab_size: int, *, has_tokenizer: bool) -> None:

@@ -5,7 +5,8 @@ Texts go to `/v1/completions`, and chats to `/v1/chat/completions`, where the se
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from trimtab.data.prompts import Prompt, is_chat, read_chat
@@ -63,18 +64,47 @@ class RemoteModel:
         # Completion j of n has noise of its own in `trimtab serve`. vLLM gives it seed + j, not to be the next prompt's.
         stride = 1 if self._owner == "trimtab" else params.n
 
-        def make(number: int) -> tuple[str, dict[str, Any]]:
-            return self._request(prompts[number], dataclasses.replace(params, seed=first + number * stride))
+        numbers = range(start, len(prompts))
+        yield from self._ask((prompts[i], dataclasses.replace(params, seed=first + i * stride)) for i in numbers)
 
-        def read(number: int, answer: Any) -> list[Sample]:
-            return _samples(answer, params.n, chat=is_chat(prompts[number]))
+    def complete_each(self, requests: Sequence[tuple[Prompt, SamplingParams]]) -> list[list[Sample]]:
+        """The completions that each request asks for, which have the seeds that stand there.
 
-        def failed(number: int, error: EndpointError) -> list[Sample]:
+        Raises:
+            EndpointError: as `complete`.
+        """
+        return [samples for some in self._ask(requests) for samples in some]
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probability of each token of each prompt behind those before it; NaN of the first, which has none.
+
+        Asked for as by lm-evaluation-harness: one more token, the prompt echoed.
+
+        Raises:
+            EndpointError: as `complete`; or the server does not echo log-probabilities of prompts.
+        """
+        asked = {"model": self.name, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+
+        def make(ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+            return "/v1/completions", asked | {"prompt": list(ids)}
+
+        return [logps for some in self._endpoints.map(prompts, make, _echoed) for logps in some]
+
+    def _ask(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[list[list[Sample]]]:
+        """The samples of each request, in order."""
+
+        def make(request: tuple[Prompt, SamplingParams]) -> tuple[str, dict[str, Any]]:
+            return self._request(*request)
+
+        def read(request: tuple[Prompt, SamplingParams], answer: Any) -> list[Sample]:
+            return _samples(answer, request[1].n, chat=is_chat(request[0]))
+
+        def failed(request: tuple[Prompt, SamplingParams], error: EndpointError) -> list[Sample]:
             if error.code != "dead_row":  # of which the others' answers know nothing
                 raise error
-            return [Sample("", True, str(error))] * params.n
+            return [Sample("", True, str(error))] * request[1].n
 
-        yield from self._endpoints.map(range(start, len(prompts)), make, read, failed)
+        yield from self._endpoints.map(requests, make, read, failed)
 
     def _request(self, prompt: Any, params: SamplingParams) -> tuple[str, dict[str, Any]]:
         """Path and body."""
@@ -130,6 +160,14 @@ def _samples(answer: Any, n: int, *, chat: bool) -> list[Sample]:
         Sample(text, choice.get("finish_reason") != "length", _error(choice))
         for text, choice in zip(texts, choices, strict=True)
     ]
+
+
+def _echoed(ids: Sequence[int], answer: Any) -> list[float]:
+    """The log-probability of each of a prompt's tokens."""
+    echoed = (answer["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+    if len(echoed) < len(ids):
+        raise EndpointError("the server echoes no log-probabilities of prompts (/v1/completions, echo with logprobs)")
+    return [math.nan if logp is None else float(logp) for logp in echoed[: len(ids)]]
 
 
 def _error(choice: dict[str, Any]) -> str | None:

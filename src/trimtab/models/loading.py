@@ -20,6 +20,7 @@ from trimtab.extras import is_here, need
 from trimtab.files import expand_home
 from trimtab.models.blocks import FAMILIES
 from trimtab.models.composite import KEY_MAPPING, text_config
+from trimtab.models.gguf import is_gguf, load_gguf_tokenizer
 from trimtab.models.stored import check_filled, stored_tensors
 from trimtab.models.supported import check_supported
 from trimtab.models.weight_files import expand, folder_of
@@ -34,6 +35,7 @@ __all__ = [
     "load_configs",
     "load_model",
     "load_tokenizer",
+    "load_tokenizer_alone",
     "loading_arguments",
     "pick_device",
     "placed",
@@ -249,6 +251,11 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
         plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
         return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def load_tokenizer_alone(source: str | Path) -> Any:
+    """The same, or of a GGUF file, of which nothing else is read then."""
+    return load_gguf_tokenizer(source) if is_gguf(source) else load_tokenizer(source)
 
 
 def check_finite(model: Any, source: str | Path) -> None:

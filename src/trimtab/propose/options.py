@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from trimtab.data.options import DataOptions, LengthOptions, TemplateOptions
 from trimtab.decode.options import SamplingOptions
+from trimtab.endpoints.options import AskingOptions
 from trimtab.errors import InvalidOption
 from trimtab.judges.rewards.base import Reward, RewardFunction
 from trimtab.judges.rewards.kinds import parse_reward, reward_help
@@ -21,7 +22,7 @@ def _reward_help() -> str:
 
 
 @dataclass(frozen=True)
-class ProposeOptions(DryRunOptions, DataOptions, LengthOptions, TemplateOptions, SamplingOptions):
+class ProposeOptions(AskingOptions, DryRunOptions, DataOptions, LengthOptions, TemplateOptions, SamplingOptions):
     """Options of `trimtab propose` and `trimtab.propose`."""
 
     proposal: str = option(
@@ -49,9 +50,6 @@ class ProposeOptions(DryRunOptions, DataOptions, LengthOptions, TemplateOptions,
     endpoint: tuple[str, ...] = option(
         (), "an OpenAI-compatible server to sample from instead, such as http://localhost:8000/v1; may repeat", metavar="URL"
     )
-    concurrency: int | None = option(None, "most requests in flight for each --endpoint [default: 16]")
-    request_timeout: float | None = option(None, "seconds that one request may take [default: 600]")
-    max_retries: int | None = option(None, "tries after the first, of a request or for an endpoint in a row [default: 6]")
 
     @property
     def ranked(self) -> bool:

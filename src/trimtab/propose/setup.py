@@ -1,5 +1,6 @@
 """What the options of a proposal's samples stand for: data, a reward, and who draws, checked before anything is drawn."""
 
+from functools import partial
 from typing import Any
 
 from trimtab.data.at_hand import count_records
@@ -17,7 +18,7 @@ from trimtab.decode.options import (
 )
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.settings import Limits, make_limits
+from trimtab.endpoints.settings import Limits
 from trimtab.errors import InvalidOption
 from trimtab.files import refuse_overwriting
 from trimtab.jsonlines import kept_header
@@ -87,8 +88,7 @@ def _checked(options: ProposeOptions, model: AlignedModel | None) -> tuple[Limit
             raise InvalidOption("--endpoint names who samples, and so does model: leave one of them out")
     elif not options.proposal and not options.endpoint:
         raise InvalidOption("--proposal is required")
-    remote = {name: getattr(options, name) for name in ("concurrency", "request_timeout", "max_retries")}
-    limits = make_limits("endpoint", options.endpoint, {}, remote)
+    limits = options.limits_of("endpoint", options.endpoint)
     params = make_sampling_params(options, seed=options.seed)
     refuse_overwriting(options.out, options.dataset)
     return limits, params, _pairs(options)
@@ -187,5 +187,5 @@ def _here(
     refuse_idle_date(options.date, model.tokenizer, *_readers(ranking))
     prompts, sources = [record.prompt for record in records], [record.source for record in records]
     records = [records[i] for i in places_that_fit(options, model, prompts, [None] * len(records), sources)]
-    check_prompts(model, records, params)
+    check_prompts(records, partial(model.prepare, params=params))
     return propose(model, records, options.out, params, max(1, model.max_num_seqs // params.n), ranking)

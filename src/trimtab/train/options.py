@@ -12,13 +12,14 @@ from trimtab.data.cut import CUT_ANSWERS
 from trimtab.data.options import DataOptions
 from trimtab.data.records import parse_columns
 from trimtab.data.template import check_date
+from trimtab.endpoints.options import AskingOptions
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.knobs import MAX_FACTOR
 from trimtab.models.aligner import manifest_of
 from trimtab.models.estimates import DryRunOptions
-from trimtab.options import Flag, check_ranges, check_required, help_of, option
+from trimtab.options import Flag, check_ranges, check_required, help_of, option, same
 from trimtab.train.defaults import IDLE, OWNED, training_flags
 from trimtab.train.objectives import OBJECTIVES, Objective
 from trimtab.train.objectives.base import option_kinds
@@ -227,9 +228,9 @@ class TrainOptions(DryRunOptions, DataOptions):
         " tokenizer and configuration are loaded; may repeat",
         metavar="URL",
     )
-    concurrency: int | None = option(None, "most requests in flight for each endpoint [default: 16]")
-    request_timeout: float | None = option(None, "seconds that one request may take [default: 600]")
-    max_retries: int | None = option(None, "tries after the first, of a request or for an endpoint in a row [default: 6]")
+    concurrency: int | None = same(AskingOptions, "concurrency")
+    request_timeout: float | None = same(AskingOptions, "request_timeout")
+    max_retries: int | None = same(AskingOptions, "max_retries")
     overwrite_output_dir: bool = option(False, "discard what an earlier run left in OUTPUT_DIR instead of resuming it")
     objective_options: dict[str, Any] = field(
         default_factory=dict, metadata={"nested": objective_flags, "title": "options of objectives"}

@@ -83,6 +83,11 @@ class Confidence(Rule):
         assert context is not None
         return _handed(context).expand(logp.shape[:-1])
 
+    def hands_over_at(self, logps: Sequence[float]) -> int | None:
+        """After how many tokens of an answer it hands over, by their log-probabilities under p̃; None if it does not."""
+        ends = range(self.window, len(logps) + 1)
+        return next((end for end in ends if math.fsum(logps[end - self.window : end]) / self.window >= self._least), None)
+
     @property
     def lets_go(self) -> bool:
         """If the proposal goes on."""
@@ -116,11 +121,15 @@ class Confidence(Rule):
     def advance(self, context: Context, tokens: Tensor, logp: Tensor) -> Tensor:
         """Hand over where the last tokens, this one among them, are likely enough; NaN, of the prompt's, never is."""
         mean = torch.cat([context.logp[..., 1:], logp.unsqueeze(-1)], -1).mean(-1)
-        least = math.log(self.threshold) - ROUNDING if self.threshold else -math.inf
-        states = [(_handed(context) | (mean >= least)).to(context.state.dtype).unsqueeze(-1)]
+        states = [(_handed(context) | (mean >= self._least)).to(context.state.dtype).unsqueeze(-1)]
         for rule, part in self._parts(context):
             states.append(rule.advance(part, tokens, logp) if rule.state_size else part.state)
         return torch.cat(states, -1)
+
+    @property
+    def _least(self) -> float:
+        """The mean log-probability from which it hands over."""
+        return math.log(self.threshold) - ROUNDING if self.threshold else -math.inf
 
     def _parts(self, context: Context) -> list[tuple[Rule, Context]]:
         """Each of the rules with what it sees."""

@@ -1,0 +1,113 @@
+"""`trimtab generate --leader`: another tokenizer begins, here or behind an endpoint the proposal goes on."""
+
+import json
+
+import pytest
+
+from eval_task import called
+from serving import folder_service, running
+from tiny import bpe_tokenizer, save_tiny, tiny_model
+from tiny_task import make_task
+from trimtab import AlignedModel, SamplingParams, TextHandover
+
+OVER = "confidence(window=2, threshold=0.04)"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = make_task(tmp_path_factory.mktemp("task"))
+    tokenizer = bpe_tokenizer(["ab cd", "abc abd cab", "dab bad"], 20)
+    save_tiny(folder / "leader", tiny_model("llama", len(tokenizer), seed=9), tokenizer)
+    return folder
+
+
+def words(task, *more):
+    leader = ("--leader", task / "leader", "--handover", OVER)
+    return "generate", "--proposal", task / "proposal", *leader, "--max_tokens", 12, "--seed", 3, *more
+
+
+def expected(task, prompts, n=1):
+    both = TextHandover(*(AlignedModel.from_pretrained(task / name) for name in ("leader", "proposal")), OVER)
+    done = both.generate(prompts, SamplingParams(max_tokens=12, seed=3, n=n))
+    return [(one.text, one.handover_at, one.finish_reason) for one in done]
+
+
+def told(rows):
+    return [(row["completion"], row.get("handover_at"), row["finish_reason"]) for row in rows]
+
+
+def test_the_report_names_the_leader_and_each_row_where_it_was_handed_over(task, capsys):
+    status, out, _ = called(capsys, *words(task, "--prompt", "ab", "--prompt", "c d", "--n", 6, "--json"))
+    report = json.loads(out)
+    assert status == 0
+    assert (report["leader"], report["handover"]) == (str(task / "leader"), "confidence(window=2, threshold=0.04)")
+    assert report["target"] == "text-level hand-over"
+    assert told(report["completions"]) == expected(task, ["ab", "c d"], 6)
+    assert {row.get("handover_at") is None for row in report["completions"]} == {True, False}
+
+
+def test_a_proposal_behind_an_endpoint_writes_what_it_would_write_here(task, capsys):
+    with running(folder_service(task / "proposal", {})) as server:
+        status, out, _ = called(capsys, *words(task, "--prompt", "ab", "--n", 6, "--json", "--endpoint", server.url))
+    assert status == 0
+    assert told(json.loads(out)["completions"]) == expected(task, ["ab"], 6)
+
+
+def test_a_killed_run_goes_on_and_another_leader_does_not(task, capsys, tmp_path, monkeypatch):
+    out = tmp_path / "o.jsonl"
+    asked = words(task, "--input", task / "held_out.jsonl", "--max_num_seqs", 4, "--out", out)
+    assert called(capsys, *asked, "--out", tmp_path / "whole.jsonl")[0] == 0
+    generate, calls = TextHandover.generate, []
+
+    def interrupted(self, *given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextHandover, "generate", interrupted)
+        called(capsys, *asked)
+    for other in (("--leader", task / "start"), ("--handover", "confidence(window=3)")):
+        status, _, errors = called(capsys, *asked, *other)
+        assert status == 2, errors
+    assert called(capsys, *asked)[0] == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--sequence_level", "particles=4"), "--sequence_level has no effect with --leader"),
+        (("--blend", "weights"), "--blend has no effect with --leader"),
+        (("--rule", "product"), "--rule needs an --aligner"),
+        (("--handover", "product"), "hands nothing over between two models"),
+        (("--handover", "confidence(after=product)"), "leave both out"),
+        (("--endpoint_model", "m"), "--endpoint_model needs --endpoint"),
+        (("--endpoint", "http://localhost:1", "--proposal_top_k", 3), "--proposal_top_k is for a proposal that runs here"),
+        (("--endpoint", "nowhere"), "'nowhere' is no endpoint"),
+        (("--endpoint", "http://localhost:1", "--draft", "ngram"), "--draft is for a proposal that runs here"),
+    ],
+)
+def test_wrong_usage_is_told_before_a_model_is_loaded(task, capsys, monkeypatch, more, said):
+    monkeypatch.setattr(AlignedModel, "from_pretrained", None)
+    status, _, errors = called(capsys, *words(task, "--prompt", "a", *more))
+    assert status == 2
+    assert said in "\n".join(errors)
+
+
+def test_an_endpoint_needs_a_leader(task, capsys):
+    status, _, errors = called(capsys, "generate", "--proposal", task / "proposal", "--prompt", "a", "--endpoint", "http://h")
+    assert status == 2
+    assert "--endpoint needs a --leader" in errors[-1]
+
+
+def test_an_aligner_joins_in_behind_the_hand_over(task, capsys):
+    more = ("--aligner", task / "start", "--rule", "geometric", "--prompt", "ab", "--json", "--temperature", 0)
+    status, out, _ = called(capsys, *words(task, *more))
+    assert status == 0
+    (row,) = json.loads(out)["completions"]
+    model = AlignedModel.from_pretrained(task / "proposal", task / "start", rule="geometric")
+    both = TextHandover(AlignedModel.from_pretrained(task / "leader"), model, OVER)
+    (one,) = both.generate("ab", SamplingParams(max_tokens=12, temperature=0, seed=3))
+    assert row["completion"] == one.text
