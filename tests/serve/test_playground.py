@@ -1,27 +1,26 @@
 """The playground in a real browser, over a real server with tiny models."""
 
-import asyncio
-import shutil
-import threading
-import time
-from contextlib import contextmanager
-from pathlib import Path
-
 import httpx
 import pytest
-import uvicorn
-from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
+from playing import (
+    DESKTOP,
+    LETTERS,
+    PHONE,
+    TOKENS,
+    Server,
+    ask,
+    check_picture,
+    inside,
+    open_browser,
+    point_at,
+    text_of,
+    visit,
+    wait_for,
+)
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.data.records import read_records
-from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.assemble import Loader
-from trimtab.decode.engine import Engine
-from trimtab.serve.app import make_app
-from trimtab.serve.playground.page import add_playground
-from trimtab.serve.registry import Registry
-from trimtab.serve.service import Opened, Service, Settings
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,92 +28,10 @@ pytestmark = [
         "ignore:'future.no_silent_downcasting' is deprecated", "ignore:The copy keyword is deprecated"
     ),
 ]
-LETTERS = "abcdefghijklmnop u<>&\"'/=${}`\n"
-"""What the tiny models write looks like HTML and like templates at every turn."""
 KEY = "a-key"
-PHONE, DESKTOP = (390, 844), (1280, 800)
-TOKENS = 40
+ALIGNERS = ("polite", "rude")
 ON_ONE_LINE = "#tt-aligned label.tt-token:not(:has(> .tt-mark))"
 """Tokens whose middle is their own."""
-
-
-class Server:
-    """A server in a thread.
-
-    Attributes:
-        step_seconds: what each step of the engine takes at least.
-        may_load: the models are loaded once it is set.
-    """
-
-    def __init__(self, folder, votes, *, keys=(), loaded=True):
-        self.folder, self.votes, self.step_seconds = folder, votes, 0.0
-        self.may_load = threading.Event()
-        if loaded:
-            self.may_load.set()
-        self.service = Service(Settings(name="base", api_keys=keys), self._load)
-        app = make_app(self.service)
-
-        async def add():
-            add_playground(app, self.service, votes=votes)
-
-        in_thread(lambda: asyncio.run(add()))  # outside of a loop, Gradio would leave several of its own open
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=20))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-
-    def start(self):
-        self._thread.start()
-        wait_for(lambda: self._server.started)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-        if self.may_load.is_set():
-            wait_for(lambda: self.service.state != "loading")
-            assert self.service.state == "ready", self.service.failure
-        return self
-
-    def stop(self):
-        """As run_server does on SIGTERM; how long it took."""
-        began = time.monotonic()
-        self.may_load.set()
-        self.service.drain()
-        self._server.should_exit = True
-        self._thread.join(30)
-        return time.monotonic() - began
-
-    def complete(self, **body):
-        """What the API says to the same request."""
-        answer = httpx.post(
-            f"{self.url}/v1/completions", json={"model": "base", "max_tokens": TOKENS, "temperature": 0.7, **body}
-        )
-        return answer.json()["choices"][0]["text"]
-
-    def _load(self):
-        self.may_load.wait(60)
-        base = AlignedModel.from_pretrained(str(self.folder / "proposal"), eos_token_ids=[], max_num_seqs=8)
-        engine = Engine(base.proposal, base.pace, max_num_seqs=8, log_z_every=1)
-        step = engine.step
-
-        def slow_step():
-            time.sleep(self.step_seconds)
-            return step()
-
-        engine.step = slow_step
-        registry = Registry(base, Loader(base.tokenizer, dtype="auto", device=None))
-        for name in ("polite", "rude"):
-            registry.load(name, str(self.folder / name))
-        return Opened(registry, engine)
-
-
-def in_thread(work):
-    """Run something where the browser's driver has no loop of its own."""
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-
-
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +39,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tokenizer = tiny_tokenizer(LETTERS)
     size = len(LETTERS) + 1
-    for seed, name in enumerate(("proposal", "polite", "rude")):
+    for seed, name in enumerate(("proposal", *ALIGNERS)):
         save_tiny(folder / name, tiny_model("llama", size, seed=seed, spread=0.3, max_position_embeddings=1024), tokenizer)
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    server = Server(folder, tmp_path_factory.mktemp("arena") / "votes.jsonl").start()
+    server = Server(folder, tmp_path_factory.mktemp("arena") / "votes.jsonl", ALIGNERS).start()
     yield server
     server.stop()
 
@@ -149,31 +66,8 @@ def chatting(server, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "these tests drive a real browser: install chromium (apt install chromium)"
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with open_browser() as browser:
         yield browser
-        browser.close()
-
-
-@contextmanager
-def visit(browser, server, size=DESKTOP, *, expect_errors=False, **settings):
-    """A page whose console stays clean, and which asks nobody but the server."""
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **settings)
-    page = context.new_page()
-    page.set_default_timeout(8_000)
-    expect.set_options(timeout=8_000)
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: said.append(str(error)))
-    context.on("request", lambda request: asked.append(request.url))
-    page.goto(f"{server.url}/playground")
-    yield page
-    foreign = [url for url in asked if not url.startswith((server.url + "/", "data:", "blob:"))]
-    assert foreign == []
-    assert expect_errors or said == []
-    context.close()
 
 
 @pytest.fixture
@@ -188,37 +82,10 @@ def ready(page):
     expect(page.get_by_label("The aligner’s own strength: 1")).to_be_checked()
 
 
-def ask(page, text, *, tokens=TOKENS, seed=None, sampling=True):
-    """Fill in Compare and run it to its end."""
-    page.get_by_label("Prompt", exact=True).first.fill(text)
-    if sampling:
-        page.get_by_role("button", name="Sampling: temperature, length, seed").click()
-        number, slider = (page.get_by_role(role, name="Most tokens") for role in ("spinbutton", "slider"))
-
-        def noticed():
-            number.fill(str(tokens))
-            number.blur()
-            return slider.input_value() == str(tokens)
-
-        wait_for(noticed)  # what is typed before Gradio has brought the field to life is lost
-        if seed is not None:
-            page.get_by_label("Seed, the same on both sides").fill(str(seed))
-            page.get_by_label("Seed, the same on both sides").blur()
-    page.get_by_role("button", name="Compare", exact=True).click()
-
-
 def finished(page):
     for side in ("#tt-proposal", "#tt-aligned"):
         expect(page.locator(f"{side} .tt-facts")).to_contain_text("cut at the limit")
     expect(page.get_by_role("button", name="Compare", exact=True)).to_be_enabled()
-
-
-def text_of(page, selector):
-    """The text of an answer, without marks, cards and special tokens."""
-    return page.locator(f"{selector} .tt-tokens").evaluate(
-        "e => { e = e.cloneNode(true); e.querySelectorAll('.tt-mark, .tt-card, .tt-special').forEach(m => m.remove());"
-        " return e.textContent }"
-    )
 
 
 def test_both_sides_stream_at_once_and_say_what_the_api_says(page, server):
@@ -262,22 +129,6 @@ def test_a_token_shows_its_colour_and_its_card(page):
     page.keyboard.press("ArrowRight")
     expect(tokens.nth(1).locator(".tt-card")).to_be_visible()
     expect(cards).to_have_count(1)
-
-
-def point_at(page, token, *, touch=False):
-    """With the pointer itself: the driver's own `hover` goes for the hidden button in the label."""
-    token.scroll_into_view_if_needed()
-    box = token.bounding_box()
-    act = page.touchscreen.tap if touch else page.mouse.move
-    act(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-
-
-def inside(page, card):
-    box, size = card.bounding_box(), page.viewport_size
-    assert box["x"] >= 0
-    assert box["y"] >= 0
-    assert box["x"] + box["width"] <= size["width"]
-    assert box["y"] + box["height"] <= size["height"]
 
 
 def test_strength_zero_is_the_proposal_and_a_seed_is_a_text(page):
@@ -477,18 +328,9 @@ def test_it_fits_the_screen(browser, server, tmp_path, size, scheme):
         check_picture(page, tmp_path / "arena.png", scheme)
 
 
-def check_picture(page, path: Path, scheme):
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    page.screenshot(path=path, full_page=True)
-    with Image.open(path) as picture:
-        colours = picture.convert("RGB").getcolors(2**24)
-    assert len(colours) > 50
-    assert (sum(max(colours)[1]) > 600) == (scheme == "light")
-
-
 def test_a_key_is_needed_and_an_open_page_does_not_hold_up_a_shutdown(browser, folder, tmp_path):
     """The page is opened while the models are still being loaded, and offers them when they are there."""
-    server = Server(folder, tmp_path / "votes.jsonl", keys=("other", KEY), loaded=False).start()
+    server = Server(folder, tmp_path / "votes.jsonl", ALIGNERS, keys=("other", KEY), loaded=False).start()
     try:
         assert httpx.get(f"{server.url}/playground/config").status_code == 401
         with visit(browser, server, expect_errors=True) as page:

@@ -17,7 +17,7 @@ import gradio as gr
 from trimtab.core.noise import fresh_seed
 from trimtab.errors import TrimtabError
 from trimtab.serve.playground.duel import Answer, Question
-from trimtab.serve.playground.tab import Tab, Update, add_html
+from trimtab.serve.playground.tab import QUIET, Tab, Update, add_html
 from trimtab.serve.playground.tokens_html import command_html, notice_html, panel_html, text_html
 from trimtab.serve.playground.votes import Verdict, VoteBook
 from trimtab.serve.service import Refusal, Service
@@ -84,11 +84,10 @@ class Arena(Tab):
         self.outcome = add_html()
         self.hint = add_html(elem_id="tt-hint")
         self.round = gr.State(None)
-        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
         for verdict, button in self.votes.items():
             outputs = [*self.panels, *self.votes.values(), self.outcome, self.hint]
-            button.click(self._voter(verdict), [self.round, self.one, self.other], outputs, **quiet)
-        gr.on([self.one.change, self.other.change], self._hint, [self.one, self.other], self.hint, **quiet)
+            button.click(self._voter(verdict), [self.round, self.one, self.other], outputs, **QUIET)
+        gr.on([self.one.change, self.other.change], self._hint, [self.one, self.other], self.hint, **QUIET)
         asked = [self.prompt, self.kind, self.temperature, self.max_tokens, self.one, self.other]
         self.on_run(self._run, asked, [*self.panels, *self.votes.values(), self.outcome, self.round])
 

@@ -5,23 +5,17 @@ from typing import Any
 
 import gradio as gr
 
-from trimtab.core.noise import fresh_seed
-from trimtab.core.rules import RULES
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import TrimtabError
 from trimtab.knobs import KNOBS
 from trimtab.serve.playground.duel import Answer, Question
-from trimtab.serve.playground.tab import Tab, Update, add_html
-from trimtab.serve.playground.tokens_html import legend_html, panel_html, text_html, tokens_html
+from trimtab.serve.playground.tab import OWN, QUIET, Tab, Update, add_html, answer_html, seed_of
+from trimtab.serve.playground.tokens_html import legend_html, panel_html, text_html
 from trimtab.serve.service import Refusal, Service
 
 __all__ = ["Compare"]
 
-OWN = "="
-"""Stands for the aligner's own rule; no rule is called so."""
 OWN_STRENGTH = "The aligner’s own strength"
-MOST_SEEDS = 2**31
-"""Seeds that fit a number field."""
 
 
 class Compare(Tab):
@@ -32,16 +26,13 @@ class Compare(Tab):
         self.add_prompt()
         with gr.Row():
             self.aligner = gr.Dropdown([], label="Aligner", min_width=200)
-            rules = [(name.replace("_", " "), name) for name, rule in RULES.items() if rule.has_row]
-            self.rule = gr.Dropdown([("the aligner’s own", OWN), *rules], value=OWN, label="Rule", min_width=200)
+            self.add_rule("the aligner’s own")
             with gr.Group(elem_classes="tt-strength"):
                 self.strength = gr.Slider(0, 3, value=1, step=0.05, label="Strength of the aligner", buttons=[])
                 self.own = gr.Checkbox(True, label=OWN_STRENGTH)
         with gr.Accordion("Sampling: temperature, length, seed", open=False), gr.Row():
             self.add_sampling()
-            with gr.Row(elem_classes="tt-seed"):
-                self.seed = gr.Number(0, precision=0, minimum=0, label="Seed, the same on both sides", min_width=160, scale=3)
-                dice = gr.Button("🎲 New seed", min_width=110, scale=1)
+            self.add_seed()
         self.add_buttons()
         with gr.Row(elem_classes="tt-answers", equal_height=True):
             waiting = text_html("", "The answer appears here.")
@@ -50,15 +41,13 @@ class Compare(Tab):
             with gr.Column(min_width=300):
                 self.right = add_html(panel_html("Aligned", waiting), elem_id="tt-aligned")
         add_html(legend_html())
-        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-        dice.click(lambda: fresh_seed() % MOST_SEEDS, None, self.seed, **quiet)
-        self.strength.input(None, None, self.own, js="() => false", **quiet)
+        self.strength.input(None, None, self.own, js="() => false", **QUIET)
         gr.on(
             [self.aligner.change, self.rule.change, self.own.input],
             self._own_strength,
             [self.aligner, self.rule, self.own],
             [self.own, self.strength],
-            **quiet,
+            **QUIET,
         )
         settings = [self.aligner, self.rule, self.own, self.strength, self.seed]
         asked = [self.prompt, self.kind, self.temperature, self.max_tokens]
@@ -89,7 +78,7 @@ class Compare(Tab):
         request: gr.Request,
     ) -> AsyncIterator[Update]:
         question = Question(text, kind == "chat", temperature, max_tokens)
-        seed = fresh_seed() % MOST_SEEDS if seed is None else seed
+        seed = seed_of(seed)
         shaping: Any = {"rule": None if rule == OWN else rule, "weight": None if own else strength}
 
         async def prepare() -> list[Answer]:
@@ -99,9 +88,9 @@ class Compare(Tab):
             return [await Answer.prepare(self.service, question, aligner, seed=seed, **self._off(aligned)), aligned]
 
         def draw(answers: Sequence[Answer]) -> Update:
-            drawn = {self.left: _draw("Proposal", answers[0], self.service.settings.name, answers[0].facts)}
+            drawn = {self.left: answer_html("Proposal", answers[0], self.service.settings.name, answers[0].facts)}
             if answers[1:]:
-                drawn[self.right] = _draw("Aligned", answers[1], answers[1].note, answers[1].facts + answers[1].measures)
+                drawn[self.right] = answer_html("Aligned", answers[1], answers[1].note, answers[1].facts + answers[1].measures)
             return {**drawn, self.seed: seed}
 
         async for update in self.play(prepare, draw, request.session_hash or ""):
@@ -135,12 +124,3 @@ class Compare(Tab):
             return {self.own: gr.update(label=OWN_STRENGTH)}
         shown: Update = {self.own: gr.update(label=f"{OWN_STRENGTH}: {weight:.3g}")}
         return {**shown, self.strength: min(max(weight, 0), 3)} if own else shown
-
-
-def _draw(title: str, answer: Answer, note: str, facts: Sequence[str]) -> str:
-    """One side; cards come once it is complete, for until then every update would take the focus away."""
-    if not answer.shown and answer.over:
-        body = text_html("", "Nothing came.")
-    else:
-        body = tokens_html(answer.shown, f"tt-{title}", cards=answer.over)
-    return panel_html(title, body, note=note, facts=facts, busy=not answer.over)

@@ -72,7 +72,7 @@ class Answer:
         cls,
         service: Service,
         question: Question,
-        aligner: str | None,
+        aligner: str | Sequence[str] | None,
         *,
         seed: int,
         logprobs: bool = False,
@@ -83,7 +83,7 @@ class Answer:
         Args:
             service: the server.
             question: what is asked.
-            aligner: its name; None for the proposal alone.
+            aligner: its name, or several; None for the proposal alone.
             seed: as in `SamplingParams`.
             logprobs: whether tokens get their probabilities and candidates.
             shaping: fields of `SamplingParams` that replace the model's own: rule, weight and the like.

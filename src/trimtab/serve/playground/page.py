@@ -1,13 +1,13 @@
-"""The playground at `/playground`: proposal and aligned side by side, and a blind arena whose votes train an aligner.
+"""The playground at `/playground`: proposal and aligned side by side, a dial between two aligners, and a blind arena.
 
-A Gradio app on the server's own FastAPI app. Its handlers run in the server's event loop and use the
-`Service` as the routes do.
+The arena's votes train an aligner. A Gradio app on the server's own FastAPI app. Its handlers run in the server's event loop
+and use the `Service` as the routes do.
 
-    playground       the page: looks, login, and what happens when it loads or the server stops
-    compare, arena   its two tabs, controls and handlers
-    tab              what both tabs have
-    duel             answers that grow side by side; knows no Gradio
-    tokens_html      what is shown of them; knows nothing else
+    page                   looks, login, and what happens when it loads or the server stops
+    compare, dial, arena   its tabs, controls and handlers
+    tab                    what the tabs have in common
+    duel                   answers that grow side by side; knows no Gradio
+    tokens_html            what is shown of them; knows nothing else
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from starlette.routing import Mount
 
 from trimtab.serve.playground.arena import Arena
 from trimtab.serve.playground.compare import Compare
+from trimtab.serve.playground.dial import RELEASE_BY_KEY, Dial
 from trimtab.serve.playground.tab import Update, add_html
 from trimtab.serve.playground.tokens_html import notice_html
 from trimtab.serve.playground.votes import VoteBook
@@ -74,7 +75,7 @@ def add_playground(app: FastAPI, service: Service, *, votes: Path) -> None:
         ssr_mode=False,
         enable_monitoring=False,
         theme=_theme(),
-        head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
+        head=f"<style>{STYLE.read_text(encoding='utf-8')}</style><script>{RELEASE_BY_KEY}</script>",
     )
     _end_streams_on_stop(app, service)
 
@@ -96,6 +97,8 @@ def _page(service: Service, book: VoteBook) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Compare"):
                 compare = Compare(service)
+            with gr.Tab("Dial"):
+                dial = Dial(service)
             with gr.Tab("Arena"):
                 arena = Arena(service, book)
 
@@ -105,11 +108,12 @@ def _page(service: Service, book: VoteBook) -> gr.Blocks:
                 yield {notice: notice_html("The models are being loaded.")}
                 await asyncio.sleep(LOOK_SECONDS)
             try:
-                yield {notice: "", **compare.load(), **arena.load()}
+                yield {notice: "", **compare.load(), **dial.load(), **arena.load()}
             except Refusal as refusal:
                 yield {notice: notice_html(refusal.message, kind="problem")}
 
         shown = [notice, compare.aligner, compare.right, compare.kind, arena.one, arena.other, arena.kind]
+        shown += [dial.one, dial.other, dial.dial, dial.left, dial.right, dial.kind]
         blocks.load(load, None, shown, show_progress="hidden", api_visibility="private")
     return blocks
 

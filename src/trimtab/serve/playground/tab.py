@@ -1,30 +1,51 @@
-"""What both tabs of the playground have: a prompt, buttons to run and to stop, and a place for messages."""
+"""What the tabs of the playground have in common: a prompt, how to draw, buttons to run and to stop, a place for messages."""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
+from trimtab.core.noise import fresh_seed
+from trimtab.core.rules import RULES
 from trimtab.serve.playground.duel import Answer, watch
-from trimtab.serve.playground.tokens_html import notice_html
+from trimtab.serve.playground.tokens_html import notice_html, panel_html, text_html, tokens_html
 from trimtab.serve.service import Refusal, Service
 
-__all__ = ["Tab", "Update", "add_html"]
+__all__ = ["Tab", "Update", "add_html", "answer_html", "seed_of"]
 
 logger = logging.getLogger(__name__)
 
 Update = dict[Any, Any]
 """New values, or properties, by component."""
+OWN = "="
+"""Stands for the aligners' own rule; no rule is called so."""
 MOST_TOKENS = 512
 """What the playground's sliders go up to."""
+MOST_SEEDS = 2**31
+"""Seeds that fit a number field."""
+QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def add_html(value: str = "", **settings: Any) -> gr.HTML:
     """HTML in our own style, without Gradio's."""
     return gr.HTML(value, apply_default_css=False, **settings)
+
+
+def answer_html(title: str, answer: Answer, note: str, facts: Sequence[str]) -> str:
+    """One side; cards come once it is complete, for until then every update would take the focus away."""
+    if not answer.shown and answer.over:
+        body = text_html("", "Nothing came.")
+    else:
+        body = tokens_html(answer.shown, f"tt-{title}", cards=answer.over)
+    return panel_html(title, body, note=note, facts=facts, busy=not answer.over)
+
+
+def seed_of(seed: int | None) -> int:
+    """What the seed's field says, or a fresh one where it is empty."""
+    return fresh_seed() % MOST_SEEDS if seed is None else seed
 
 
 class Tab:
@@ -63,6 +84,18 @@ class Tab:
         self.temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature", buttons=[])
         self.max_tokens = gr.Slider(1, most, value=min(128, most), step=1, precision=0, label="Most tokens", buttons=[])
 
+    def add_rule(self, own: str) -> None:
+        """The rule; `own` says whose is taken if none is chosen."""
+        rules = [(name.replace("_", " "), name) for name, rule in RULES.items() if rule.has_row]
+        self.rule = gr.Dropdown([(own, OWN), *rules], value=OWN, label="Rule", min_width=200)
+
+    def add_seed(self) -> None:
+        """The seed, and a button for a new one."""
+        with gr.Row(elem_classes="tt-seed"):
+            self.seed = gr.Number(0, precision=0, minimum=0, label="Seed, the same on both sides", min_width=160, scale=3)
+            dice = gr.Button("🎲 New seed", min_width=110, scale=1)
+        dice.click(lambda: seed_of(None), None, self.seed, **QUIET)
+
     def add_buttons(self) -> None:
         """Run and stop, and messages below."""
         with gr.Row(elem_classes="tt-buttons"):
@@ -71,16 +104,32 @@ class Tab:
         self.notice = add_html()
         self.halt.click(self._stop, queue=False, api_visibility="private")
 
-    def on_run(self, run: Callable[..., AsyncIterator[Update]], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Call `run` when asked to; every update may also change the buttons and the message."""
+    def on_run(
+        self,
+        run: Callable[..., AsyncIterator[Update]],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        *,
+        triggers: Sequence[Any] = (),
+        **settings: Any,
+    ) -> None:
+        """Call `run` when asked to; every update may also change the buttons and the message.
+
+        Args:
+            run: the handler.
+            inputs: components whose values it takes.
+            outputs: components that it changes.
+            triggers: what asks for it; default: the button, and the prompt.
+            settings: further ones of `gr.on`.
+        """
         gr.on(
-            [self.go.click, self.prompt.submit],
+            list(triggers or (self.go.click, self.prompt.submit)),
             run,
             list(inputs),
             [*outputs, self.go, self.halt, self.notice],
-            show_progress="hidden",
             concurrency_limit=None,
-            api_visibility="private",
+            **QUIET,
+            **settings,
         )
 
     def show_chat(self) -> Update:
@@ -90,13 +139,14 @@ class Tab:
 
     async def play(
         self, prepare: Callable[[], Awaitable[Sequence[Answer]]], draw: Callable[[Sequence[Answer]], Update], session: str
-    ) -> AsyncIterator[Update]:
+    ) -> AsyncGenerator[Update, None]:
         """Prepare some answers and show them as they grow; what goes wrong becomes a message."""
         yield {self.go: gr.update(interactive=False), self.halt: gr.update(interactive=True), self.notice: ""}
-        tasks, problem = self._tasks.setdefault(session, set()), ""
+        problem = ""
         try:
             answers = await prepare()
             yield draw(answers)
+            tasks = self._tasks.setdefault(session, set())
             async with contextlib.aclosing(watch(answers, tasks)) as news:
                 async for _ in news:
                     yield draw(answers)
@@ -107,7 +157,7 @@ class Tab:
             logger.exception("the playground failed")
             problem = "Something went wrong. The server's log says what."
         finally:
-            if not tasks:
+            if not self._tasks.get(session):
                 self._tasks.pop(session, None)
         yield {
             self.go: gr.update(interactive=True),
@@ -115,6 +165,10 @@ class Tab:
             self.notice: notice_html(problem, kind="problem"),
         }
 
-    async def _stop(self, request: gr.Request) -> None:
-        for task in self._tasks.get(request.session_hash or "", ()):
+    def cancel(self, session: str) -> None:
+        """Let nothing go on that runs for a session."""
+        for task in self._tasks.get(session, ()):
             task.cancel()
+
+    async def _stop(self, request: gr.Request) -> None:
+        self.cancel(request.session_hash or "")
