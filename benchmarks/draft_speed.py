@@ -10,11 +10,11 @@ added. The clock is the process's own; run it on one thread.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from lockstep import in_lockstep
 
 from trimtab import AlignedModel, SamplingParams
 from trimtab.core.noise import uniforms
@@ -90,16 +90,10 @@ def measure(models: dict[str, AlignedModel], prompts: list[Any], max_tokens: int
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=i)
         streams = {name: model.stream(prompt, params) for name, model in models.items()}
-        found: dict[str, list[int | None]] = {name: [] for name in models}
-        while streams:
-            for name, stream in list(streams.items()):
-                started = time.process_time()
-                event = next(stream, None)
-                seconds[name] += (time.process_time() - started) * (i > 0)
-                if event is None:
-                    del streams[name]
-                else:
-                    found[name].append(event.token)
+        runs = in_lockstep(streams)
+        for name, run in runs.items():
+            seconds[name] += sum(run.seconds) * (i > 0)
+        found = {name: run.tokens for name, run in runs.items()}
         tokens += len(found["none"]) * (i > 0)
         differing += any(one != found["none"] for one in found.values())
     tallies = {name: model.pace.tally for name, model in models.items()}
