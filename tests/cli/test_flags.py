@@ -244,7 +244,7 @@ def test_generate_says_who_drafts(task, err, caplog):
         (("--aligner", task / "start", "--draft", "none"), "nobody: --draft none"),
         (("--aligner", task / "start", "--num-speculative-tokens", 0), "nobody: --num_speculative_tokens 0"),
         (("--aligner", task / "start", "--rule", "candidates(n=2)"), "nobody: the rule 'candidates(n=2)' has no row"),
-        (("--aligner", residual), "nobody: the aligner is a residual"),
+        (("--aligner", residual), "the text itself, by its n-grams: the aligner is a residual"),
         (("--aligner", residual, "--draft", "aligner"), "the aligner itself"),
     ):
         caplog.clear()

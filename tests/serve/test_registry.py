@@ -72,10 +72,10 @@ def test_who_drafts_is_said_for_each_aligner_that_is_loaded(root, tmp_path, capl
         said[draft] = drafting_of(caplog)
         drafters = {name: registry.resident([name]).models.drafter.name for name in paths}
         assert drafters == {
-            None: {"plain": "aligner", "alone": "none", "with": "none"},
+            None: {"plain": "aligner", "alone": "ngram", "with": "ngram"},
         }.get(draft, dict.fromkeys(paths, draft))
     assert said[None]["plain"] == "the aligner itself"
-    assert said[None]["alone"].startswith("nobody: the aligner is a residual")
+    assert said[None]["alone"].startswith("the text itself, by its n-grams: the aligner is a residual")
     assert "--draft FOLDER/draft" in said[None]["alone"]
     assert f"--draft {tmp_path / 'with' / 'draft'} " in said[None]["with"]
     assert said["aligner"] == dict.fromkeys(paths, "the aligner itself")

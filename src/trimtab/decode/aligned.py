@@ -66,7 +66,7 @@ class AlignedModel:
         rule, weight, handover: as in `SamplingParams`, which overrides them for a request; they override the manifests.
         draft: who drafts: `"aligner"` (the first one), `"ngram"` (the text so far), `"none"`, another package's drafter
             (`"NAME"`, `"NAME:ARGUMENT"`), a `Drafter`, or a `LanguageModel` of the same vocabulary that only drafts. Default:
-            the first aligner if there is one, and nobody if its manifest says that it is a residual
+            the first aligner if there is one, and the text so far if its manifest says that it is a residual
             (`Manifest.is_residual`), whose drafts are rarely accepted, or it is a head, which cannot draft.
             `from_pretrained` takes the drafter in a residual's or a head's folder, if there is one.
         draft_temperature: of the row that drafts are drawn from, on top of the aligner's own; default: 1, or

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.decode.drafters import AlignerDrafter, Drafter, NoDrafter
+from trimtab.decode.drafters import AlignerDrafter, Drafter, NgramDrafter, NoDrafter
 from trimtab.errors import InvalidOption, VocabularyMismatch
 from trimtab.models.adapters import Adapted
 from trimtab.models.base import LanguageModel
@@ -59,8 +59,8 @@ def choose_drafter(
         proposal: P_M.
         aligners: Q_1 … Q_n.
         drafter: what the user wants; None for the default. The aligner's is the first one, of whatever aligners there are.
-        residual: whether the first aligner is one, whose own drafts are rarely accepted. Where nobody is named, nobody
-            drafts for those, and for heads, which cannot draft.
+        residual: whether the first aligner is one, whose own drafts are rarely accepted. Where nobody is named, the text drafts
+            for those, and for heads, which cannot draft.
 
     Raises:
         InvalidOption: the drafter is a head, which reads what the proposal has read.
@@ -70,7 +70,7 @@ def choose_drafter(
     head = bool(aligners) and tap_of(aligners[0]) is not None
     who = _in_words(len(aligners), drafter, residual=residual, head=head)
     if drafter is None:
-        drafter = NoDrafter() if residual or head else AlignerDrafter()
+        drafter = NgramDrafter() if aligners and (residual or head) else AlignerDrafter()
     elif drafter.from_aligner and head:
         raise InvalidOption("draft: the first aligner is a head, which reads what the proposal has read, and cannot draft")
     if drafter.from_aligner and not aligners:
@@ -95,7 +95,7 @@ def _in_words(aligners: int, drafter: Drafter | None, *, residual: bool, head: b
             if head
             else ("a residual, whose own drafts are rarely accepted", f"its drafter, --draft FOLDER/draft {makes},")
         )
-        return f"nobody: the aligner is {why}; {better} or --draft ngram would"
+        return f"{NgramDrafter().who}: the aligner is {why}; {better} may do better"
     return "the aligner itself" if aligners == 1 else AlignerDrafter().who
 
 

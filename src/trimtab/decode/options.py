@@ -47,7 +47,7 @@ def _rule_help() -> str:
 def _draft_help() -> str:
     """What `--draft` takes, the drafters of other packages included."""
     names = ", ".join(names_of("trimtab.drafters", DRAFTER_NAMES))
-    default = "[default: the first aligner; for a residual or a head, its own drafter or none]"
+    default = "[default: the first aligner; for a residual or a head, its own drafter or ngram]"
     return f"who drafts: {names}, with more behind a colon where it is wanted, or a model {default}"
 
 
