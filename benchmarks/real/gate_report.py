@@ -1,7 +1,9 @@
 """The study of gates as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from report import table
 
 __all__ = ["render"]
 
@@ -40,7 +42,7 @@ def _half(report: Mapping[str, Any]) -> str:
         for name, found in report["half"].items()
     ]
     head = ("gate", "asks the aligner", "calls", "gain kept", "calls for 90 % on dev", "on test", "kept there")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _curves(report: Mapping[str, Any]) -> str:
@@ -52,8 +54,8 @@ def _curves(report: Mapping[str, Any]) -> str:
         for point in points
     ]
     tokens = ", ".join(f"{count} of {part}" for part, count in report["tokens"].items())
-    table = _table(("gate", "threshold", "calls on dev", "calls", "NLL, nats a token", "gain kept"), rows)
-    return f"Tokens: {tokens}. The rule is {report['rule']}. NLL: {said}.\n\n{table}"
+    curves = table(("gate", "threshold", "calls on dev", "calls", "NLL, nats a token", "gain kept"), rows)
+    return f"Tokens: {tokens}. The rule is {report['rule']}. NLL: {said}.\n\n{curves}"
 
 
 def _oracles(report: Mapping[str, Any]) -> str:
@@ -64,7 +66,7 @@ def _oracles(report: Mapping[str, Any]) -> str:
          f"{one['best_share']:.2f}")
         for name, one in found.items()
     ]  # fmt: skip
-    return _table(("nats a token below the rule, at calls", *shares, "at the best share", "which is"), rows)
+    return table(("nats a token below the rule, at calls", *shares, "at the best share", "which is"), rows)
 
 
 def _places(report: Mapping[str, Any]) -> str:
@@ -72,7 +74,7 @@ def _places(report: Mapping[str, Any]) -> str:
         (name, f"{one['share']:.3f}", _figure(one["of_gain"], 3), "–" if one["gain"] is None else f"{one['gain']:+.2f}")
         for name, one in report["places"].items()
     ]
-    return _table(("place in the answer", "share of tokens", "share of the gain", "gain, nats a token"), rows)
+    return table(("place in the answer", "share of tokens", "share of the gain", "gain, nats a token"), rows)
 
 
 def _texts(report: Mapping[str, Any]) -> str:
@@ -98,22 +100,17 @@ def _texts(report: Mapping[str, Any]) -> str:
         "minus rule",
         "chrF",
     )
-    return _table((*head, "minus rule"), rows)
+    return table((*head, "minus rule"), rows)
 
 
 def _cost(report: Mapping[str, Any]) -> str:
     cost = report["cost"]
     rows = [(name, f"{cost[name]:.1f}") for name in ("proposal", "rule", "gate")]
     rows += [(f"at best, {float(share):.0%} of the calls", f"{ms:.1f}") for share, ms in cost["floor"].items()]
-    return _table(("", "ms a token"), rows)
+    return table(("", "ms a token"), rows)
 
 
 def _figure(value: Mapping[str, Any], digits: int, *, sign: bool = False) -> str:
     form = f"{'+' if sign else ''}.{digits}f"
     low, high = value["interval"]
     return f"{value['mean']:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,7 +1,8 @@
 """What is measured of a system in a cell, as one object of JSON: lists hold a value for each prompt.
 
 parts      by test set: `prompts` (their names), `nll` and `tokens` of the wanted answers, of unwanted ones too where there
-           are pairs; greedy `answers`, of HH to the first prompts alone, how many tokens they have and why they ended;
+           are pairs; greedy `answers`, of HH to the first prompts alone, how many tokens they have and why they ended, and
+           after how many they were handed over, or null, where a rule hands over;
            `rougeL` and `chrf` against the wanted answers; `obeyed` and `right` where a program can tell
 kl         divergence from the proposal on own samples of the test prompts, and their tokens; a bound for best-of-n
 outside    NLL of the proposal's own greedy answers to prompts outside the task: the loss against the proposal is harm
@@ -79,6 +80,8 @@ def measure_part(cell: Cell, system: System, records: Sequence[Record]) -> dict[
         "answer_tokens": [len(one.tokens) for one in completions],
         "finish_reasons": [one.finish_reason for one in completions],
     }
+    if system.model.shaping(greedy).rule.hands_over:
+        found["handover_at"] = [one.handover_at for one in completions]
     if system.referee is None:  # what best-of-n says has no likelihood that can be had
         for name in ("nll", "rejected") if "rejected" in records[0] else ("nll",):
             found |= _likelihood(system, grouped, name)

@@ -17,7 +17,7 @@ from trimtab.evaluate.intervals import ratio_interval
 from trimtab.evaluate.texts import describe_texts, distinct_at_equal_length
 from trimtab.files import read_json
 
-__all__ = ["Results", "minus", "pooled", "ratio", "render"]
+__all__ = ["Results", "Sums", "minus", "pooled", "ratio", "render", "shown", "table"]
 
 Sums = dict[tuple[str, int], tuple[float, float]]
 """By a prompt's group and its place in the cell: a sum, and what to divide it by."""
@@ -101,7 +101,8 @@ def _apart(results: Results, name: str, anchor: str, *of: str) -> str:
     return _cell(minus(ours, theirs), "+.3f") if ours and theirs and name != anchor else "–"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of Markdown under a head."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -115,7 +116,7 @@ def _likelihood(results: Results, systems: Sequence[str], part: str) -> str:
         each = " ".join(f"{ratio(sums)[0]:.3f}" for sums in found[name])
         rows.append([name, _cell(pooled(found[name])), *apart, each])
     head = ["system", "NLL, nats a token", f"minus {PROPOSAL}", f"minus {SIX}", "by seed"]
-    return _table(head, rows) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 SPEED = ("tokens_per_second", "ratio_to_transformers", "ratio_prompts_read_whole")
@@ -138,7 +139,7 @@ def _texts(results: Results, systems: Sequence[str], part: str) -> str:
         about = describe_texts(first[name]["answers"], first[name]["finish_reasons"])
         figures = (about["mean_words"], distinct[name]["distinct_2"], about["repetition_4"], about["truncated"])
         rows.append([*line, *("–" if figure is None else f"{figure:.2f}" for figure in figures)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _rewards(results: Results, systems: Sequence[str]) -> str:
@@ -152,7 +153,7 @@ def _rewards(results: Results, systems: Sequence[str]) -> str:
         cells = [cell["parts"]["test"] for cell in results.by_system[name].values()]
         if name != PROPOSAL and "rejected" in cells[0]:
             rows.append([name, *(_cell(pooled(_won(one, reference, mean) for one in cells)) for mean in (False, True))])
-    return _table(["system", "reward accuracy", "of means over tokens"], rows) if rows else ""
+    return table(["system", "reward accuracy", "of means over tokens"], rows) if rows else ""
 
 
 def _won(one: Mapping[str, Any], reference: Mapping[str, Any], mean: bool) -> Sums:
@@ -179,7 +180,7 @@ def _kinds(results: Results, systems: Sequence[str]) -> str:
         kinds = sorted(shares) or kinds
         if shares:
             rows.append([name, *(f"{sum(shares[kind]) / len(shares[kind]):.2f}" for kind in kinds)])
-    return _table(["obeyed, by kind", *kinds], rows) if rows else ""
+    return table(["obeyed, by kind", *kinds], rows) if rows else ""
 
 
 def _costs(results: Results, systems: Sequence[str]) -> str:
@@ -201,7 +202,7 @@ def _costs(results: Results, systems: Sequence[str]) -> str:
         speed = [mean(name, lambda c, k=k: c["speed"].get(k), ".2f") for k in SPEED]
         bound = "≤ " * any(cell["kl"]["bound"] for cell in cells)
         rows.append([name, bound + _cell(kl), _cell(harm, "+.3f"), *training, size, *speed])
-    return f"{_table(head, rows)}\n\n{_machines(results, systems)}"
+    return f"{table(head, rows)}\n\n{_machines(results, systems)}"
 
 
 def _machines(results: Results, systems: Sequence[str]) -> str:
