@@ -23,6 +23,7 @@ from trimtab.core.objectives import likelihood
 from trimtab.core.rules import (
     RULES,
     Candidates,
+    Confidence,
     Context,
     Gate,
     Geometric,
@@ -668,3 +669,26 @@ def test_settings_out_of_all_bounds_are_refused_in_few_words(tau):
     with pytest.raises(InvalidOption) as refused:
         parse_rule(f"candidates(n={tau})")
     assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Confidence(window=2.5), "confidence: window must be an integer, not 2.5"),
+        (lambda: Confidence(window=True), "confidence: window must be an integer, not True"),
+        (lambda: Confidence(threshold="a"), "confidence: threshold must be a number, not 'a'"),
+        (lambda: Confidence(before="product"), "confidence: before must be a rule, such as Product(), not 'product'"),
+        (lambda: Candidates(n=2.0), "candidates: n must be an integer, not 2.0"),
+        (lambda: Gate(tau=None), "gate: tau must be a number, not None"),
+        (lambda: Gate(by=3), "gate: by must be a text, not 3"),
+        (lambda: Nucleus(force_eos=1), "nucleus: force_eos must be true or false, not 1"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_in_python_as_in_text(make, said):
+    with pytest.raises(InvalidOption) as refused:
+        make()
+    assert str(refused.value) == said
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    assert parse_rule(str(Confidence(threshold=1))) == Confidence(threshold=1.0)

@@ -42,6 +42,18 @@ class Rule:
     hands_over: ClassVar[bool] = False
     """Whether one rule begins an answer and another goes on, whose rows it marks: `Completion.handover_at` is the first."""
 
+    def __post_init__(self) -> None:
+        """Refuse a setting of another kind than its default; a rule that checks values calls this first.
+
+        Raises:
+            InvalidOption: names the setting and the kind.
+        """
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            kind = "a rule, such as Product()" if isinstance(default, Rule) else KINDS.get(type(default))
+            if field.metadata.get("option", True) and kind is not None and not _of_kind(value, default):
+                raise InvalidOption(f"{self.name}: {field.name} must be {kind}, not {value!r}")
+
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
         """The target up to a factor, `[..., V]`, from rows `[..., V]` and weights `[..., n]`; the support is cut for you.
 
@@ -233,12 +245,19 @@ class Rule:
         return bool(getattr(self, field.name) == field.default)
 
 
-KINDS = (bool, int, float, str)
-"""What a setting may be, as far as text can say it; or another rule."""
+KINDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+"""What a setting may be, as far as text can say it, and what errors call it; or another rule."""
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 PLAIN = re.compile(r"[\w.:/+-]+")
 """Texts that need no quotes."""
+
+
+def _of_kind(value: Any, default: Any) -> bool:
+    """Whether a setting may have a value, by its default; a whole number may stand for a float."""
+    if isinstance(default, Rule):
+        return isinstance(value, Rule)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def check_rule(rule: Any) -> None:

@@ -33,6 +33,7 @@ class Candidates(Rule):
 
     def __post_init__(self) -> None:
         """Check `n`."""
+        super().__post_init__()
         if not 1 <= self.n <= MAX_CANDIDATES:
             raise InvalidOption(f"candidates: n must be from 1 to {MAX_CANDIDATES}, not {self.n}")
 

@@ -48,13 +48,12 @@ class Confidence(Rule):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        super().__post_init__()
         if self.window < 1:
             raise InvalidOption(f"{self.name}: window must be at least 1, not {self.window}")
         if not self.threshold >= 0:
             raise InvalidOption(f"{self.name}: threshold must be at least 0, not {self.threshold}")
         for part, rule in (("before", self.before), ("after", self.after)):
-            if not isinstance(rule, Rule):
-                raise InvalidOption(f"{self.name}: {part} must be a rule, such as Product(), not {rule!r}")
             if not rule.has_row:
                 raise InvalidOption(f"{self.name}: {part}='{rule}' has no row in closed form: choose another, such as product")
             if rule.hands_over:

@@ -47,8 +47,7 @@ class Gate(Rule):
 
     def __post_init__(self) -> None:
         """Check the settings, and fill in `tau`."""
-        if not isinstance(self.rule, Rule):
-            raise InvalidOption(f"{self.name}: rule must be a rule, such as Product(), not {self.rule!r}")
+        super().__post_init__()
         if not self.rule.has_row:
             raise InvalidOption(f"{self.name}: rule '{self.rule}' has no row in closed form: choose another, such as product")
         if self.rule.hands_over:
