@@ -14,10 +14,13 @@ import torch
 from peft import PeftModel
 
 from real_study import study_module
-from trimtab import AlignedModel, SamplingParams
+from tiny import bpe_tokenizer, save_tiny, tiny_model
+from trimtab import AlignedModel, SamplingParams, TextHandover
 from trimtab.cli import main
+from trimtab.core.rules import Confidence
 from trimtab.decode.scoring import completion_rows
 from trimtab.files import read_json
+from trimtab.handover.draft import Draft
 from trimtab.models.loading import load_model
 
 chats, docstrings = study_module("chats"), study_module("docstrings")
@@ -128,3 +131,37 @@ def test_the_data_are_docstrings_of_this_pythons_library(tmp_path: Path):
     )
     assert not asked[0] & (asked[1] | asked[2])
     assert sum(map(len, wanted)) == len(set.union(*wanted))
+
+
+# ---- a leader with another tokenizer
+
+TEXTS = [
+    (Path(json.__file__).parent / "decoder.py").read_text(encoding="utf-8")[:900],
+    "Numbers 12345 67,890.5 and 3e-10 -- x==y!=z  \t tabs\n\n\n  * a list\n  * of 1) things. It's what we'll don't I'd!",
+    "\N{SLIGHTLY SMILING FACE}\N{UPSIDE-DOWN FACE} a \N{WOMAN}\u200d\N{GIRL} 日本語のテキスト。 混ぜて English と数字123"
+    " を。\n\n次の行",
+]
+
+
+def test_what_is_settled_of_a_text_stays_as_it_grows(model: AlignedModel):
+    prompt = model.encoder.prompt(CAPITAL)
+    for text in TEXTS:
+        whole = model.encoder.split(prompt, text)[1]
+        for end in range(1, len(text)):
+            draft = Draft(model.encoder, model.eos_token_ids, prompt, SamplingParams(max_tokens=1000), 0, Confidence())
+            draft.text = text[:end]
+            draft.settle()
+            assert draft.tokens == whole[: len(draft.tokens)], text[:end]
+
+
+def test_another_tokenizer_begins_and_the_model_goes_on(gguf: str, tmp_path: Path):
+    """What it goes on with is its own greedy text behind what was begun."""
+    tokenizer = bpe_tokenizer(TEXTS, 200, chat_template="{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    leader = AlignedModel.from_pretrained(save_tiny(tmp_path / "leader", tiny_model("llama", len(tokenizer)), tokenizer))
+    proposal = AlignedModel.from_pretrained(gguf)
+    both = TextHandover(leader, proposal, "confidence(window=3, threshold=0)")
+    (one,) = both.generate([CAPITAL], GREEDY)
+    assert one.handover_at == 3
+    begun = [*proposal.encoder.prompt(CAPITAL), *one.tokens[:3]]
+    (rest,) = proposal.generate([begun], replace(GREEDY, max_tokens=GREEDY.max_tokens - 3))
+    assert one.tokens[3:] == rest.tokens

@@ -45,7 +45,8 @@ def check_same_vocabulary(proposal: Any, aligner: Any, name: str) -> None:
     raise VocabularyMismatch(
         f"the aligner '{name}' does not share the proposal's vocabulary: token {token!r} is id {theirs.get(token, 'missing')} "
         f"in the aligner ({len(theirs)} tokens) and {ours.get(token, 'missing')} in the proposal ({len(ours)} tokens); "
-        "train the aligner from a model of the same tokenizer family"
+        "train the aligner from a model of the same tokenizer family; or let it begin answers as texts, "
+        "trimtab generate --leader"
     )
 
 
