@@ -7,8 +7,9 @@ import pytest
 from eval_task import called
 from serving import folder_service, running
 from tiny import bpe_tokenizer, save_tiny, tiny_model
-from tiny_task import make_task
+from tiny_task import make_task, write_rows
 from trimtab import AlignedModel, SamplingParams, TextHandover
+from trimtab.data import template as dates
 
 OVER = "confidence(window=2, threshold=0.04)"
 
@@ -36,6 +37,21 @@ def told(rows):
     return [(row["completion"], row.get("handover_at"), row["finish_reason"]) for row in rows]
 
 
+def interrupt(monkeypatch, capsys, asked, at=2):
+    """A run that is killed before its part `at`."""
+    generate, calls = TextHandover.generate, []
+
+    def interrupted(self, *given):
+        calls.append(given)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return generate(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextHandover, "generate", interrupted)
+        called(capsys, *asked)
+
+
 def test_the_report_names_the_leader_and_each_row_where_it_was_handed_over(task, capsys):
     status, out, _ = called(capsys, *words(task, "--prompt", "ab", "--prompt", "c d", "--n", 6, "--json"))
     report = json.loads(out)
@@ -57,17 +73,7 @@ def test_a_killed_run_goes_on_and_another_leader_does_not(task, capsys, tmp_path
     out = tmp_path / "o.jsonl"
     asked = words(task, "--input", task / "held_out.jsonl", "--max_num_seqs", 4, "--out", out)
     assert called(capsys, *asked, "--out", tmp_path / "whole.jsonl")[0] == 0
-    generate, calls = TextHandover.generate, []
-
-    def interrupted(self, *given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TextHandover, "generate", interrupted)
-        called(capsys, *asked)
+    interrupt(monkeypatch, capsys, asked, 3)
     for other in (("--leader", task / "start"), ("--handover", "confidence(window=3)")):
         status, _, errors = called(capsys, *asked, *other)
         assert status == 2, errors
@@ -111,3 +117,41 @@ def test_an_aligner_joins_in_behind_the_hand_over(task, capsys):
     both = TextHandover(AlignedModel.from_pretrained(task / "leader"), model, OVER)
     (one,) = both.generate("ab", SamplingParams(max_tokens=12, temperature=0, seed=3))
     assert row["completion"] == one.text
+
+
+def test_what_changes_no_text_may_change_when_a_run_goes_on(task, capsys, tmp_path, monkeypatch):
+    """Who looks drafts up, and whether the default is said."""
+    shared = ("generate", "--proposal", task / "proposal", "--leader", task / "leader", "--max_tokens", 12, "--seed", 3)
+    asked = (*shared, "--input", task / "held_out.jsonl", "--max_num_seqs", 4)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "o.jsonl"
+    assert called(capsys, *asked, "--out", whole)[0] == 0
+    interrupt(monkeypatch, capsys, (*asked, "--out", out, "--draft", "ngram"))
+    more = ("--draft", "none", "--handover", "confidence(window=6, threshold=0.8)")
+    status, _, errors = called(capsys, *asked, "--out", out, *more)
+    assert status == 0, errors
+    rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (whole, out)]
+    assert rows[0][1:] == rows[1][1:]
+
+
+def test_the_leaders_own_template_and_its_date_are_kept(tmp_path, capsys, monkeypatch):
+    folder = make_task(tmp_path / "task", chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")
+    template = "{{ strftime_now('%A') | lower }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer = bpe_tokenizer(["ab cd", "abc abd cab", "dab bad"], 20, chat_template=template)
+    save_tiny(folder / "leader", tiny_model("llama", len(tokenizer), seed=9), tokenizer)
+    write_rows(folder / "chats.jsonl", [{"prompt": [{"role": "user", "content": word}]} for word in ("ab", "cd", "d c", "a")])
+    shared = ("generate", "--proposal", folder / "proposal", "--leader", folder / "leader", "--max_tokens", 9, "--seed", 3)
+    asked = (*shared, "--input", folder / "chats.jsonl", "--max_num_seqs", 1)
+    monkeypatch.setattr(dates, "today", lambda: "2026-11-29")
+    assert called(capsys, *asked, "--out", tmp_path / "sunday.jsonl")[0] == 0
+    interrupt(monkeypatch, capsys, (*asked, "--out", tmp_path / "o.jsonl"))
+    monkeypatch.setattr(dates, "today", lambda: "2026-11-30")
+    assert called(capsys, *asked, "--out", tmp_path / "monday.jsonl")[0] == 0
+    tokenizer.chat_template = template.replace("%A", "%B")
+    tokenizer.save_pretrained(folder / "leader")
+    status, _, errors = called(capsys, *asked, "--out", tmp_path / "o.jsonl")
+    assert status == 2, errors
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder / "leader")
+    assert called(capsys, *asked, "--out", tmp_path / "o.jsonl")[0] == 0
+    assert (tmp_path / "o.jsonl").read_bytes() == (tmp_path / "sunday.jsonl").read_bytes()
+    assert (tmp_path / "monday.jsonl").read_bytes() != (tmp_path / "sunday.jsonl").read_bytes()

@@ -1,9 +1,11 @@
 """The contract of every rule, and the law of each, worked out independently on small rows."""
 
 import dataclasses
+import enum
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -692,3 +694,16 @@ def test_settings_of_another_kind_are_refused_in_python_as_in_text(make, said):
 
 def test_a_whole_number_may_stand_for_a_float():
     assert parse_rule(str(Confidence(threshold=1))) == Confidence(threshold=1.0)
+
+
+def test_numbers_and_texts_of_other_types_become_plain_ones():
+    class By(enum.StrEnum):
+        KL = "kl"
+
+    made = [
+        Confidence(window=np.int64(4), threshold=np.float64(0.5)),
+        Candidates(n=np.int32(3)),
+        Gate(by=By.KL, tau=1),
+    ]
+    assert made == [Confidence(window=4, threshold=0.5), Candidates(n=3), Gate(by="kl", tau=1.0)]
+    assert [parse_rule(str(rule)) for rule in made] == made

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from scripted import Reply, scripted
-from serving import running, table_service
+from serving import folder_service, running, table_service
 from statistics_of import chi_square
-from tiny import EOS, ScriptedLM, bpe_tokenizer, tiny_tokenizer
+from tiny import EOS, ScriptedLM, bpe_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams, TextHandover
 from trimtab.core.rules import Confidence
 from trimtab.data.encoding import Encoder
@@ -35,6 +36,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
+OVER = "confidence(window=2, threshold=0.12)"
 LEADING, FOLLOWING = TableLM.random(4, order=2, seed=4), TableLM.random(7, order=2, seed=0)
 SMALL, LARGE = tiny_tokenizer(LETTERS), merging_tokenizer()
 
@@ -88,7 +90,7 @@ def test_texts_have_the_law_of_the_definition_however_often_the_proposal_looks(m
     assert sum(law.values()) == pytest.approx(1)
     handed = sum(p for (_, h), p in law.items() if h is not None)
     assert 0.2 < handed < 0.8, handed
-    both = TextHandover(leader(), proposal(), "confidence(window=2, threshold=0.12)")
+    both = TextHandover(leader(), proposal(), OVER)
     counts: dict[Any, int] = defaultdict(int)
     for one in both.generate(["a b"] * 20, [SamplingParams(max_tokens=3, n=200, seed=seed) for seed in range(20)]):
         counts[one.text, one.handover_at] += 1
@@ -114,16 +116,47 @@ def test_with_one_tokenizer_it_is_the_rule_that_goes_token_by_token():
     assert len(found) > 3
 
 
-def test_an_endpoint_goes_on_as_a_model_here_would():
-    params = SamplingParams(max_tokens=9, n=5, seed=3, stop="bab")
-    here = TextHandover(leader(), proposal(), "confidence(window=2, threshold=0.12)").generate(["ab a", "b"], params)
+def told(completions: Sequence[Any]) -> list[Any]:
+    return [(one.text, one.handover_at, one.finish_reason) for one in completions]
+
+
+@pytest.mark.parametrize("stop", [(), "bab", ("a ", "b a")])
+def test_an_endpoint_goes_on_as_a_model_here_would(stop):
+    params = SamplingParams(max_tokens=9, n=40, seed=3, stop=stop)
+    here = TextHandover(leader(), proposal(), OVER).generate(["ab a", "b"], params)
     with running(table_service([FOLLOWING], tokenizer=LARGE)) as server, Endpoints([server.url]) as endpoints:
-        there = TextHandover(leader(), RemoteProposal(endpoints, LARGE), "confidence(window=2, threshold=0.12)")
-        found = there.generate(["ab a", "b"], params)
-    assert [(one.text, one.handover_at, one.finish_reason) for one in found] == [
-        (one.text, one.handover_at, one.finish_reason) for one in here
-    ]
+        found = TextHandover(leader(), RemoteProposal(endpoints, LARGE), OVER).generate(["ab a", "b"], params)
+    assert told(found) == told(here)
     assert {one.handover_at is None for one in here} == {True, False}
+    assert any(one.handover_at == len(one.tokens) for one in found), "where the proposal ends at once"
+
+
+def test_a_hand_over_inside_a_character_is_none_of_the_readers_business():
+    """Here and there the proposal ends the character that its last token is a part of."""
+    tokenizer = bpe_tokenizer(["\N{GRINNING FACE}a"], 0)
+    ids = ids_of(tokenizer, "\N{GRINNING FACE}a")
+    assert len(ids) == 5
+    lead, follow = (AlignedModel(ScriptedLM(ids, len(tokenizer)), (), tokenizer, [EOS]) for _ in range(2))
+    asked = ("x", SamplingParams(max_tokens=9, seed=0))
+    (here,) = TextHandover(lead, follow, "confidence(window=2, threshold=0)").generate(*asked)
+    service = table_service([ScriptedLM(ids, len(tokenizer))], tokenizer=tokenizer)
+    with running(service) as server, Endpoints([server.url]) as endpoints:
+        remote = RemoteProposal(endpoints, tokenizer)
+        (there,) = TextHandover(lead, remote, "confidence(window=2, threshold=0)").generate(*asked)
+    assert told([here]) == told([there]) == [("\N{GRINNING FACE}a", 2, "stop")]
+    assert (here.tokens, there.tokens) == ([*ids, EOS], ids)
+
+
+def test_an_endpoint_says_how_much_its_context_holds(tmp_path):
+    model = tiny_model("llama", 7, max_position_embeddings=12)
+    folder = save_tiny(tmp_path / "p", model, LARGE)
+    with running(folder_service(folder, {})) as server, Endpoints([server.url]) as endpoints:
+        both = TextHandover(leader(), RemoteProposal(endpoints, LARGE), "confidence(window=2, threshold=0)")
+        here = TextHandover(leader(), AlignedModel.from_pretrained(folder), "confidence(window=2, threshold=0)")
+        params = SamplingParams(max_tokens=40, seed=2, n=3)
+        assert told(both.generate("ab ab a", params)) == told(here.generate("ab ab a", params))
+        with pytest.raises(InvalidRequest, match=r"prompts\[1\] has 13 tokens, but the server's context holds 12"):
+            both.generate(["a", "b" * 13], params)
 
 
 # ---- what is settled of a draft
@@ -185,20 +218,66 @@ def test_the_leader_stops_soon_after_the_hand_over():
     assert max(passes) <= 1 + drafts.FIRST_LOOK
 
 
-def test_a_stop_text_may_begin_before_the_hand_over_and_end_behind_it():
-    lead = leader(ScriptedLM(ids_of(SMALL, "ab ab ab"), 4))
-    over = TextHandover(lead, proposal(FOLLOWING), "confidence(window=2, threshold=0)")
-    for seed in range(6):
-        (whole,) = over.generate(["a"], SamplingParams(max_tokens=9, seed=seed))
-        begun = len(LARGE.decode(whole.tokens[:2]))
-        stop = whole.text[begun - 1 : begun + 1]
-        (one,) = over.generate(["a"], SamplingParams(max_tokens=9, seed=seed, stop=stop))
-        assert one.text == whole.text[: whole.text.find(stop)]
-        assert one.finish_reason == "stop"
+@pytest.mark.parametrize("stop", [" a", "b b", "ab", ("a b", "ba")])
+def test_a_stop_text_cuts_what_is_written_without_it_where_it_begins(stop):
+    """In the leader's part, the proposal's, or across; and where the leader says it behind the hand-over, it is nothing."""
+    both = TextHandover(leader(), proposal(), OVER)
+    whole = both.generate(["ab a", "b"], SamplingParams(max_tokens=9, n=60, seed=5))
+    cut = both.generate(["ab a", "b"], SamplingParams(max_tokens=9, n=60, seed=5, stop=stop))
+    stops = [stop] if isinstance(stop, str) else stop
+    places = [min((one.text.find(text) for text in stops if text in one.text), default=None) for one in whole]
+    assert [one.text for one in cut] == [one.text[:at] for one, at in zip(whole, places, strict=True)]
+    assert [one.finish_reason for one in cut] == [
+        "stop" if at is not None else one.finish_reason for one, at in zip(whole, places, strict=True)
+    ]
+    assert sum(at is not None for at in places) > 5
+
+
+def test_without_a_hand_over_the_text_is_the_leaders_own():
+    """However the proposal's tokenizer would spell it."""
+    tokenizer = merging_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    letters = tiny_tokenizer("aB ")
+    lead = leader(ScriptedLM(ids_of(letters, "aB Ba"), 4), letters)
+    never = TextHandover(lead, proposal(FOLLOWING, tokenizer), "confidence(threshold=1.1)")
+    (one,) = never.generate("a", SamplingParams(max_tokens=20, seed=0))
+    assert (one.text, one.tokens, one.finish_reason) == ("aB Ba", ids_of(tokenizer, "ab ba"), "stop")
+    (one,) = never.generate("a", SamplingParams(max_tokens=20, seed=0, stop=" B"))
+    assert (one.text, one.finish_reason) == ("aB", "stop")
+
+
+class BrokenBehind(TableLM):
+    """A table whose rows are NaN behind a token."""
+
+    def __init__(self, table: TableLM, token: int) -> None:
+        super().__init__(table.table)
+        self.token = token
+
+    def row(self, prefix: Sequence[int]) -> torch.Tensor:
+        row = super().row(prefix)
+        return torch.full_like(row, torch.nan) if prefix[-1] == self.token else row
+
+
+def test_a_broken_row_ends_its_own_answer_alone():
+    """Of the proposal where it matters, in what it reads or writes; of the leader where nothing else is there to say."""
+    params = SamplingParams(max_tokens=9, n=40, seed=3)
+    sound = TextHandover(leader(), proposal(), OVER).generate(["ab a", "b"], params)
+    broken = TextHandover(leader(), proposal(BrokenBehind(FOLLOWING, 6)), OVER).generate(["ab a", "b"], params)
+    failed = [one.finish_reason == "error" for one in broken]
+    assert 0 < sum(failed) < len(failed)
+    for one, other, lost in zip(broken, sound, failed, strict=True):
+        if lost:
+            assert "NaN" in one.error
+            assert one.tokens == other.tokens[: len(one.tokens)]
+        else:
+            assert one == other
+    led = TextHandover(leader(BrokenBehind(LEADING, 2)), proposal(), OVER).generate(["ab a", "b"], params)
+    assert {one.error.partition(" gives")[0] for one in led if one.error} == {"the leader: the proposal"}
+    assert any(one.handover_at for one in led)
 
 
 def test_each_completion_and_each_request_goes_its_own_way():
-    both = TextHandover(leader(), proposal(), "confidence(window=2, threshold=0.12)")
+    both = TextHandover(leader(), proposal(), OVER)
     params = [
         SamplingParams(max_tokens=8, n=3, seed=1),
         SamplingParams(max_tokens=5, seed=2, handover="confidence(window=1, threshold=0)"),
@@ -238,8 +317,14 @@ def test_what_cannot_be_handed_over_is_refused():
         TextHandover(AlignedModel(LEADING), proposal())
 
 
-def test_a_server_that_echoes_no_log_probabilities_is_told_at_once():
-    answer = Reply({"choices": [{"index": 0, "text": "ab", "logprobs": None, "finish_reason": "length"}]})
+@pytest.mark.parametrize(
+    "logprobs",
+    [None, [None] * 9, [-1.0] * 30, [-1.0, 0.5] * 4, [-1.0, True] * 4, [-1.0]],
+    ids=["none", "null", "many", "positive", "truth", "few"],
+)
+def test_a_server_that_echoes_no_log_probabilities_is_told_at_once(logprobs):
+    told = None if logprobs is None else {"token_logprobs": logprobs}
+    answer = Reply({"choices": [{"index": 0, "text": "ab", "logprobs": told, "finish_reason": "length"}]})
     with scripted(lambda asked, number: answer, models=[{"id": "m"}]) as server, Endpoints([server.url], Limits()) as endpoints:
         with pytest.raises(EndpointError, match="echoes no log-probabilities of prompts"):
             TextHandover(leader(), RemoteProposal(endpoints, LARGE)).generate(["ab"], SamplingParams(max_tokens=40, seed=0))

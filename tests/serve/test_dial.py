@@ -166,6 +166,7 @@ def test_a_message_goes_through_the_chat_template(table, monkeypatch):
         ({"text": ""}, "Write a prompt first."),
         ({"other": "polite"}, "Choose two different aligners."),
         ({"other": None}, TWO_NEEDED),
+        ({"dial": None}, "Set the dial to a number from 0 to 1."),
         ({"text": "a" * 2000}, "2000 tokens"),
     ],
 )

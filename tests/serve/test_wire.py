@@ -46,7 +46,8 @@ def test_an_error():
 
 
 def test_the_models():
-    card = wire.model_card("polite", 5, root="/aligners/polite", parent="base")
+    card = wire.model_card("polite", 5, root="/aligners/polite", parent="base", max_model_len=64)
+    assert card["max_model_len"] == 64
     assert wire.model_list([card]) == {"object": "list", "data": [card]}
     model = openai_type("Model").model_validate(card)
     assert (model.id, model.object, model.created, model.owned_by) == ("polite", "model", 5, "trimtab")

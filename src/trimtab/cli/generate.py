@@ -12,6 +12,7 @@ from trimtab.decode.options import (
     ModelOptions,
     SamplingOptions,
     check_prompts,
+    facts_of,
     kernels_of,
     load_aligned_model,
     make_sampling_params,
@@ -92,7 +93,7 @@ def run(options: Options) -> dict[str, Any]:
         report |= {"target": "sequence-level", "sequence_level": str(how)}
         complete = partial(model.generate, sequence_level=how)
     report["kernels"] = kernels_of(model)
-    return report | _answer(options, prompts, params, complete, partial(_facts, options, model))
+    return report | _answer(options, prompts, params, complete, partial(facts_of, options, model))
 
 
 def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[Any], params: Any) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[
     refuse_idle_date(options.date, *opened.tokenizers)
     check_prompts(records, partial(handover.check, params=params))
     report = {"leader": options.leader, "handover": str(handover.rule), "target": "text-level hand-over"}
+    report |= {"kernels": opened.kernels}
     return report | _answer(options, prompts, params, handover.generate, lambda: opened.facts)
 
 
@@ -148,17 +150,6 @@ def _check_rule(rule: Any) -> None:
         refuse_rule(rule)
     except InvalidRequest as error:
         raise InvalidOption(str(error)) from error
-
-
-def _facts(options: Options, model: Any) -> dict[str, Any]:
-    """What decides the completions of a model, beside the options."""
-    from trimtab.decode.drafters import DRAFTERS
-    from trimtab.models.fingerprint import fingerprint_of
-
-    facts = {**model.encoder.chat_settings, "weights": [fingerprint_of(m) for m in model.models.all]}
-    if (options.draft or "").partition(":")[0] in set(DRAFTERS) - {"aligner", "model"}:
-        facts["draft"] = model.drafter  # what it drafts from, if that means anything, and not where it was named
-    return facts
 
 
 def _write(

@@ -19,6 +19,7 @@ __all__ = [
     "RowOptions",
     "SamplingOptions",
     "check_prompts",
+    "facts_of",
     "kernels_of",
     "load_aligned_model",
     "make_sampling_params",
@@ -186,6 +187,17 @@ def kernels_of(model: Any) -> dict[str, Any]:
     from trimtab.models.huggingface import describe_kernels
 
     return {"proposal": describe_kernels(model.proposal), "aligners": [describe_kernels(part) for part in model.aligners]}
+
+
+def facts_of(options: ModelOptions, model: Any) -> dict[str, Any]:
+    """What decides the texts of an `AlignedModel` beside the options that made it: for files that are resumed."""
+    from trimtab.decode.drafters import DRAFTERS
+    from trimtab.models.fingerprint import fingerprint_of
+
+    facts = {**model.encoder.chat_settings, "weights": [fingerprint_of(part) for part in model.models.all]}
+    if (options.draft or "").partition(":")[0] in set(DRAFTERS) - {"aligner", "model"}:
+        facts["draft"] = model.drafter  # what it drafts from, if that means anything, and not where it was named
+    return facts
 
 
 def settings_of(options: RowOptions) -> dict[str, Any]:

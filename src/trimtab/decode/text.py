@@ -77,6 +77,16 @@ class TextStream:
             rest = self._emit(self._rest())
         return rest if self.stopped else rest + self._emit(unseen, seen=False)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no character is waiting for more of its bytes."""
+        return not self._open and not self._decoder.getstate()[0]
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the end of the text may become a stop text."""
+        return bool(self._held)
+
     def close(self) -> str:
         """Return what was held back, because nothing follows."""
         if self._spelling is None or self.stopped:

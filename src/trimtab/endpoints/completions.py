@@ -26,6 +26,10 @@ OWN_DEFAULTS = ("vllm", "sglang")
 """Servers (`owned_by` in `/v1/models`) that take what is not sent from the model's `generation_config.json`."""
 
 
+ROUNDING = 1e-3
+"""By so much a server's log-probability may be above 0."""
+
+
 class Sample(NamedTuple):
     """A completion's text, whether it came to its end or was cut by `max_tokens`, and why it could not go on, if so."""
 
@@ -41,13 +45,16 @@ class RemoteModel:
         endpoints: where it is; entered.
         name: its name there; None takes the first that is listed.
 
+    Attributes:
+        max_length: the most tokens of a prompt with its answer, `max_model_len` in the list; None if the server does not say.
+
     Raises:
         EndpointError: no endpoint answers, or nothing is listed and there is no name.
     """
 
     def __init__(self, endpoints: Endpoints, name: str | None = None) -> None:
         self._endpoints = endpoints
-        self.name, self._owner = _find(endpoints, name)
+        self.name, self._owner, self.max_length = _find(endpoints, name)
 
     def complete(self, prompts: Sequence[Prompt], params: SamplingParams, start: int = 0) -> Iterator[list[list[Sample]]]:
         """`params.n` completions for each prompt, in the order of the prompts, as soon as they can be had.
@@ -78,12 +85,10 @@ class RemoteModel:
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """The log-probability of each token of each prompt behind those before it; NaN of the first, which has none.
 
-        Asked for as by lm-evaluation-harness: one more token, the prompt echoed.
-
         Raises:
             EndpointError: as `complete`; or the server does not echo log-probabilities of prompts.
         """
-        asked = {"model": self.name, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+        asked = {"model": self.name, "max_tokens": 0, "temperature": 0.0, "echo": True, "logprobs": 1}
 
         def make(ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
             return "/v1/completions", asked | {"prompt": list(ids)}
@@ -137,15 +142,16 @@ def check_sendable(prompts: Sequence[Prompt], sources: Sequence[str], what: str 
             raise DataError(f"{source}: {what} is no valid Unicode: it has a lone surrogate") from None
 
 
-def _find(endpoints: Endpoints, name: str | None) -> tuple[str, str]:
-    """The name to ask for, and what kind of server has it; '' if it does not say."""
+def _find(endpoints: Endpoints, name: str | None) -> tuple[str, str, int | None]:
+    """The name to ask for; what kind of server has it, '' if it does not say; and how much a context holds, if it says so."""
     try:
         listed = endpoints.pick_model(*([name] if name else []))
     except EndpointError as error:
         if name is None or error.status is None:
             raise
-        return name, ""  # a server that does not list its models
-    return name or str(listed["id"]), str(listed.get("owned_by", ""))
+        return name, "", None  # a server that does not list its models
+    most = listed.get("max_model_len")
+    return name or str(listed["id"]), str(listed.get("owned_by", "")), most if type(most) is int else None
 
 
 def _samples(answer: Any, n: int, *, chat: bool) -> list[Sample]:
@@ -163,11 +169,16 @@ def _samples(answer: Any, n: int, *, chat: bool) -> list[Sample]:
 
 
 def _echoed(ids: Sequence[int], answer: Any) -> list[float]:
-    """The log-probability of each of a prompt's tokens."""
+    """The log-probability of each of a prompt's tokens; a server that generates one more echoes that, too."""
     echoed = (answer["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
-    if len(echoed) < len(ids):
+    told = echoed[1 : len(ids)]
+    if not len(ids) <= len(echoed) <= len(ids) + 1 or not all(map(_is_logprob, told)):
         raise EndpointError("the server echoes no log-probabilities of prompts (/v1/completions, echo with logprobs)")
-    return [math.nan if logp is None else float(logp) for logp in echoed[: len(ids)]]
+    return [math.nan, *map(float, told)]
+
+
+def _is_logprob(value: Any) -> bool:
+    return type(value) in (int, float) and value <= ROUNDING
 
 
 def _error(choice: dict[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trimtab.endpoints.options import AskingOptions
@@ -11,7 +11,7 @@ from trimtab.options import option
 
 __all__ = ["HandoverOptions", "Opened", "open_handover"]
 
-REMOTE = ("endpoint", "endpoint_model", *(field.name for field in dataclasses.fields(AskingOptions)))
+REMOTE = ("endpoint", "endpoint_model", *(one.name for one in dataclasses.fields(AskingOptions)))
 """Options of a proposal behind endpoints: where it runs, which decides no text, apart from its name."""
 
 
@@ -21,8 +21,9 @@ class HandoverOptions(AskingOptions):
 
     leader: str | None = option(
         None,
-        "a small model with any tokenizer, which begins each answer; the proposal takes over where --handover says [default:"
-        " nobody leads but the --aligner, which has the proposal's tokens]",
+        "a small model with any tokenizer and a chat template of its own, which begins each answer; the proposal takes over"
+        " where --handover says, 'confidence' unless it is said [default: nobody leads but the --aligner, which has the"
+        " proposal's tokens]",
         metavar="MODEL",
     )
     endpoint: tuple[str, ...] = option(
@@ -57,7 +58,9 @@ class Opened:
     """The `TextHandover`."""
     facts: dict[str, Any]
     """What decides its texts, beside the options: for files that are resumed."""
-    tokenizers: list[Any] = field(default_factory=list)
+    kernels: dict[str, Any]
+    """What computes the passes of the models that run here."""
+    tokenizers: list[Any]
 
 
 @contextlib.contextmanager
@@ -70,11 +73,12 @@ def open_handover(options: Any, kept_date: Any = None) -> Iterator[Opened]:
     """
     from trimtab.data.template import pick_date, read_chat_template
     from trimtab.decode.aligned import AlignedModel
-    from trimtab.decode.options import load_aligned_model
+    from trimtab.decode.options import facts_of, kernels_of, load_aligned_model
     from trimtab.endpoints.client import Endpoints
     from trimtab.handover.sides import RemoteProposal
     from trimtab.handover.writing import TextHandover, read_handover
     from trimtab.models.fingerprint import fingerprint_of
+    from trimtab.models.huggingface import describe_kernels
     from trimtab.models.loading import load_tokenizer_alone, quiet_loading
 
     rule = read_handover(options.handover or "confidence")
@@ -85,17 +89,26 @@ def open_handover(options: Any, kept_date: Any = None) -> Iterator[Opened]:
     leader = AlignedModel.from_pretrained(
         options.leader, draft="none", date=date, **{name: getattr(options, name) for name in names}
     )
-    weights = [fingerprint_of(leader.proposal)]
+    own = {
+        "handover": str(rule),
+        "leader_weights": fingerprint_of(leader.proposal),
+        "leader_chat": leader.encoder.chat_settings,
+    }
+    kernels = {"leader": describe_kernels(leader.proposal)}
     if not options.endpoint:
         model = load_aligned_model(dataclasses.replace(options, handover=None), options, kept_date)
-        weights += [fingerprint_of(part) for part in model.models.all]
-        facts = {**model.encoder.chat_settings, "weights": weights}
-        yield Opened(TextHandover(leader, model, rule), facts, [leader.tokenizer, model.tokenizer])
+        facts = _with_date({**facts_of(options, model), **own})
+        yield Opened(TextHandover(leader, model, rule), facts, kernels | kernels_of(model), [leader.tokenizer, model.tokenizer])
         return
     tokenizer = load_tokenizer_alone(options.proposal)
     if (template := read_chat_template(options.chat_template_path)) is not None:
         tokenizer.chat_template = template
     with Endpoints(options.endpoint, limits) as endpoints:
         remote = RemoteProposal(endpoints, tokenizer, options.endpoint_model, date)
-        facts = {**remote.encoder.chat_settings, "weights": weights, "endpoint_model": remote.name}
-        yield Opened(TextHandover(leader, remote, rule), facts, [leader.tokenizer, tokenizer])
+        facts = _with_date({**remote.encoder.chat_settings, **own, "endpoint_model": remote.name})
+        yield Opened(TextHandover(leader, remote, rule), facts, kernels, [leader.tokenizer, tokenizer])
+
+
+def _with_date(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same with the date that any of the two templates writes, where a run that goes on looks for it."""
+    return facts | {"date": facts["date"] or facts["leader_chat"]["date"]}

@@ -19,6 +19,7 @@ from trimtab.decode.sequence import Sequence as Growing
 from trimtab.decode.text import TextStream
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.handover.draft import Draft
+from trimtab.handover.reading import read_alive
 from trimtab.handover.sides import Ended, LocalProposal, Proposal, RemoteProposal
 from trimtab.knobs import KNOBS, SHAPING
 
@@ -117,8 +118,8 @@ class TextHandover:
             due = [at for at, event in zip(places, events, strict=True) if not drafts[at].done and drafts[at].take(event)]
             due = list(dict.fromkeys(due))
             ready = [drafts[at] for at in due if drafts[at].settle()]
-            for draft, logps in zip(ready, self.proposal.read([draft.begun for draft in ready]), strict=True):
-                draft.look(logps)
+            for draft, found in zip(ready, read_alive(self.proposal, [draft.begun for draft in ready]), strict=True):
+                draft.look(*found)
             engine.cancel(sequences[at] for at in due if drafts[at].done)
         return list(drafts.values())
 
@@ -133,27 +134,30 @@ class TextHandover:
 
     def _complete(self, draft: Draft, ended: Ended | None, *, answers: bool) -> Completion:
         """The whole answer: the draft, and what the proposal wrote behind it."""
+        leaders = ended is None and draft.handover_at is None and not draft.full  # and nobody else's
         if ended is None:
-            reason = draft.finish_reason if draft.handover_at is None and not draft.full else None
-            ended = Ended([], reason or "length", draft.error)
+            ended = Ended(draft.tokens, draft.finish_reason or "length", draft.error)
+            ended = ended if leaders else Ended(draft.tokens, "length")
         stream = TextStream(self.proposal.encoder.tokenizer, draft.params.stop, () if answers else draft.prompt)
         tokens: list[int] = []
-        for token in [*draft.tokens, *ended.tokens]:
+        for token in ended.tokens:
             tokens.append(token)
             stream.push(token, ends=token in self.proposal.eos_token_ids)
             if stream.stopped:  # by a stop text that begins before the hand-over and ends behind it, too
                 break
         stream.close()
-        at = draft.handover_at
+        text, stopped = stream.text, stream.stopped
+        if leaders and not stopped and ended.finish_reason != "error":  # as it is, however the proposal would spell it
+            text, stopped = draft.text[: draft.stop_at], draft.stop_at is not None
         return Completion(
-            text=stream.text,
+            text=text,
             tokens=tokens,
-            finish_reason="stop" if stream.stopped else ended.finish_reason,
+            finish_reason="stop" if stopped else ended.finish_reason,
             index=draft.index,
             seed=_seed(draft),
             prompt_tokens=len(draft.prompt),
-            handover_at=at if at is not None and at < len(tokens) else None,
-            error=ended.error,
+            handover_at=draft.handover_at if draft.goes_on else None,
+            error=None if stopped else ended.error,
         )
 
 
@@ -184,9 +188,9 @@ def _seed(draft: Draft) -> int:
 
 
 def _leading(params: SamplingParams) -> SamplingParams:
-    """What is asked of the leader, whose own settings shape its row."""
+    """What is asked of the leader, whose own settings shape its row; stop texts are looked for in the answer."""
     nothing: dict[str, Any] = dict.fromkeys(SHAPING)
-    return dataclasses.replace(params, max_tokens=MORE_TOKENS * params.max_tokens, **nothing)
+    return dataclasses.replace(params, max_tokens=MORE_TOKENS * params.max_tokens, stop=(), **nothing)
 
 
 def _following(params: SamplingParams) -> SamplingParams:

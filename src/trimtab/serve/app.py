@@ -22,7 +22,7 @@ from trimtab.serve.answers import answer_chat, answer_completion
 from trimtab.serve.explain import explain
 from trimtab.serve.guard import Guard
 from trimtab.serve.metrics import CONTENT_TYPE
-from trimtab.serve.registry import NoSuchAligner, NoSuchFolder, OutOfMemory
+from trimtab.serve.registry import Entry, NoSuchAligner, NoSuchFolder, OutOfMemory
 from trimtab.serve.schema import ChatRequest, CompletionRequest, LoadAligner, UnloadAligner
 from trimtab.serve.service import Refusal, Service
 
@@ -131,11 +131,17 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(await asyncio.to_thread(service.metrics.render), media_type=CONTENT_TYPE)
 
 
+def _card(service: Service, entry: Entry) -> dict[str, Any]:
+    """An aligner's entry of `/v1/models`."""
+    most = service.registry.context_of(entry)
+    return wire.model_card(entry.name, entry.created, root=entry.name, parent=service.settings.name, max_model_len=most)
+
+
 def _add_models(app: FastAPI, service: Service) -> None:
     def cards() -> list[dict[str, Any]]:
-        base = service.settings.name
-        listed = [wire.model_card(base, service.created, root=base)]
-        return listed + [wire.model_card(e.name, e.created, root=e.name, parent=base) for e in service.registry.entries]
+        base, registry = service.settings.name, service.registry
+        listed = [wire.model_card(base, service.created, root=base, max_model_len=registry.base.max_length)]
+        return listed + [_card(service, entry) for entry in registry.entries]
 
     @_get(app, "/v1/models", responses=_answers(503), tags=["models"])
     async def list_models() -> Response:
@@ -176,7 +182,7 @@ def _add_loading(app: FastAPI, service: Service) -> None:
         except Exception as error:  # what is in the folder may break the libraries in any way
             logger.exception("aligner %s cannot be loaded", asked.name)
             raise Refusal(400, f"the folder cannot be loaded: {type(error).__name__}", param="path") from None
-        return JSONResponse(wire.model_card(entry.name, entry.created, root=entry.name, parent=service.settings.name))
+        return JSONResponse(_card(service, entry))
 
     @app.post("/v1/unload_aligner", openapi_extra=_body(UnloadAligner), responses=answers, tags=["models"])
     async def unload_aligner(request: Request) -> Response:

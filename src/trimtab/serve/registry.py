@@ -112,6 +112,12 @@ class Registry:
         with self._lock:
             return list(self._entries.values())
 
+    def context_of(self, entry: Entry) -> int | None:
+        """The most tokens of a prompt with its answer beside an aligner; None if there is no limit, or it is not in memory."""
+        if (loaded := entry.loaded) is None:
+            return None
+        return min((m for m in (self.base.max_length, loaded.model.max_length) if m is not None), default=None)
+
     @property
     def num_bytes(self) -> int:
         """What aligners take in memory: those here, those only running requests hold, and the bases of adapters."""

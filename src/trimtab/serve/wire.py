@@ -88,9 +88,16 @@ class Usage(NamedTuple):
         return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def model_card(name: str, created: int, *, root: str, parent: str | None = None) -> dict[str, Any]:
-    """One entry of `/v1/models`; as in vLLM, `root` is where it was loaded from and `parent` is an aligner's base."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "trimtab", "root": root, "parent": parent}
+def model_card(
+    name: str, created: int, *, root: str, parent: str | None = None, max_model_len: int | None = None
+) -> dict[str, Any]:
+    """One entry of `/v1/models`.
+
+    As in vLLM, `root` is where it was loaded from, `parent` an aligner's base, and `max_model_len` the tokens that a context
+    holds, if that is known: not of an aligner that is not in memory.
+    """
+    card = {"id": name, "object": "model", "created": created, "owned_by": "trimtab", "root": root, "parent": parent}
+    return card | {"max_model_len": max_model_len}
 
 
 def model_list(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -42,17 +43,22 @@ class Rule:
     hands_over: ClassVar[bool] = False
     """Whether one rule begins an answer and another goes on, whose rows it marks: `Completion.handover_at` is the first."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *_: Any) -> None:
         """Refuse a setting of another kind than its default; a rule that checks values calls this first.
+
+        Numbers and texts of other types that are such (NumPy's, enumerations of texts) become plain ones.
 
         Raises:
             InvalidOption: names the setting and the kind.
         """
         for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            kind = "a rule, such as Product()" if isinstance(default, Rule) else KINDS.get(type(default))
-            if field.metadata.get("option", True) and kind is not None and not _of_kind(value, default):
-                raise InvalidOption(f"{self.name}: {field.name} must be {kind}, not {value!r}")
+            if field.metadata.get("option", True):
+                value = getattr(self, field.name)
+                try:
+                    plain = _plain(value, field)
+                except TypeError as error:
+                    raise InvalidOption(f"{self.name}: {field.name} must be {error}, not {value!r}") from None
+                object.__setattr__(self, field.name, plain)
 
     def log_weights(self, logp: Tensor, logqs: Sequence[Tensor], weights: Tensor, *, context: Context | None = None) -> Tensor:
         """The target up to a factor, `[..., V]`, from rows `[..., V]` and weights `[..., n]`; the support is cut for you.
@@ -253,11 +259,22 @@ PLAIN = re.compile(r"[\w.:/+-]+")
 """Texts that need no quotes."""
 
 
-def _of_kind(value: Any, default: Any) -> bool:
-    """Whether a setting may have a value, by its default; a whole number may stand for a float."""
-    if isinstance(default, Rule):
-        return isinstance(value, Rule)
-    return type(value) is type(default) or (type(default) is float and type(value) is int)
+def _plain(value: Any, field: "dataclasses.Field[Any]") -> Any:
+    """A setting's value in the type of its default, or the value itself where that is neither of `KINDS` nor a rule.
+
+    Raises:
+        TypeError: it is of another kind; the message says what it must be.
+    """
+    default = field.default
+    if isinstance(default, Rule) and not isinstance(value, Rule):
+        raise TypeError("a rule, such as Product()")
+    kind: Any = float if field.type in (float, "float") else type(default)  # of which a whole number is a default, too
+    if kind not in KINDS:
+        return value
+    accepted = {bool: bool, int: Integral, float: Real, str: str}[kind]
+    if not isinstance(value, accepted) or (kind in (int, float) and isinstance(value, bool)):
+        raise TypeError(KINDS[kind])
+    return str.__str__(value) if kind is str else kind(value)
 
 
 def check_rule(rule: Any) -> None:

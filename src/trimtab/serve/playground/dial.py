@@ -40,7 +40,7 @@ class Asked(NamedTuple):
         one: the aligner at 0.
         other: the aligner at 1.
         rule: a rule, or `OWN`.
-        dial: x, from 0 to 1.
+        dial: x, from 0 to 1; None where its number was deleted.
     """
 
     text: str
@@ -51,7 +51,7 @@ class Asked(NamedTuple):
     other: str | None
     rule: str
     seed: int | None
-    dial: float
+    dial: float | None
 
     @property
     def weights(self) -> dict[str, float]:
@@ -60,12 +60,14 @@ class Asked(NamedTuple):
         The first aligner drafts. So the one that counts is the first at both ends, and there both sides draw the same text.
 
         Raises:
-            Refusal: there are no two aligners.
+            Refusal: there are no two aligners, or no number.
         """
         if self.one is None or self.other is None:
             raise Refusal(400, TWO_NEEDED)
         if self.one == self.other:
             raise Refusal(400, "Choose two different aligners.")
+        if self.dial is None:
+            raise Refusal(400, "Set the dial to a number from 0 to 1.")
         weights = {self.one: round(1 - self.dial, DIGITS), self.other: self.dial}
         return dict(reversed(weights.items())) if self.dial == 1 else weights
 
