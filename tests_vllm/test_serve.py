@@ -16,11 +16,13 @@ import openai
 import pytest
 
 from engines import CONTEXT, Models
-from tiny import tiny_tokenizer
-from trimtab import AlignedModel
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from trimtab import AlignedModel, TextHandover
 from trimtab import SamplingParams as Ours
 from trimtab.data.examples import Example
+from trimtab.endpoints.client import Endpoints
 from trimtab.endpoints.settings import Limits
+from trimtab.handover.sides import RemoteProposal
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.models.loading import load_model, load_tokenizer
 from trimtab.models.vocabulary import vocabulary_size
@@ -189,3 +191,15 @@ def test_propose_goes_on_after_the_server_was_killed(server, tmp_path):
     assert [row["prompt"] for row in rows] == prompts
     same = sum(a == json.loads(b) for a, b in zip(rows, whole.read_text().splitlines(), strict=True))
     assert same == len(rows), "each request has a seed of its own"
+
+
+def test_it_goes_on_behind_a_leader_with_another_tokenizer(chatty, server, tmp_path):
+    """As a model here would: what vLLM echoes of a prompt says where the hand-over is."""
+    folder = save_tiny(tmp_path / "leader", tiny_model("llama", 7, seed=3), tiny_tokenizer("fedcba"))
+    leader, proposal = AlignedModel.from_pretrained(folder), AlignedModel.from_pretrained(chatty.proposal, dtype="float32")
+    asked = ["abc", "fed", "add"], Ours(max_tokens=12, temperature=0)
+    for over in ("confidence(window=2, threshold=0)", "confidence(window=2, threshold=0.3)", "confidence(threshold=1.1)"):
+        here = TextHandover(leader, proposal, over).generate(*asked)
+        with Endpoints([server.url]) as endpoints:
+            there = TextHandover(leader, RemoteProposal(endpoints, proposal.tokenizer, "base"), over).generate(*asked)
+        assert [(one.text, one.handover_at) for one in there] == [(one.text, one.handover_at) for one in here]
