@@ -19,7 +19,8 @@ def test_the_page_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for seed, name in enumerate(("lora_med", "lora_law")):
         save_lora(tmp_path / name, tmp_path / "base", seed=seed, r=2 + seed, target_modules=["q_proj"])
     monkeypatch.chdir(tmp_path)
-    (commands,), (source,) = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("bash", "python"))
+    (commands, serving), (source,) = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("bash", "python"))
+    assert serving.startswith("trimtab serve --proposal P --aligner")  # runs until it is stopped: tests/serve/test_dial.py
     for line in commands.splitlines():
         assert main(shlex.split(line, comments=True)[1:]) == 0
     assert (tmp_path / "A" / "model.safetensors").is_file()

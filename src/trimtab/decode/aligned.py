@@ -220,7 +220,8 @@ class AlignedModel:
 
         The arguments and the tokens are those of `generate`. Closing the iterator stops the work.
         """
-        return self.engine().run(self._sequences(prompts, params))
+        sequences = self._sequences(prompts, params)
+        return self.engine().run(sequences)
 
     def score(
         self,
