@@ -3,13 +3,17 @@
 import json
 
 import pytest
+from peft import PeftModel
 
 from eval_task import called
 from serving import folder_service, running
-from tiny import bpe_tokenizer, save_tiny, tiny_model
+from tiny import bpe_tokenizer, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import make_task, write_rows
 from trimtab import AlignedModel, SamplingParams, TextHandover
 from trimtab.data import template as dates
+from trimtab.models.aligner import Manifest
+from trimtab.models.loading import load_model, load_tokenizer
+from trimtab.models.vocabulary import fingerprint_vocabulary
 
 OVER = "confidence(window=2, threshold=0.04)"
 
@@ -155,3 +159,35 @@ def test_the_leaders_own_template_and_its_date_are_kept(tmp_path, capsys, monkey
     assert called(capsys, *asked, "--out", tmp_path / "o.jsonl")[0] == 0
     assert (tmp_path / "o.jsonl").read_bytes() == (tmp_path / "sunday.jsonl").read_bytes()
     assert (tmp_path / "monday.jsonl").read_bytes() != (tmp_path / "sunday.jsonl").read_bytes()
+
+
+def write_manifest(folder, **said):
+    manifest = Manifest(vocabulary=fingerprint_vocabulary(load_tokenizer(folder)), **said)
+    (folder / "trimtab.json").write_text(json.dumps(manifest.to_dict()), encoding="utf-8")
+
+
+def test_an_adapter_leads_with_the_base_that_it_names(task, capsys, caplog, tmp_path):
+    """As the two do when they are merged; a head cannot, and a residual is warned of."""
+    adapter = save_lora(tmp_path / "adapter", task / "leader", seed=4)
+    load_tokenizer(task / "leader").save_pretrained(adapter)
+    merged = PeftModel.from_pretrained(load_model(task / "leader"), str(adapter)).merge_and_unload()
+    leader = AlignedModel.from_pretrained(merged, tokenizer=task / "leader")
+    params = SamplingParams(max_tokens=12, seed=3, n=6)
+    done = TextHandover(leader, AlignedModel.from_pretrained(task / "proposal"), OVER).generate("ab", params)
+    status, out, _ = called(capsys, *words(task, "--prompt", "ab", "--n", 6, "--json", "--leader", adapter))
+    assert status == 0
+    assert told(json.loads(out)["completions"]) == [(one.text, one.handover_at, one.finish_reason) for one in done]
+    write_manifest(adapter, objective="likelihood")
+    assert "is a residual" not in caplog.text
+    assert called(capsys, *words(task, "--prompt", "ab", "--leader", adapter))[0] == 0
+    assert "is a residual, and no language model" in caplog.text
+
+
+def test_a_head_cannot_lead(tmp_path, capsys):
+    base = save_tiny(tmp_path / "base", tiny_model("llama", 28), tiny_tokenizer())
+    head = save_lora(tmp_path / "head", base)
+    tiny_tokenizer().save_pretrained(head)
+    write_manifest(head, head={"tap": 1, "layers": 2, "proposal": "sha256:0"})
+    status, _, errors = called(capsys, "generate", "--proposal", base, "--leader", head, "--prompt", "ab")
+    assert status == 1
+    assert "is a head, which reads what its proposal has read, and cannot begin a text alone" in errors[-1]

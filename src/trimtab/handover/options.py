@@ -21,7 +21,8 @@ class HandoverOptions(AskingOptions):
 
     leader: str | None = option(
         None,
-        "a small model with any tokenizer and a chat template of its own, which begins each answer; the proposal takes over"
+        "a small model, an aligner or an adapter, with any tokenizer and a chat template of its own, which begins each answer;"
+        " the proposal takes over"
         " where --handover says, 'confidence' unless it is said [default: nobody leads but the --aligner, which has the"
         " proposal's tokens]",
         metavar="MODEL",
@@ -72,9 +73,9 @@ def open_handover(options: Any, kept_date: Any = None) -> Iterator[Opened]:
         EndpointError: no endpoint answers.
     """
     from trimtab.data.template import pick_date, read_chat_template
-    from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.options import facts_of, kernels_of, load_aligned_model
     from trimtab.endpoints.client import Endpoints
+    from trimtab.handover.leader import load_leader
     from trimtab.handover.sides import RemoteProposal
     from trimtab.handover.writing import TextHandover, read_handover
     from trimtab.models.fingerprint import fingerprint_of
@@ -86,9 +87,7 @@ def open_handover(options: Any, kept_date: Any = None) -> Iterator[Opened]:
     date = pick_date(options.date, kept_date)
     quiet_loading()
     names = ("dtype", "device", "cuda_graphs", "quantize", "backend", "max_num_seqs")
-    leader = AlignedModel.from_pretrained(
-        options.leader, draft="none", date=date, **{name: getattr(options, name) for name in names}
-    )
+    leader = load_leader(options.leader, date=date, **{name: getattr(options, name) for name in names})
     own = {
         "handover": str(rule),
         "leader_weights": fingerprint_of(leader.proposal),
