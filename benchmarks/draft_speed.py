@@ -23,6 +23,7 @@ from trimtab.decode.drafters import Given, as_drafter
 from trimtab.decode.pace import Pace
 from trimtab.hardware import describe_hardware
 
+KINDS = ("code", "text", "random", "dataset")
 CHARACTERS = 900
 """Of what is to be copied."""
 
@@ -33,16 +34,20 @@ def main() -> None:
     parser.add_argument("--aligner", help="without one, the bare proposal")
     parser.add_argument("--draft", action="append", default=[], help="beside none; may repeat")
     parser.add_argument("--dataset", help="further prompts, in a TRL layout")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of prompts; may repeat [default: all there are]")
     parser.add_argument("--prompts", type=int, default=6, help="of each kind")
     parser.add_argument("--max_tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, action="append", help="may repeat [default: 0, 0.7 and 1]")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if "dataset" in (options.kind or ()) and not options.dataset:
+        parser.error("--kind dataset needs --dataset")
     torch.set_num_threads(options.threads)
     base = AlignedModel.from_pretrained(options.proposal, options.aligner, draft="none", prefix_cache_tokens=0)
     models = {"none": base} | {draft: with_drafter(base, draft) for draft in options.draft or ["ngram"]}
     report: dict[str, Any] = {"hardware": describe_hardware(), "threads": options.threads, "runs": []}
-    for kind, prompts in prompts_of(base, options.prompts, options.dataset).items():
+    every = prompts_of(base, options.prompts, options.dataset)
+    for kind, prompts in {kind: every[kind] for kind in options.kind or every}.items():
         for temperature in options.temperature or [0.0, 0.7, 1.0]:
             found = measure(models, prompts, options.max_tokens, temperature)
             report["runs"].append({"kind": kind, "temperature": temperature, **found})

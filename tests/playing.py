@@ -1,7 +1,6 @@
 """The playground in a real browser, over a real server, for tests."""
 
 import asyncio
-import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loader
@@ -115,16 +114,6 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
-
-
-@contextmanager
-def open_browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "these tests drive a real browser: install chromium (apt install chromium)"
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager

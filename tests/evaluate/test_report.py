@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import time
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -11,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from trimtab.evaluate.charts import Point, frontier_chart
 from trimtab.evaluate.report import write_report
@@ -335,16 +334,6 @@ def test_a_frontier_of_little_is_well_formed(points):
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "these tests drive a real browser: install chromium (apt install chromium)"
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager

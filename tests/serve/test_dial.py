@@ -19,7 +19,6 @@ from playing import (
     Server,
     ask,
     check_picture,
-    open_browser,
     open_models,
     text_of,
     visit,
@@ -226,12 +225,6 @@ def server(folder, tmp_path_factory):
     server = Server(folder, tmp_path_factory.mktemp("votes") / "votes.jsonl", ALIGNERS).start()
     yield server
     server.stop()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from playing import (
     ask,
     check_picture,
     inside,
-    open_browser,
     point_at,
     text_of,
     visit,
@@ -62,12 +61,6 @@ def full_speed(server):
 def chatting(server, monkeypatch):
     """The same models with a chat template."""
     monkeypatch.setattr(server.service.registry.base.tokenizer, "chat_template", CHAT_TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture
