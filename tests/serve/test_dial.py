@@ -303,6 +303,12 @@ def test_keys_turn_the_dial(page, server):
     assert requests_of(server) == count
 
 
+def test_the_ends_are_those_chosen(page):
+    page.get_by_label("Aligner at 1", exact=True).click()
+    page.get_by_role("option", name="polite").click()
+    expect(page.get_by_role("slider", name="Dial: 0 is all polite, 1 is all polite")).to_be_enabled()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_it_fits_the_screen(browser, server, tmp_path, size, scheme):

@@ -275,6 +275,14 @@ def test_a_tie_is_kept_apart_and_the_next_command_is_shown(page, server):
     expect(page.locator("#tt-hint pre")).to_contain_text(command)
 
 
+def test_the_next_command_is_about_the_aligner_that_is_chosen(page, server):
+    page.get_by_role("tab", name="Arena").click()
+    expect(page.locator("#tt-hint pre")).to_contain_text(f"--aligner {server.folder / 'polite'} ")
+    page.get_by_label("The other model", exact=True).click()
+    page.get_by_role("option", name="rude").click()
+    expect(page.locator("#tt-hint pre")).to_contain_text(f"--aligner {server.folder / 'rude'} ")
+
+
 def test_what_was_stopped_cannot_be_voted_on(page, server):
     server.step_seconds = 0.05
     page.get_by_role("tab", name="Arena").click()

@@ -87,17 +87,19 @@ class Arena(Tab):
         for verdict, button in self.votes.items():
             outputs = [*self.panels, *self.votes.values(), self.outcome, self.hint]
             button.click(self._voter(verdict), [self.round, self.one, self.other], outputs, **QUIET)
-        gr.on([self.one.change, self.other.change], self._hint, [self.one, self.other], self.hint, **QUIET)
+        self.on_choice([self.one, self.other], self._hint, self.hint)
         asked = [self.prompt, self.kind, self.temperature, self.max_tokens, self.one, self.other]
         self.on_run(self._run, asked, [*self.panels, *self.votes.values(), self.outcome, self.round])
 
-    def load(self) -> Update:
+    async def load(self) -> Update:
         """What the page shows once the models are there."""
         names = [entry.name for entry in self.service.registry.entries]
         choices = [("proposal alone", PROPOSAL), *((name, name) for name in names)]
+        other = next(iter(names), None)
         return {
             self.one: gr.update(choices=choices, value=PROPOSAL),
-            self.other: gr.update(choices=choices, value=names[0] if names else None),
+            self.other: gr.update(choices=choices, value=other),
+            self.hint: await self._hint(PROPOSAL, other),
             **self.show_chat(),
         }
 

@@ -106,7 +106,7 @@ class Dial(Tab):
             with gr.Column(min_width=300):
                 self.right = add_html(elem_id="tt-mixed")
         add_html(legend_html())
-        gr.on([self.one.change, self.other.change], _name_ends, [self.one, self.other], self.dial, **QUIET)
+        self.on_choice([self.one, self.other], _name_ends, self.dial)
         how = [self.prompt, self.kind, self.temperature, self.max_tokens, self.one, self.other, self.rule, self.seed, self.dial]
         outputs = [self.left, self.right, self.seed]
         self.on_run(self.run, how, outputs)

@@ -108,11 +108,11 @@ def _page(service: Service, book: VoteBook) -> gr.Blocks:
                 yield {notice: notice_html("The models are being loaded.")}
                 await asyncio.sleep(LOOK_SECONDS)
             try:
-                yield {notice: "", **compare.load(), **dial.load(), **arena.load()}
+                yield {notice: "", **compare.load(), **dial.load(), **await arena.load()}
             except Refusal as refusal:
                 yield {notice: notice_html(refusal.message, kind="problem")}
 
-        shown = [notice, compare.aligner, compare.right, compare.kind, arena.one, arena.other, arena.kind]
+        shown = [notice, compare.aligner, compare.right, compare.kind, arena.one, arena.other, arena.kind, arena.hint]
         shown += [dial.one, dial.other, dial.dial, dial.left, dial.right, dial.kind]
         blocks.load(load, None, shown, show_progress="hidden", api_visibility="private")
     return blocks

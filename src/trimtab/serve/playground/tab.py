@@ -132,6 +132,16 @@ class Tab:
             **settings,
         )
 
+    def on_choice(self, choices: Sequence[gr.Dropdown], show: Callable[..., Any], shown: Any) -> None:
+        """Call `show` when the user has chosen; not at `change`, which `load` would set off with half of what it says.
+
+        Args:
+            choices: whose values `show` takes.
+            show: the handler.
+            shown: what it changes.
+        """
+        gr.on([choice.input for choice in choices], show, list(choices), shown, trigger_mode="always_last", **QUIET)
+
     def show_chat(self) -> Update:
         """The switch, if there is a chat template: then a prompt is a message, unless the user says otherwise."""
         template = getattr(self.service.registry.base.tokenizer, "chat_template", None)
