@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from trimtab.serve.playground.duel import Answer, Question
-from trimtab.serve.playground.tab import OWN, QUIET, Tab, Update, add_html, answer_html, seed_of
+from trimtab.serve.playground.tab import OWN, Tab, Update, add_html, answer_html, seed_of
 from trimtab.serve.playground.tokens_html import legend_html, notice_html, panel_html, text_html
 from trimtab.serve.service import Refusal, Service
 
