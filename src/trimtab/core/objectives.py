@@ -11,6 +11,8 @@ each belongs to.
                  over tokens, which no longer answer wins by its length, it is the length-normalised one (arXiv 2411.15124)
     distillation KL(target‖row): a drafter learns what the rule decodes, and `acceptance` says how many of its drafts stay; or
                  what the rule decodes learns a teacher's rows, from all of their entries or, `sampled_distillation`, from some
+
+What learns from rewards of samples is in `trimtab.core.rewards`.
 """
 
 import torch

@@ -22,6 +22,7 @@ from trimtab.endpoints.settings import Limits
 from trimtab.errors import InvalidOption
 from trimtab.files import refuse_overwriting
 from trimtab.jsonlines import kept_header
+from trimtab.judges.asked import AskedRecords
 from trimtab.judges.rewards.base import Reward, check_loaded
 from trimtab.judges.rewards.function import FunctionReward
 from trimtab.judges.rewards.kinds import make_reward
@@ -63,7 +64,7 @@ def rehearse(options: ProposeOptions, model: AlignedModel | None) -> dict[str, A
     reward = None if options.reward is None else _reward(options)
     data = count_records(options.dataset, options, options.max_examples, options.expected_examples, answers=not pairs)
     if reward is not None and data["at_hand"]:
-        reward.check(_Asked(_records(options, pairs, reward)))
+        reward.check(AskedRecords(_records(options, pairs, reward)))
     records = data["examples"]
     report: dict[str, Any] = {"dry_run": True, "out": options.out, "data": data, "endpoints": list(options.endpoint)}
     report |= {"rows": None if records is None else records * (pairs or options.n)}
@@ -137,21 +138,11 @@ def _records(options: ProposeOptions, pairs: int, reward: Reward | None) -> list
 
 def _loaded(reward: Reward, records: list[Record], date: str) -> Reward:
     """The reward, which can take the prompts."""
-    asked = _Asked(records)
+    asked = AskedRecords(records)
     reward.check(asked)
     reward.load(asked, date)
     check_loaded(reward)
     return reward
-
-
-class _Asked:
-    """Records as rewards look at them."""
-
-    def __init__(self, records: list[Record]) -> None:
-        self.prompts = [record.prompt for record in records]
-        self.references = [None for _ in records]
-        self.columns = [record.columns for record in records]
-        self.sources = [record.source for record in records]
 
 
 def _readers(ranking: Ranking | None) -> list[Any]:

@@ -23,6 +23,7 @@ from trimtab.options import Flag, check_ranges, check_required, help_of, option,
 from trimtab.train.defaults import IDLE, OWNED, training_flags
 from trimtab.train.objectives import OBJECTIVES, Objective
 from trimtab.train.objectives.base import option_kinds
+from trimtab.train.online.options import OnlineOptions
 
 __all__ = ["ENDPOINT_OPTIONS", "OF_DRY_RUN", "STARTS", "TrainOptions", "make_objective", "objective_flags"]
 
@@ -36,6 +37,9 @@ ENDPOINT_OPTIONS = ("proposal_endpoint", "concurrency", "request_timeout", "max_
 
 OF_COMMANDS = {"config", "json", "help"}
 """Flags that every command has, so that no objective's option can be one."""
+
+OF_ANSWERS = ("cut_answers", "cache_top_k", "cache_tail_samples", "proposal_cache", "keep_samples", "dev_samples")
+"""What only training on answers reads."""
 
 OF_DRY_RUN = (*(one.name for one in dataclasses.fields(DryRunOptions)), "expected_aligner", "assume_tflops")
 """What says nothing of a run."""
@@ -107,7 +111,7 @@ def _owners(option_name: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TrainOptions(DryRunOptions, DataOptions):
+class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
     """What is asked for; `trimtab.train.plan.resolve` makes a plan of it.
 
     The options of the objective go into `objective_options`, and those of `transformers.TrainingArguments` into `training`; in
@@ -218,7 +222,7 @@ class TrainOptions(DryRunOptions, DataOptions):
     )
     lora_r: int = option(16, "LoRA rank", low=1)
     lora_alpha: int = option(32, "LoRA scale")
-    lora_dropout: float = option(0.05, "LoRA dropout", low=0, high=1)
+    lora_dropout: float | None = option(None, "LoRA dropout [default: 0.05; 0 for rewards]", low=0, high=1)
     lora_target_modules: tuple[str, ...] = option((), "modules to adapt; repeat the flag [default: all linear layers]")
     dtype: str = option("auto", "dtype of the proposal; the aligner's master weights are float32")
     device: str | None = option(None, "device of the proposal [default: the first GPU, or the CPU]")
@@ -299,6 +303,11 @@ class TrainOptions(DryRunOptions, DataOptions):
             idle |= dict.fromkeys(names, "is for the adapters of --use_peft")
         if not self.aligner:
             idle["expected_aligner"] = "is for --aligner"
+        if OBJECTIVES.find(self.objective).rewarded:
+            idle |= dict.fromkeys(OF_ANSWERS, f"is for wanted answers, and '{self.objective}' learns from rewards")
+        else:
+            online = [one.name for one in dataclasses.fields(OnlineOptions)]
+            idle |= dict.fromkeys(online, f"is for rewards, as of --objective tb, and '{self.objective}' learns from answers")
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"
         return idle

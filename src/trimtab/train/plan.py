@@ -31,6 +31,8 @@ KEPT = 64
 TAIL_SAMPLES = 64
 """Tokens drawn from a row's tail, where they can be."""
 
+LORA_DROPOUT = 0.05
+
 SAMPLES = 8
 """Development prompts that are answered after training."""
 
@@ -161,7 +163,7 @@ def resolve(asked: TrainOptions, facts: Facts = Facts()) -> Plan:  # noqa: B008 
     """
     found = facts.aligner
     manifest = None if found is None else found.manifest
-    asked = _of_folder(asked, found, manifest)
+    asked = _of_objective(_of_folder(asked, found, manifest), manifest)
     continued = _of_manifest(asked, manifest)
     try:
         return _resolve(continued, facts)
@@ -180,7 +182,7 @@ def _resolve(asked: TrainOptions, facts: Facts) -> Plan:
     weight = (1.0 if head else rule.default_weights(1)[0]) if asked.weight is None else asked.weight
     rule.check_weights([weight])
     residual = objective.residual and isinstance(rule, Product)
-    can_be_tempered = residual and weight > 0 and asked.aligner_temperature is None
+    can_be_tempered = residual and weight > 0 and asked.aligner_temperature is None and not objective.rewarded
     tempered = asked.start in ("auto", "tempered") and can_be_tempered
     setting = Setting(rule, weight, given.aligner, head, taught, tempered, facts.records, facts.lacking)
     refuse_contradictions(asked, objective, setting, residual=residual, can_be_tempered=can_be_tempered)
@@ -237,6 +239,19 @@ def _of_folder(asked: TrainOptions, found: Description | None, manifest: Manifes
     residual = asked.asked_objective.residual and isinstance(parse_rule(asked.rule), Product)
     drafting = bool(asked.train_draft or (found.draft is not None and asked.train_draft is None and residual))
     return dataclasses.replace(asked, use_peft=True, train_draft=drafting)
+
+
+def _of_objective(asked: TrainOptions, manifest: Manifest | None) -> TrainOptions:
+    """The options with what rewards have otherwise: no dropout, which is noise in what samples are compared by, and a start at
+    the proposal, which is what their target is near to, unless rewards have trained the aligner before.
+    """
+    rewarded = asked.asked_objective.rewarded
+    if asked.lora_dropout is None:
+        asked = dataclasses.replace(asked, lora_dropout=0.0 if rewarded else LORA_DROPOUT)
+    fresh = manifest is None or manifest.objective != asked.objective
+    if not rewarded or not fresh or asked.start != "auto" or not asked.aligner or asked.use_peft:
+        return asked
+    return dataclasses.replace(asked, start="uniform" if parse_rule(asked.rule) == Product() else "pretrained")
 
 
 def _check_adapter(asked: TrainOptions, found: Description) -> None:

@@ -30,6 +30,8 @@ def refuse_contradictions(
         )
     if setting.head:
         _refuse_beside_head(asked, setting)
+    if objective.rewarded:
+        _refuse_beside_rewards(asked, objective)
     if asked.max_kl is not None and rule.name not in RANGES:
         raise InvalidOption(f"max_kl bounds the weight that is tuned, and '{rule}' has none: leave it out")
     if asked.dev_samples and asked.proposal_endpoint:
@@ -70,6 +72,28 @@ def _refuse_beside_head(asked: TrainOptions, setting: Setting) -> None:
             "rule: a head starts as the proposal, and product would multiply the proposal with itself: leave out --rule"
             " product, for geometric"
         )
+
+
+def _refuse_beside_rewards(asked: TrainOptions, objective: Objective) -> None:
+    """What a run cannot be told that samples as it trains, and what it must be told."""
+    if not asked.reward:
+        raise InvalidOption(f"reward: objective '{objective.name}' learns from one: give --reward MODULE.py:FUNCTION")
+    beta = getattr(objective, "beta", None)
+    if asked.max_kl is not None and not objective.budgeted:
+        raise InvalidOption(
+            f"max_kl: objective '{objective.name}' has a price of divergence, --beta, and no budget: leave it out"
+        )
+    if objective.budgeted and (beta is None) == (asked.max_kl is None):
+        said = "one of them" if beta is None else "only one of them, for each settles the other"
+        raise InvalidOption(f"beta says what a nat from the proposal costs, and max_kl how many there may be: give {said}")
+    if asked.max_kl is not None and asked.proposal_temperature not in (None, 1):
+        raise InvalidOption("max_kl: samples tell of the proposal at temperature 1: leave out --proposal_temperature")
+    if asked.proposal_endpoint:
+        raise InvalidOption("proposal_endpoint: samples are drawn here while the aligner trains: leave it out")
+    if asked.teacher_prompt is not None:
+        raise InvalidOption(f"teacher_prompt: objective '{objective.name}' learns from rewards: leave it out")
+    if asked.dry_run:
+        raise InvalidOption(f"dry_run: what rounds of '{objective.name}' take depends on the answers: leave it out")
 
 
 def _refuse_beside_teacher(asked: TrainOptions, objective: Objective) -> None:

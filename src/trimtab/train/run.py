@@ -8,7 +8,6 @@ record.
 import contextlib
 import copy
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, answers, fingerprint_examples
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
-from trimtab.models.aligner import DRAFT_NAME, Aligner, Manifest, describe, save_model
+from trimtab.models.aligner import DRAFT_NAME, Aligner, describe, save_model
 from trimtab.models.attention import without_cudnn
 from trimtab.models.head import Head
 from trimtab.models.loading import load_model
@@ -33,10 +32,9 @@ from trimtab.train.arguments import need_training, training_arguments
 from trimtab.train.batches import ExampleDataset, collate
 from trimtab.train.cache import ProposalCache
 from trimtab.train.checks import warn_of_rule, warn_of_weight
-from trimtab.train.defaults import training_of_effect
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_plan
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
-from trimtab.train.head import HeadStart, TrainedHead
+from trimtab.train.head import HeadStart
 from trimtab.train.head_draft import train_head_draft
 from trimtab.train.headroom import warn_of_memory
 from trimtab.train.inputs import (
@@ -48,10 +46,12 @@ from trimtab.train.inputs import (
     run_date,
     settle_pairs,
 )
-from trimtab.train.options import ENDPOINT_OPTIONS, OF_DRY_RUN, TrainOptions
+from trimtab.train.online.run import run_online
+from trimtab.train.options import TrainOptions
 from trimtab.train.plan import Facts, Plan, Temperatures, announce_round, resolve
 from trimtab.train.progress import CompactProgress
 from trimtab.train.ranks import Ranks
+from trimtab.train.record import describe_run, make_manifest, save_trained
 from trimtab.train.rows import Layout, ModelRows, RowSource
 from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model, read_lora
@@ -123,7 +123,8 @@ def run_training(asked: TrainOptions) -> dict[str, Any]:
         ranks.first_does(lambda: _take(stack, output, asked.overwrite_output_dir))
         stack.enter_context(named_errors(output))
         stack.enter_context(without_cudnn(arguments.device))
-        return _train(asked, facts, output, arguments, ranks)
+        how = run_online if plan.objective.rewarded else _train
+        return how(asked, facts, output, arguments, ranks)
 
 
 def _take(stack: contextlib.ExitStack, output: Path, overwrite: bool) -> None:
@@ -160,7 +161,7 @@ def _train(asked: TrainOptions, facts: Facts, output: Path, arguments: TrainingA
     plan = resolve(asked, facts)
     asked.asked_objective.announce(plan.setting)
     settled = settle_pairs(plan, examples, development)
-    run = _describe_run(plan, arguments, fingerprint_examples(everything, rejected=True))
+    run = describe_run(plan, arguments, fingerprint_examples(everything, rejected=True))
     run["teacher_prompt"] = teacher and teacher.digest
     run |= {"proposal_weights": proposal.rows.fingerprint}
     if began := start or (head and head.earlier):
@@ -262,8 +263,8 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
     report["history"] = trainer.state.log_history
     report["seconds"] = time.monotonic() - started
     report = dict(finite(report))
-    manifest = _manifest(plan, tokenizer, report["weight"], this.head)
-    _save(trainer, Aligner(None, tokenizer, manifest, str(output)), report, output, ranks, this.head)
+    manifest = make_manifest(plan, tokenizer, report["weight"], None if this.head is None else this.head.head)
+    save_trained(trainer, Aligner(None, tokenizer, manifest, str(output)), report, output, ranks, this.head)
     return report
 
 
@@ -319,20 +320,6 @@ def _train_head_draft(this: _Run, head: Head) -> dict[str, Any]:
     return train_head_draft(this.plan, output, output / CHECKPOINTS, head, this.tokenizer, parts, this.ranks, rate)
 
 
-def _save(
-    trainer: AlignerTrainer, aligner: Aligner, report: dict[str, Any], output: Path, ranks: Ranks, head: HeadStart | None
-) -> None:
-    """Write what came of it."""
-    model, weights = trained(trainer)
-    aligner.model = model if head is None else TrainedHead(model, head.source, head.head)
-
-    def write() -> None:
-        write_json(output / "training.json", report)
-        aligner.save_pretrained(output, weights=weights)
-
-    ranks.first_does(write)
-
-
 def open_caches(
     plan: Plan, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
 ) -> dict[str, dict[str, ProposalCache]]:
@@ -362,36 +349,3 @@ def open_caches(
             error = f"an error of {mean:.2g} nats a token (root mean square {rms:.2g}) in {kind.of}"
         logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
     return caches
-
-
-OBJECTIVE_OPTIONS = {"alpha": 1e-4, "beta": None, "contrast": None, "sft_weight": None}
-"""What `run.json` says of our objectives' options where nobody has named them; those of other packages stand apart."""
-
-
-def _describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[str, Any]:
-    """What a run's result depends on, as plain JSON."""
-    apart = {"output_dir", "overwrite_output_dir", "train_draft", "dev_samples"}  # a finished aligner may get these two later
-    ignored = {*apart, "training", "objective_options", "proposal_cache", "device", *ENDPOINT_OPTIONS, *OF_DRY_RUN}
-    names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
-    described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
-    asked = {name: value for name, value in plan.asked.objective_options.items() if value is not None}
-    described |= OBJECTIVE_OPTIONS | {name: value for name, value in asked.items() if name in OBJECTIVE_OPTIONS}
-    own = dataclasses.asdict(plan.asked.asked_objective)
-    if others := {name: value for name, value in own.items() if name not in OBJECTIVE_OPTIONS}:
-        described["objective_options"] = others
-    described |= {"training": training_of_effect(plan.asked.training), "seed": arguments.seed, "data": data}
-    return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
-
-
-def _manifest(plan: Plan, tokenizer: Any, weight: float, head: HeadStart | None) -> Manifest:
-    return Manifest(
-        vocabulary=fingerprint_vocabulary(tokenizer),
-        proposal={"id": plan.asked.proposal_id or plan.asked.proposal, "revision": None},
-        rule=plan.asked.rule,
-        weight=weight,
-        proposal_temperature=plan.temperatures.proposal,
-        proposal_top_p=1.0 if plan.asked.proposal_top_p is None else plan.asked.proposal_top_p,
-        aligner_temperature=plan.temperatures.aligner,
-        objective=plan.asked.objective,
-        head=None if head is None else dataclasses.asdict(head.head),
-    )

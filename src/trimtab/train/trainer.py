@@ -271,15 +271,19 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
     def _logits(self, model: Any, inputs: dict[str, Tensor], which: str) -> Logits:
         """What a loss sees of the `which` answers in training; the proposal's rows are made, or rebuilt, if it reads them."""
         tokens = inputs[f"{which}_tokens"]
-
-        def proposal() -> CachedRows:
-            if not self.has_proposal:
-                return cached_batch(inputs, which)
-            bare = self._bare_logits(self.model, inputs, which)
-            return CachedRows.whole(rows_at(*bare, self._vocab_size, self._plan.temperatures.proposal), tokens)
-
+        proposal = partial(self._proposal_rows, inputs, which)
         logits, positions = answer_logits(model, inputs, which)
         return Logits(logits, positions, tokens, self._vocab_size, self._setting, proposal, partial(taught_batch, inputs))
+
+    def _proposal_rows(self, inputs: dict[str, Tensor], which: str) -> CachedRows:
+        """On the `which` answers: those of the cache, or a head's own."""
+        if not self.has_proposal:
+            return cached_batch(inputs, which)
+        return self._whole(self._bare_logits(self.model, inputs, which), inputs[f"{which}_tokens"])
+
+    def _whole(self, bare: tuple[Tensor, Tensor], tokens: Tensor) -> CachedRows:
+        """The proposal's rows from its `answer_logits`."""
+        return CachedRows.whole(rows_at(*bare, self._vocab_size, self._plan.temperatures.proposal), tokens)
 
     def _keeps(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether some of a batch is to stay as the proposal said it; with FSDP all processes make the same passes."""

@@ -1,12 +1,14 @@
 """What a run minimises: one file for each objective, and what each of them is made of."""
 
 from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
+from trimtab.train.objectives.grpo import GroupRelativePolicy
 from trimtab.train.objectives.likelihood import Likelihood
-from trimtab.train.objectives.losses import Alone, Decoded, LanguageModel
+from trimtab.train.objectives.losses import Alone, Decoded, Gained, LanguageModel
 from trimtab.train.objectives.preference import Preference
 from trimtab.train.objectives.ram import RAM
 from trimtab.train.objectives.seen import Batch, Logits, Rows, Setting, TokenLoss
 from trimtab.train.objectives.sft import SFT
+from trimtab.train.objectives.tb import TrajectoryBalance
 
 __all__ = [
     "OBJECTIVES",
@@ -16,6 +18,8 @@ __all__ = [
     "Batch",
     "Decoded",
     "EqualPairs",
+    "Gained",
+    "GroupRelativePolicy",
     "LanguageModel",
     "Likelihood",
     "Logits",
@@ -24,4 +28,5 @@ __all__ = [
     "Rows",
     "Setting",
     "TokenLoss",
+    "TrajectoryBalance",
 ]

@@ -54,6 +54,10 @@ class Objective:
     """Whether it is the likelihood of what is decoded, so that the weight that is tuned on it should be the one trained at."""
     residual: ClassVar[bool] = False
     """Whether an aligner trained for `product` becomes what the proposal lacks, and so is no language model."""
+    rewarded: ClassVar[bool] = False
+    """Whether it learns from samples and their rewards (`Batch.rewards`), drawn as it trains, and not from answers."""
+    budgeted: ClassVar[bool] = False
+    """Whether `--max_kl` can settle its `beta`, the price of divergence in units of reward."""
     keeps: ClassVar[bool] = False
     """Whether a head may be kept at the proposal by samples of its own, whose token losses are then KL(proposal‖head)."""
     equal_pairs: ClassVar[EqualPairs] = EqualPairs("kept", needed=False)

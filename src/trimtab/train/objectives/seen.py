@@ -143,3 +143,22 @@ class Batch:
     def differs(self) -> Tensor:
         """`[B]`, whether the two answers of an example differ."""
         return self._inputs["differs"]
+
+    def of_tokens(self, values: Tensor, which: str = "chosen") -> Tensor:
+        """What examples have `[B]`, for each token of their `which` answers `[N]`."""
+        return values[self._inputs[f"{which}_owner"]]
+
+    @property
+    def rewards(self) -> Tensor:
+        """`[B]`; for objectives that are `rewarded`, as what follows."""
+        return self._inputs["reward"]
+
+    @property
+    def groups(self) -> Tensor:
+        """`[B]`, numbers from 0 on that samples of one prompt share."""
+        return self._inputs["group"]
+
+    @property
+    def beta(self) -> Tensor:
+        """`[B]`, β as it is now."""
+        return self._inputs["beta"]

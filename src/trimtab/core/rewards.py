@@ -1,0 +1,126 @@
+"""Objectives of rewards as pure functions: samples of some prompts in, a loss for each out. They know no models.
+
+The target is the sequence-level law P(y|x) ∝ P_M(y|x)·e^{r(x,y)/β}. It maximises E[r] − β·KL(P‖P_M), and a decoder that works
+token by token reaches it with an aligner that looks ahead (docs/rules.md). B samples stand side by side. `groups` `[B]` says
+which of them share a prompt, by numbers from 0 on.
+
+    trajectory_balance  the variance over a prompt's samples of c(y) = log P_θ(y) − log P_M(y) − r(y)/β. It is 0 if and only if
+                        P_θ is the target, where c is −log Z. Samples may come from any policy. (Richter et al., arXiv
+                        2010.10436; of language models, with a learnt log Z: Hu et al., arXiv 2310.04363)
+    advantages          reward minus the group's mean, perhaps over the group's standard deviation (GRPO, arXiv 2402.03300)
+    soft_q              the soft Bellman residuals of an answer (arXiv 2402.06700), which add up to c and the first value
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trimtab.core.objectives import per_example
+
+__all__ = ["advantages", "group_means", "pick_beta", "reverse_kl", "soft_q", "trajectory_balance"]
+
+LEAST_SPREAD = 1e-4
+"""Added to standard deviations, as in TRL."""
+
+HALVINGS = 100
+"""Of the interval that a β is looked for in."""
+
+WIDEST = 1e6
+"""A β is looked for between the spread of the rewards divided and multiplied by this."""
+
+
+def group_means(values: Tensor, groups: Tensor) -> Tensor:
+    """The mean of each sample's group `[B]`, of values `[B]`."""
+    count = int(groups.max()) + 1 if len(groups) else 0
+    sizes = per_example(torch.ones_like(values), groups, count)
+    return (per_example(values, groups, count) / sizes)[groups]
+
+
+def trajectory_balance(gains: Tensor, rewards: Tensor, beta: Tensor | float, groups: Tensor) -> Tensor:
+    """Each sample's part of its group's variance of c, in nats²: `[B]`, whose mean over a group is the unbiased variance.
+
+    A group of one has none. A constant that is added to a group's rewards changes nothing.
+
+    Args:
+        gains: log P_θ(y|x) − log P_M(y|x) `[B]` in nats, through which the gradient flows.
+        rewards: r(x, y) `[B]`, constants.
+        beta: β, one for all or `[B]`.
+        groups: `[B]`.
+    """
+    c = gains - rewards / beta
+    apart = c - group_means(c, groups)
+    sizes = per_example(torch.ones_like(c), groups, int(groups.max()) + 1)[groups]
+    return apart**2 * sizes / (sizes - 1).clamp(min=1)
+
+
+def advantages(rewards: Tensor, groups: Tensor, *, scale: bool) -> Tensor:
+    """Rewards minus their group's mean `[B]`; scaled, divided by the group's standard deviation, as TRL does it."""
+    apart = rewards - group_means(rewards, groups)
+    if not scale:
+        return apart
+    sizes = per_example(torch.ones_like(apart), groups, int(groups.max()) + 1)[groups]
+    variance = group_means(apart**2, groups) * sizes / (sizes - 1).clamp(min=1)
+    return apart / (variance.sqrt() + LEAST_SPREAD)
+
+
+def reverse_kl(gains: Tensor) -> Tensor:
+    """An estimate of KL(P_θ‖P_M) of each token `[N]`, never below 0, from samples of P_θ: e^−g − 1 + g, Schulman's k3.
+
+    Args:
+        gains: log P_θ(y_t) − log P_M(y_t) `[N]`, through which the gradient flows.
+    """
+    return torch.expm1(-gains) + gains
+
+
+def soft_q(gains: Tensor, values: Tensor, following: Tensor, ends: Tensor) -> Tensor:
+    """Squared soft Bellman residuals in nats² `[N]`, of the tokens of some answers that stand end to end.
+
+    With Q(s, v) = β(log-weight of v that is decoded) and V(s) = β log Σ_v p̃(v) e^{Q(s,v)/β}, the residual of a step is
+    Q(s, v)/β − V(sv)/β = g + V(s)/β − V(sv)/β, where g = log P_θ(v|s) − log P_M(v|s); at an answer's end V(sv) is its reward.
+
+    Args:
+        gains: g of each token `[N]`.
+        values: V/β before each token `[N]`.
+        following: V/β behind each token `[N]`, a constant: of a target copy; what it says at ends is not looked at.
+        ends: r/β at the last token of each answer, NaN elsewhere `[N]`.
+    """
+    wanted = torch.where(ends.isnan(), following, ends)
+    return (gains + values - wanted) ** 2
+
+
+def pick_beta(gains: Tensor, rewards: Tensor, groups: Tensor, budget: float) -> float:
+    """The β at which KL(target‖P_M), averaged over prompts, is the budget in nats an answer; from samples of any P_θ.
+
+    Of a prompt's samples y_i the target has the weights w_i ∝ e^{r_i/β − g_i}, and its divergence is estimated as
+    Σ w_i r_i/β − log mean_i e^{r_i/β − g_i}. It falls as β rises. No more than log n can be seen with n samples far from the
+    target; near it, the estimate is exact.
+
+    Args:
+        gains: log P_θ(y) − log P_M(y) `[B]`, P_θ being what the samples were drawn from.
+        rewards: `[B]`.
+        groups: `[B]`.
+        budget: above 0.
+
+    Returns:
+        β; +inf where no reward differs within a group, so that any β has the proposal for its target.
+    """
+    gains, rewards = gains.double(), rewards.double()
+    spread = float((rewards - group_means(rewards, groups)).abs().max()) if len(rewards) else 0.0
+    if spread == 0:
+        return math.inf
+    parts = [(gains[groups == g], rewards[groups == g]) for g in range(int(groups.max()) + 1)]
+
+    def divergence(beta: float) -> float:
+        total = 0.0
+        for some, r in parts:
+            logw = r / beta - some
+            log_z = logw.logsumexp(0) - math.log(len(r))
+            total += float((logw.softmax(0) * r / beta).sum() - log_z)
+        return total / len(parts)
+
+    low, high = math.log(spread / WIDEST), math.log(spread * WIDEST)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if divergence(math.exp(middle)) > budget else (low, middle)
+    return math.exp(high)

@@ -1,0 +1,45 @@
+"""`tb`: trajectory balance, which makes what is decoded the sequence-level target P_M·e^{r/β}, from samples of any policy."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from trimtab.core.rewards import trajectory_balance
+from trimtab.options import option
+from trimtab.train.objectives.base import OBJECTIVES
+from trimtab.train.objectives.rewarded import Rewarded
+from trimtab.train.objectives.seen import Batch
+
+__all__ = ["TrajectoryBalance"]
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True)
+class TrajectoryBalance(Rewarded):
+    """The variance of log P_θ(y|x) − log P_M(y|x) − r(x, y)/β over a prompt's samples, in nats²."""
+
+    name: ClassVar[str] = "tb"
+    budgeted: ClassVar[bool] = True
+
+    beta: float | None = option(
+        None,
+        "what a nat of KL(aligned‖proposal), summed over an answer, costs in units of reward (required without --max_kl, which"
+        " settles it)",
+        above=0,
+    )
+    tempered_share: float = option(
+        2 / 3, "share of the prompts whose samples are drawn at another temperature than 1", low=0, high=1
+    )
+    lowest_temperature: float = option(0.5, "of those, drawn evenly between this and the next", low=0.01, high=100)
+    highest_temperature: float = option(2.0, "the other end", low=0.01, high=100)
+    replay_share: float = option(
+        0.25, "share of a prompt's samples that are earlier ones, as far as there are any, better ones first", low=0, high=1
+    )
+    beta_start: float = option(
+        1.25, "times --beta is where the reward's temperature starts; it falls to --beta in the first half of the run", low=1
+    )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a sample, its part of its group's variance."""
+        return trajectory_balance(self.gain(batch), batch.rewards, batch.beta, batch.groups)

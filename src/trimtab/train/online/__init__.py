@@ -1,0 +1,1 @@
+"""Training from rewards: rounds of sampling what is decoded, scoring it, and an update."""

@@ -1,0 +1,22 @@
+"""What training from rewards can be told, beside the options of its objective."""
+
+from dataclasses import dataclass
+
+from trimtab.options import option
+
+__all__ = ["OnlineOptions"]
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How samples are drawn while an aligner trains."""
+
+    reward: tuple[str, ...] = option((), "what scores answers", metavar="R")
+    max_tokens: int | None = option(None, "most tokens of an answer that is drawn for rewards [default: 256]", low=1)
+    num_generations: int | None = option(
+        None, "answers to a prompt that are compared with each other in an update of rewards [default: 8]", low=2
+    )
+    dev_prompts: int | None = option(
+        None, "development prompts that a look draws --num_generations answers to, for rewards [default: 32]", low=1
+    )
+    max_num_seqs: int | None = option(None, "most answers drawn at once for rewards [default: 32]", low=1)

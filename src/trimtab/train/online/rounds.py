@@ -1,0 +1,209 @@
+"""Rounds of samples: which prompts, how they are drawn, what they are worth; and the files that they are kept in.
+
+A round is written whole before it is learnt from, so a run that was killed reads it again and scores nothing twice. The files
+are the replay buffer, too, and they read as data: a prompt, a completion and a score in each line.
+"""
+
+import json
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trimtab.data.records import Record
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.request import Completion, SamplingParams
+from trimtab.errors import ModelError
+from trimtab.files import atomic_write
+from trimtab.judges.rewards.base import Reward, checked_scores
+
+__all__ = ["Prompt", "Rounds", "Sample", "Schedule"]
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "rounds"
+"""Where the files are, in the output folder."""
+
+
+class Prompt(NamedTuple):
+    """What answers are drawn to."""
+
+    record: Record
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer that was drawn.
+
+    Attributes:
+        group: which of the round's groups it was drawn for.
+        place: of its prompt in the data.
+        tokens: its ids.
+        completion: its text.
+        finish_reason: `"stop"`, or `"length"` where the limit cut it.
+        temperature: of the policy that drew it.
+        score: its reward; None where it has none.
+        gain: log P_θ(y) − log P_M(y) of the policy at temperature 1, where it was asked for.
+    """
+
+    group: int
+    place: int
+    tokens: list[int]
+    completion: str
+    finish_reason: str
+    temperature: float
+    score: float | None
+    gain: float | None = None
+
+
+class Schedule(NamedTuple):
+    """How the rounds of a run are drawn."""
+
+    prompts: int
+    """In a round."""
+    generations: int
+    """Answers to a prompt, earlier ones included."""
+    max_tokens: int
+    seed: int
+    tempered_share: float = 0.0
+    lowest_temperature: float = 1.0
+    highest_temperature: float = 1.0
+    replay_share: float = 0.0
+
+
+class Rounds:
+    """The rounds of a run.
+
+    Args:
+        folder: the run's output folder.
+        prompts: to train on.
+        development: for looks.
+        schedule: how they are drawn.
+        reward: what scores them; loaded.
+    """
+
+    def __init__(
+        self, folder: Path, prompts: Sequence[Prompt], development: Sequence[Prompt], schedule: Schedule, reward: Reward
+    ) -> None:
+        self._folder = folder / FOLDER
+        self._prompts, self._development, self._schedule, self._reward = prompts, development, schedule, reward
+        self._buffer: dict[int, dict[tuple[int, ...], Sample]] = defaultdict(dict)
+        self._known = 0
+        """How many rounds the buffer has."""
+
+    def read(self, number: int) -> list[Sample] | None:
+        """What was drawn for a round; None if it was not."""
+        return _read(self._path(number))
+
+    def draw(self, number: int, policy: AlignedModel, *, gains: bool) -> list[Sample]:
+        """Draw a round, score and write it.
+
+        Raises:
+            ModelError: a reward fails, or the model breaks down; the same run goes on from here.
+        """
+        schedule, places = self._schedule, self._places(number)
+        chance = random.Random(f"{schedule.seed} temperatures {number}")
+        asked: list[tuple[int, SamplingParams]] = []
+        for slot, place in enumerate(places):
+            temperature = 1.0
+            if chance.random() < schedule.tempered_share:
+                temperature = chance.uniform(schedule.lowest_temperature, schedule.highest_temperature)
+            fresh = schedule.generations - len(self._earlier(number, place))
+            seed = _seed(schedule.seed, number, slot)
+            params = SamplingParams(n=fresh, max_tokens=schedule.max_tokens, temperature=temperature, seed=seed, logprobs=gains)
+            asked.append((place, params))
+        samples = self._score(self._prompts, asked, policy)
+        _write(self._path(number), samples, self._prompts)
+        return samples
+
+    def look(self, name: str, policy: AlignedModel) -> list[Sample]:
+        """Samples of the development prompts at temperature 1, with the same random numbers every time; kept in a file."""
+        path = self._folder / f"look-{name}.jsonl"
+        if (found := _read(path)) is None:
+            like = SamplingParams(max_tokens=self._schedule.max_tokens, temperature=1.0, n=self._schedule.generations)
+            places = range(len(self._development))
+            asked = [(place, replace(like, seed=_seed(self._schedule.seed, -1, place))) for place in places]
+            found = self._score(self._development, asked, policy)
+            _write(path, found, self._development)
+        return found
+
+    def groups(self, number: int, fresh: Sequence[Sample]) -> list[list[Sample]]:
+        """The round's samples by prompt, with earlier ones."""
+        found = [self._earlier(number, place) for place in self._places(number)]
+        for sample in fresh:
+            found[sample.group].append(sample)
+        return found
+
+    def _places(self, number: int) -> list[int]:
+        """The prompts of a round: one pass over all of them after another, each in an order of its own."""
+        count, size = len(self._prompts), self._schedule.prompts
+        return [self._order((number * size + i) // count)[(number * size + i) % count] for i in range(size)]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._schedule.seed} order {epoch}").shuffle(order)
+        return order
+
+    def _earlier(self, number: int, place: int) -> list[Sample]:
+        """Answers to a prompt from rounds before this one: a draw from the better half of the distinct ones."""
+        most = round(self._schedule.replay_share * self._schedule.generations)
+        if not most:
+            return []
+        while self._known < number:
+            for sample in self.read(self._known) or []:
+                if sample.score is not None:
+                    self._buffer[sample.place].setdefault(tuple(sample.tokens), sample)
+            self._known += 1
+        ranked = sorted(self._buffer[place].values(), key=lambda sample: -(sample.score or 0.0))
+        better = ranked[: max(most, -(-len(ranked) // 2))]
+        most = min(most, len(better), self._schedule.generations - 1)
+        return random.Random(f"{self._schedule.seed} replay {number} {place}").sample(better, most)
+
+    def _score(
+        self, prompts: Sequence[Prompt], asked: Sequence[tuple[int, SamplingParams]], policy: AlignedModel
+    ) -> list[Sample]:
+        drawn = policy.generate([list(prompts[place].ids) for place, _ in asked], [params for _, params in asked])
+        owners = [(group, place, params) for group, (place, params) in enumerate(asked) for _ in range(params.n)]
+        if broken := next((one.error for one in drawn if one.error is not None), None):
+            raise ModelError(f"what is trained cannot be sampled from any more: {broken}; lower the learning_rate")
+        records = [prompts[place].record for _, place, _ in owners]
+        texts = [completion.text for completion in drawn]
+        given = self._reward.score([record.prompt for record in records], texts, [record.columns for record in records])
+        scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
+        return [
+            Sample(group, place, list(one.tokens), one.text, one.finish_reason, params.temperature, score, _gain(one))
+            for (group, place, params), one, score in zip(owners, drawn, scores, strict=True)
+        ]
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"round-{number:06d}.jsonl"
+
+
+def _gain(completion: Completion) -> float | None:
+    """What the aligned model gives it more than the proposal, where that was asked for."""
+    if completion.logprobs is None:
+        return None
+    return sum(completion.logprobs.aligned) - sum(completion.logprobs.proposal)
+
+
+def _seed(*parts: int) -> int:
+    return random.Random(" ".join(map(str, parts))).getrandbits(62)
+
+
+def _write(path: Path, samples: Iterable[Sample], prompts: Sequence[Prompt]) -> None:
+    with atomic_write(path) as stream:
+        for sample in samples:
+            row: Mapping[str, Any] = {"prompt": prompts[sample.place].record.prompt, **asdict(sample)}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> list[Sample] | None:
+    if not path.exists():
+        return None
+    with open(path, encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    return [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]

@@ -1,0 +1,169 @@
+"""One training run from rewards, from options to a finished aligner: rounds of sampling, scoring and an update.
+
+It goes on after a kill at any point: rounds are in files (`trimtab.train.online.rounds`), and weights in the trainer's
+checkpoints. What it begins and ends with is as in `trimtab.train.run`.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from trimtab.data.encoding import Encoder
+from trimtab.errors import InvalidOption
+from trimtab.files import finite, json_digest, read_json
+from trimtab.judges.asked import AskedRecords
+from trimtab.judges.rewards.base import Reward, check_loaded
+from trimtab.judges.rewards.kinds import make_reward
+from trimtab.models.aligner import Aligner
+from trimtab.models.masks import context_of
+from trimtab.models.vocabulary import check_same_vocabulary, vocabulary_size
+from trimtab.train.folder import is_finished, last_checkpoint, open_run
+from trimtab.train.head import HeadStart
+from trimtab.train.inputs import open_proposal, open_tokenizer, run_date
+from trimtab.train.online.betas import Betas
+from trimtab.train.online.data import read_prompts
+from trimtab.train.online.figures import figures_of
+from trimtab.train.online.policy import Policies, split_proposal
+from trimtab.train.online.rounds import Prompt, Rounds, Schedule
+from trimtab.train.online.trainer import OnlineTrainer
+from trimtab.train.options import TrainOptions
+from trimtab.train.plan import Facts, Plan, resolve
+from trimtab.train.progress import CompactProgress
+from trimtab.train.ranks import Ranks
+from trimtab.train.record import describe_run, make_manifest, save_trained
+from trimtab.train.start import load_start, prepare_model
+from trimtab.train.trainer import fit
+
+__all__ = ["run_online"]
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS, GENERATIONS, DEVELOPMENT, TOGETHER = 256, 8, 32, 32
+"""Defaults."""
+
+
+def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
+    """Train by rewards; the folder is this process's own.
+
+    Returns:
+        What `training.json` holds: `objective`, `weight`, `proposal` and `metrics`, figures of the proposal and of the aligner
+        on the development prompts; `rounds`, `beta` at the end, `learning_rate`, `history`, `seconds`.
+    """
+    started, plan = time.monotonic(), resolve(asked, facts)
+    if ranks.count > 1:
+        raise InvalidOption(f"objective: '{plan.objective.name}' samples in one process: start it without a launcher")
+    reward = _make_reward(plan)
+    tokenizer = open_tokenizer(plan, asked.proposal)
+    found = facts.aligner
+    if found is not None:
+        check_same_vocabulary(tokenizer, found.tokenizer, plan.asked.aligner)
+    asked = dataclasses.replace(asked, date=run_date(plan, tokenizer))
+    plan = resolve(asked, facts)
+    start = None if found is None or plan.trains_head else load_start(plan, found)
+    proposal = open_proposal(plan, tokenizer)
+    context = min(context_of(start.model.config) if start else proposal.context, proposal.context)
+    encoder = Encoder(tokenizer, vocabulary_size(tokenizer), proposal.eos_token_ids, asked.date)
+    max_tokens = plan.asked.max_tokens or MAX_TOKENS
+    room = min(plan.asked.max_length, context) - max_tokens
+    if room < 1:
+        raise InvalidOption(f"max_tokens {max_tokens} leaves no room for a prompt within max_length: lower it")
+    training, development = read_prompts(plan, encoder, room, columns=reward.reads_columns)
+    development = development[: plan.asked.dev_prompts or DEVELOPMENT]
+    _load(reward, [*training, *development], asked.date)
+    split = split_proposal(proposal, plan.asked.device)
+    head = None if start else HeadStart.of(plan, split.trained_on, found)
+    kind = None if head is None else head.head
+    schedule = _schedule(plan, arguments, len(training), max_tokens)
+    run = describe_run(plan, arguments, _digest([*training, *development]))
+    run |= {"reward": reward.label(), "proposal_weights": proposal.rows.fingerprint}
+    if began := start or (head and head.earlier):
+        run["aligner_weights"] = began.files.fingerprint
+    open_run(output, run, plan.asked.overwrite_output_dir)
+    if is_finished(output):
+        logger.info("%s is already trained with these settings", output)
+        return dict(read_json(output / "training.json"))
+    policies = Policies(plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date)
+    rounds = Rounds(output, training, development, schedule, reward)
+    betas = Betas(
+        getattr(plan.objective, "beta", None),
+        getattr(plan.objective, "beta_start", 1.0),
+        arguments.max_steps,
+        plan.asked.max_kl,
+    )
+    before = figures_of(rounds.look("proposal", policies.bare), 0.0, 0.0, None)
+    logger.info("the proposal's answers to the development prompts: reward %.4g", before["reward"])
+    model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
+    trainer = OnlineTrainer(
+        plan,
+        vocabulary_size(tokenizer),
+        proposal=split.frozen,
+        policies=policies,
+        rounds=rounds,
+        prompts=training,
+        development=development,
+        betas=betas,
+        model=model,
+        args=arguments,
+        eval_dataset=development,
+    )
+    CompactProgress.install(trainer, plan.objective.name)
+    fit(trainer, last_checkpoint(output))
+    report: dict[str, Any] = {
+        "objective": {"name": plan.objective.name, **dataclasses.asdict(plan.objective)},
+        "weight": plan.weight,
+        "learning_rate": arguments.learning_rate,
+        "rounds": arguments.max_steps,
+        "best_round": trainer.best_step,
+        "proposal": {name: before[name] for name in ("reward", "length", "ended", "distinct", "scored")},
+        "metrics": trainer.evaluate(),
+        "history": trainer.state.log_history,
+        "seconds": time.monotonic() - started,
+    }
+    manifest = make_manifest(plan, tokenizer, plan.weight, kind)
+    report = dict(finite(report))
+    save_trained(trainer, Aligner(None, tokenizer, manifest, str(output)), report, output, ranks, head)
+    return report
+
+
+def _make_reward(plan: Plan) -> Reward:
+    """What scores, checked but not loaded."""
+    try:
+        reward = make_reward(plan.asked.reward[0], {"dtype": "auto", "device": plan.asked.device})
+    except InvalidOption as error:
+        raise InvalidOption(f"--reward: {error}") from error
+    return reward
+
+
+def _load(reward: Reward, prompts: Sequence[Prompt], date: str | None) -> None:
+    asked = AskedRecords([prompt.record for prompt in prompts])
+    reward.check(asked)
+    reward.load(asked, date or "")
+    check_loaded(reward)
+
+
+def _schedule(plan: Plan, arguments: TrainingArguments, prompts: int, max_tokens: int) -> Schedule:
+    """How rounds are drawn; `max_steps` becomes the number of rounds."""
+    generations = plan.asked.num_generations or GENERATIONS
+    batch = arguments.per_device_train_batch_size
+    if batch % generations:
+        raise InvalidOption(
+            f"per_device_train_batch_size must be a multiple of num_generations, {generations}, for a prompt's answers are"
+            f" learnt from together; it is {batch}"
+        )
+    in_round = batch // generations * arguments.gradient_accumulation_steps
+    if arguments.max_steps < 1:
+        arguments.max_steps = max(1, -(-int(arguments.num_train_epochs * prompts) // in_round))
+    arguments.ignore_data_skip = True  # rounds know which is next
+    names = ("tempered_share", "lowest_temperature", "highest_temperature", "replay_share")
+    own = {name: value for name in names if (value := getattr(plan.objective, name, None)) is not None}
+    return Schedule(in_round, generations, max_tokens, arguments.seed, **own)
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """What tells the prompts and what a reward may read of them from others."""
+    return json_digest([list(prompt.ids), repr(sorted(prompt.record.columns.items()))] for prompt in prompts)
