@@ -47,7 +47,7 @@ def test_a_judge_gives_an_opinion_of_each_pair(judgements, message):
     ("scores", "message"),
     [
         (["a", "b"], "gave 'a' for completions\\[0\\]: a score is a finite number, or None"),
-        ([1.0], "must give a list of 2 scores, one for each completion, not 1 scores"),
+        ([1.0], "must give a list of 2 scores, one for each completion, not 1 score"),
         ([1.0, float("inf")], "gave inf for completions"),
         (None, "must give a list of 2 scores, one for each completion, not None"),
     ],

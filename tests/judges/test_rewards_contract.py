@@ -162,17 +162,69 @@ def test_numbers_of_other_libraries_are_numbers():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fails", "raised KeyError: 'answer'"),
-        ("short", "must give a list of 3 scores, one for each completion, not 2 scores"),
-        ("nan", r"gave nan for completions\[0\]: a score is a finite number, or None"),
-        ("words", r"gave 'good' for completions\[0\]"),
+        ("fails", "raised KeyError: 'answer' (line 33 of rewards.py)"),
+        ("short", "must give a list of 1 score, one for each completion, not 0 scores"),
+        ("nan", "gave nan, but a score is a finite number, or None"),
+        ("words", "gave 'good', but a score is a finite number, or None"),
     ],
 )
-def test_a_function_that_fails_or_gives_no_scores_is_named(name, message, places):
+def test_a_function_that_fails_or_gives_no_scores_is_named_with_what_it_was_asked(name, message, places):
     reward = ready(f"{places['functions']}:{name}")
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError) as caught:
         reward.score(PROMPTS, ANSWERS, COLUMNS)
-    assert f"{places['functions']}:{name}" in str(caught.value)
+    assert str(caught.value) == f"{places['functions']}:{name}, for the completion 'xyz' of the prompt 'pa' (d:0): {message}"
+
+
+def raises_for_ab(completions):
+    if "ab" in completions:
+        raise KeyError("ab")
+    return [float(len(completion)) for completion in completions]
+
+
+def test_which_completion_a_function_raises_for_is_found_by_asking_for_each_alone():
+    with pytest.raises(ModelError, match="for the completion 'ab' of the prompt 'pb': raised KeyError: 'ab'") as caught:
+        scored(raises_for_ab, PROMPTS, ANSWERS)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_where_a_function_fails_for_several_and_for_none_alone_that_is_said():
+    def crowded(completions):
+        if len(completions) > 1:
+            raise ValueError("too many")
+        return [1.0]
+
+    message = r"for 3 completions together: raised ValueError: too many \(.*\); for each of them alone it did not fail"
+    with pytest.raises(ModelError, match=message):
+        scored(crowded, PROMPTS, ANSWERS)
+    reward = FunctionReward(crowded, fingerprint="f", on_error="none")
+    assert reward.score(PROMPTS, ANSWERS, [{}] * 3) == [1.0, 1.0, 1.0]
+    assert reward.failures.count == 1
+
+
+def test_a_completion_that_a_function_fails_for_may_have_no_score_and_is_counted():
+    reward = FunctionReward(raises_for_ab, fingerprint="f", on_error="none")
+    assert reward.score(PROMPTS, ANSWERS, [{}] * 3) == [3.0, None, 2.0]
+    assert reward.score(PROMPTS, ANSWERS, [{}] * 3) == [3.0, None, 2.0]
+    assert reward.failures.count == 2
+    assert "for the completion 'ab' of the prompt 'pb': raised KeyError: 'ab'" in reward.failures.first
+    reward = FunctionReward(lambda completions: [1.0, float("inf"), 10**400], fingerprint="f", on_error="none")
+    assert reward.score(PROMPTS, ANSWERS, [{}] * 3) == [1.0, None, None]
+    with pytest.raises(InvalidOption, match="on_error must be one of stop, none, not 'skip'"):
+        FunctionReward(raises_for_ab, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("p" * 90, "'" + "p" * 80 + "'…"),
+        ([{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], "'hi'"),
+        ({"messages": [{"role": "assistant", "content": "ho"}], "tools": []}, "'ho'"),
+    ],
+)
+def test_messages_have_the_beginning_of_what_was_asked_last(prompt, said):
+    with pytest.raises(ModelError) as caught:
+        scored(lambda completions: 1 / 0, [prompt], ["x" * 81])
+    assert f"for the completion '{'x' * 80}'… of the prompt {said}: raised ZeroDivisionError" in str(caught.value)
 
 
 def test_the_fingerprint_of_a_function_is_its_file_and_its_name(tmp_path):

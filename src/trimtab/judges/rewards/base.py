@@ -9,19 +9,36 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from trimtab.errors import InvalidOption, ModelError
 from trimtab.judges.base import Asked
 
-__all__ = ["Reward", "RewardFunction", "RewardKind", "check_loaded", "checked_scores"]
+__all__ = ["Failures", "Reward", "RewardFunction", "RewardKind", "as_score", "as_values", "check_loaded", "checked_scores"]
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's `f(prompts, completions, **columns) -> list[float]`, see `trimtab.judges.rewards.function`."""
 
 
+@dataclass(frozen=True)
+class Failures:
+    """What went wrong with completions where that is not to end the run.
+
+    Attributes:
+        count: how often something did.
+        first: what it was the first time.
+    """
+
+    count: int = 0
+    first: str = ""
+
+    def plus(self, other: "Failures") -> "Failures":
+        """These, and then others."""
+        return Failures(self.count + other.count, self.first or other.first)
+
+
 class Reward(ABC):
-    """Scores answers. A run calls `check`, `load`, then `score`; what a reward needs none of it leaves as it is.
+    """Scores answers. A run calls `check`, `load`, `score`, and `close`; what a reward needs none of it leaves as it is.
 
     Attributes:
         name: what results, reports and files call it.
@@ -31,6 +48,7 @@ class Reward(ABC):
         reads_columns: whether it looks at the data's other columns.
         tokenizer: the tokenizer whose chat template it uses, once it is loaded; None without one.
         date: what its chat template writes as today's date, once it is loaded; None if it writes none.
+        failures: what has gone wrong with completions so far, which were given no score for it.
     """
 
     name: str
@@ -39,6 +57,7 @@ class Reward(ABC):
     reads_columns: bool = False
     tokenizer: Any = None
     date: str | None = None
+    failures: Failures = Failures()
 
     def check(self, asked: Asked) -> None:  # noqa: B027 - not every reward has to
         """Refuse prompts that it could not score answers to, before anything is loaded.
@@ -85,6 +104,15 @@ class Reward(ABC):
         """What it is, for the record, as JSON has it."""
         return {"fingerprint": self.fingerprint}
 
+    def close(self) -> None:  # noqa: B027 - not every reward has to
+        """Let go of what it holds, such as processes; it may be called again, and `score` after it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
 
 @dataclass(frozen=True)
 class RewardKind:
@@ -117,21 +145,55 @@ def check_loaded(reward: Reward) -> None:
             )
 
 
+def as_values(given: Any, count: int) -> Sequence[Any]:
+    """What a reward gives, as so many values.
+
+    Raises:
+        ValueError: it is no list of them; says so in words that follow what the reward is called.
+    """
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != count:
+        what = _counted(len(given)) if isinstance(given, (list, tuple)) else repr(given)[:80]
+        raise ValueError(f"must give a list of {_counted(count)}, one for each completion, not {what}")
+    return given
+
+
+def as_score(value: Any) -> float | None:
+    """A value as a plain number, or None for no score.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        number = value.item() if hasattr(value, "item") else value
+        if number is None:
+            return None
+        if isinstance(number, numbers.Real) and math.isfinite(number):
+            return float(number)
+    except (ValueError, RuntimeError, OverflowError):  # a tensor of several numbers, or an integer that no float holds
+        pass
+    raise ValueError("a score is a finite number, or None")
+
+
 def checked_scores(called: str, given: Any, count: int) -> list[float | None]:
     """The scores that a reward gives, as plain numbers.
 
     Raises:
         ModelError: they are not one finite number, or None, for each completion.
     """
-    if hasattr(given, "tolist"):
-        given = given.tolist()
-    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != count:
-        what = f"{len(given)} scores" if isinstance(given, (list, tuple)) else repr(given)[:80]
-        raise ModelError(f"{called} must give a list of {count} scores, one for each completion, not {what}")
+    try:
+        values = as_values(given, count)
+    except ValueError as error:
+        raise ModelError(f"{called} {error}") from None
     scores: list[float | None] = []
-    for i, value in enumerate(given):
-        number = value.item() if hasattr(value, "item") else value
-        if number is not None and (not isinstance(number, numbers.Real) or not math.isfinite(number)):
-            raise ModelError(f"{called} gave {value!r} for completions[{i}]: a score is a finite number, or None")
-        scores.append(None if number is None else float(number))
+    for i, value in enumerate(values):
+        try:
+            scores.append(as_score(value))
+        except ValueError as error:
+            raise ModelError(f"{called} gave {repr(value)[:80]} for completions[{i}]: {error}") from None
     return scores
+
+
+def _counted(count: int) -> str:
+    return f"{count} score{'s' * (count != 1)}"

@@ -5,31 +5,39 @@ that are chats lists of messages, a completion being the assistant's one. The da
 of that length. A function gives a number for each, or None for no score; it may be async. Not given is what only a trainer has:
 `completion_ids`, `trainer_state`, `log_extra`, `log_metric` and `environments`; a function that cannot be without is refused.
 What a function does not take by name, and has no `**kwargs` for, is not given to it either, where TRL would fail.
+
+A function is called with all completions at once. Where that fails, it is called with each by itself, to say which one it was.
 """
 
-import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from trimtab.data.prompts import is_chat
 from trimtab.errors import InvalidOption, ModelError
-from trimtab.files import expand_home
 from trimtab.judges.base import Asked
-from trimtab.judges.rewards.base import Reward, RewardFunction, RewardKind, checked_scores
+from trimtab.judges.rewards.base import Failures, Reward, RewardFunction, RewardKind
+from trimtab.judges.rewards.calling import (
+    Arguments,
+    Failed,
+    Replies,
+    ask,
+    ask_alone,
+    make_arguments,
+    only,
+    read_value,
+    show,
+)
+from trimtab.judges.rewards.importing import digest, find_function
 
-__all__ = ["FUNCTION", "FunctionReward"]
+__all__ = ["FUNCTION", "ON_ERROR", "FunctionReward"]
 
 GIVEN = ("prompts", "completions")
 OF_TRAINERS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+ON_ERROR = ("stop", "none")
+"""What becomes of a completion that a function fails for: it ends the run, or has no score."""
 
 
 class FunctionReward(Reward):
@@ -40,20 +48,28 @@ class FunctionReward(Reward):
         name: what reports call it. Default: the function's name.
         fingerprint: what tells it from other functions. Default: a digest of its source file and its name; what the file
             imports, and what the function holds, are not seen.
+        on_error: what comes of a completion that it fails for, by raising or by giving what is no score: `"stop"` raises a
+            `ModelError`, `"none"` counts it in `failures` and gives it no score.
 
     Raises:
-        InvalidOption: it cannot be called without what only a trainer has, or its source cannot be read.
+        InvalidOption: it cannot be called without what only a trainer has, its source cannot be read, or `on_error` is
+            neither.
     """
 
-    def __init__(self, function: RewardFunction, name: str | None = None, fingerprint: str | None = None) -> None:
-        self._function = function
+    def __init__(
+        self, function: RewardFunction, name: str | None = None, fingerprint: str | None = None, *, on_error: str = "stop"
+    ) -> None:
+        if on_error not in ON_ERROR:
+            raise InvalidOption(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}")
+        self._function, self._on_error = function, on_error
         own = str(getattr(function, "__name__", type(function).__name__))
         self.name = name or own
-        self.fingerprint = fingerprint or _digest(_source(function), own)
+        self.fingerprint = fingerprint or digest(_source(function), own)
         self._needs, self._takes = _parameters(function)
         if trainers := [name for name in self._needs if name in OF_TRAINERS]:
             raise InvalidOption(f"the reward function {own} needs '{trainers[0]}', which only a trainer has")
         self._names: dict[str, None] = {}
+        self._seen: list[Asked] = []
         self.reads_columns = self._takes is None or bool(self._takes - {*GIVEN, *OF_TRAINERS})
 
     def check(self, asked: Asked) -> None:
@@ -65,6 +81,7 @@ class FunctionReward(Reward):
                 f" have: {', '.join(names) or 'none'}"
             )
         self._names |= names
+        self._seen.append(asked)
 
     def score(
         self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]]
@@ -72,52 +89,65 @@ class FunctionReward(Reward):
         """What the function gives, checked.
 
         Raises:
-            ModelError: it fails, or does not give a finite number or None for each.
+            ModelError: it fails, or does not give a finite number or None for each; names the prompt and the completion.
         """
+        scores: list[float | None] = [None] * len(prompts)
         if not prompts:
-            return []
-        asked: dict[str, Any] = {
-            "prompts": [_messages(prompt) for prompt in prompts],
-            "completions": [
-                [{"role": "assistant", "content": answer}] if is_chat(prompt) else answer
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ],
-        }
-        if self.reads_columns:
-            names = self._names | dict.fromkeys(name for row in columns for name in row)
-            asked = {name: [row.get(name) for row in columns] for name in names} | asked
-        if self._takes is not None:
-            asked = {name: value for name, value in asked.items() if name in self._takes}
-        try:
-            given = self._function(**asked)
-            if inspect.isawaitable(given):
-                given = _awaited(given)
-        except Exception as error:  # whatever somebody's function raises
-            raise ModelError(f"{self._called} raised {type(error).__name__}: {error}") from error
-        return checked_scores(self._called, given, len(prompts))
+            return scores
+        arguments = self._arguments(prompts, answers, columns)
+        with closing(self._replies(arguments, len(prompts))) as replies:
+            for i, reply in replies:
+                if isinstance(reply, Failed):
+                    self._fail(reply, f"{self._called}, for {self._show(prompts[i], answers[i])}: {reply}")
+                else:
+                    scores[i] = reply
+        return scores
 
     def describe(self) -> dict[str, Any]:
         """What it is, for the record."""
         return {"function": self.name, "fingerprint": self.fingerprint}
 
+    def _replies(self, arguments: Arguments, count: int) -> Replies:
+        """The score of each completion by its place, in any order."""
+        try:
+            values = ask(self._function, arguments, count)
+        except Failed as failed:
+            yield from self._each_alone(arguments, count, failed)
+        else:
+            for i, value in enumerate(values):
+                yield i, read_value(value)
+
+    def _each_alone(self, arguments: Arguments, count: int, together: Failed) -> Replies:
+        """The same after a call of all of them has failed: which one it fails for."""
+        if count == 1:
+            yield 0, together
+            return
+        found = False
+        for i in range(count):
+            reply = ask_alone(self._function, only(arguments, i))
+            found = found or isinstance(reply, Failed)
+            yield i, reply
+        if not found:
+            message = f"{self._called}, for {count} completions together: {together}; for each of them alone it did not fail"
+            self._fail(together, message)
+
+    def _arguments(self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]]) -> Arguments:
+        names = self._names | dict.fromkeys(name for row in columns for name in row) if self.reads_columns else {}
+        return make_arguments(prompts, answers, {name: [row.get(name) for row in columns] for name in names}, self._takes)
+
+    def _fail(self, failed: Failed, message: str) -> None:
+        """Do with what went wrong as the user said."""
+        if self._on_error == "stop":
+            raise ModelError(message) from failed.__cause__
+        self.failures = self.failures.plus(Failures(1, message))
+
+    def _show(self, prompt: Any, answer: str) -> str:
+        places = ((seen.sources[i], p) for seen in self._seen for i, p in enumerate(seen.prompts))
+        return show(prompt, answer, next((source for source, known in places if known == prompt), None))
+
     @property
     def _called(self) -> str:
         return self.called or f"the reward function {self.name}"
-
-
-def _messages(prompt: Any) -> Any:
-    """A prompt as TRL has it: tools and the like are columns."""
-    return prompt["messages"] if isinstance(prompt, Mapping) and "messages" in prompt else prompt
-
-
-def _awaited(given: Awaitable[Any]) -> Any:
-    """What comes of it, on a thread of its own: a notebook's thread has a loop that runs already."""
-
-    async def wait() -> Any:
-        return await given
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, wait()).result()
 
 
 def _parameters(function: RewardFunction) -> tuple[list[str], frozenset[str] | None]:
@@ -145,56 +175,8 @@ def _source(function: RewardFunction) -> bytes:
         ) from None
 
 
-def _digest(source: bytes, name: str) -> str:
-    return "sha256:" + hashlib.sha256(source + b"\0" + name.encode()).hexdigest()
-
-
 def _make(argument: str, options: Mapping[str, Any]) -> FunctionReward:
-    """`MODULE.py:FUNCTION` or `package.module:FUNCTION`."""
-    where, colon, name = argument.rpartition(":")
-    if not colon or not where or not name:
-        raise InvalidOption(f"'{argument}' is no function: give MODULE.py:FUNCTION or package.module:FUNCTION")
-    module = _from_file(where) if where.endswith(".py") else _by_name(where)
-    function = getattr(module, name, None)
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise InvalidOption(f"{where} has no function '{name}'; it has: {', '.join(there) or 'none'}")
-    file = getattr(module, "__file__", None)
-    fingerprint = _digest(Path(file).read_bytes(), name) if file is not None else None
-    return FunctionReward(function, f"{module.__name__.rpartition('.')[2]}.{name}", fingerprint)
-
-
-def _from_file(where: str) -> ModuleType:
-    path = expand_home(where)
-    if not path.is_file():
-        raise InvalidOption(f"there is no file '{where}' with a reward function")
-    name = f"trimtab_reward_{hashlib.sha256(bytes(path.absolute())).hexdigest()[:16]}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InvalidOption(f"'{where}' is no module of Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
-    with _importing(where, path.absolute().parent):
-        spec.loader.exec_module(module)
-    return module
-
-
-def _by_name(where: str) -> ModuleType:
-    with _importing(where, Path.cwd()):
-        return importlib.import_module(where)
-
-
-@contextmanager
-def _importing(where: str, folder: Path) -> Iterator[None]:
-    """Import with what lies beside at hand, as a script would; whatever is raised becomes an error of the option."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    except Exception as error:  # whatever somebody's module raises
-        raise InvalidOption(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        with suppress(ValueError):  # it may have changed the path itself
-            sys.path.remove(str(folder))
+    return FunctionReward(*find_function(argument))
 
 
 FUNCTION = RewardKind(
