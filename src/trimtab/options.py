@@ -1,10 +1,10 @@
 """Options as fields of dataclasses: a default, a help text, and what else there is to say of each.
 
 Metadata of a field: `help`, `choices`, `required`, `metavar`, `verbatim` (the value may look like a flag), `kept` (a
-configuration file may hold it for another run), and the range of a number, or of each one of several: `low` and `high` are in
-it, `above` and `below` are not; `below=math.inf` asks for a finite one. `check(name, value)` takes the place of the range where
-it stands, and raises. A method `idle` says which options have no effect beside the others, and why; a class says it of what it
-declares, or knows more of.
+configuration file may hold it for another run), `later` (there are runs from before it, which had its default), and the range
+of a number, or of each one of several: `low` and `high` are in it, `above` and `below` are not; `below=math.inf` asks for a
+finite one. `check(name, value)` takes the place of the range where it stands, and raises. A method `idle` says which options
+have no effect beside the others, and why; a class says it of what it declares, or knows more of.
 """
 
 import contextlib

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,13 @@ from trimtab.train.rows import CachedRows, TaughtRows
 from trimtab.train.run import run_training
 
 RULES = [("product", 1.0), ("product", 0.4), ("product", -0.5), ("geometric", 0.3), ("geometric", 1.0), ("mixture", 0.3)]
-KINDS = [*sorted(OBJECTIVES), "taught"]
+ON_EDITS = {f"{name} on edits": name for name in ("likelihood", "preference")}
+KINDS = [*sorted(OBJECTIVES), *ON_EDITS, "taught"]
 
 
-def objective_of(kind: str) -> type[Objective]:
+def objective_of(kind: str) -> Callable[[], Objective]:
+    if kind in ON_EDITS:
+        return partial(OBJECTIVES[ON_EDITS[kind]], contrast_on="edits")
     return Taught if kind == "taught" else OBJECTIVES[kind]
 
 
@@ -80,6 +85,7 @@ class Examples:
             found |= {f"{which}_ids": torch.zeros(2, 1), f"{which}_owner": one["owner"], f"{which}_tokens": one["tokens"]}
             whole = CachedRows.whole(one["logp"], one["tokens"])
             found |= {f"{which}_proposal_{name}": getattr(whole, name) for name in CachedRows._fields}
+            found[f"{which}_edited"] = one["tokens"] % 2 == 0
         return found
 
     def logits(self, which: str) -> Logits:
@@ -343,7 +349,7 @@ def test_an_option_with_the_name_of_another_one_is_no_flag_and_bars_only_its_obj
     bring(tmp_path, monkeypatch, "focal_objective", clashing, tomllib.loads(POINTS)["project"]["entry-points"])
     flags = objective_flags()
     assert "focal" not in "".join(flag.text for flag in flags.values())
-    assert {"alpha", "beta", "contrast", "sft_weight"} == flags.keys()
+    assert {"alpha", "beta", "contrast", "contrast_on", "edit_margin", "sft_weight"} == flags.keys()
     assert f"the option '{taken}' of 'focal' has the name of another one" in caplog.text
 
 

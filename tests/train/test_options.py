@@ -31,6 +31,16 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"beta": 0.1, "objective": "sft", "rule": "geometric"}, "beta is for --objective likelihood or preference, and 'sft'"),
         ({"beta": 0.1, "contrast": 0.0}, "beta: there is no contrast: leave it out"),
         ({"beta": 0.1, "rule": "geometric"}, "beta: there is no contrast: leave it out"),
+        ({"contrast_on": "edits", "contrast": 0.0}, "contrast_on: there is no contrast: leave it out"),
+        ({"contrast_on": "edits", "rule": "geometric"}, "contrast_on: there is no contrast: leave it out"),
+        (
+            {"contrast_on": "edits", "objective": "ram"},
+            "contrast_on is for --objective likelihood or preference, and 'ram' has none: leave it out",
+        ),
+        ({"contrast_on": "tokens"}, "contrast_on must be one of answers, edits, not 'tokens'"),
+        ({"edit_margin": 1}, "edit_margin: it widens edits: give --contrast_on edits, too, or leave it out"),
+        ({"edit_margin": 1, "objective": "preference"}, "edit_margin: it widens edits"),
+        ({"edit_margin": -1, "contrast_on": "edits"}, "edit_margin must be at least 0, not -1"),
         ({"contrast": -1.0}, "contrast must be at least 0, not -1.0"),
         (
             {"sft_weight": 1.0, "objective": "sft", "rule": "geometric"},
@@ -134,11 +144,13 @@ def test_a_residual_is_contrasted_on_pairs(caplog):
     assert [record.getMessage()[:38] for record in caplog.records] == ["1 of 8 records have no rejected answer"]
 
 
-def test_a_beta_without_a_contrast_is_refused_as_soon_as_the_data_are_known():
-    some = asked(**NAMES, beta=0.3)
+@pytest.mark.parametrize("option", [{"beta": 0.3}, {"contrast_on": "edits"}])
+def test_an_option_of_a_contrast_that_there_is_not_is_refused_as_soon_as_the_data_are_known(option):
+    some = asked(**NAMES, **option)
+    (name,) = option
     assert resolve(some).objective.contrast is None
-    assert resolve(some, Facts(records=8)).objective.beta == 0.3
-    with pytest.raises(InvalidOption, match="beta: records without a rejected answer have no contrast: leave it out"):
+    assert getattr(resolve(some, Facts(records=8)).objective, name) == option[name]
+    with pytest.raises(InvalidOption, match=f"{name}: records without a rejected answer have no contrast: leave it out"):
         resolve(some, Facts(records=8, lacking=1))
 
 

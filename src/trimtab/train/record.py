@@ -35,7 +35,7 @@ def describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[st
     described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
     asked = {name: value for name, value in plan.asked.objective_options.items() if value is not None}
     described |= OBJECTIVE_OPTIONS | {name: value for name, value in asked.items() if name in OBJECTIVE_OPTIONS}
-    own = dataclasses.asdict(plan.asked.asked_objective)
+    own = plan.asked.asked_objective.described()
     if others := {name: value for name, value in own.items() if name not in OBJECTIVE_OPTIONS}:
         described["objective_options"] = others
     described |= {"training": training_of_effect(plan.asked.training), "seed": arguments.seed, "data": data}

@@ -7,6 +7,7 @@ others are only held.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ class Rehearsal:
         head: HeadPlan | None = None,
     ) -> None:
         self._plan, self._arguments, self._vocab_size = plan, arguments, vocab_size
+        self._collate = partial(collate, edits=plan.objective.edits)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             dtype = head.dtype if head else torch.float32
@@ -108,7 +110,7 @@ class Rehearsal:
                 args=arguments,
                 train_dataset=_Counted(1),
                 eval_dataset=_Counted(1),
-                data_collator=collate,
+                data_collator=self._collate,
             )
             self.trainer.create_optimizer()
             self.trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
@@ -139,7 +141,7 @@ class Rehearsal:
 
         The first `kept` examples are what the proposal said itself.
         """
-        lengths = collate([Item(example, kept=i < kept) for i, example in enumerate(examples)])
+        lengths = self._collate([Item(example, kept=i < kept) for i, example in enumerate(examples)])
         with self._making(), Ledger((self._vocab_size, self._columns)) as ledger:
             batch = self._batch(lengths)
             held = ledger.live
@@ -173,7 +175,7 @@ class Rehearsal:
 
     def flops(self, examples: Sequence[Example], kept: int = 0) -> int:
         """Of one micro-batch, forwards and backwards; the first `kept` examples are what the proposal said itself."""
-        lengths = collate([Item(example, kept=i < kept) for i, example in enumerate(examples)])
+        lengths = self._collate([Item(example, kept=i < kept) for i, example in enumerate(examples)])
         with self._making(), count_flops() as flops:
             self.trainer.training_step(self.model, self._batch(lengths))
             self.model.zero_grad()
@@ -194,7 +196,7 @@ class Rehearsal:
         return max(self._look([development[i] for i in batches[number]], room.piece, pairs) for number in largest)
 
     def _look(self, examples: Sequence[Example], most: int, pairs: bool) -> int:
-        lengths = collate([Item(example) for example in examples])
+        lengths = self._collate([Item(example) for example in examples])
         with self._making(), torch.no_grad(), Ledger() as ledger:
             self.model.eval()
             batch = self._batch(lengths, rows=True, pairs=pairs)

@@ -237,7 +237,7 @@ def _train_aligner(this: _Run, arguments: TrainingArguments, model: Any, started
         ranks=ranks,
         model=model,
         args=arguments,
-        data_collator=collate,
+        data_collator=partial(collate, edits=plan.objective.edits),
         **this.data,
     )
     CompactProgress.install(trainer, plan.asked.objective)

@@ -94,6 +94,11 @@ class Objective:
         """Whether its loss reads the proposal's rows. A head has them at hand; for others they are cached."""
         return any(loss.reads_proposal for loss in self.token_losses(setting))
 
+    @property
+    def edits(self) -> int | None:
+        """How many neighbours of an edit count with it, where its loss looks at `Batch.edited`; None where it does not."""
+        return None
+
     def compares(self, setting: Setting) -> bool:
         """Whether its loss compares with what the proposal gave the tokens of both answers, see `Batch.gain`."""
         return False
@@ -125,6 +130,15 @@ class Objective:
     def taught(self) -> "Objective | None":
         """What learns a teacher's rows in its place; None if it can learn from tokens alone."""
         return None
+
+    def described(self) -> dict[str, Any]:
+        """Its options as `run.json` has them.
+
+        Those that are `later` are left out at their defaults: earlier runs, which do not have them, can be gone on with.
+        """
+        later = {field.name: field.default for field in dataclasses.fields(self) if field.metadata.get("later")}
+        own = dataclasses.asdict(self)
+        return {name: value for name, value in own.items() if name not in later or value != later[name]}
 
 
 KINDS = (int, float, bool, str)

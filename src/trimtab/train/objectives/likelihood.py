@@ -13,6 +13,7 @@ from trimtab.core.rules import Geometric, Mixture, Product
 from trimtab.errors import InvalidOption
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
+from trimtab.train.objectives.contrasting import Contrasting
 from trimtab.train.objectives.losses import Decoded, LanguageModel, is_plain, refuse_beside_head
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 from trimtab.train.objectives.taught import Taught
@@ -36,8 +37,11 @@ BETA = 1.0
 
 @OBJECTIVES.register
 @dataclass(frozen=True)
-class Likelihood(Objective):
-    """−log P(y|x) of the aligned model; + γ·DPO of what is decoded against the proposal, in nats a token; + a regulariser."""
+class Likelihood(Contrasting):
+    """−log P(y|x) of the aligned model; + γ·DPO of what is decoded against the proposal, in nats a token; + a regulariser.
+
+    With `contrast_on` edits, the contrast's rewards are means over the edits of each answer, and 0 of one that has none.
+    """
 
     name: ClassVar[str] = "likelihood"
     likely: ClassVar[bool] = True
@@ -67,11 +71,11 @@ class Likelihood(Objective):
             raise InvalidOption(f"likelihood trains product, geometric or mixture, for '{setting.rule}' use sft")
         refuse_beside_head(setting, self.sft_weight)
         filled: dict[str, Any] = {"contrast": self._contrast(setting)}
+        if filled["contrast"] == 0:
+            by_data = self._by_data(setting)
+            self._refuse_idle("records without a rejected answer have no contrast" if by_data else "there is no contrast")
         if self.beta is None:
             filled["beta"] = BETA
-        elif filled["contrast"] == 0:
-            why = "records without a rejected answer have no contrast" if self._by_data(setting) else "there is no contrast"
-            raise InvalidOption(f"beta: {why}: leave it out")
         if self.sft_weight is None:
             filled["sft_weight"] = SFT_WEIGHT if setting.tempered else 0.0
         return dataclasses.replace(self, **filled)
@@ -101,6 +105,11 @@ class Likelihood(Objective):
         """Unless the target is the aligner's own row."""
         return not is_plain(setting)
 
+    @property
+    def edits(self) -> int | None:
+        """For the contrast."""
+        return super().edits if self.contrast else None
+
     def compares(self, setting: Setting) -> bool:
         """For the contrast."""
         return bool(self.contrast)
@@ -116,7 +125,8 @@ class Likelihood(Objective):
         if self.contrast:
             gains = {}  # log P_θ − log p̃ in nats a token: sums would be won by length
             for which, losses in decoded.items():
-                gains[which] = batch.gain(losses, which) / batch.sum(torch.ones_like(losses), which)
+                count = batch.sum(torch.ones_like(losses), which, edits=self.on_edits)
+                gains[which] = batch.gain(losses, which, edits=self.on_edits) / count.clamp(min=1)
             contrast = preference(gains["chosen"], gains["rejected"], BETA if self.beta is None else self.beta)
             loss = loss + self.contrast * torch.where(batch.differs, contrast, 0.0)
         if self.sft_weight and batch.training:
@@ -127,16 +137,21 @@ class Likelihood(Objective):
         """KL(teacher‖aligned).
 
         Raises:
-            InvalidOption: a contrast is asked for.
+            InvalidOption: a contrast is asked for, or an option of it.
         """
         if self.contrast:
             raise InvalidOption(
                 "contrast: a teacher's rows say how likely every token is, unwanted ones too: leave it out beside"
                 " teacher_prompt"
             )
-        if self.beta is not None:
-            raise InvalidOption("beta: there is no contrast: leave it out")
+        self._refuse_idle("there is no contrast")
         return Taught(sft_weight=self.sft_weight)
+
+    def _refuse_idle(self, why: str) -> None:
+        """Refuse options of a contrast that there is not."""
+        for name, asked in (("beta", self.beta is not None), ("contrast_on", self.on_edits)):
+            if asked:
+                raise InvalidOption(f"{name}: {why}: leave it out")
 
     def _by_data(self, setting: Setting) -> bool:
         """Whether the data decide that there is a contrast."""

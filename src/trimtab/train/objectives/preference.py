@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trimtab.core.objectives import preference
-from trimtab.options import option
-from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
+from trimtab.options import option, same
+from trimtab.train.objectives.base import OBJECTIVES, EqualPairs
+from trimtab.train.objectives.contrasting import Contrasting
 from trimtab.train.objectives.losses import Alone
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 
@@ -17,12 +18,17 @@ __all__ = ["Preference"]
 
 @OBJECTIVES.register
 @dataclass(frozen=True)
-class Preference(Objective):
-    """−log σ(β(log Q(y_w|x) − log Q(y_l|x))); of a head log Q − log P_M in the place of log Q."""
+class Preference(Contrasting):
+    """−log σ(β(log Q(y_w|x) − log Q(y_l|x))); of a head log Q − log P_M in the place of log Q.
+
+    With `contrast_on` edits, each sum over an answer's tokens is one over its edits.
+    """
 
     name: ClassVar[str] = "preference"
     equal_pairs: ClassVar[EqualPairs] = EqualPairs("left out", dropped=True, instead="take --objective sft")
 
+    contrast_on: str = same(Contrasting, "contrast_on", help="as in likelihood")
+    edit_margin: int = same(Contrasting, "edit_margin", help="as in likelihood")
     beta: float = option(0.1, "inverse temperature of the reward, which is summed over an answer", above=0)
 
     def fits(self, setting: Setting) -> tuple[str, ...]:
@@ -54,7 +60,7 @@ class Preference(Objective):
         """From rewards that are summed over tokens."""
         losses = {which: batch.tokens(Alone(), which) for which in self.answers}
         if self.compares(batch.setting):
-            rewards = {which: batch.gain(loss, which) for which, loss in losses.items()}
+            rewards = {which: batch.gain(loss, which, edits=self.on_edits) for which, loss in losses.items()}
         else:
-            rewards = {which: -batch.sum(loss, which) for which, loss in losses.items()}
+            rewards = {which: -batch.sum(loss, which, edits=self.on_edits) for which, loss in losses.items()}
         return preference(rewards["chosen"], rewards["rejected"], self.beta)

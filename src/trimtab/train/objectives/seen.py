@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from trimtab.core.objectives import per_example
@@ -128,16 +129,28 @@ class Batch:
             self._found[loss, which] = self._tokens(loss, which)
         return self._found[loss, which]
 
-    def sum(self, values: Tensor, which: str = "chosen") -> Tensor:
-        """Values `[N]` of tokens, added up by example: `[B]`."""
+    def sum(self, values: Tensor, which: str = "chosen", *, edits: bool = False) -> Tensor:
+        """Values `[N]` of tokens, or with `edits` of those that are `edited`, added up by example: `[B]`."""
+        if edits:
+            values = torch.where(self.edited(which), values, 0.0)
         return per_example(values, self._inputs[f"{which}_owner"], len(self._inputs[f"{which}_ids"]))
 
-    def gain(self, losses: Tensor, which: str = "chosen") -> Tensor:
+    def gain(self, losses: Tensor, which: str = "chosen", *, edits: bool = False) -> Tensor:
         """By how much the `which` answers' log-probabilities `[B]` are above the proposal's, from each token's negative one.
 
-        For objectives that `compares` says it of.
+        With `edits` those of tokens that are `edited`. For objectives that `compares` says it of.
         """
-        return -self.sum(losses + cached_batch(self._inputs, which).token_logp, which)
+        return -self.sum(losses + cached_batch(self._inputs, which).token_logp, which, edits=edits)
+
+    def edited(self, which: str = "chosen") -> Tensor:
+        """Which tokens of the `which` answers are edits of the other answer, or as near to one as is asked for: `[N]`.
+
+        Raises:
+            InvalidOption: the objective does not say that it looks at them.
+        """
+        if f"{which}_edited" not in self._inputs:
+            raise InvalidOption("objective: a loss looks at batch.edited, and its `edits` is None")
+        return self._inputs[f"{which}_edited"]
 
     @cached_property
     def differs(self) -> Tensor:
