@@ -26,6 +26,7 @@ from trimtab.train.objectives import (
     Alone,
     Batch,
     Decoded,
+    Gained,
     LanguageModel,
     Likelihood,
     Logits,
@@ -81,6 +82,7 @@ class Examples:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         found = {"differs": torch.tensor([True, False]), "share": torch.tensor([0.5, 0.5])}
+        found |= {"reward": torch.tensor([1.0, -0.5]), "group": torch.tensor([0, 0]), "beta": torch.tensor([0.7, 0.7])}
         for which, one in self.tensors.items():
             found |= {f"{which}_ids": torch.zeros(2, 1), f"{which}_owner": one["owner"], f"{which}_tokens": one["tokens"]}
             whole = CachedRows.whole(one["logp"], one["tokens"])
@@ -115,7 +117,9 @@ def setting_of(rule: str, weight: float, temperature: float = 1.0, **more) -> Se
     return Setting(parse_rule(rule), weight, temperature, records=8, **more)
 
 
-@pytest.mark.parametrize("loss", [Alone(), LanguageModel(), Decoded(), TeacherToAligned(), TeacherToProposal(), TeacherAlone()])
+@pytest.mark.parametrize(
+    "loss", [Alone(), LanguageModel(), Decoded(), Gained(), TeacherToAligned(), TeacherToProposal(), TeacherAlone()]
+)
 @pytest.mark.parametrize(("rule", "weight"), RULES)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_a_loss_of_tokens_is_the_same_from_logits_and_from_rows(loss, rule, weight, temperature):
@@ -262,7 +266,7 @@ def test_an_objective_of_another_package_is_trained_by_the_command(tmp_path, cap
 def test_its_flag_is_in_the_help(capsys):
     status, shown, _ = called(capsys, "train", "--help")
     assert status == 0
-    assert "{likelihood,preference,ram,sft,focal}" in shown
+    assert "{grpo,likelihood,preference,ram,sft,tb,focal}" in shown
     assert "how much less is learnt from what is likely already" in " ".join(shown.split())
 
 
@@ -342,6 +346,7 @@ def test_a_token_loss_that_does_not_say_that_it_reads_the_proposal_is_told():
 def test_an_option_with_the_name_of_another_one_is_no_flag_and_bars_only_its_objective(
     tmp_path, monkeypatch, caplog, kind, taken
 ):
+    ours = objective_flags()
     look_again(OBJECTIVES, monkeypatch)
     clashing = (
         THEIRS.replace("gamma: float = option(2.0,", f"{kind} = option(0,").replace("self.gamma", "2.0").replace(", low=0", "")
@@ -349,7 +354,7 @@ def test_an_option_with_the_name_of_another_one_is_no_flag_and_bars_only_its_obj
     bring(tmp_path, monkeypatch, "focal_objective", clashing, tomllib.loads(POINTS)["project"]["entry-points"])
     flags = objective_flags()
     assert "focal" not in "".join(flag.text for flag in flags.values())
-    assert {"alpha", "beta", "contrast", "contrast_on", "edit_margin", "sft_weight"} == flags.keys()
+    assert set(ours) == flags.keys()
     assert f"the option '{taken}' of 'focal' has the name of another one" in caplog.text
 
 

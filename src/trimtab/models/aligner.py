@@ -64,10 +64,6 @@ SUPERSEDED = _MODEL_FILES + tuple(f"{DRAFT_NAME}/{pattern}" for pattern in _MODE
 """What another aligner leaves in a folder that a new one is written to, its drafter included."""
 
 
-RESIDUAL = ("likelihood", "tb", "grpo")
-"""Objectives that make of an aligner what the proposal lacks."""
-
-
 @dataclass(frozen=True)
 class Manifest:
     """How an aligner wants to be decoded. Explicit options override it.
@@ -145,7 +141,7 @@ class Manifest:
     @property
     def is_residual(self) -> bool:
         """Whether the aligner was trained as what the proposal lacks under `product`, and so is no language model."""
-        return self.objective in RESIDUAL and parse_rule(self.rule).name == "product"
+        return self.objective in ("likelihood", "tb", "grpo") and parse_rule(self.rule).name == "product"
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> Self:

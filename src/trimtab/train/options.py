@@ -307,6 +307,8 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
             idle |= dict.fromkeys(OF_ANSWERS, f"is for wanted answers, and '{self.objective}' learns from rewards")
         else:
             online = [one.name for one in dataclasses.fields(OnlineOptions)]
+            if self.reward_errors == "none":  # which is otherwise a word for an option that is off
+                raise InvalidOption("--reward_errors is for rewards, as of --objective tb")
             idle |= dict.fromkeys(online, f"is for rewards, as of --objective tb, and '{self.objective}' learns from answers")
         if self.eval_dataset is not None:
             idle["dev_fraction"] = "has no effect with --eval_dataset"

@@ -107,6 +107,12 @@ class Plan:
         return self.asked.teacher_prompt is not None
 
     @property
+    def lora_dropout(self) -> float:
+        """Of fresh adapters; none for rewards, where it is noise in what samples are compared by."""
+        given = self.asked.lora_dropout
+        return (0.0 if self.objective.rewarded else LORA_DROPOUT) if given is None else given
+
+    @property
     def samples(self) -> int:
         """How many development prompts are answered after training; behind an endpoint none."""
         asked = self.asked
@@ -242,14 +248,9 @@ def _of_folder(asked: TrainOptions, found: Description | None, manifest: Manifes
 
 
 def _of_objective(asked: TrainOptions, manifest: Manifest | None) -> TrainOptions:
-    """The options with what rewards have otherwise: no dropout, which is noise in what samples are compared by, and a start at
-    the proposal, which is what their target is near to, unless rewards have trained the aligner before.
-    """
-    rewarded = asked.asked_objective.rewarded
-    if asked.lora_dropout is None:
-        asked = dataclasses.replace(asked, lora_dropout=0.0 if rewarded else LORA_DROPOUT)
+    """The options with where rewards start: at the proposal, which their target is near to, unless they went on from there."""
     fresh = manifest is None or manifest.objective != asked.objective
-    if not rewarded or not fresh or asked.start != "auto" or not asked.aligner or asked.use_peft:
+    if not asked.asked_objective.rewarded or not fresh or asked.start != "auto" or not asked.aligner or asked.use_peft:
         return asked
     return dataclasses.replace(asked, start="uniform" if parse_rule(asked.rule) == Product() else "pretrained")
 

@@ -10,7 +10,11 @@ __all__ = ["CompactProgress"]
 
 SHOWN = {
     "loss": "loss",
+    "reward": "reward",
     "eval_loss": "dev loss",
+    "eval_reward": "dev reward",
+    "eval_kl": "KL from proposal",
+    "eval_distinct": "distinct",
     "eval_nll_aligned": "aligned",
     "eval_nll_proposal": "proposal",
     "eval_nll_aligner": "aligner",

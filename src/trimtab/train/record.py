@@ -31,14 +31,20 @@ def describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[st
     ignored = {*apart, "training", "objective_options", "proposal_cache", "device", *ENDPOINT_OPTIONS, *OF_DRY_RUN}
     names = {field.name for field in dataclasses.fields(TrainOptions)} - ignored
     online = {field.name for field in dataclasses.fields(OnlineOptions)}
-    names -= {"reward", "max_num_seqs"} if plan.objective.rewarded else online
+    said = {"max_tokens", "num_generations", "dev_prompts"}  # what a reward is, its label says
+    names -= online - said if plan.objective.rewarded else online
     described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
     asked = {name: value for name, value in plan.asked.objective_options.items() if value is not None}
     described |= OBJECTIVE_OPTIONS | {name: value for name, value in asked.items() if name in OBJECTIVE_OPTIONS}
     own = plan.asked.asked_objective.described()
     if others := {name: value for name, value in own.items() if name not in OBJECTIVE_OPTIONS}:
         described["objective_options"] = others
-    described |= {"training": training_of_effect(plan.asked.training), "seed": arguments.seed, "data": data}
+    described |= {
+        "lora_dropout": plan.lora_dropout,
+        "training": training_of_effect(plan.asked.training),
+        "seed": arguments.seed,
+        "data": data,
+    }
     return dict(json.loads(json.dumps(described, sort_keys=True, default=str)))
 
 

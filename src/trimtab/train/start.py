@@ -116,7 +116,7 @@ def make_lora(plan: Plan, base: str, modules: Sequence[str] | str = "all-linear"
         task_type="CAUSAL_LM",
         r=plan.asked.lora_r,
         lora_alpha=plan.asked.lora_alpha,
-        lora_dropout=plan.asked.lora_dropout,
+        lora_dropout=plan.lora_dropout,
         target_modules=list(plan.asked.lora_target_modules) or modules,
         revision=pinned(base),
     )

@@ -40,7 +40,12 @@ class Rewarded(Objective):
 
     def arguments(self, setting: Setting) -> Mapping[str, Any]:
         """Rates that held on a real model (benchmarks/real/rewards.py), without a decay that would end before the target."""
-        return {"learning_rate": 3e-4 if setting.head else 1e-4, "lr_scheduler_type": "constant_with_warmup"}
+        return {
+            "learning_rate": 3e-4 if setting.head else 1e-4,
+            "lr_scheduler_type": "constant_with_warmup",
+            "metric_for_best_model": "eval_objective",
+            "greater_is_better": True,
+        }
 
     def token_losses(self, setting: Setting) -> tuple[TokenLoss, ...]:
         """Log P_θ − log P_M of each token."""

@@ -34,6 +34,10 @@ class Betas:
     rounds: int
     budget: float | None
 
+    def last(self, step: int, read: Callable[[int], Sequence[Sample]]) -> float:
+        """What a look after so many updates goes by: what was asked for, or under a budget β of the round before it."""
+        return self.beta if self.beta is not None else self.at(max(0, step - 1), read)
+
     def at(self, number: int, read: Callable[[int], Sequence[Sample]]) -> float:
         """β of a round.
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import split_by_prompt
@@ -10,42 +11,40 @@ from trimtab.errors import DataError, InvalidRequest
 from trimtab.train.online.rounds import Prompt
 from trimtab.train.plan import Plan
 
-__all__ = ["read_prompts"]
+__all__ = ["encode_prompts", "read_prompts"]
 
 logger = logging.getLogger(__name__)
 
 
-def read_prompts(plan: Plan, encoder: Encoder, room: int, *, columns: bool) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and development prompts.
+def read_prompts(plan: Plan, *, columns: bool) -> tuple[list[Record], list[Record]]:
+    """Training and development records.
 
     Args:
         plan: of the run.
-        encoder: the proposal's.
-        room: most tokens of a prompt; longer ones are left out, and counted in the log.
         columns: whether the other columns of the data are of interest.
 
     Raises:
-        DataError: something cannot be read or encoded, or nothing is left.
+        DataError: something cannot be read, or one prompt is all there is.
     """
-    asked = plan.asked
-    records = read_records(asked.dataset, need="prompt", how=asked, limit=asked.max_examples, answers=False, others=columns)
-    if asked.eval_dataset is None:
-        records, kept = split_by_prompt(records, asked.dev_fraction, seed=0)
-    else:
-        kept = read_records(asked.eval_dataset, need="prompt", how=asked, answers=False, others=columns)
-    training, development = _encoded(records, encoder, room), _encoded(kept, encoder, room)
-    if left := len(records) + len(kept) - len(training) - len(development):
-        logger.warning(
-            "%d of %d prompts have more than %d tokens, which leave no room for max_tokens within max_length, and are left out",
-            left, len(records) + len(kept), room,
-        )  # fmt: skip
-    if not training or not development:
-        part = "development" if training else "training"
-        raise DataError(f"no {part} prompt is left: each has more than {room} tokens; raise max_length, or lower max_tokens")
-    return training, development
+    how: dict[str, Any] = {"need": "prompt", "how": plan.asked, "answers": False, "others": columns}
+    records = read_records(plan.asked.dataset, limit=plan.asked.max_examples, **how)
+    if plan.asked.eval_dataset is None:
+        return split_by_prompt(records, plan.asked.dev_fraction, seed=0)
+    return records, read_records(plan.asked.eval_dataset, **how)
 
 
-def _encoded(records: Sequence[Record], encoder: Encoder, room: int) -> list[Prompt]:
+def encode_prompts(part: str, records: Sequence[Record], encoder: Encoder, room: int) -> list[Prompt]:
+    """The prompts as ids.
+
+    Args:
+        part: what messages call them.
+        records: of the data.
+        encoder: the proposal's.
+        room: most tokens of a prompt; longer ones are left out, and counted in the log.
+
+    Raises:
+        DataError: one cannot be encoded, or none is left.
+    """
     found = []
     for record in records:
         try:
@@ -54,4 +53,11 @@ def _encoded(records: Sequence[Record], encoder: Encoder, room: int) -> list[Pro
             raise DataError(f"{record.source}: {error}") from error
         if len(ids) <= room:
             found.append(Prompt(record, ids))
+    if not found:
+        raise DataError(f"no {part} prompt is left: each has more than {room} tokens; raise max_length, or lower max_tokens")
+    if left := len(records) - len(found):
+        logger.warning(
+            "%d of %d %s prompts have more than %d tokens, which leave no room for max_tokens within max_length: left out",
+            left, len(records), part, room,
+        )  # fmt: skip
     return found

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from trimtab.train.online.rounds import Sample
 
-__all__ = ["figures_of"]
+__all__ = ["figures_of", "said_of"]
 
 
 def figures_of(samples: Sequence[Sample], gain: float, beta: float, budget: float | None) -> dict[str, float]:
@@ -40,3 +40,10 @@ def figures_of(samples: Sequence[Sample], gain: float, beta: float, budget: floa
         "distinct": alone / len(samples),
         "scored": len(scores) / len(samples),
     }
+
+
+def said_of(samples: Sequence[Sample], beta: float) -> dict[str, float]:
+    """What is logged of a round as it was drawn, at whatever temperatures: `reward`, `length` and `beta`."""
+    scores = [sample.score for sample in samples if sample.score is not None]
+    length = sum(len(sample.tokens) for sample in samples) / len(samples)
+    return {"reward": sum(scores) / max(len(scores), 1), "length": length, "beta": beta}

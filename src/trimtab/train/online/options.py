@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
+from trimtab.judges.rewards.options import RewardOptions
 from trimtab.options import option
 
 __all__ = ["OnlineOptions"]
 
 
 @dataclass(frozen=True)
-class OnlineOptions:
-    """How samples are drawn while an aligner trains."""
+class OnlineOptions(RewardOptions):
+    """How samples are drawn and scored while an aligner trains."""
 
-    reward: tuple[str, ...] = option((), "what scores answers", metavar="R")
     max_tokens: int | None = option(None, "most tokens of an answer that is drawn for rewards [default: 256]", low=1)
     num_generations: int | None = option(
         None, "answers to a prompt that are compared with each other in an update of rewards [default: 8]", low=2

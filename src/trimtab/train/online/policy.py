@@ -5,7 +5,9 @@ puts its adapters into the modules themselves.
 """
 
 import copy
+import dataclasses
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import make_capture
 from trimtab.models.adapters import Adapted
@@ -20,6 +23,7 @@ from trimtab.models.base import LanguageModel
 from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
 from trimtab.train.head import TrainedHead
+from trimtab.train.hidden import hidden_states
 from trimtab.train.plan import Plan
 from trimtab.train.record import make_manifest
 from trimtab.train.rows import Proposal
@@ -75,13 +79,19 @@ class Policies:
         self.bare = self._make()
         """The proposal alone."""
 
-    def of(self, model: Any) -> AlignedModel:
-        """The aligned model of a trained one as it is now; it draws with the weights that it has when it draws."""
+    def of(self, model: Any, weight: float) -> AlignedModel:
+        """The aligned model of a trained one as it is now, at a weight of the rule."""
         was_training = model.training
         with torch.random.fork_rng():  # so that a round that is read, and not drawn, leaves the same random numbers
             found = self._wrap(model)
         model.train(was_training)
-        return self._make(aligners=[found], manifests=[self._manifest])
+        return self._make(aligners=[found], manifests=[dataclasses.replace(self._manifest, weight=weight)])
+
+    def hidden(self, examples: Sequence[Example], tap: int) -> list[dict[str, Tensor]]:
+        """What a head reads of prompts and answers in training: inputs of a layer; nothing where it reads tokens."""
+        if not tap:
+            return [{} for _ in examples]
+        return [{"chosen": states} for states in hidden_states(self._frozen, examples, tap)]
 
     def _wrap(self, model: Any) -> LanguageModel:
         if self._pool is None or self._head is None:

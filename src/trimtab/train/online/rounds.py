@@ -7,6 +7,7 @@ are the replay buffer, too, and they read as data: a prompt, a completion and a 
 import json
 import logging
 import random
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,7 +92,10 @@ class Rounds:
     ) -> None:
         self._folder = folder / FOLDER
         self._prompts, self._development, self._schedule, self._reward = prompts, development, schedule, reward
-        self._buffer: dict[int, dict[tuple[int, ...], Sample]] = defaultdict(dict)
+        self._buffer: dict[int, dict[tuple[int, ...], tuple[int, Sample]]] = defaultdict(dict)
+        """Of each prompt its distinct answers, with the rounds that they were first drawn in."""
+        self.seconds = {"sampling": 0.0, "rewards": 0.0}
+        """What drawing and scoring have taken."""
         self._known = 0
         """How many rounds the buffer has."""
 
@@ -156,9 +160,10 @@ class Rounds:
         while self._known < number:
             for sample in self.read(self._known) or []:
                 if sample.score is not None:
-                    self._buffer[sample.place].setdefault(tuple(sample.tokens), sample)
+                    self._buffer[sample.place].setdefault(tuple(sample.tokens), (self._known, sample))
             self._known += 1
-        ranked = sorted(self._buffer[place].values(), key=lambda sample: -(sample.score or 0.0))
+        known = [sample for first, sample in self._buffer[place].values() if first < number]
+        ranked = sorted(known, key=lambda sample: -(sample.score or 0.0))
         better = ranked[: max(most, -(-len(ranked) // 2))]
         most = min(most, len(better), self._schedule.generations - 1)
         return random.Random(f"{self._schedule.seed} replay {number} {place}").sample(better, most)
@@ -166,13 +171,16 @@ class Rounds:
     def _score(
         self, prompts: Sequence[Prompt], asked: Sequence[tuple[int, SamplingParams]], policy: AlignedModel
     ) -> list[Sample]:
+        began = time.monotonic()
         drawn = policy.generate([list(prompts[place].ids) for place, _ in asked], [params for _, params in asked])
         owners = [(group, place, params) for group, (place, params) in enumerate(asked) for _ in range(params.n)]
         if broken := next((one.error for one in drawn if one.error is not None), None):
             raise ModelError(f"what is trained cannot be sampled from any more: {broken}; lower the learning_rate")
         records = [prompts[place].record for _, place, _ in owners]
         texts = [completion.text for completion in drawn]
+        self.seconds["sampling"] += (scoring := time.monotonic()) - began
         given = self._reward.score([record.prompt for record in records], texts, [record.columns for record in records])
+        self.seconds["rewards"] += time.monotonic() - scoring
         scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
         return [
             Sample(group, place, list(one.tokens), one.text, one.finish_reason, params.temperature, score, _gain(one))

@@ -14,11 +14,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trimtab.data.encoding import Encoder
+from trimtab.data.template import pick_date
 from trimtab.errors import InvalidOption
 from trimtab.files import finite, json_digest, read_json
 from trimtab.judges.asked import AskedRecords
 from trimtab.judges.rewards.base import Reward, check_loaded
-from trimtab.judges.rewards.kinds import make_reward
 from trimtab.models.aligner import Aligner
 from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import check_same_vocabulary, vocabulary_size
@@ -26,7 +26,7 @@ from trimtab.train.folder import is_finished, last_checkpoint, open_run
 from trimtab.train.head import HeadStart
 from trimtab.train.inputs import open_proposal, open_tokenizer, run_date
 from trimtab.train.online.betas import Betas
-from trimtab.train.online.data import read_prompts
+from trimtab.train.online.data import encode_prompts, read_prompts
 from trimtab.train.online.figures import figures_of
 from trimtab.train.online.policy import Policies, split_proposal
 from trimtab.train.online.rounds import Prompt, Rounds, Schedule
@@ -46,9 +46,19 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS, GENERATIONS, DEVELOPMENT, TOGETHER = 256, 8, 32, 32
 """Defaults."""
 
+HALVINGS = 4
+"""Of the weight, where a budget is looked for."""
+
 
 def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: TrainingArguments, ranks: Ranks) -> dict[str, Any]:
     """Train by rewards; the folder is this process's own.
+
+    Args:
+        asked: the options.
+        facts: of the aligner's folder.
+        output: the folder.
+        arguments: of the trainer.
+        ranks: must be one process.
 
     Returns:
         What `training.json` holds: `objective`, `weight`, `proposal` and `metrics`, figures of the proposal and of the aligner
@@ -57,13 +67,33 @@ def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: Train
     started, plan = time.monotonic(), resolve(asked, facts)
     if ranks.count > 1:
         raise InvalidOption(f"objective: '{plan.objective.name}' samples in one process: start it without a launcher")
-    reward = _make_reward(plan)
+    with plan.asked.sum_of_rewards({"dtype": "auto", "device": plan.asked.device}) as reward:
+        return _train(asked, facts, output, arguments, ranks, reward, started)
+
+
+def _train(
+    asked: TrainOptions,
+    facts: Facts,
+    output: Path,
+    arguments: TrainingArguments,
+    ranks: Ranks,
+    reward: Reward,
+    started: float,
+) -> dict[str, Any]:
+    plan = resolve(asked, facts)
     tokenizer = open_tokenizer(plan, asked.proposal)
     found = facts.aligner
     if found is not None:
         check_same_vocabulary(tokenizer, found.tokenizer, plan.asked.aligner)
     asked = dataclasses.replace(asked, date=run_date(plan, tokenizer))
     plan = resolve(asked, facts)
+    records, kept = read_prompts(plan, columns=reward.reads_columns)
+    kept = kept[: plan.asked.dev_prompts or DEVELOPMENT]
+    everything = AskedRecords([*records, *kept])
+    reward.check(everything)
+    generations = _generations(plan, arguments)
+    reward.load(everything, asked.date or pick_date(None, None))
+    check_loaded(reward)
     start = None if found is None or plan.trains_head else load_start(plan, found)
     proposal = open_proposal(plan, tokenizer)
     context = min(context_of(start.model.config) if start else proposal.context, proposal.context)
@@ -71,14 +101,13 @@ def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: Train
     max_tokens = plan.asked.max_tokens or MAX_TOKENS
     room = min(plan.asked.max_length, context) - max_tokens
     if room < 1:
-        raise InvalidOption(f"max_tokens {max_tokens} leaves no room for a prompt within max_length: lower it")
-    training, development = read_prompts(plan, encoder, room, columns=reward.reads_columns)
-    development = development[: plan.asked.dev_prompts or DEVELOPMENT]
-    _load(reward, [*training, *development], asked.date)
+        raise InvalidOption(f"max_tokens: {max_tokens} leave no room for a prompt within max_length or the context: lower it")
+    training = encode_prompts("training", records, encoder, room)
+    development = encode_prompts("development", kept, encoder, room)
     split = split_proposal(proposal, plan.asked.device)
     head = None if start else HeadStart.of(plan, split.trained_on, found)
     kind = None if head is None else head.head
-    schedule = _schedule(plan, arguments, len(training), max_tokens)
+    schedule = _schedule(plan, arguments, len(training), generations, max_tokens)
     run = describe_run(plan, arguments, _digest([*training, *development]))
     run |= {"reward": reward.label(), "proposal_weights": proposal.rows.fingerprint}
     if began := start or (head and head.earlier):
@@ -107,55 +136,68 @@ def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: Train
         prompts=training,
         development=development,
         betas=betas,
+        tap=kind.tap if kind else 0,
         model=model,
         args=arguments,
         eval_dataset=development,
     )
     CompactProgress.install(trainer, plan.objective.name)
     fit(trainer, last_checkpoint(output))
+    weight, metrics = _tuned(plan, trainer)
     report: dict[str, Any] = {
         "objective": {"name": plan.objective.name, **dataclasses.asdict(plan.objective)},
-        "weight": plan.weight,
+        "weight": weight,
         "learning_rate": arguments.learning_rate,
         "rounds": arguments.max_steps,
         "best_round": trainer.best_step,
         "proposal": {name: before[name] for name in ("reward", "length", "ended", "distinct", "scored")},
-        "metrics": trainer.evaluate(),
+        "metrics": metrics,
         "history": trainer.state.log_history,
+        "failures": reward.failures.count,
+        "profile": trainer.profile,
         "seconds": time.monotonic() - started,
     }
-    manifest = make_manifest(plan, tokenizer, plan.weight, kind)
+    manifest = make_manifest(plan, tokenizer, weight, kind)
     report = dict(finite(report))
     save_trained(trainer, Aligner(None, tokenizer, manifest, str(output)), report, output, ranks, head)
     return report
 
 
-def _make_reward(plan: Plan) -> Reward:
-    """What scores, checked but not loaded."""
-    try:
-        reward = make_reward(plan.asked.reward[0], {"dtype": "auto", "device": plan.asked.device})
-    except InvalidOption as error:
-        raise InvalidOption(f"--reward: {error}") from error
-    return reward
+def _tuned(plan: Plan, trainer: OnlineTrainer) -> tuple[float, dict[str, float]]:
+    """The weight, and the figures at it: the trained one, whose target this is, or under a budget the largest within it.
+
+    KL(aligned‖proposal) grows with the weight, and is 0 at 0.
+    """
+    metrics, weight, budget = trainer.evaluate(), plan.weight, plan.asked.max_kl
+    if budget is None or metrics["eval_kl"] <= budget:
+        return weight, metrics
+    within, beyond = 0.0, weight
+    found = trainer.figures("weight-0", 0.0)
+    for _ in range(HALVINGS):
+        middle = (within + beyond) / 2
+        seen = trainer.figures(f"weight-{middle:g}", middle)
+        if seen["kl"] <= budget:
+            within, found = middle, seen
+        else:
+            beyond = middle
+    logger.info("KL(aligned‖proposal) is %.3g at weight %g, and %.3g at %g", metrics["eval_kl"], weight, found["kl"], within)
+    return within, {f"eval_{name}": value for name, value in found.items()}
 
 
-def _load(reward: Reward, prompts: Sequence[Prompt], date: str | None) -> None:
-    asked = AskedRecords([prompt.record for prompt in prompts])
-    reward.check(asked)
-    reward.load(asked, date or "")
-    check_loaded(reward)
-
-
-def _schedule(plan: Plan, arguments: TrainingArguments, prompts: int, max_tokens: int) -> Schedule:
-    """How rounds are drawn; `max_steps` becomes the number of rounds."""
+def _generations(plan: Plan, arguments: TrainingArguments) -> int:
+    """Answers to a prompt in an update; micro-batches hold whole groups of them."""
     generations = plan.asked.num_generations or GENERATIONS
-    batch = arguments.per_device_train_batch_size
-    if batch % generations:
+    if (batch := arguments.per_device_train_batch_size) % generations:
         raise InvalidOption(
             f"per_device_train_batch_size must be a multiple of num_generations, {generations}, for a prompt's answers are"
             f" learnt from together; it is {batch}"
         )
-    in_round = batch // generations * arguments.gradient_accumulation_steps
+    return generations
+
+
+def _schedule(plan: Plan, arguments: TrainingArguments, prompts: int, generations: int, max_tokens: int) -> Schedule:
+    """How rounds are drawn; `max_steps` becomes the number of rounds."""
+    in_round = arguments.per_device_train_batch_size // generations * arguments.gradient_accumulation_steps
     if arguments.max_steps < 1:
         arguments.max_steps = max(1, -(-int(arguments.num_train_epochs * prompts) // in_round))
     arguments.ignore_data_skip = True  # rounds know which is next

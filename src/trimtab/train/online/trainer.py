@@ -1,6 +1,8 @@
 """The trainer of rewards: each update is on a round of samples of its own, drawn from what is trained as it is then."""
 
 import logging
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,9 +11,9 @@ from torch import Tensor
 
 from trimtab.data.examples import Example
 from trimtab.train.batches import Item, answer_logits, collate
-from trimtab.train.objectives import Batch, Gained, TokenLoss
+from trimtab.train.objectives import Batch, Gained, Setting, TokenLoss
 from trimtab.train.online.betas import Betas
-from trimtab.train.online.figures import figures_of
+from trimtab.train.online.figures import figures_of, said_of
 from trimtab.train.online.policy import Policies
 from trimtab.train.online.rounds import Prompt, Rounds, Sample
 from trimtab.train.plan import Plan
@@ -34,6 +36,7 @@ class OnlineTrainer(AlignerTrainer):
         rounds: draws, scores and keeps them.
         prompts, development: what they are of.
         betas: β of each round.
+        tap: the layer whose inputs a head reads; 0 for what reads tokens.
         arguments: what `transformers.Trainer` takes.
     """
 
@@ -48,11 +51,13 @@ class OnlineTrainer(AlignerTrainer):
         prompts: Sequence[Prompt],
         development: Sequence[Prompt],
         betas: Betas,
+        tap: int,
         **arguments: Any,
     ) -> None:
         super().__init__(plan, vocab_size, 1.0, data_collator=collate, **arguments)
         self._frozen, self._policies, self._rounds, self._betas = proposal, policies, rounds, betas
-        self._prompts, self._development = prompts, development
+        self._prompts, self._development, self._tap = prompts, development, tap
+        self._passing, self._began = 0.0, time.monotonic()
         self._said: dict[str, float] = {}
 
     def get_train_dataloader(self) -> Any:
@@ -64,11 +69,11 @@ class OnlineTrainer(AlignerTrainer):
         for number in range(self.state.global_step, self.state.max_steps):
             samples = self._rounds.read(number)
             if samples is None:
-                samples = self._rounds.draw(number, self._policies.of(self._bare_model), gains=self._betas.budget is not None)
-            beta = self._betas.at(number, lambda one: self._rounds.read(one) or [])
+                policy = self._policies.of(self._bare_model, self._weight)
+                samples = self._rounds.draw(number, policy, gains=self._betas.budget is not None)
+            beta = self._betas.at(number, self._read)
             groups = self._rounds.groups(number, samples)
-            self._said = {"reward": _mean([s.score for s in samples if s.score is not None]), "beta": beta}
-            self._said["length"] = _mean([len(sample.tokens) for sample in samples])
+            self._said = said_of(samples, beta)
             yield from self._packed(groups, self._prompts, beta, self.updates)
 
     @property
@@ -86,45 +91,63 @@ class OnlineTrainer(AlignerTrainer):
     def _bare_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def profile(self) -> dict[str, float]:
+        """Seconds of this process since it began to train: for sampling, for rewards, in training's passes, and all others."""
+        spent = {**self._rounds.seconds, "passes": self._passing}
+        return spent | {"other": time.monotonic() - self._began - sum(spent.values())}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch forth and back, on the clock."""
+        began = time.monotonic()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._passing += time.monotonic() - began
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """What a round was like beside its loss."""
         super().log(logs | (self._said if "loss" in logs else {}), *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Reward and divergence of samples of the development prompts, as logged under `eval_…`."""
-        self.model.eval()
         step = self.state.global_step if self.is_in_train else self.best_step
-        samples = self._rounds.look(f"{step:06d}", self._policies.of(self._bare_model))
-        last = max(0, self.state.global_step - 1)
-        final = self._betas.at(last, lambda one: self._rounds.read(one) or []) if self._betas.budget else self._betas.beta
-        beta = float(final or 0.0)
-        groups = [[sample for sample in samples if sample.place == place] for place in range(len(self._development))]
-        losses, gains = torch.zeros(0), torch.zeros(0)
-        for packed in self._packed(groups, self._development, beta, len(groups)):
-            batch = self._prepare_inputs(packed)
-            found = self._losses_and_gains(batch)
-            counted = batch["share"] > 0
-            losses, gains = (
-                torch.cat([all_of, some[counted].float().cpu()]) for all_of, some in zip((losses, gains), found, strict=True)
-            )
-        figures = figures_of(samples, float(gains.mean()), beta, self._betas.budget)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        metrics[f"{metric_key_prefix}_loss"] = float(losses.mean())
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.figures(f"{step:06d}", self._weight).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def figures(self, name: str, weight: float) -> dict[str, float]:
+        """Figures of samples of the development prompts at a weight of the rule; the samples are kept by the name."""
+        self.model.eval()
+        samples = self._rounds.look(name, self._policies.of(self._bare_model, weight))
+        beta = self._betas.last(self.state.global_step, self._read)
+        groups = [[sample for sample in samples if sample.place == place] for place in range(len(self._development))]
+        losses, gains = torch.zeros(0), torch.zeros(0)
+        for packed in self._packed(groups, self._development, beta, len(groups)):
+            batch, began = self._prepare_inputs(packed), time.monotonic()
+            some_losses, some_gains = self._losses_and_gains(batch, self._setting._replace(weight=weight))
+            self._passing += time.monotonic() - began
+            counted = batch["share"] > 0
+            losses = torch.cat([losses, some_losses[counted].float().cpu()])
+            gains = torch.cat([gains, some_gains[counted].float().cpu()])
+        if not len(gains):
+            return figures_of(samples, math.nan, beta, self._betas.budget) | {"loss": math.nan}
+        return figures_of(samples, float(gains.mean()), beta, self._betas.budget) | {"loss": float(losses.mean())}
+
+    def _read(self, number: int) -> list[Sample]:
+        return self._rounds.read(number) or []
+
     @torch.no_grad()
-    def _losses_and_gains(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _losses_and_gains(self, inputs: dict[str, Tensor], setting: Setting) -> tuple[Tensor, Tensor]:
         found: dict[TokenLoss, Tensor] = {}
 
         def tokens(loss: TokenLoss, which: str) -> Tensor:
             if loss not in found:
                 with self.compute_loss_context_manager():
-                    found[loss] = loss.of_logits(self._logits(self.model, inputs, which))
+                    found[loss] = loss.of_logits(self._logits(self.model, inputs, which)._replace(setting=setting))
             return found[loss]
 
-        batch = Batch(inputs, self._setting, self._mean_length, tokens, training=False)
+        batch = Batch(inputs, setting, self._mean_length, tokens, training=False)
         return self._objective.loss(batch), batch.sum(batch.tokens(Gained()))
 
     def _packed(
@@ -140,8 +163,9 @@ class OnlineTrainer(AlignerTrainer):
         for part in parts:
             chosen = [(slot, sample) for slot, some in enumerate(part or filler) for sample in some]
             share = wanted / count if part else 0.0
-            items = [Item(Example(prompts[s.place].ids, s.tokens, ()), share=share) for _, s in chosen]
-            batch = collate(items)
+            examples = [Example(prompts[s.place].ids, s.tokens, ()) for _, s in chosen]
+            hidden = self._policies.hidden(examples, self._tap)
+            batch = collate([Item(e, share=share, hidden=h) for e, h in zip(examples, hidden, strict=True)])
             batch["group"] = torch.tensor([slot for slot, _ in chosen])
             batch["reward"] = torch.tensor([sample.score or 0.0 for _, sample in chosen])
             batch["beta"] = torch.full((len(chosen),), beta)
@@ -167,7 +191,3 @@ class _Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._trainer.micro_batches()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

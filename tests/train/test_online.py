@@ -1,0 +1,402 @@
+"""Training from rewards: the law that is reached, the rounds, and what is kept of a run that is killed."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tiny_task import V, asked, make_task, task_rows, write_rows
+from trimtab import AlignedModel
+from trimtab.cli import main
+from trimtab.data.records import Record
+from trimtab.errors import InvalidOption, ModelError
+from trimtab.train.online.betas import Betas
+from trimtab.train.online.figures import figures_of
+from trimtab.train.online.policy import Policies
+from trimtab.train.online.rounds import Prompt, Rounds, Sample, Schedule
+from trimtab.train.online.trainer import OnlineTrainer
+from trimtab.train.run import run_training as train
+from trimtab.train.trainer import AlignerTrainer
+
+REWARDS = """
+def vowels(prompts, completions, **columns):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def flat(completions, **columns):
+    return [3.0] * len(completions)
+
+
+def wanted(completions, letter, **columns):
+    return [float(text.count(one)) for text, one in zip(completions, letter)]
+
+
+def unsure(completions, **columns):
+    return [None if text < "m" else float("e" in text) for text in completions]
+
+
+def silent(completions, **columns):
+    return [None] * len(completions)
+
+
+def broken(completions, **columns):
+    raise KeyError("no such thing")
+"""
+TRAINING = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models, prompts and rewards."""
+    folder = make_task(tmp_path_factory.mktemp("online"))
+    rows = [{"prompt": row["prompt"], "letter": "xyz"[i % 3]} for i, row in enumerate(task_rows(12))]
+    write_rows(folder / "prompts.jsonl", rows)
+    write_rows(folder / "one.jsonl", [{"prompt": "de"}])
+    write_rows(folder / "train_prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def options(folder, name, training=None, *, reward="vowels", **settings):
+    said = {
+        "proposal": str(folder / "proposal"),
+        "aligner": "",
+        "objective": "tb",
+        "dataset": str(folder / "prompts.jsonl"),
+        "output_dir": str(folder / name),
+        "reward": (f"{folder / 'rewards.py'}:{reward}",),
+        "max_tokens": 4,
+        "num_generations": 4,
+        "dev_prompts": 2,
+        "dev_fraction": 0.25,
+    }
+    if settings.get("objective", "tb") == "tb" and "max_kl" not in settings:
+        said |= {"beta": 0.5}
+    return asked(**(said | settings), training=TRAINING | (training or {}))
+
+
+def weights(folder):
+    found = [path for path in (folder / "adapter_model.safetensors", folder / "model.safetensors") if path.exists()]
+    return load_file(found[0])
+
+
+def rounds_of(folder):
+    return sorted(path.name for path in (folder / "rounds").glob("round-*"))
+
+
+# ---- what is reached
+
+
+@pytest.mark.parametrize("kind", ["head", "tapped", "residual", "geometric"])
+def test_what_is_decoded_becomes_the_target(folder, kind):
+    """By enumeration of all answers of two tokens to one prompt; the rewards are of whole answers."""
+    name, beta = f"target-{kind}", 0.5
+    more = {
+        "head": {"lora_r": 32},
+        "tapped": {"lora_r": 32, "head_layers": 1},
+        "residual": {"aligner": str(folder / "start"), "rule": "product"},
+        "geometric": {"lora_r": 32, "weight": 0.8},
+    }[kind]
+    how = {"max_steps": 150, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "learning_rate": 5e-3}
+    how |= {"eval_steps": 75, "save_steps": 75, "logging_steps": 75, "load_best_model_at_end": False}
+    how |= {"lr_scheduler_type": "cosine"}
+    data = {"dataset": str(folder / "one.jsonl"), "eval_dataset": str(folder / "one.jsonl"), "num_generations": 32}
+    report = train(options(folder, name, how, beta=beta, max_tokens=2, **data, **more))
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / name)
+    ends = model.eos_token_ids
+    answers = [[v] if v in ends else [v, w] for v in range(V) for w in range(1 if v in ends else V)]
+    scores = model.score(["de"] * len(answers), answers)
+    bare, law = (torch.tensor([sum(getattr(s, side)) for s in scores]).double() for side in ("proposal", "aligned"))
+    texts = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    rewards = torch.tensor([sum(letter in "aeiou" for letter in text) for text in texts])
+    target = (bare + rewards / beta).softmax(0)
+    assert_close(law.exp().sum(), torch.tensor(1.0).double(), atol=1e-5, rtol=0)
+    assert (bare.exp() - target).abs().sum() / 2 > 0.4
+    assert (law.exp() - target).abs().sum() / 2 < 0.15
+    divergence = (law.exp() * (law - bare)).sum().item()
+    assert report["metrics"]["eval_kl"] == pytest.approx(divergence, abs=0.3)
+    assert report["metrics"]["eval_reward"] == pytest.approx((law.exp() * rewards).sum().item(), abs=0.4)
+
+
+@pytest.mark.parametrize("objective", ["tb", "grpo"])
+def test_a_constant_reward_leaves_the_proposal(folder, objective):
+    report = train(options(folder, f"flat-{objective}", reward="flat", objective=objective))
+    assert report["metrics"]["eval_kl"] == pytest.approx(0.0, abs=0.02)
+    assert report["metrics"]["eval_reward"] == report["proposal"]["reward"] == 3.0
+
+
+def test_grpo_raises_the_reward(folder):
+    report = train(options(folder, "grpo", {"max_steps": 20, "eval_steps": 10, "save_steps": 10}, objective="grpo", beta=0.01))
+    assert report["metrics"]["eval_reward"] > report["proposal"]["reward"] + 0.5
+    assert json.loads((folder / "grpo" / "trimtab.json").read_text())["objective"] == "grpo"
+
+
+def test_a_budget_settles_beta_and_is_kept(folder):
+    how = {"max_steps": 40, "eval_steps": 40, "save_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
+    data = {"dataset": str(folder / "one.jsonl"), "eval_dataset": str(folder / "one.jsonl")}
+    found = [
+        train(options(folder, f"kl-{budget}", how, max_kl=budget, num_generations=16, tempered_share=0.0, **data))["metrics"]
+        for budget in (0.1, 0.6)
+    ]
+    for budget, metrics in zip((0.1, 0.6), found, strict=True):
+        assert metrics["eval_kl"] <= budget
+    assert found[0]["eval_beta"] > 1.5 * found[1]["eval_beta"]
+    assert found[0]["eval_reward"] < found[1]["eval_reward"]
+
+
+def test_what_has_no_score_is_not_learnt_from(folder):
+    report = train(options(folder, "unsure", reward="unsure"))
+    assert 0 < report["metrics"]["eval_scored"] < 1
+    report = train(options(folder, "silent", reward="silent"))
+    assert report["metrics"]["eval_scored"] == 0
+    assert all(float(weight.abs().max()) == 0 for name, weight in weights(folder / "silent").items() if "lora_B" in name)
+
+
+def test_a_later_round_goes_on_where_an_earlier_one_stopped(folder):
+    """A head and an aligner that reads tokens; the first step's samples are what the earlier one ended with."""
+    for kind, aligner in (("head", ""), ("residual", str(folder / "start"))):
+        rule = {} if kind == "head" else {"rule": "product"}
+        first = train(options(folder, f"first-{kind}", aligner=aligner, **rule))
+        settings = {"aligner": str(folder / f"first-{kind}"), **rule}
+        second = train(options(folder, f"second-{kind}", {"max_steps": 2}, **settings))
+        assert first["metrics"]["eval_reward"] > first["proposal"]["reward"]
+        assert second["metrics"]["eval_kl"] > first["metrics"]["eval_kl"] / 2
+
+
+# ---- rounds
+
+
+def test_rounds_are_data_with_their_scores(folder):
+    train(options(folder, "rounds"))
+    text = (folder / "rounds" / "rounds" / "round-000001.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 4 * 4
+    for row in rows:
+        assert row["score"] == sum(letter in "aeiou" for letter in row["completion"])
+    assert len(rounds_of(folder / "rounds")) == 6
+
+
+def test_every_prompt_has_its_turn_and_temperatures_are_as_asked(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Rounds, "_score", lambda self, prompts, given, policy: drawn.extend(given) or [])
+    train_rounds(folder, "turns", rounds=60, tempered_share=0.5, lowest_temperature=0.6, highest_temperature=1.5)
+    temperatures = [params.temperature for _, params in drawn]
+    tempered = [t for t in temperatures if t != 1]
+    assert len(tempered) / len(temperatures) == pytest.approx(0.5, abs=0.12)
+    assert all(0.6 <= t <= 1.5 for t in tempered)
+    assert max(tempered) - min(tempered) > 0.7
+    places = [place for place, _ in drawn]
+    for at in range(0, len(places) - 9, 9):
+        assert sorted(places[at : at + 9]) == list(range(9))
+    assert len({params.seed for _, params in drawn}) == len(drawn)
+
+
+def train_rounds(folder, name, *, rounds, **settings):
+    """Draw rounds of two prompts of nine."""
+    prompts = [Prompt(Record(f"p{i}", None, None, f"data:{i}"), [5 + i]) for i in range(9)]
+    schedule = Schedule(2, 4, 3, 0, **settings)
+    made = Rounds(folder / name, prompts, prompts[:1], schedule, None)
+    for number in range(rounds):
+        made.draw(number, None, gains=False)
+    return made
+
+
+def test_earlier_answers_stand_in_for_fresh_ones(folder, monkeypatch):
+    """The better half of distinct ones, never those of later rounds."""
+    scores = iter(range(10_000))
+
+    def score(self, prompts, given, policy):
+        return [
+            Sample(group, place, [next_score % 7, place], "", "stop", 1.0, float(next_score % 7))
+            for group, (place, params) in enumerate(given)
+            for next_score in [next(scores) for _ in range(params.n)]
+        ]
+
+    monkeypatch.setattr(Rounds, "_score", score)
+    made = train_rounds(folder, "replay", rounds=12, replay_share=0.5)
+    first = made.groups(0, made.read(0))
+    assert [len(group) for group in first] == [4, 4]
+    late = made.groups(11, made.read(11))
+    assert [len(group) for group in late] == [4, 4]
+    assert [len(list(filter(lambda s, i=i: s.group == i, made.read(11)))) for i in (0, 1)] == [2, 2]
+    for group in late:
+        assert len({sample.place for sample in group}) == 1
+        fresh, earlier = group[2:], group[:2]
+        known = {s.score for n in range(11) for s in made.read(n) if s.place == group[0].place}
+        assert all(sample.score in sorted(known)[len(known) // 2 - 1 :] for sample in earlier)
+        assert len(fresh) == 2
+
+
+def test_beta_falls_to_what_was_asked_for():
+    betas = Betas(0.4, 1.25, 10, None)
+    assert [betas.at(number, lambda _: []) for number in (0, 5, 9)] == pytest.approx([0.5, 0.4, 0.4])
+    assert betas.at(2, lambda _: []) == pytest.approx(0.46)
+
+
+def test_a_budget_is_approached_in_steps_that_samples_can_tell_of():
+    """Eight answers tell of no more than about a nat beyond where they were drawn."""
+    some = [Sample(0, 0, [1], "", "stop", 1.0, float(i == 0), gain=0.0) for i in range(8)]
+    near, far = (Betas(None, 1.0, 10, budget).at(0, lambda _: some) for budget in (0.5, 50.0))
+    assert near > far > 0.05
+    assert Betas(None, 1.0, 10, 0.5).at(0, lambda _: [replace(one, score=1.0) for one in some]) == math.inf
+
+
+def test_figures_are_of_the_samples():
+    texts = ["a", "a", "b", "c"]
+    samples = [Sample(i // 2, i // 2, [1] * (i + 1), t, "stop" if i else "length", 1.0, i or None) for i, t in enumerate(texts)]
+    found = figures_of(samples, 0.5, 0.2, None)
+    assert found == pytest.approx(
+        {"reward": 2.0, "kl": 0.5, "kl_per_token": 0.2, "objective": 1.9, "beta": 0.2, "length": 2.5, "ended": 0.75,
+         "distinct": 0.5, "scored": 0.75}
+    )  # fmt: skip
+    assert figures_of(samples, 0.5, 0.2, 0.4)["objective"] == pytest.approx(1.98)
+
+
+# ---- a run that is killed
+
+
+class Killed(BaseException):
+    """As a signal would."""
+
+
+def kill_at(monkeypatch, owner, name, count, *, after=False):
+    """Let a function raise at its call number `count`, before or after its work."""
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == count and not after:
+            raise Killed
+        found = original(*args, **kwargs)
+        if len(calls) == count:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+STAGES = [
+    (Rounds, "_score", 1, False),
+    (Rounds, "_score", 4, False),
+    (Rounds, "draw", 3, True),
+    (Rounds, "look", 2, True),
+    (AlignerTrainer, "compute_loss", 7, False),
+    (OnlineTrainer, "training_step", 12, True),
+    (Policies, "of", 8, False),
+    (OnlineTrainer, "evaluate", 3, True),
+    (OnlineTrainer, "evaluate", 4, False),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    train(options(folder, "whole", replay_share=0.5))
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: f"{stage[1]}-{stage[2]}-{'after' if stage[3] else 'before'}")
+def test_a_killed_run_ends_as_one_that_was_not(folder, whole, monkeypatch, stage):
+    name = f"killed-{stage[1]}-{stage[2]}-{stage[3]}"
+    with monkeypatch.context() as patch:
+        kill_at(patch, *stage[:3], after=stage[3])
+        with pytest.raises(Killed):
+            train(options(folder, name, replay_share=0.5))
+    report = train(options(folder, name, replay_share=0.5))
+    for key, weight in weights(whole).items():
+        assert torch.equal(weights(folder / name)[key], weight)
+    for path in (whole / "rounds").iterdir():
+        assert (folder / name / "rounds" / path.name).read_bytes() == path.read_bytes()
+    assert report["metrics"] == json.loads((whole / "training.json").read_text())["metrics"]
+
+
+def test_what_was_scored_is_not_scored_again(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, OnlineTrainer, "training_step", 5)
+        with pytest.raises(Killed):
+            train(options(folder, "once"))
+    before = {name: (folder / "once" / "rounds" / name).stat().st_mtime_ns for name in rounds_of(folder / "once")}
+    assert len(before) == 3
+    train(options(folder, "once"))
+    assert {name: (folder / "once" / "rounds" / name).stat().st_mtime_ns for name in before} == before
+    assert len(rounds_of(folder / "once")) == 6
+
+
+def test_a_finished_run_is_left_alone_and_another_one_refused(folder, whole):
+    stamp = (whole / "adapter_model.safetensors").stat().st_mtime_ns
+    train(options(folder, "whole", replay_share=0.5))
+    assert (whole / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    others = {"beta": 0.6, "reward": "flat", "max_tokens": 3, "replay_share": 0.25}
+    for option, value in others.items():
+        named = "objective_options" if option == "replay_share" else option
+        with pytest.raises(InvalidOption, match=f"holds a run with {named}="):
+            train(options(folder, "whole", **({"replay_share": 0.5} | {option: value})))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reward": ()}, "reward: objective 'tb' learns from one"),
+        ({"beta": None}, "give one of them"),
+        ({"max_kl": 1.0, "beta": 0.1}, "give only one of them"),
+        ({"objective": "grpo", "max_kl": 1.0}, "max_kl: objective 'grpo' has a price"),
+        ({"num_generations": 3}, "per_device_train_batch_size must be a multiple of num_generations, 3"),
+        ({"rule": "candidates"}, "tb trains product, geometric or mixture"),
+        ({"teacher_prompt": "x.txt"}, "teacher_prompt: objective 'tb'"),
+        ({"max_tokens": 4096}, "max_tokens: 4096 leave no room"),
+        ({"dry_run": True}, "dry_run: what rounds"),
+        ({"reward": ("nowhere.py:f",)}, "there is no file 'nowhere.py'"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, settings, said):
+    given = dict(settings)
+    if (reward := given.pop("reward", None)) is not None:
+        made = replace(options(folder, "refused", **given), reward=reward)
+    else:
+        made = options(folder, "refused", **given)
+    with pytest.raises(InvalidOption, match=said):
+        train(made)
+    assert not (folder / "refused" / "rounds").exists()
+
+
+def test_a_missing_column_is_named_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("trimtab.train.online.run.open_proposal", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(InvalidOption, match="takes 'letter', and the data have no such column"):
+        train(options(folder, "lacking", reward="wanted", dataset=str(folder / "train_prompts.jsonl")))
+
+
+def test_a_reward_that_fails_names_the_prompt_and_the_run_goes_on_from_there(folder):
+    with pytest.raises(ModelError, match="raised KeyError: 'no such thing'") as error:
+        train(options(folder, "failing", reward="broken"))
+    assert "prompts.jsonl:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cache_top_k", "8"], "--cache_top_k is for wanted answers"),
+        (["--objective", "sft", "--max_tokens", "8"], "--max_tokens is for rewards"),
+    ],
+)
+def test_options_without_effect_are_refused_on_the_command_line(folder, capsys, flags, said):
+    base = ["train", "--proposal", str(folder / "proposal"), "--dataset", str(folder / "prompts.jsonl"), "--output_dir", "x"]
+    ours = [] if "--objective" in flags else ["--objective", "tb", "--beta", "1", "--reward", f"{folder / 'rewards.py'}:flat"]
+    assert main([*base, *ours, *flags]) == 2
+    assert said in capsys.readouterr().err
