@@ -139,7 +139,8 @@ def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[
         use_cache=False,
         logits_to_keep=mask.shape[1] + 1,
     ).logits
-    return logits.flatten(0, 1), batch[f"{which}_owner"] * logits.shape[1] + batch[f"{which}_column"]
+    rows = batch.get(f"{which}_row", batch[f"{which}_owner"])
+    return logits.flatten(0, 1), rows * logits.shape[1] + batch[f"{which}_column"]
 
 
 def kept_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

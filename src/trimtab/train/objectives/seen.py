@@ -133,7 +133,7 @@ class Batch:
         """Values `[N]` of tokens, or with `edits` of those that are `edited`, added up by example: `[B]`."""
         if edits:
             values = torch.where(self.edited(which), values, 0.0)
-        return per_example(values, self._inputs[f"{which}_owner"], len(self._inputs[f"{which}_ids"]))
+        return per_example(values, self._inputs[f"{which}_owner"], len(self._inputs["share"]))
 
     def gain(self, losses: Tensor, which: str = "chosen", *, edits: bool = False) -> Tensor:
         """By how much the `which` answers' log-probabilities `[B]` are above the proposal's, from each token's negative one.

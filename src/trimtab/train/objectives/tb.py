@@ -8,8 +8,9 @@ from torch import Tensor
 from trimtab.core.rewards import trajectory_balance
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES
+from trimtab.train.objectives.losses import Proposed
 from trimtab.train.objectives.rewarded import Rewarded
-from trimtab.train.objectives.seen import Batch
+from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 
 __all__ = ["TrajectoryBalance"]
 
@@ -28,6 +29,13 @@ class TrajectoryBalance(Rewarded):
         " settles it)",
         above=0,
     )
+    prior: float = option(
+        1.0,
+        "exponent of the proposal in the target P_M^prior·e^{r/β}: 0 leaves it out, so that answers of one reward are equally"
+        " likely",
+        low=0,
+        high=1,
+    )
     tempered_share: float = option(
         2 / 3, "share of the prompts whose samples are drawn at another temperature than 1", low=0, high=1
     )
@@ -40,6 +48,13 @@ class TrajectoryBalance(Rewarded):
         1.25, "times --beta is where the reward's temperature starts; it falls to --beta in the first half of the run", low=1
     )
 
+    def token_losses(self, setting: Setting) -> tuple[TokenLoss, ...]:
+        """Also the proposal's own log-probabilities, where the target has another exponent of it."""
+        return super().token_losses(setting) + ((Proposed(),) if self.prior != 1 else ())
+
     def loss(self, batch: Batch) -> Tensor:
         """Of a sample, its part of its group's variance."""
-        return trajectory_balance(self.gain(batch), batch.rewards, batch.beta, batch.groups)
+        c = self.gain(batch)
+        if self.prior != 1:  # log P_θ − prior·log P_M
+            c = c + (1 - self.prior) * batch.sum(batch.tokens(Proposed()))
+        return trajectory_balance(c, batch.rewards, batch.beta, batch.groups)

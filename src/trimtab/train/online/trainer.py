@@ -14,6 +14,7 @@ from trimtab.train.batches import Item, answer_logits, collate
 from trimtab.train.objectives import Batch, Gained, Setting, TokenLoss
 from trimtab.train.online.betas import Betas
 from trimtab.train.online.figures import figures_of, said_of
+from trimtab.train.online.packing import can_pack, pack
 from trimtab.train.online.policy import Policies
 from trimtab.train.online.rounds import Prompt, Rounds, Sample
 from trimtab.train.plan import Plan
@@ -161,15 +162,23 @@ class OnlineTrainer(AlignerTrainer):
         parts = [kept[i * len(kept) // wanted : (i + 1) * len(kept) // wanted] for i in range(wanted)]
         filler = [[next(sample for group in groups for sample in group)]]
         for part in parts:
-            chosen = [(slot, sample) for slot, some in enumerate(part or filler) for sample in some]
             share = wanted / count if part else 0.0
-            examples = [Example(prompts[s.place].ids, s.tokens, ()) for _, s in chosen]
-            hidden = self._policies.hidden(examples, self._tap)
-            batch = collate([Item(e, share=share, hidden=h) for e, h in zip(examples, hidden, strict=True)])
-            batch["group"] = torch.tensor([slot for slot, _ in chosen])
-            batch["reward"] = torch.tensor([sample.score or 0.0 for _, sample in chosen])
-            batch["beta"] = torch.full((len(chosen),), beta)
-            yield batch
+            part = part or filler
+            slots = [slot for slot, some in enumerate(part) for _ in some]
+            samples = [sample for some in part for sample in some]
+            examples = [[Example(prompts[s.place].ids, s.tokens, ()) for s in some] for some in part]
+            batch = self._collated(examples) | {"share": torch.full((len(samples),), share), "group": torch.tensor(slots)}
+            batch["reward"] = torch.tensor([sample.score or 0.0 for sample in samples])
+            yield batch | {"beta": torch.full((len(samples),), beta)}
+
+    def _collated(self, groups: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        """The examples of some groups as tensors, with one reading of each prompt where the model can do that."""
+        examples = [example for group in groups for example in group]
+        hidden = self._policies.hidden(examples, self._tap)
+        config = self._bare_model.config
+        if can_pack([config] if self.has_proposal else [config, self._frozen.config], groups):
+            return pack(config, groups, hidden)
+        return collate([Item(example, hidden=states) for example, states in zip(examples, hidden, strict=True)])
 
     def _proposal_rows(self, inputs: dict[str, Tensor], which: str) -> CachedRows:
         """Made as they are wanted, with every entry."""
