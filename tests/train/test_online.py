@@ -84,6 +84,7 @@ def options(folder, name, training=None, *, reward="vowels", **settings):
         "num_generations": 4,
         "dev_prompts": 2,
         "dev_fraction": 0.25,
+        "train_draft": False,
     }
     if settings.get("objective", "tb") == "tb" and "max_kl" not in settings:
         said |= {"beta": 0.5}
@@ -176,6 +177,26 @@ def test_a_later_round_goes_on_where_an_earlier_one_stopped(folder):
         second = train(options(folder, f"second-{kind}", {"max_steps": 2}, **settings))
         assert first["metrics"]["eval_reward"] > first["proposal"]["reward"]
         assert second["metrics"]["eval_kl"] > first["metrics"]["eval_kl"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["head", "residual"])
+def test_a_drafter_learns_what_the_aligner_says(folder, kind):
+    """With the training, or later; a residual has one by default."""
+    more = (
+        {"aligner": "", "train_draft": True}
+        if kind == "head"
+        else {"aligner": str(folder / "start"), "rule": "product", "train_draft": None}
+    )
+    report = train(options(folder, f"draft-{kind}", **more))
+    assert (folder / f"draft-{kind}" / "draft" / "config.json").exists()
+    assert 0 < report["draft"]["metrics"]["eval_acceptance_on_answers"] <= 1
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / f"draft-{kind}")
+    assert model.drafter != "none"
+    if kind == "residual":
+        later = {**more, "train_draft": False}
+        assert "draft" not in train(options(folder, "drafted-later", **later))
+        assert train(options(folder, "drafted-later", **later | {"train_draft": True}))["draft"]["metrics"]
 
 
 # ---- rounds

@@ -6,6 +6,8 @@ training answers: from the proposal's cached rows, the frozen aligner and its tu
 """
 
 import dataclasses
+import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,15 +17,24 @@ from torch import Tensor
 
 from trimtab.core.objectives import acceptance, distillation
 from trimtab.errors import UnsupportedModel
+from trimtab.files import finite
+from trimtab.models.adapter_folder import Base
+from trimtab.models.aligner import DRAFT_NAME, Aligner, save_model
 from trimtab.models.fingerprint import Files
 from trimtab.models.loading import load_model
 from trimtab.models.masks import context_of
-from trimtab.train.batches import answer_logits, rows_at
+from trimtab.models.vocabulary import vocabulary_size
+from trimtab.train.arguments import training_arguments
+from trimtab.train.batches import ExampleDataset, answer_logits, collate, rows_at
 from trimtab.train.distil import DistilTrainer, Target
+from trimtab.train.folder import last_checkpoint
 from trimtab.train.pieces import Piece
 from trimtab.train.plan import Plan
+from trimtab.train.progress import CompactProgress
+from trimtab.train.ranks import Ranks
+from trimtab.train.trainer import fit, trained
 
-__all__ = ["CHECKPOINTS", "DraftTrainer", "check_draft_start", "draft_plan"]
+__all__ = ["CHECKPOINTS", "DraftTrainer", "check_draft_start", "draft_plan", "train_draft"]
 
 CHECKPOINTS = "draft_checkpoints"
 """The folder in the output folder where a drafter's training keeps its checkpoints."""
@@ -101,3 +112,51 @@ class DraftTrainer(DistilTrainer):
     def figures(self, target: Tensor, piece: Piece) -> list[Tensor]:
         """KL(aligned‖draft) in nats, and the chance that a draft would stay."""
         return [distillation(target, piece.logq), acceptance(target, piece.logq)]
+
+
+def train_draft(
+    plan: Plan,
+    output: Path,
+    tokenizer: Any,
+    ranks: Ranks,
+    start: Base,
+    weight: float,
+    mean_length: float,
+    learning_rate: float,
+    data: Mapping[str, ExampleDataset],
+) -> dict[str, Any]:
+    """Distil the drafter of the finished aligner in the output folder, and save it there.
+
+    Args:
+        plan: of the run.
+        output: the aligner's folder; the drafter goes into its folder `draft`.
+        tokenizer: of both.
+        ranks: the processes that train together.
+        start: what the drafter starts from.
+        weight: that the aligner is decoded at.
+        mean_length: of the training answers, in tokens.
+        learning_rate: the aligner's.
+        data: `train_dataset` and `eval_dataset`, with cached rows.
+
+    Returns:
+        `metrics`, `history` and `seconds`.
+    """
+    started, own = time.monotonic(), training_arguments(draft_plan(plan, learning_rate))
+    trainer = DraftTrainer(
+        plan,
+        vocabulary_size(tokenizer),
+        mean_length,
+        aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
+        weight=weight,
+        ranks=ranks,
+        model=load_model(start.source, dtype=torch.float32, device="cpu", revision=start.revision),
+        args=own,
+        data_collator=collate,
+        **data,
+    )
+    CompactProgress.install(trainer, "draft")
+    fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
+    report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
+    model, weights = trained(trainer)
+    ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
+    return dict(finite(report))

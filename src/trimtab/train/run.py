@@ -15,24 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import TrainingArguments
 
 from trimtab.data.encoding import Encoder
-from trimtab.data.examples import Example, answers, fingerprint_examples
+from trimtab.data.examples import Example, fingerprint_examples
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
-from trimtab.models.aligner import DRAFT_NAME, Aligner, describe, save_model
+from trimtab.models.aligner import Aligner, describe
 from trimtab.models.attention import without_cudnn
 from trimtab.models.head import Head
-from trimtab.models.loading import load_model
 from trimtab.models.masks import context_of
-from trimtab.models.vocabulary import check_same_vocabulary, fingerprint_vocabulary, vocabulary_size
+from trimtab.models.vocabulary import check_same_vocabulary, vocabulary_size
 from trimtab.train.arguments import need_training, training_arguments
 from trimtab.train.batches import ExampleDataset, collate
-from trimtab.train.cache import ProposalCache
+from trimtab.train.caches import open_caches
 from trimtab.train.checks import warn_of_rule, warn_of_weight
-from trimtab.train.draft import CHECKPOINTS, DraftTrainer, check_draft_start, draft_plan
+from trimtab.train.draft import CHECKPOINTS, check_draft_start, train_draft
 from trimtab.train.folder import LOCK, is_finished, last_checkpoint, open_run, refuse_foreign
 from trimtab.train.head import HeadStart
 from trimtab.train.head_draft import train_head_draft
@@ -52,18 +50,18 @@ from trimtab.train.plan import Facts, Plan, Temperatures, announce_round, resolv
 from trimtab.train.progress import CompactProgress
 from trimtab.train.ranks import Ranks
 from trimtab.train.record import describe_run, make_manifest, save_trained
-from trimtab.train.rows import Layout, ModelRows, RowSource
+from trimtab.train.rows import Layout, RowSource
 from trimtab.train.samples import draw_samples
 from trimtab.train.start import describe_lora, load_start, prepare_model, read_lora
-from trimtab.train.taught_rows import TaughtCache, TeacherRows, warn_of_ends
+from trimtab.train.taught_rows import warn_of_ends
 from trimtab.train.teacher import Teacher, lack_answers
 from trimtab.train.teacher_answers import draw_answers
 from trimtab.train.temper import TOP_K, fit_temperatures
-from trimtab.train.trainer import AlignerTrainer, fit, trained
+from trimtab.train.trainer import AlignerTrainer, fit
 from trimtab.train.tune import RANGES, tune_weight
 from trimtab.train.whole_rows import tune_on_whole_rows
 
-__all__ = ["open_caches", "run_training"]
+__all__ = ["run_training"]
 
 logger = logging.getLogger(__name__)
 
@@ -289,28 +287,9 @@ def _temperatures(
 
 def _train_draft(this: _Run, weight: float) -> dict[str, Any]:
     """Distil the finished aligner's drafter from the aligned model, and save it; returns its report."""
-    started = time.monotonic()
-    plan, output, ranks, tokenizer = this.plan, this.output, this.ranks, this.tokenizer
     assert this.draft_start is not None  # as for all but heads
-    base, own = this.draft_start, training_arguments(draft_plan(plan, this.arguments.learning_rate))
-    trainer = DraftTrainer(
-        plan,
-        vocabulary_size(tokenizer),
-        this.mean_length,
-        aligner=Aligner.from_pretrained(output, dtype=torch.float32, device="cpu").model,
-        weight=weight,
-        ranks=ranks,
-        model=load_model(base.source, dtype=torch.float32, device="cpu", revision=base.revision),
-        args=own,
-        data_collator=collate,
-        **this.data,
-    )
-    CompactProgress.install(trainer, "draft")
-    fit(trainer, ranks.first_does(lambda: last_checkpoint(Path(own.output_dir))))
-    report = {"metrics": trainer.evaluate(), "history": trainer.state.log_history, "seconds": time.monotonic() - started}
-    model, weights = trained(trainer)
-    ranks.first_does(lambda: save_model(model, tokenizer, output / DRAFT_NAME, weights=weights))
-    return dict(finite(report))
+    how = this.draft_start, weight, this.mean_length, this.arguments.learning_rate
+    return train_draft(this.plan, this.output, this.tokenizer, this.ranks, *how, this.data)
 
 
 def _train_head_draft(this: _Run, head: Head) -> dict[str, Any]:
@@ -318,34 +297,3 @@ def _train_head_draft(this: _Run, head: Head) -> dict[str, Any]:
     parts = this.examples, this.data["eval_dataset"].examples
     output, rate = this.output, this.arguments.learning_rate
     return train_head_draft(this.plan, output, output / CHECKPOINTS, head, this.tokenizer, parts, this.ranks, rate)
-
-
-def open_caches(
-    plan: Plan, rows: RowSource, tokenizer: Any, examples: list[Example], development: list[Example], ranks: Ranks
-) -> dict[str, dict[str, ProposalCache]]:
-    """The cached rows of both parts, by the kind of answer that they are on."""
-    folder = Path(plan.asked.proposal_cache or Path(plan.asked.output_dir) / "proposal_cache")
-    parts = {"train": examples, "dev": development}
-    caches: dict[str, dict[str, ProposalCache]] = {part: {} for part in parts}
-    for part, which in plan.cached_answers:
-        name = part if which == "chosen" else f"{part}_{which}"
-        source, kind, some, layout = rows, ProposalCache, parts[part], plan.row_layout
-        if which == "teacher":
-            assert isinstance(rows, ModelRows)  # as `refuse_contradictions` has it
-            source, kind, layout = TeacherRows(rows), TaughtCache, plan.taught_layout
-        cache = caches[part][which] = kind.build(
-            folder / name,
-            source,
-            fingerprint_vocabulary(tokenizer),
-            some if which == "teacher" else answers(some, which),
-            layout=layout(rows.vocab_size),
-            temperature=plan.temperatures.proposal,
-            ranks=ranks,
-        )
-        facts = cache.facts
-        error = "an error that is not known"
-        mean, rms = (facts[name] for name in kind.losses[2:])
-        if mean is not None:
-            error = f"an error of {mean:.2g} nats a token (root mean square {rms:.2g}) in {kind.of}"
-        logger.info("%s cache: %d tokens, %.0f bytes a token; %s", name, facts["tokens"], facts["bytes_per_token"], error)
-    return caches

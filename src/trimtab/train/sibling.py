@@ -30,6 +30,7 @@ from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import find_eos_token_ids, vocabulary_size
 from trimtab.train.arguments import training_arguments
 from trimtab.train.batches import ExampleDataset, collate
+from trimtab.train.caches import open_caches
 from trimtab.train.defaults import training_of_effect
 from trimtab.train.distil import DistilTrainer
 from trimtab.train.folder import LOCK, last_checkpoint, open_run, refuse_foreign
@@ -38,7 +39,6 @@ from trimtab.train.own_samples import draw_samples, read_samples
 from trimtab.train.plan import Plan
 from trimtab.train.progress import CompactProgress
 from trimtab.train.ranks import Ranks
-from trimtab.train.run import open_caches
 from trimtab.train.sibling_options import StartOptions
 from trimtab.train.trainer import fit, trained
 

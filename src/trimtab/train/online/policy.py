@@ -26,7 +26,7 @@ from trimtab.train.head import TrainedHead
 from trimtab.train.hidden import hidden_states
 from trimtab.train.plan import Plan
 from trimtab.train.record import make_manifest
-from trimtab.train.rows import Proposal
+from trimtab.train.rows import ModelRows, Proposal
 
 __all__ = ["Policies", "Split", "split_proposal"]
 
@@ -40,6 +40,8 @@ class Split(NamedTuple):
     """It is as fast as in decoding: on a CPU its weights are packed, which takes their memory once more."""
     frozen: Any
     """The transformers model of the first one."""
+    rows: ModelRows
+    """Of the second one."""
 
 
 def split_proposal(proposal: Proposal, device: str | None) -> Split:
@@ -50,7 +52,8 @@ def split_proposal(proposal: Proposal, device: str | None) -> Split:
     shared |= {id(p): torch.nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}  # packing empties the other ones
     twin = copy.deepcopy(model, shared)
     sampler = HuggingFaceLM(model, vocab_size, owned=True, capture=make_capture(None, device))
-    return Split(proposal._replace(model=HuggingFaceLM(twin, vocab_size)), proposal._replace(model=sampler), twin)
+    rows = ModelRows(sampler, proposal.rows.fingerprint, proposal.eos_token_ids)
+    return Split(proposal._replace(model=HuggingFaceLM(twin, vocab_size)), proposal._replace(model=sampler), twin, rows)
 
 
 class Policies:

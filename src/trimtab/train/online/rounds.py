@@ -126,7 +126,7 @@ class Rounds:
 
     def look(self, name: str, policy: AlignedModel) -> list[Sample]:
         """Samples of the development prompts at temperature 1, with the same random numbers every time; kept in a file."""
-        path = self._folder / f"look-{name}.jsonl"
+        path = self._look_path(name)
         if (found := _read(path)) is None:
             like = SamplingParams(max_tokens=self._schedule.max_tokens, temperature=1.0, n=self._schedule.generations)
             places = range(len(self._development))
@@ -134,6 +134,10 @@ class Rounds:
             found = self._score(self._development, asked, policy)
             _write(path, found, self._development)
         return found
+
+    def read_look(self, step: int) -> list[Sample]:
+        """Those of a look that was taken after so many updates."""
+        return _read(self._look_path(f"{step:06d}")) or []
 
     def groups(self, number: int, fresh: Sequence[Sample]) -> list[list[Sample]]:
         """The round's samples by prompt, with earlier ones."""
@@ -186,6 +190,9 @@ class Rounds:
             Sample(group, place, list(one.tokens), one.text, one.finish_reason, params.temperature, score, _gain(one))
             for (group, place, params), one, score in zip(owners, drawn, scores, strict=True)
         ]
+
+    def _look_path(self, name: str) -> Path:
+        return self._folder / f"look-{name}.jsonl"
 
     def _path(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.jsonl"

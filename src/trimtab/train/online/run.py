@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from trimtab.data.encoding import Encoder
 from trimtab.data.template import pick_date
 from trimtab.errors import InvalidOption
-from trimtab.files import finite, json_digest, read_json
+from trimtab.files import finite, json_digest, read_json, write_json
 from trimtab.judges.asked import AskedRecords
 from trimtab.judges.rewards.base import Reward, check_loaded
 from trimtab.models.aligner import Aligner
@@ -27,6 +27,7 @@ from trimtab.train.head import HeadStart
 from trimtab.train.inputs import open_proposal, open_tokenizer, run_date
 from trimtab.train.online.betas import Betas
 from trimtab.train.online.data import encode_prompts, read_prompts
+from trimtab.train.online.drafting import distil_draft
 from trimtab.train.online.figures import figures_of
 from trimtab.train.online.policy import Policies, split_proposal
 from trimtab.train.online.rounds import Prompt, Rounds, Schedule
@@ -113,33 +114,56 @@ def _train(
     if began := start or (head and head.earlier):
         run["aligner_weights"] = began.files.fingerprint
     open_run(output, run, plan.asked.overwrite_output_dir)
-    if is_finished(output):
-        logger.info("%s is already trained with these settings", output)
-        return dict(read_json(output / "training.json"))
     policies = Policies(plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date)
     rounds = Rounds(output, training, development, schedule, reward)
+    if is_finished(output):
+        logger.info("%s is already trained with these settings", output)
+        report = dict(read_json(output / "training.json"))
+    else:
+        model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
+        parts = {"rounds": rounds, "policies": policies, "prompts": training, "development": development}
+        report = _train_aligner(plan, output, arguments, ranks, tokenizer, head, split.frozen, model, reward, parts, started)
+        del model
+    if plan.trains_draft and "draft" not in report:
+        how: dict[str, Any] = {"rounds": rounds, "report": report, "prompts": (training, development), "source": split.rows}
+        report["draft"] = distil_draft(plan, output, tokenizer, ranks, start=start and start.draft, head=kind, **how)
+        write_json(output / "training.json", report)
+    return report
+
+
+def _train_aligner(
+    plan: Plan,
+    output: Path,
+    arguments: TrainingArguments,
+    ranks: Ranks,
+    tokenizer: Any,
+    head: HeadStart | None,
+    frozen: Any,
+    model: Any,
+    reward: Reward,
+    parts: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Train, tune and save an aligner; returns the report."""
+    kind = None if head is None else head.head
     betas = Betas(
         getattr(plan.objective, "beta", None),
         getattr(plan.objective, "beta_start", 1.0),
         arguments.max_steps,
         plan.asked.max_kl,
     )
-    before = figures_of(rounds.look("proposal", policies.bare), 0.0, 0.0, None)
+    before = figures_of(parts["rounds"].look("proposal", parts["policies"].bare), 0.0, 0.0, None)
     logger.info("the proposal's answers to the development prompts: reward %.4g", before["reward"])
-    model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
     trainer = OnlineTrainer(
         plan,
         vocabulary_size(tokenizer),
-        proposal=split.frozen,
-        policies=policies,
-        rounds=rounds,
-        prompts=training,
-        development=development,
+        proposal=frozen,
         betas=betas,
         tap=kind.tap if kind else 0,
         model=model,
         args=arguments,
-        eval_dataset=development,
+        eval_dataset=parts["development"],
+        **parts,
     )
     CompactProgress.install(trainer, plan.objective.name)
     fit(trainer, last_checkpoint(output))
