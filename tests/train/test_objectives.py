@@ -31,8 +31,10 @@ from trimtab.train.objectives import (
     Likelihood,
     Logits,
     Objective,
+    Proposed,
     Rows,
     Setting,
+    Valued,
 )
 from trimtab.train.objectives.base import _check
 from trimtab.train.objectives.taught import Taught, TeacherAlone, TeacherToAligned, TeacherToProposal
@@ -94,13 +96,14 @@ class Examples:
         one = self.tensors[which]
         whole = CachedRows.whole(one["logp"], one["tokens"])
         return Logits(
-            one["logits"], one["positions"], one["tokens"], V, self.setting, lambda: whole, lambda: one["teacher"]
+            one["logits"], one["positions"], one["tokens"], V, self.setting, lambda: whole, lambda: one["teacher"],
         )  # fmt: skip
 
     def rows(self, which: str) -> Rows:
         one = self.tensors[which]
         logq = (one["logits"][one["positions"], :V] / self.setting.temperature).log_softmax(-1)
-        return Rows(one["tokens"], logq, one["logp"], self.setting, one["teacher"])
+        level = (one["logits"][one["positions"], :V] / self.setting.temperature).logsumexp(-1)
+        return Rows(one["tokens"], logq, one["logp"], self.setting, one["teacher"], level)
 
     def batch(self, *, fused: bool, training: bool = True) -> Batch:
         def tokens(loss, which):
@@ -118,7 +121,18 @@ def setting_of(rule: str, weight: float, temperature: float = 1.0, **more) -> Se
 
 
 @pytest.mark.parametrize(
-    "loss", [Alone(), LanguageModel(), Decoded(), Gained(), TeacherToAligned(), TeacherToProposal(), TeacherAlone()]
+    "loss",
+    [
+        Alone(),
+        LanguageModel(),
+        Decoded(),
+        Gained(),
+        Proposed(),
+        Valued(),
+        TeacherToAligned(),
+        TeacherToProposal(),
+        TeacherAlone(),
+    ],
 )
 @pytest.mark.parametrize(("rule", "weight"), RULES)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -266,7 +280,7 @@ def test_an_objective_of_another_package_is_trained_by_the_command(tmp_path, cap
 def test_its_flag_is_in_the_help(capsys):
     status, shown, _ = called(capsys, "train", "--help")
     assert status == 0
-    assert "{grpo,likelihood,preference,ram,sft,tb,focal}" in shown
+    assert "{grpo,likelihood,preference,ram,sft,tb,soft_q,focal}" in shown
     assert "how much less is learnt from what is likely already" in " ".join(shown.split())
 
 

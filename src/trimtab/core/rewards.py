@@ -82,10 +82,11 @@ def soft_q(gains: Tensor, values: Tensor, following: Tensor, ends: Tensor) -> Te
     Args:
         gains: g of each token `[N]`.
         values: V/β before each token `[N]`.
-        following: V/β behind each token `[N]`, a constant: of a target copy; what it says at ends is not looked at.
+        following: V/β behind each token `[N]`; what it says at ends is not looked at. The gradient may flow through it, for a
+            token's successor is certain.
         ends: r/β at the last token of each answer, NaN elsewhere `[N]`.
     """
-    wanted = torch.where(ends.isnan(), following, ends)
+    wanted = torch.where(ends.isnan(), following, ends.nan_to_num())
     return (gains + values - wanted) ** 2
 
 

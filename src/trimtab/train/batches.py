@@ -27,6 +27,7 @@ __all__ = [
     "cached_rows",
     "collate",
     "kept_of",
+    "log_mass",
     "rows_at",
 ]
 
@@ -125,6 +126,12 @@ def rows_at(logits: Tensor, positions: Tensor, vocab_size: int, temperature: flo
     """Log-probabilities `[n, V]` at a temperature, from the logits `[M, W]` at n positions."""
     rows = row_from_logits(logits.index_select(0, positions), vocab_size)
     return rows if temperature == 1 else warp(rows, Warp(temperature))
+
+
+def log_mass(logits: Tensor, positions: Tensor, vocab_size: int, temperature: float = 1.0) -> Tensor:
+    """Log of Σ_v e^{logit/temperature} `[n]` at n positions of logits `[M, W]`, in float32 or better."""
+    some = logits.index_select(0, positions)[:, :vocab_size]
+    return (some.to(torch.promote_types(some.dtype, torch.float32)) / temperature).logsumexp(-1)
 
 
 def answer_logits(model: Any, batch: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:

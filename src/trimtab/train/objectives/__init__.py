@@ -1,13 +1,15 @@
 """What a run minimises: one file for each objective, and what each of them is made of."""
 
 from trimtab.train.objectives.base import OBJECTIVES, EqualPairs, Objective
+from trimtab.train.objectives.gains import Gained, Proposed, Valued
 from trimtab.train.objectives.grpo import GroupRelativePolicy
 from trimtab.train.objectives.likelihood import Likelihood
-from trimtab.train.objectives.losses import Alone, Decoded, Gained, LanguageModel
+from trimtab.train.objectives.losses import Alone, Decoded, LanguageModel
 from trimtab.train.objectives.preference import Preference
 from trimtab.train.objectives.ram import RAM
 from trimtab.train.objectives.seen import Batch, Logits, Rows, Setting, TokenLoss
 from trimtab.train.objectives.sft import SFT
+from trimtab.train.objectives.soft_q import SoftQ
 from trimtab.train.objectives.tb import TrajectoryBalance
 
 __all__ = [
@@ -25,8 +27,11 @@ __all__ = [
     "Logits",
     "Objective",
     "Preference",
+    "Proposed",
     "Rows",
     "Setting",
+    "SoftQ",
     "TokenLoss",
     "TrajectoryBalance",
+    "Valued",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from trimtab.core.rewards import advantages, reverse_kl
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES
-from trimtab.train.objectives.losses import Gained
+from trimtab.train.objectives.gains import Gained
 from trimtab.train.objectives.rewarded import Rewarded
 from trimtab.train.objectives.seen import Batch
 

@@ -12,7 +12,14 @@ from trimtab.errors import InvalidOption
 from trimtab.train.fused_likelihood import fused_likelihood, fused_sft
 from trimtab.train.objectives.seen import Logits, Rows, Setting, TokenLoss
 
-__all__ = ["Alone", "Decoded", "Gained", "LanguageModel", "Proposed", "is_plain", "refuse_beside_head", "refuse_beside_powers"]
+__all__ = [
+    "Alone",
+    "Decoded",
+    "LanguageModel",
+    "is_plain",
+    "refuse_beside_head",
+    "refuse_beside_powers",
+]
 
 
 def refuse_beside_powers(setting: Setting, sft_weight: float | None) -> None:
@@ -82,33 +89,3 @@ class Decoded(TokenLoss):
             return fused_sft(*where, logits.tokens, logits.vocab_size)
         how = setting.weight, setting.temperature
         return fused_likelihood(setting.rule, logits.proposal(), *where, *how, logits.vocab_size)
-
-
-@dataclass(frozen=True)
-class Gained(TokenLoss):
-    """log of the rule's target − log of the proposal: what an aligner adds to a token's log-probability."""
-
-    reads_proposal: ClassVar[bool] = True
-
-    def of_rows(self, rows: Rows) -> Tensor:
-        """See the class."""
-        return -Decoded().of_rows(rows) - gather(rows.logp, rows.tokens)
-
-    def of_logits(self, logits: Logits) -> Tensor:
-        """With `Decoded`'s own way."""
-        return -Decoded().of_logits(logits) - logits.proposal().token_logp
-
-
-@dataclass(frozen=True)
-class Proposed(TokenLoss):
-    """log of the proposal: no loss, but what some are made of."""
-
-    reads_proposal: ClassVar[bool] = True
-
-    def of_rows(self, rows: Rows) -> Tensor:
-        """See the class."""
-        return gather(rows.logp, rows.tokens)
-
-    def of_logits(self, logits: Logits) -> Tensor:
-        """As it is kept."""
-        return logits.proposal().token_logp

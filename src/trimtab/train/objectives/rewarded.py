@@ -12,7 +12,7 @@ from torch import Tensor
 from trimtab.core.rules import Geometric, Mixture, Product
 from trimtab.errors import InvalidOption
 from trimtab.train.objectives.base import Objective
-from trimtab.train.objectives.losses import Gained
+from trimtab.train.objectives.gains import Gained
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 
 __all__ = ["Rewarded"]

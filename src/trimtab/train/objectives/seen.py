@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.core.objectives import per_example
 from trimtab.core.rules import Rule
 from trimtab.errors import InvalidOption
-from trimtab.train.batches import cached_batch, rows_at
+from trimtab.train.batches import cached_batch, log_mass, rows_at
 from trimtab.train.rows import CachedRows, TaughtRows
 
 __all__ = ["Batch", "Logits", "Rows", "Setting", "TokenLoss"]
@@ -49,6 +49,8 @@ class Rows(NamedTuple):
     setting: Setting
     taught: TaughtRows | None = None
     """A teacher's rows and the proposal's, where there is one."""
+    level: Tensor | None = None
+    """`[n]` log of the mass of the aligner's logits at its temperature; where it is read."""
 
     @property
     def logp(self) -> Tensor:
@@ -76,11 +78,13 @@ class Logits(NamedTuple):
     proposal: Callable[[], CachedRows]
     teacher: Callable[[], TaughtRows]
 
-    def rows(self, *, proposal: bool) -> Rows:
-        """As `TokenLoss.of_rows` takes them, with the proposal's or without."""
+    def rows(self, *, proposal: bool, level: bool = False) -> Rows:
+        """As `TokenLoss.of_rows` takes them, with the proposal's or without, and with levels or without."""
         logq = rows_at(self.logits, self.positions, self.vocab_size, self.setting.temperature)
         logp = self.proposal().rebuild(self.vocab_size) if proposal else None
-        return Rows(self.tokens, logq, logp, self.setting, self.teacher() if self.setting.taught else None)
+        teacher = self.teacher() if self.setting.taught else None
+        where = self.logits, self.positions, self.vocab_size, self.setting.temperature
+        return Rows(self.tokens, logq, logp, self.setting, teacher, log_mass(*where) if level else None)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class TokenLoss:
 
     reads_proposal: ClassVar[bool] = False
     """Whether `of_rows` looks at the proposal's rows."""
+    reads_level: ClassVar[bool] = False
+    """Whether it looks at `Rows.level`."""
 
     def of_rows(self, rows: Rows) -> Tensor:
         """The numbers `[n]`, differentiable in `rows.logq`."""
@@ -96,7 +102,7 @@ class TokenLoss:
 
     def of_logits(self, logits: Logits) -> Tensor:
         """The same from logits, with less work if there is a way: the contract suite holds it to `of_rows`."""
-        return self.of_rows(logits.rows(proposal=self.reads_proposal))
+        return self.of_rows(logits.rows(proposal=self.reads_proposal, level=self.reads_level))
 
 
 class Batch:
@@ -160,6 +166,11 @@ class Batch:
     def of_tokens(self, values: Tensor, which: str = "chosen") -> Tensor:
         """What examples have `[B]`, for each token of their `which` answers `[N]`."""
         return values[self._inputs[f"{which}_owner"]]
+
+    def ends(self, which: str = "chosen") -> Tensor:
+        """`[N]`, whether a token of the `which` answers is its answer's last one."""
+        owner = self._inputs[f"{which}_owner"]
+        return torch.cat([owner[1:] != owner[:-1], owner.new_ones(1, dtype=torch.bool)])
 
     @property
     def rewards(self) -> Tensor:

@@ -8,19 +8,17 @@ from torch import Tensor
 from trimtab.core.rewards import trajectory_balance
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES
-from trimtab.train.objectives.losses import Proposed
+from trimtab.train.objectives.gains import Proposed
 from trimtab.train.objectives.rewarded import Rewarded
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
 
-__all__ = ["TrajectoryBalance"]
+__all__ = ["OffPolicy", "TrajectoryBalance"]
 
 
-@OBJECTIVES.register
 @dataclass(frozen=True)
-class TrajectoryBalance(Rewarded):
-    """The variance of log P_θ(y|x) − log P_M(y|x) − r(x, y)/β over a prompt's samples, in nats²."""
+class OffPolicy(Rewarded):
+    """What learns P_M·e^{r/β} from samples of any policy: how they are drawn, and β."""
 
-    name: ClassVar[str] = "tb"
     budgeted: ClassVar[bool] = True
 
     beta: float | None = option(
@@ -28,13 +26,6 @@ class TrajectoryBalance(Rewarded):
         "what a nat of KL(aligned‖proposal), summed over an answer, costs in units of reward (required without --max_kl, which"
         " settles it)",
         above=0,
-    )
-    prior: float = option(
-        1.0,
-        "exponent of the proposal in the target P_M^prior·e^{r/β}: 0 leaves it out, so that answers of one reward are equally"
-        " likely",
-        low=0,
-        high=1,
     )
     tempered_share: float = option(
         2 / 3, "share of the prompts whose samples are drawn at another temperature than 1", low=0, high=1
@@ -46,6 +37,22 @@ class TrajectoryBalance(Rewarded):
     )
     beta_start: float = option(
         1.25, "times --beta is where the reward's temperature starts; it falls to --beta in the first half of the run", low=1
+    )
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True)
+class TrajectoryBalance(OffPolicy):
+    """The variance of log P_θ(y|x) − log P_M(y|x) − r(x, y)/β over a prompt's samples, in nats²."""
+
+    name: ClassVar[str] = "tb"
+
+    prior: float = option(
+        1.0,
+        "exponent of the proposal in the target P_M^prior·e^{r/β}: 0 leaves it out, so that answers of one reward are equally"
+        " likely",
+        low=0,
+        high=1,
     )
 
     def token_losses(self, setting: Setting) -> tuple[TokenLoss, ...]:

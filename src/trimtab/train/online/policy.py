@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,16 +70,14 @@ class Policies:
     def __init__(
         self, plan: Plan, proposal: Proposal, tokenizer: Any, head: Head | None, max_num_seqs: int, date: str | None
     ) -> None:
-        assert proposal.model is not None  # as `refuse_contradictions` has it
+        assert proposal.model is not None  # as `_refuse_beside_rewards` has it
         self._frozen, self._head, self._source = proposal.model, head, plan.asked.proposal
         self._pool = None if head is None else HeadPool(proposal.model, head.tap)
-        manifest = make_manifest(plan, tokenizer, plan.weight, head)
         how: dict[str, Any] = {"tokenizer": tokenizer, "eos_token_ids": proposal.eos_token_ids, "date": date}
         how |= {"max_num_seqs": max_num_seqs}
-        self._make = partial(AlignedModel, proposal.model, **how)
-        self._manifest = manifest
-        self.bare = self._make()
-        """The proposal alone."""
+        self.bare, self._kept = (AlignedModel(proposal.model, **how) for _ in range(2))
+        """The proposal alone; and again, for what is learnt about the speed of drafts is kept for all rounds."""
+        self._manifest = make_manifest(plan, tokenizer, plan.weight, head)
 
     def of(self, model: Any, weight: float) -> AlignedModel:
         """The aligned model of a trained one as it is now, at a weight of the rule."""
@@ -88,7 +85,7 @@ class Policies:
         with torch.random.fork_rng():  # so that a round that is read, and not drawn, leaves the same random numbers
             found = self._wrap(model)
         model.train(was_training)
-        return self._make(aligners=[found], manifests=[dataclasses.replace(self._manifest, weight=weight)])
+        return self._kept.with_aligners([found], [dataclasses.replace(self._manifest, weight=weight)])
 
     def hidden(self, examples: Sequence[Example], tap: int) -> list[dict[str, Tensor]]:
         """What a head reads of prompts and answers in training: inputs of a layer; nothing where it reads tokens."""

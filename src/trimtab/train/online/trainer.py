@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from torch import Tensor
 
 from trimtab.data.examples import Example
 from trimtab.train.batches import Item, answer_logits, collate
-from trimtab.train.objectives import Batch, Gained, Setting, TokenLoss
+from trimtab.train.objectives import Batch, Gained, Logits, Setting, TokenLoss
 from trimtab.train.online.betas import Betas
 from trimtab.train.online.figures import figures_of, said_of
 from trimtab.train.online.packing import can_pack, pack
 from trimtab.train.online.policy import Policies
 from trimtab.train.online.rounds import Prompt, Rounds, Sample
 from trimtab.train.plan import Plan
-from trimtab.train.rows import CachedRows
 from trimtab.train.trainer import AlignerTrainer
 
 __all__ = ["OnlineTrainer"]
@@ -173,20 +173,26 @@ class OnlineTrainer(AlignerTrainer):
 
     def _collated(self, groups: Sequence[Sequence[Example]]) -> dict[str, Any]:
         """The examples of some groups as tensors, with one reading of each prompt where the model can do that."""
-        examples = [example for group in groups for example in group]
+        examples, began = [example for group in groups for example in group], time.monotonic()
         hidden = self._policies.hidden(examples, self._tap)
+        self._passing += time.monotonic() - began
         config = self._bare_model.config
         if can_pack([config] if self.has_proposal else [config, self._frozen.config], groups):
             return pack(config, groups, hidden)
         return collate([Item(example, hidden=states) for example, states in zip(examples, hidden, strict=True)])
 
-    def _proposal_rows(self, inputs: dict[str, Tensor], which: str) -> CachedRows:
-        """Made as they are wanted, with every entry."""
+    def _logits(self, model: Any, inputs: dict[str, Tensor], which: str) -> Logits:
+        """With whole rows of the proposal, made once where they are wanted."""
+        bare = cache(lambda: self._bare(inputs, which))
+        whole = cache(lambda: self._whole(bare(), inputs[f"{which}_tokens"]))
+        return super()._logits(model, inputs, which)._replace(proposal=whole)
+
+    def _bare(self, inputs: dict[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
+        """The proposal's `answer_logits`."""
         if self.has_proposal:
-            return super()._proposal_rows(inputs, which)
+            return self._bare_logits(self.model, inputs, which)
         with torch.no_grad(), self.compute_loss_context_manager():
-            bare = answer_logits(self._frozen, inputs, which)
-        return self._whole(bare, inputs[f"{which}_tokens"])
+            return answer_logits(self._frozen, inputs, which)
 
 
 class _Loader:

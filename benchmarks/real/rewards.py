@@ -1,0 +1,214 @@
+"""Training from a validator on a real model, without wanted answers: who obeys more at the same divergence?
+
+    make real-model && python benchmarks/real/rewards.py --out rewards
+
+Checkable instructions (`instructions.py`): one sentence, JSON with given keys, no list, fewer than n words. The reward is 1
+for an answer that obeys, else 0. `tb` and `grpo` learn from rounds of samples; `preference` from the best and the worst of 16
+samples of the proposal; best-of-8 asks the validator at every answer. All are measured on test prompts, with samples at
+temperature 1: the share that obeys; KL from the proposal in nats an answer; distinct-2; and by how much the proposal's own
+answers to prompts outside of the task lose likelihood. Nothing is chosen on what is reported. What is finished is kept in
+`--out`; it prints Markdown.
+"""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cell import Cell
+from chats import Record
+from constraints import obeys
+from demo import Parts
+from fetch import FILE
+from instructions import TASK
+from measure import _measure_outside
+from outside import PROMPTS
+from report import table
+from systems import BOUND, OF, System
+
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.request import SamplingParams
+from trimtab.errors import InvalidOption
+from trimtab.evaluate.intervals import mean_interval
+from trimtab.files import atomic_write, only_writer
+from trimtab.hardware import describe_hardware, keep_freed_memory
+from trimtab.models.loading import quiet_loading
+from trimtab.propose.call import propose
+from trimtab.train.call import train
+from trimtab.words import distinct
+
+KINDS = ("one sentence", "json", "no list", "below")
+MAX_TOKENS, SAMPLES = 48, 8
+"""Of an answer; and to each test prompt."""
+
+logger = logging.getLogger("rewards")
+
+
+class Way(NamedTuple):
+    """How an aligner is trained."""
+
+    objective: str
+    settings: dict[str, Any]
+
+
+ROUNDS: dict[str, Any] = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+NO_EXPLORING = {"tempered_share": 0.0, "replay_share": 0.0, "beta_start": 1.0}
+WAYS = {
+    "tb, β = .1": Way("tb", {"beta": 0.1} | NO_EXPLORING),
+    "tb, β = .3": Way("tb", {"beta": 0.3} | NO_EXPLORING),
+    "tb, β = .1, exploring": Way("tb", {"beta": 0.1}),
+    "grpo, β = .04": Way("grpo", {"beta": 0.04}),
+    "grpo, β = .2": Way("grpo", {"beta": 0.2}),
+    "preference, β = .1": Way("preference", {"beta": 0.1}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--proposal", type=Path, default=Path("real-model") / FILE, help="[default: %(default)s]")
+    parser.add_argument("--way", action="append", choices=[*WAYS], help="only these; may repeat [default: all]")
+    parser.add_argument("--seeds", type=int, default=1, help="[default: %(default)s]")
+    parser.add_argument("--rounds", type=int, default=80, help="of tb and grpo [default: %(default)s]")
+    parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
+    said = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("demo").setLevel(logging.INFO)
+    quiet_loading()
+    keep_freed_memory()
+    if not said.proposal.exists():
+        raise InvalidOption(f"proposal: there is no '{said.proposal}'; `make real-model` fetches it")
+    with only_writer(said.out / "lock"):
+        print(run(said))
+
+
+def run(said: argparse.Namespace) -> str:
+    """Train and measure what is missing; returns the tables."""
+    cell = Cell(said.out, said.proposal.resolve(), TASK, "", 0)
+    TASK.prepare(cell.data, None)
+    for part in ("train", "dev", "test"):
+        _write_prompts(cell, part)
+    parts, records = Parts(said.out / "parts"), _records(cell, "test")
+    bare = AlignedModel.from_pretrained(cell.proposal, max_num_seqs=32)
+    drawn = parts.do("sample the proposal", lambda: _sample(bare, records))
+    rows = [["proposal", *_shown(_figures(drawn, records), None)]]
+    picked = _best_of(drawn, records)
+    rows.append([f"best of {OF}", *_shown(picked | {"kl": [BOUND]}, None)])
+    for name in said.way or WAYS:
+        for seed in range(said.seeds):
+            this, label = cell._replace(seed=seed), f"{name}, seed {seed}"
+            report = parts.do(f"train {label}", lambda: _train(this, name, said))  # noqa: B023 - called at once
+            model = AlignedModel.from_pretrained(cell.proposal, this.model(name), max_num_seqs=32)
+            found = parts.do(f"sample {label}", lambda: _sample(model, records))  # noqa: B023
+            outside = parts.do(f"outside {label}", lambda: _measure_outside(this, System(model), System(bare), PROMPTS))  # noqa: B023
+            rows.append([label, *_shown(_figures(found, records), outside)])
+            logger.info("%s", _curve(report))
+    head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "harm outside, nats a token"]
+    return f"{describe_hardware()}\n\n{table(head, rows)}"
+
+
+def _write_prompts(cell: Cell, part: str) -> None:
+    """The prompts of the kinds that count, without answers."""
+    with atomic_write(cell.out / f"{part}.jsonl") as stream:
+        for record in _records(cell, part):
+            stream.write(json.dumps({name: record[name] for name in ("prompt", "constraint", "group")}) + "\n")
+
+
+def _records(cell: Cell, part: str) -> list[Record]:
+    return [record for record in cell.read(part) if record["constraint"]["kind"] in KINDS]
+
+
+def _train(cell: Cell, name: str, said: argparse.Namespace) -> dict[str, Any]:
+    """Train an aligner; returns what is worth keeping of the report."""
+    way, reward = WAYS[name], f"{Path(__file__).with_name('obeyed.py')}:obeyed"
+    how: dict[str, Any] = {"proposal": str(cell.proposal), "output_dir": str(cell.model(name)), "seed": cell.seed}
+    how |= {"head_layers": said.head_layers, "objective": way.objective, "report_to": "none"} | way.settings
+    if way.objective == "preference":
+        drawn: dict[str, Any] = {"n": 16, "temperature": 1.0, "max_tokens": MAX_TOKENS, "reward": reward, "pairs": 4}
+        for part in ("train", "dev"):
+            prompts, out = str(cell.out / f"{part}.jsonl"), str(_pairs(cell, part))
+            propose(proposal=str(cell.proposal), dataset=prompts, out=out, seed=1000 * cell.seed, **drawn)
+        report = train(dataset=str(_pairs(cell, "train")), eval_dataset=str(_pairs(cell, "dev")), dev_samples=0, **how)
+    else:
+        data = {"dataset": str(cell.out / "train.jsonl"), "eval_dataset": str(cell.out / "dev.jsonl"), "dev_prompts": 16}
+        looks = {"max_steps": said.rounds, "eval_steps": 0.25, "save_steps": 0.25, "logging_steps": 5}
+        report = train(reward=(reward,), max_tokens=MAX_TOKENS, **data, **looks, **ROUNDS, **how)
+    return {name: report.get(name) for name in ("metrics", "history", "seconds", "profile", "learning_rate")}
+
+
+def _pairs(cell: Cell, part: str) -> Path:
+    return cell.out / f"pairs-{part}-{cell.seed}.jsonl"
+
+
+def _sample(model: AlignedModel, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Answers to every prompt at temperature 1."""
+    params = [SamplingParams(n=SAMPLES, max_tokens=MAX_TOKENS, seed=100_000 + i, logprobs=True) for i in range(len(records))]
+    drawn = model.generate([record["prompt"] for record in records], params)
+    found = []
+    for i, one in enumerate(drawn):
+        assert one.logprobs is not None
+        gain = sum(one.logprobs.aligned) - sum(one.logprobs.proposal)
+        found.append({"place": i // SAMPLES, "text": one.text, "tokens": len(one.tokens), "gain": gain})
+    return found
+
+
+def _figures(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
+    """Means for each prompt; distinct-2 of one answer to each, averaged over which one."""
+    by_prompt: list[list[dict[str, Any]]] = [[] for _ in records]
+    for one in drawn:
+        by_prompt[one["place"]].append(one)
+    judged = zip(records, by_prompt, strict=True)
+    scores = [[float(obeys(record["constraint"], one["text"])) for one in some] for record, some in judged]
+    columns = zip(*([one["text"].split() for one in some] for some in by_prompt), strict=True)
+    different = [distinct(list(column), 2) or 0.0 for column in columns]
+    return {
+        "obeyed": [sum(some) / len(some) for some in scores],
+        "kl": [sum(one["gain"] for one in some) / len(some) for some in by_prompt],
+        "tokens": [sum(one["tokens"] for one in some) / len(some) for some in by_prompt],
+        "distinct": sum(different) / len(different),
+    }
+
+
+def _best_of(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
+    """The validator's first choice of each `OF` samples of the proposal."""
+    by_prompt: list[list[dict[str, Any]]] = [[] for _ in records]
+    for one in drawn:
+        by_prompt[one["place"]].append(one)
+    picked = []
+    for place, (record, some) in enumerate(zip(records, by_prompt, strict=True)):
+        for start in range(0, SAMPLES, OF):
+            block = some[start : start + OF]
+            picked.append(max(block, key=lambda one: obeys(record["constraint"], one["text"])) | {"place": place})
+    return _figures(picked, records)
+
+
+def _shown(found: dict[str, Any], outside: dict[str, Any] | None) -> list[str]:
+    cells = [_mean(found["obeyed"]), _mean(found["kl"]), f"{found['distinct']:.3f}", _mean(found["tokens"], 1)]
+    if outside is None:
+        return [*cells, "0"]
+    harm = sum(outside["nll"]) - sum(outside["proposal_nll"])
+    return [*cells, f"{harm / sum(outside['tokens']):+.3f}"]
+
+
+def _mean(values: Sequence[float], digits: int = 3) -> str:
+    here = torch.tensor(values, dtype=torch.float64)
+    if len(values) == 1:
+        return f"≤ {values[0]:.{digits}f}"
+    low, high = mean_interval(here)
+    return f"{here.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _curve(report: dict[str, Any]) -> str:
+    """Reward against KL as training went, on development prompts."""
+    looks = [row for row in report["history"] if "eval_kl" in row]
+    points = (f"{row['eval_reward']:.3f} at {row['eval_kl']:.2f}" for row in looks if math.isfinite(row["eval_kl"]))
+    return "reward at KL, development prompts: " + ", ".join(points)
+
+
+if __name__ == "__main__":
+    main()
