@@ -80,7 +80,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "numpy", "httpx2")
 """What takes long to import."""
 MOST_SECONDS = 0.3
 """Of processor time, above that of a bare Python: what else runs on the machine does not count."""
-SHOWN = sorted(set(COMMANDS) - {"train", "start"})
+SHOWN = sorted(set(COMMANDS) - {"train", "start", "distil"})
 """Commands whose `--help` needs nothing heavy; that of the others shows the fields of `transformers.TrainingArguments`."""
 TIMED = f"""
 import contextlib, sys, time

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from eval_task import called, make_eval_task
 from rewards_of import package, write_functions, write_scores
 from tiny_task import write_rows
+from trimtab import AlignedModel
 from trimtab.errors import DataError, InvalidOption, ModelError
 from trimtab.judges.rewards.base import Reward
 from trimtab.judges.rewards.classifier import RewardModel
@@ -30,8 +32,9 @@ EXPECTED = {
     "file:{scores}": [3, 0, 2],
     "letter:x": [1, 0, 2],
     "model:{task}/reward": None,
+    "contrast:good_model={task}/proposal,bad_model={task}/start": None,
 }
-"""Texts, and what they give `ANSWERS`; None for what the model itself says."""
+"""Texts, and what they give `ANSWERS`; None for what the models themselves say."""
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +66,26 @@ def ready(text):
 def test_a_reward_is_made_without_loading_and_scores_each_answer(spec, places, monkeypatch):
     text, expected = spec
     with monkeypatch.context() as patch:
-        patch.setattr(RewardModel, "from_pretrained", None)
+        for kind in (RewardModel, AlignedModel):
+            patch.setattr(kind, "from_pretrained", None)
         assert isinstance(make_reward(text, OPTIONS), Reward)
     reward = ready(text)
     if expected is None:
-        expected = RewardModel.from_pretrained(f"{places['task']}/reward").score(PROMPTS, ANSWERS)
+        expected = said_by_models(text, places["task"])
     assert reward.score(PROMPTS, ANSWERS, COLUMNS) == pytest.approx(expected)
     assert reward.score([], [], []) == []
     assert reward.name
     assert reward.called == text
+
+
+def said_by_models(text, task):
+    """The scores of the classifier, or of the two models of the contrast by the defaults' arithmetic."""
+    if text.startswith("model:"):
+        return RewardModel.from_pretrained(f"{task}/reward").score(PROMPTS, ANSWERS)
+    good, bad = (AlignedModel.from_pretrained(f"{task}/{name}").score(PROMPTS, ANSWERS) for name in ("proposal", "start"))
+    pairs = [zip(one.proposal, other.proposal, strict=True) for one, other in zip(good, bad, strict=True)]
+    squashed = [[math.tanh(g - b) for g, b in pair] for pair in pairs]
+    return [sum(value for value in values if abs(value) >= 0.1) for values in squashed]
 
 
 def test_what_tells_a_reward_from_others_is_stable_and_json(spec):
@@ -88,7 +102,7 @@ def test_no_two_rewards_are_taken_for_one(places):
 
 
 def test_help_lists_every_kind_that_is_installed(capsys):
-    assert sorted(REWARDS) == ["file", "function", "letter", "model"]
+    assert sorted(REWARDS) == ["contrast", "file", "function", "letter", "model"]
     assert "letter: L, how often the letter L is there" in reward_help()
     assert "how often the letter L is there" in " ".join(called(capsys, "propose", "--help")[1].split())
 
@@ -96,7 +110,7 @@ def test_help_lists_every_kind_that_is_installed(capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("org/model", "'org/model' is no reward: give MODULE.py:FUNCTION, or KIND:ARGUMENT with a kind of file, function"),
+        ("org/model", "'org/model' is no reward: give MODULE.py:FUNCTION, or KIND:ARGUMENT with a kind of contrast, file"),
         ("modle:x", "did you mean model"),
         ("model:", "'model' needs an argument: model:"),
         ("nowhere.py:f", "there is no file 'nowhere.py' with a reward function"),

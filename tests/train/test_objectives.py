@@ -155,8 +155,9 @@ def test_a_loss_of_tokens_is_the_same_from_logits_and_from_rows(loss, rule, weig
         assert_close(found[0][1], found[1][1], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["aligner", "head"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "head"), [(kind, head) for kind in KINDS for head in (False, True) if (kind, head) != ("soft_q", True)]
+)
 def test_an_objective_keeps_its_contract(kind, head):
     """A value whose loss is one number for each example, finite, of the answers that it names, and the same on both ways."""
     rule = "geometric" if head else "product"

@@ -27,6 +27,7 @@ COMMANDS = {
     "propose": "samples of a proposal, aligned or not, for every prompt of a data set, or preference pairs of them",
     "start": "make an aligner's start out of a proposal's own layers, where it has no small sibling",
     "train": "train an aligner against a frozen proposal",
+    "distil": "train one aligner to decode as a team of several does, from samples of its own",
     "blend": "add aligners up into one: arithmetic on their weights, or on LoRA adapters of one base",
     "draft-table": "count what follows what in a corpus, to draft from: --draft corpus:FILE",
     "generate": "write aligned text",

@@ -33,7 +33,7 @@ def describe_run(plan: Plan, arguments: TrainingArguments, data: str) -> dict[st
     online = {field.name for field in dataclasses.fields(OnlineOptions)}
     said = {"max_tokens", "num_generations", "dev_prompts"}  # what a reward is, its label says
     names -= online - said if plan.objective.rewarded else online
-    described = {key: value for key, value in dataclasses.asdict(plan.asked).items() if key in names}
+    described = {name: getattr(plan.asked, name) for name in names}  # copies nothing: a reward may hold models
     asked = {name: value for name, value in plan.asked.objective_options.items() if value is not None}
     described |= OBJECTIVE_OPTIONS | {name: value for name, value in asked.items() if name in OBJECTIVE_OPTIONS}
     own = plan.asked.asked_objective.described()

@@ -9,15 +9,32 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from trimtab.errors import InvalidOption, ModelError
 from trimtab.judges.base import Asked
 
-__all__ = ["Failures", "Reward", "RewardFunction", "RewardKind", "as_score", "as_values", "check_loaded", "checked_scores"]
+__all__ = [
+    "Failures",
+    "Ids",
+    "Reward",
+    "RewardFunction",
+    "RewardKind",
+    "as_score",
+    "as_values",
+    "check_loaded",
+    "checked_scores",
+]
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's `f(prompts, completions, **columns) -> list[float]`, see `trimtab.judges.rewards.function`."""
+
+
+class Ids(NamedTuple):
+    """Prompts and answers as token ids; an answer that came to its end has an end of sequence last."""
+
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,29 @@ class Reward(ABC):
 
         Raises:
             ModelError, DataError: it fails, or gives no such numbers.
+        """
+
+    def score_drawn(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]], ids: Ids
+    ) -> Sequence[float | None]:
+        """What `score` gives, of answers that were drawn as token ids; some rewards read those, see `TokenReward`.
+
+        Args:
+            prompts: texts or chats.
+            answers: a text for each.
+            columns: as in `score`.
+            ids: of the same prompts and answers.
+
+        Raises:
+            ModelError, DataError: as `score`.
+        """
+        return self.score(prompts, answers, columns)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:  # noqa: B027 - most rewards read texts
+        """Refuse token ids of another tokenizer's than it can read, once it is loaded.
+
+        Raises:
+            VocabularyMismatch: it reads ids, and these mean other tokens.
         """
 
     def identity(self) -> Mapping[str, Any]:

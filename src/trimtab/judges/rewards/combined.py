@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.errors import InvalidOption
 from trimtab.judges.base import Asked
-from trimtab.judges.rewards.base import Failures, Reward, check_loaded, checked_scores
+from trimtab.judges.rewards.base import Failures, Ids, Reward, check_loaded, checked_scores
 from trimtab.options import Range
 
 __all__ = ["CombinedReward", "combine"]
@@ -66,17 +66,39 @@ class CombinedReward(Reward):
         """The weighted sums."""
         return self.sum_of(self.parts_of(prompts, answers, columns))
 
+    def score_drawn(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]], ids: Ids
+    ) -> Sequence[float | None]:
+        """The weighted sums, some of what the ids are worth."""
+        return self.sum_of(self.parts_of(prompts, answers, columns, ids))
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse what one of them refuses."""
+        for part in self.parts:
+            part.check_tokenizer(tokenizer)
+
     def parts_of(
-        self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]]
+        self,
+        prompts: Sequence[Any],
+        answers: Sequence[str],
+        columns: Sequence[Mapping[str, Any]],
+        ids: Ids | None = None,
     ) -> list[list[float | None]]:
         """The scores that each of them gives, without its weight; `sum_of` makes what `score` gives of them.
+
+        Args:
+            prompts: texts or chats.
+            answers: a text for each.
+            columns: as in `score`.
+            ids: of the same prompts and answers, if these were drawn as ids.
 
         Raises:
             ModelError, DataError: one of them fails, or gives no such numbers.
         """
         found = []
         for part in self.parts:
-            given = part.score(prompts, answers, columns)
+            asked = (prompts, answers, columns)
+            given = part.score(*asked) if ids is None else part.score_drawn(*asked, ids)
             found.append(checked_scores(part.called or f"the reward {part.name}", given, len(prompts)))
             self._count()
         return found

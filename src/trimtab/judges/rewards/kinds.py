@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.errors import InvalidOption
 from trimtab.judges.rewards.base import Reward, RewardKind
+from trimtab.judges.rewards.contrast import CONTRAST
 from trimtab.judges.rewards.file import FILE
 from trimtab.judges.rewards.function import FUNCTION
 from trimtab.judges.rewards.model import MODEL
@@ -17,7 +18,7 @@ from trimtab.registry import Registry, check_is, help_of
 __all__ = ["REWARDS", "make_reward", "parse_reward", "reward_help"]
 
 REWARDS: Registry[RewardKind] = Registry("reward", "trimtab.rewards", check_is(RewardKind))
-for _kind in (MODEL, FUNCTION, FILE):
+for _kind in (MODEL, FUNCTION, FILE, CONTRAST):
     REWARDS.add(_kind.name, _kind)
 
 

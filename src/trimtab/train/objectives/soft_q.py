@@ -22,9 +22,9 @@ __all__ = ["SoftQ"]
 class SoftQ(OffPolicy):
     """Σ_t (g_t + V_t − V_{t+1})² in nats², g_t = log P_θ − log P_M of a token, V at the end r/β (ETPO, arXiv 2402.06700).
 
-    V_t is what the aligner's logits at that place add up to, so no other model learns it. What follows a token is certain; so the
-    gradient goes through both values without bias, and no slowly moving copy is kept. A head's logits are read out by the
-    proposal's own layer, which is frozen, and do not rise together: it cannot say a value.
+    V_t is what the aligner's logits at that place add up to, so no other model learns it. What follows a token is certain;
+    so the gradient goes through both values without bias, and no slowly moving copy is kept. A head's logits are read out by
+    the proposal's own layer, which is frozen, and do not rise together: it cannot say a value.
     """
 
     name: ClassVar[str] = "soft_q"
@@ -32,9 +32,7 @@ class SoftQ(OffPolicy):
     def settle(self, setting: Setting) -> "SoftQ":
         """Under `mixture` there are no powers, and a head has no values."""
         if setting.head:
-            raise InvalidOption(
-                "soft_q: a head's frozen output layer cannot say a value: take tb, or name an --aligner to train"
-            )
+            raise InvalidOption("soft_q: a head's frozen output layer cannot say a value: take tb, or an --aligner")
         if not isinstance(setting.rule, (Product, Geometric)):
             raise InvalidOption(f"soft_q trains product or geometric, and not '{setting.rule}'")
         return self

@@ -19,7 +19,7 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
 from trimtab.errors import ModelError
 from trimtab.files import atomic_write
-from trimtab.judges.rewards.base import Reward, checked_scores
+from trimtab.judges.rewards.base import Ids, Reward, checked_scores
 
 __all__ = ["Prompt", "Rounds", "Sample", "Schedule"]
 
@@ -183,7 +183,9 @@ class Rounds:
         records = [prompts[place].record for _, place, _ in owners]
         texts = [completion.text for completion in drawn]
         self.seconds["sampling"] += (scoring := time.monotonic()) - began
-        given = self._reward.score([record.prompt for record in records], texts, [record.columns for record in records])
+        ids = Ids([prompts[place].ids for _, place, _ in owners], [completion.tokens for completion in drawn])
+        asked_of, columns = [record.prompt for record in records], [record.columns for record in records]
+        given = self._reward.score_drawn(asked_of, texts, columns, ids)
         self.seconds["rewards"] += time.monotonic() - scoring
         scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
         return [

@@ -95,6 +95,7 @@ def _train(
     generations = _generations(plan, arguments)
     reward.load(everything, asked.date or pick_date(None, None))
     check_loaded(reward)
+    reward.check_tokenizer(tokenizer)
     start = None if found is None or plan.trains_head else load_start(plan, found)
     proposal = open_proposal(plan, tokenizer)
     context = min(context_of(start.model.config) if start else proposal.context, proposal.context)
