@@ -96,8 +96,8 @@ def test_values_that_begin_with_a_dash_are_values():
         (["--verson"], "trimtab: error: unrecognized arguments: --verson: did you mean --version? (see trimtab --help)"),
         (
             ["train", "--objective", "likelyhood"],
-            "trimtab train: error: argument --objective: invalid choice: 'likelyhood' (choose from likelihood, preference,"
-            " ram, sft): did you mean likelihood? (see trimtab train --help)",
+            "trimtab train: error: argument --objective: invalid choice: 'likelyhood' (choose from grpo, likelihood,"
+            " preference, ram, sft, tb, soft_q): did you mean likelihood? (see trimtab train --help)",
         ),
         (
             ["serve", "--api-keys", "k"],
@@ -159,7 +159,7 @@ VLLM = {**ALIGNED, "engine": "vllm", "aligner": ["q=a"]}
             {**TRAIN, "objective": "sft", "rule": "geometric"},
             "beta",
             0.1,
-            "is for --objective likelihood or",
+            "is for --objective grpo, likelihood",
         ),
         ("train", TRAIN, "lora_r", 16, "is for the adapters of --use_peft"),
         ("train", TRAIN, "lora_target_modules", ["q_proj"], "is for the adapters of --use_peft"),

@@ -30,7 +30,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"beta": 0.0}, "beta must be above 0, not 0.0"),
         (
             {"beta": 0.1, "objective": "sft", "rule": "geometric"},
-            "beta is for --objective grpo or likelihood or preference or tb or soft_q, and 'sft'",
+            "beta is for --objective grpo, likelihood, preference, tb or soft_q, and 'sft'",
         ),
         ({"beta": 0.1, "contrast": 0.0}, "beta: there is no contrast: leave it out"),
         ({"beta": 0.1, "rule": "geometric"}, "beta: there is no contrast: leave it out"),

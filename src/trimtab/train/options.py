@@ -96,8 +96,9 @@ def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
     known = {one.name for one in dataclasses.fields(kind)}
     given = {key: value for key, value in settings.items() if value is not None and (value or key in known)}
     if odd := sorted(set(given) - known):
-        owners = " or ".join(_owners(odd[0]))
-        raise InvalidOption(f"--{odd[0]} is for --objective {owners or '(none)'}, and '{name}' has none: leave it out")
+        *others, last = _owners(odd[0]) or ["(none)"]
+        owners = f"{', '.join(others)} or {last}" if others else last
+        raise InvalidOption(f"--{odd[0]} is for --objective {owners}, and '{name}' has none: leave it out")
     return kind(**given)
 
 
