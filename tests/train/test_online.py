@@ -103,27 +103,16 @@ def rounds_of(folder):
 # ---- what is reached
 
 
-@pytest.mark.parametrize(
-    ("objective", "kind"),
-    [
-        ("tb", "head"),
-        pytest.param("tb", "tapped", marks=pytest.mark.slow),
-        ("tb", "residual"),
-        pytest.param("tb", "geometric", marks=pytest.mark.slow),
-        ("soft_q", "residual"),
-    ],
-)
+@pytest.mark.parametrize(("objective", "kind"), [("tb", "head"), ("tb", "residual"), ("soft_q", "residual")])
 def test_what_is_decoded_becomes_the_target(folder, objective, kind):
     """By enumeration of all answers of two tokens to one prompt; the rewards are of whole answers."""
     name, beta = f"target-{objective}-{kind}", 0.5
     more = {
         "head": {"lora_r": 32},
-        "tapped": {"lora_r": 32, "head_layers": 1},
         "residual": {"aligner": str(folder / "start"), "rule": "product"},
-        "geometric": {"lora_r": 32, "weight": 0.8},
     }[kind]
-    how = {"max_steps": 150, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "learning_rate": 5e-3}
-    how |= {"eval_steps": 75, "save_steps": 75, "logging_steps": 75, "load_best_model_at_end": False}
+    how = {"max_steps": 100, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "learning_rate": 5e-3}
+    how |= {"eval_steps": 50, "save_steps": 50, "logging_steps": 50, "load_best_model_at_end": False}
     how |= {"lr_scheduler_type": "cosine"}
     data = {"dataset": str(folder / "one.jsonl"), "eval_dataset": str(folder / "one.jsonl"), "num_generations": 32}
     report = train(options(folder, name, how, objective=objective, beta=beta, max_tokens=2, **data, **more))
@@ -157,7 +146,7 @@ def test_grpo_raises_the_reward(folder):
 
 
 def test_a_budget_settles_beta_and_is_kept(folder):
-    how = {"max_steps": 40, "eval_steps": 40, "save_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
+    how = {"max_steps": 25, "eval_steps": 25, "save_steps": 25, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
     data = {"dataset": str(folder / "one.jsonl"), "eval_dataset": str(folder / "one.jsonl")}
     found = [
         train(options(folder, f"kl-{budget}", how, max_kl=budget, num_generations=16, tempered_share=0.0, **data))["metrics"]
@@ -178,10 +167,11 @@ def test_what_has_no_score_is_not_learnt_from(folder):
 
 
 def test_a_later_round_goes_on_where_an_earlier_one_stopped(folder):
-    """A head and an aligner that reads tokens; the first step's samples are what the earlier one ended with."""
+    """A head of the upper layer at a weight below 1, and an aligner that reads tokens."""
     for kind, aligner in (("head", ""), ("residual", str(folder / "start"))):
-        rule = {} if kind == "head" else {"rule": "product"}
-        first = train(options(folder, f"first-{kind}", aligner=aligner, **rule))
+        rule = {"weight": 0.8} if kind == "head" else {"rule": "product"}
+        layers = {"head_layers": 1} if kind == "head" else {}
+        first = train(options(folder, f"first-{kind}", aligner=aligner, **layers, **rule))
         settings = {"aligner": str(folder / f"first-{kind}"), **rule}
         second = train(options(folder, f"second-{kind}", {"max_steps": 2}, **settings))
         assert first["metrics"]["eval_reward"] > first["proposal"]["reward"]

@@ -139,7 +139,7 @@ def words_of(folder, out, *more, data="prompts.jsonl"):
     return "distil", "--proposal", folder / "proposal", *team, "--dataset", folder / data, "--output_dir", out, *more
 
 
-@pytest.mark.parametrize("student", ["head", "residual"])
+@pytest.mark.parametrize("student", [pytest.param("head", marks=pytest.mark.slow), "residual"])
 def test_the_student_decodes_as_the_team_does(folder, capsys, tmp_path, student):
     """By enumeration of all answers of two tokens to one prompt, whether they end there or are cut.
 
