@@ -13,7 +13,7 @@ from tiny_task import V, asked, make_task, task_rows, write_rows
 from trimtab import AlignedModel
 from trimtab.cli import main
 from trimtab.data.records import Record
-from trimtab.errors import InvalidOption, ModelError
+from trimtab.errors import DataError, InvalidOption, ModelError
 from trimtab.train.online.betas import Betas
 from trimtab.train.online.figures import figures_of
 from trimtab.train.online.policy import Policies
@@ -365,6 +365,19 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(folder, whole):
         named = "objective_options" if option == "replay_share" else option
         with pytest.raises(InvalidOption, match=f"holds a run with {named}="):
             train(options(folder, "whole", **({"replay_share": 0.5} | {option: value})))
+
+
+def test_a_round_that_somebody_has_changed_is_named(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, OnlineTrainer, "training_step", 5)
+        with pytest.raises(Killed):
+            train(options(folder, "changed"))
+    path = folder / "changed" / "rounds" / "round-000002.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DataError, match=r"round-000002.jsonl is not as it was written .* delete it"):
+        train(options(folder, "changed"))
+    path.unlink()
+    train(options(folder, "changed"))
 
 
 # ---- what is refused

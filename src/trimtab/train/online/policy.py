@@ -82,7 +82,7 @@ class Policies:
     def of(self, model: Any, weight: float) -> AlignedModel:
         """The aligned model of a trained one as it is now, at a weight of the rule."""
         was_training = model.training
-        with torch.random.fork_rng():  # so that a round that is read, and not drawn, leaves the same random numbers
+        with torch.random.fork_rng(devices=[]):  # so that a round that is read, and not drawn, leaves the same random numbers
             found = self._wrap(model)
         model.train(was_training)
         return self._kept.with_aligners([found], [dataclasses.replace(self._manifest, weight=weight)])

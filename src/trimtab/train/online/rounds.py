@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from trimtab.data.records import Record
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
-from trimtab.errors import ModelError
+from trimtab.errors import DataError, ModelError
 from trimtab.files import atomic_write
 from trimtab.judges.rewards.base import Ids, Reward, checked_scores
 
@@ -219,8 +219,16 @@ def _write(path: Path, samples: Iterable[Sample], prompts: Sequence[Prompt]) -> 
 
 
 def _read(path: Path) -> list[Sample] | None:
+    """The samples in a file, if there is one.
+
+    Raises:
+        DataError: somebody has changed it.
+    """
     if not path.exists():
         return None
-    with open(path, encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
-    return [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]
+    try:
+        with open(path, encoding="utf-8") as stream:
+            rows = [json.loads(line) for line in stream]
+        return [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not as it was written ({error}): delete it, and it is drawn anew") from error

@@ -140,13 +140,11 @@ class OnlineTrainer(AlignerTrainer):
 
     @torch.no_grad()
     def _losses_and_gains(self, inputs: dict[str, Tensor], setting: Setting) -> tuple[Tensor, Tensor]:
-        found: dict[TokenLoss, Tensor] = {}
+        with self.compute_loss_context_manager():
+            logits = self._logits(self.model, inputs, "chosen")._replace(setting=setting)
 
         def tokens(loss: TokenLoss, which: str) -> Tensor:
-            if loss not in found:
-                with self.compute_loss_context_manager():
-                    found[loss] = loss.of_logits(self._logits(self.model, inputs, which)._replace(setting=setting))
-            return found[loss]
+            return loss.of_logits(logits)
 
         batch = Batch(inputs, setting, self._mean_length, tokens, training=False)
         return self._objective.loss(batch), batch.sum(batch.tokens(Gained()))
