@@ -1,7 +1,6 @@
 """Training from rewards: the law that is reached, the rounds, and what is kept of a run that is killed."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,14 @@ from trimtab import AlignedModel
 from trimtab.cli import main
 from trimtab.data.records import Record
 from trimtab.errors import DataError, InvalidOption, ModelError
+from trimtab.models.aligner import describe
+from trimtab.train.arguments import CHECKPOINTING
 from trimtab.train.online.betas import Betas
 from trimtab.train.online.figures import figures_of
 from trimtab.train.online.policy import Policies
 from trimtab.train.online.rounds import Prompt, Rounds, Sample, Schedule
 from trimtab.train.online.trainer import OnlineTrainer
+from trimtab.train.plan import Facts, resolve
 from trimtab.train.run import run_training as train
 from trimtab.train.trainer import AlignerTrainer
 
@@ -41,6 +43,18 @@ def unsure(completions, **columns):
 
 def silent(completions, **columns):
     return [None] * len(completions)
+
+
+def raised(completions, **columns):
+    return [1e9 + one for one in vowels(None, completions)]
+
+
+def huge(completions, **columns):
+    return [1e200 * one for one in vowels(None, completions)]
+
+
+def worse(completions, **columns):
+    return [-one for one in vowels(None, completions)]
 
 
 def broken(completions, **columns):
@@ -94,6 +108,10 @@ def options(folder, name, training=None, *, reward="vowels", **settings):
 def weights(folder):
     found = [path for path in (folder / "adapter_model.safetensors", folder / "model.safetensors") if path.exists()]
     return load_file(found[0])
+
+
+def lines_of(path):
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def rounds_of(folder):
@@ -201,6 +219,62 @@ def test_a_drafter_learns_what_the_aligner_says(folder, kind):
 # ---- rounds
 
 
+def test_divergence_is_of_all_samples_and_the_reward_of_those_that_have_one(folder):
+    report = train(options(folder, "partly", {"max_steps": 2, "load_best_model_at_end": False}, reward="unsure"))
+    rows = [json.loads(line) for line in (folder / "partly" / "rounds" / "look-000002.jsonl").read_text().splitlines()]
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    assert 0 < len(scores) < len(rows)
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "partly")
+    prompts = [model.encoder.prompt(row["prompt"]) for row in rows]
+    found = model.score(prompts, [row["tokens"] for row in rows])
+    gains = [sum(score.aligned) - sum(score.proposal) for score in found]
+    assert report["metrics"]["eval_kl"] == pytest.approx(sum(gains) / len(gains), abs=1e-4)
+    assert report["metrics"]["eval_reward"] == pytest.approx(sum(scores) / len(scores))
+    drawn = [
+        json.loads(line) for name in rounds_of(folder / "partly") for line in lines_of(folder / "partly" / "rounds" / name)
+    ]
+    assert report["unscored"] == sum(row["score"] is None for row in drawn)
+
+
+def test_a_large_constant_changes_nothing(folder):
+    train(options(folder, "plain", reward="vowels"))
+    train(options(folder, "raised", reward="raised"))
+    for key, weight in weights(folder / "plain").items():
+        assert_close(weights(folder / "raised")[key], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_rewards_that_nothing_can_be_learnt_from_are_refused(folder):
+    with pytest.raises(ModelError, match=r"two answers to a prompt have rewards .* raise beta"):
+        train(options(folder, "huge", reward="huge"))
+
+
+def test_the_report_is_of_the_weights_that_are_saved(folder):
+    """The best look may have no checkpoint, where there are fewer of these."""
+    how = {"save_steps": 4, "load_best_model_at_end": True}
+    report = train(options(folder, "fewer", how, reward="worse"))
+    saved = json.loads((folder / "fewer" / "checkpoint-6" / "trainer_state.json").read_text())
+    expected = saved["best_global_step"] if saved["best_model_checkpoint"] else 6
+    assert report["best_round"] == expected
+    model = AlignedModel.from_pretrained(folder / "proposal", folder / "fewer")
+    name = f"look-{expected:06d}.jsonl"
+    rows = [json.loads(line) for line in (folder / "fewer" / "rounds" / name).read_text().splitlines()]
+    found = model.score([model.encoder.prompt(row["prompt"]) for row in rows], [row["tokens"] for row in rows])
+    gain = sum(sum(score.aligned) - sum(score.proposal) for score in found) / len(rows)
+    assert report["metrics"]["eval_kl"] == pytest.approx(gain, abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["tb", "soft_q", "grpo"])
+def test_rewards_go_on_from_what_is_a_residual_already(folder, objective):
+    """Others start at the proposal."""
+    settings = {"aligner": str(folder / "start"), "rule": "product"}
+    train(options(folder, "residual", {"max_steps": 2}, **settings))
+    starts = {}
+    for name in ("start", "residual"):
+        made = options(folder, "next", aligner=str(folder / name), rule="product", objective=objective)
+        starts[name] = resolve(made, Facts(describe(folder / name))).asked.start
+    assert starts == {"start": "uniform", "residual": "pretrained"}
+
+
 def test_rounds_are_data_with_their_scores(folder):
     train(options(folder, "rounds"))
     text = (folder / "rounds" / "rounds" / "round-000001.jsonl").read_text(encoding="utf-8")
@@ -273,7 +347,15 @@ def test_a_budget_is_approached_in_steps_that_samples_can_tell_of():
     some = [Sample(0, 0, [1], "", "stop", 1.0, float(i == 0), gain=0.0) for i in range(8)]
     near, far = (Betas(None, 1.0, 10, budget).at(0, lambda _: some) for budget in (0.5, 50.0))
     assert near > far > 0.05
-    assert Betas(None, 1.0, 10, 0.5).at(0, lambda _: [replace(one, score=1.0) for one in some]) == math.inf
+    assert Betas(None, 1.0, 10, 0.5).at(0, lambda _: [replace(one, score=1.0) for one in some]) == 1.0
+
+
+@pytest.mark.parametrize(("valid", "budget"), [(5, 0.6), (1, 50.0), (7, 50.0)])
+def test_beta_stays_where_samples_can_tell_of_it(valid, budget):
+    """The best eight answers of which some tie cannot be a budget's nats away, whatever β is."""
+    some = [Sample(0, 0, [1], "", "stop", 1.0, float(i < valid), gain=0.0) for i in range(8)]
+    beta = Betas(None, 1.0, 10, budget).at(0, lambda _: some)
+    assert 1 / 40 < beta < 1
 
 
 def test_figures_are_of_the_samples():
@@ -284,7 +366,9 @@ def test_figures_are_of_the_samples():
         {"reward": 2.0, "kl": 0.5, "kl_per_token": 0.2, "objective": 1.9, "beta": 0.2, "length": 2.5, "ended": 0.75,
          "distinct": 0.5, "scored": 0.75}
     )  # fmt: skip
-    assert figures_of(samples, 0.5, 0.2, 0.4)["objective"] == pytest.approx(1.98)
+    assert figures_of(samples, 0.5, 0.2, 0.4)["objective"] == pytest.approx(1.6)
+    assert figures_of(samples, 0.5, 0.2, 0.4, before=1.0)["objective"] == pytest.approx(1.8)
+    assert figures_of(samples, 0.5, 0.2, 0.6, before=1.0)["objective"] == 2.0
 
 
 # ---- a run that is killed
@@ -344,6 +428,20 @@ def test_a_killed_run_ends_as_one_that_was_not(folder, whole, monkeypatch, stage
     assert report["metrics"] == json.loads((whole / "training.json").read_text())["metrics"]
 
 
+def test_samples_are_drawn_without_dropout_and_with_checkpointing(folder, monkeypatch):
+    """A LoRA adapter of an aligner: what is sampled is what is decoded, and a killed run ends as one that was not."""
+    how = {"aligner": str(folder / "start"), "rule": "product", "use_peft": True, "lora_dropout": 0.5}
+    training = {CHECKPOINTING: True}
+    train(options(folder, "dropped", training, **how))
+    with monkeypatch.context() as patch:
+        kill_at(patch, Rounds, "draw", 4, after=True)
+        with pytest.raises(Killed):
+            train(options(folder, "dropped-killed", training, **how))
+    train(options(folder, "dropped-killed", training, **how))
+    for key, weight in weights(folder / "dropped").items():
+        assert torch.equal(weights(folder / "dropped-killed")[key], weight)
+
+
 def test_what_was_scored_is_not_scored_again(folder, monkeypatch):
     with monkeypatch.context() as patch:
         kill_at(patch, OnlineTrainer, "training_step", 5)
@@ -373,9 +471,13 @@ def test_a_round_that_somebody_has_changed_is_named(folder, monkeypatch):
         with pytest.raises(Killed):
             train(options(folder, "changed"))
     path = folder / "changed" / "rounds" / "round-000002.jsonl"
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(DataError, match=r"round-000002.jsonl is not as it was written .* delete it"):
-        train(options(folder, "changed"))
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    unscored = lines[0].replace('"score": ', '"score": NaN, "x": ')
+    for changed in (whole[:-20], "".join(lines[:-1]), "", whole.replace('"place"', '"spot"'), unscored):
+        path.write_text(changed)
+        with pytest.raises(DataError, match=r"round-000002.jsonl is not as it was written .* delete it"):
+            train(options(folder, "changed"))
     path.unlink()
     train(options(folder, "changed"))
 
@@ -395,18 +497,22 @@ def test_a_round_that_somebody_has_changed_is_named(folder, monkeypatch):
         ({"teacher_prompt": "x.txt"}, "teacher_prompt: objective 'tb'"),
         ({"max_tokens": 4096}, "max_tokens: 4096 leave no room"),
         ({"dry_run": True}, "dry_run: what rounds"),
+        ({"proposal_top_p": 0.5}, "proposal_top_p: rewards train on whole rows"),
+        ({"training": {"dataloader_drop_last": True}}, "dataloader_drop_last has no effect on rounds"),
+        ({"lowest_temperature": 2.0, "highest_temperature": 0.5}, "lowest_temperature is above highest_temperature, 0.5"),
         ({"objective": "soft_q"}, "soft_q: a head's frozen output layer"),
         ({"reward": ("nowhere.py:f",)}, "there is no file 'nowhere.py'"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, settings, said):
     given = dict(settings)
+    training = given.pop("training", None)
     if (reward := given.pop("reward", None)) is not None:
-        made = replace(options(folder, "refused", **given), reward=reward)
+        made = replace(options(folder, "refused", training, **given), reward=reward)
     else:
-        made = options(folder, "refused", **given)
+        made = None
     with pytest.raises(InvalidOption, match=said):
-        train(made)
+        train(made or options(folder, "refused", training, **given))
     assert not (folder / "refused" / "rounds").exists()
 
 

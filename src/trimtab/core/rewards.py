@@ -23,11 +23,12 @@ __all__ = ["advantages", "group_means", "pick_beta", "reverse_kl", "soft_q", "tr
 LEAST_SPREAD = 1e-4
 """Added to standard deviations, as in TRL."""
 
-HALVINGS = 100
+HALVINGS = 60
 """Of the interval that a β is looked for in."""
 
-WIDEST = 1e6
-"""A β is looked for between the spread of the rewards divided and multiplied by this."""
+STEEPEST, FLATTEST = 20.0, 0.01
+"""Nats that the largest difference of a reward from its group's mean is worth at the ends of that interval: one answer is as
+good as impossible beside another, or all are as good as alike."""
 
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
@@ -44,14 +45,14 @@ def trajectory_balance(gains: Tensor, rewards: Tensor, beta: Tensor | float, gro
 
     Args:
         gains: log P_θ(y|x) − log P_M(y|x) `[B]` in nats, through which the gradient flows.
-        rewards: r(x, y) `[B]`, constants.
+        rewards: r(x, y) `[B]`, constants, in float64 where they are large beside their differences.
         beta: β, one for all or `[B]`.
         groups: `[B]`.
     """
-    c = gains - rewards / beta
+    c = gains.to(rewards.dtype) - rewards / beta
     apart = c - group_means(c, groups)
     sizes = per_example(torch.ones_like(c), groups, int(groups.max()) + 1)[groups]
-    return apart**2 * sizes / (sizes - 1).clamp(min=1)
+    return (apart**2 * sizes / (sizes - 1).clamp(min=1)).to(gains.dtype)
 
 
 def advantages(rewards: Tensor, groups: Tensor, *, scale: bool) -> Tensor:
@@ -104,7 +105,9 @@ def pick_beta(gains: Tensor, rewards: Tensor, groups: Tensor, budget: float) -> 
         budget: above 0.
 
     Returns:
-        β; +inf where no reward differs within a group, so that any β has the proposal for its target.
+        β, between the differences of rewards over 20 nats and over .01; the nearer end where the budget is beyond it, as with
+        samples none of which is far from what the others are worth. +inf where no reward differs within a group: any β has the
+        same target.
     """
     gains, rewards = gains.double(), rewards.double()
     spread = float((rewards - group_means(rewards, groups)).abs().max()) if len(rewards) else 0.0
@@ -120,7 +123,7 @@ def pick_beta(gains: Tensor, rewards: Tensor, groups: Tensor, budget: float) -> 
             total += float((logw.softmax(0) * r / beta).sum() - log_z)
         return total / len(parts)
 
-    low, high = math.log(spread / WIDEST), math.log(spread * WIDEST)
+    low, high = math.log(spread / STEEPEST), math.log(spread / FLATTEST)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if divergence(math.exp(middle)) > budget else (low, middle)

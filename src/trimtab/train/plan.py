@@ -248,11 +248,11 @@ def _of_folder(asked: TrainOptions, found: Description | None, manifest: Manifes
 
 
 def _of_objective(asked: TrainOptions, manifest: Manifest | None) -> TrainOptions:
-    """The options with where rewards start: at the proposal, which their target is near to, unless they went on from there."""
-    fresh = manifest is None or manifest.objective != asked.objective
-    if not asked.asked_objective.rewarded or not fresh or asked.start != "auto" or not asked.aligner or asked.use_peft:
+    """The options with where rewards start: at the proposal, which their target is near to, or where a residual has come to."""
+    if not asked.asked_objective.rewarded or asked.start != "auto" or not asked.aligner or asked.use_peft:
         return asked
-    return dataclasses.replace(asked, start="uniform" if parse_rule(asked.rule) == Product() else "pretrained")
+    fresh = parse_rule(asked.rule) == Product() and not (manifest is not None and manifest.is_residual)
+    return dataclasses.replace(asked, start="uniform" if fresh else "pretrained")
 
 
 def _check_adapter(asked: TrainOptions, found: Description) -> None:
@@ -268,7 +268,9 @@ def _check_adapter(asked: TrainOptions, found: Description) -> None:
 
 def _of_manifest(asked: TrainOptions, manifest: Manifest | None) -> TrainOptions:
     """The options where an earlier round of the same training stopped: with its settings, where none are given."""
-    if manifest is None or manifest.objective != asked.objective or not asked.asked_objective.residual:
+    if manifest is None or not asked.asked_objective.residual:
+        return asked
+    if manifest.objective != asked.objective and not (asked.asked_objective.rewarded and manifest.is_residual):
         return asked
     if asked.start != "pretrained" and asked.head_layers is None:
         return asked

@@ -88,6 +88,8 @@ def _refuse_beside_rewards(asked: TrainOptions, objective: Objective) -> None:
         raise InvalidOption(f"beta says what a nat from the proposal costs, and max_kl how many there may be: give {said}")
     if asked.max_kl is not None and asked.proposal_temperature not in (None, 1):
         raise InvalidOption("max_kl: samples tell of the proposal at temperature 1: leave out --proposal_temperature")
+    if asked.proposal_top_p not in (None, 1):
+        raise InvalidOption("proposal_top_p: rewards train on whole rows, and what is cut has no gradient: leave it out")
     if asked.proposal_endpoint:
         raise InvalidOption("proposal_endpoint: samples are drawn here while the aligner trains: leave it out")
     if asked.teacher_prompt is not None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from trimtab.core.rewards import trajectory_balance
+from trimtab.errors import InvalidOption
 from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES
 from trimtab.train.objectives.gains import Proposed
@@ -20,6 +21,12 @@ class OffPolicy(Rewarded):
     """What learns P_M·e^{r/β} from samples of any policy: how they are drawn, and β."""
 
     budgeted: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Also that temperatures are in order."""
+        super().__post_init__()
+        if self.lowest_temperature > self.highest_temperature:
+            raise InvalidOption(f"lowest_temperature is above highest_temperature, {self.highest_temperature:g}: exchange them")
 
     beta: float | None = option(
         None,

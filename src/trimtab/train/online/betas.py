@@ -14,6 +14,9 @@ __all__ = ["Betas"]
 WINDOW = 8
 """Rounds that a budget's β is estimated from."""
 
+NO_MATTER = 1.0
+"""β where no reward differs within a group, so that it changes nothing."""
+
 ANNEALED = 0.5
 """The share of a run in which β falls to what was asked for."""
 
@@ -51,18 +54,21 @@ class Betas:
         if self.budget is None:
             assert self.beta is not None  # as `refuse_beside_rewards` has it
             return self.beta * (self.start + (1 - self.start) * min(1.0, number / max(1.0, ANNEALED * self.rounds)))
-        gains, rewards, groups, count = [], [], [], 0
-        for one in range(max(0, number - WINDOW + 1), number + 1):
+        gains, rewards, groups, count, used = [], [], [], 0, 0
+        for one in range(number, -1, -1):
             places: dict[int, int] = {}
             for sample in read(one):
                 if sample.score is not None and sample.gain is not None and sample.temperature == 1:
                     gains.append(sample.gain)
                     rewards.append(sample.score)
-                    groups.append(places.setdefault(sample.place, count + len(places)))
-            count += len(places)
+                    groups.append(places.setdefault(sample.group, count + len(places)))
+            count, used = count + len(places), used + bool(places)
+            if used == WINDOW:
+                break
         if not gains:
-            return math.inf
+            return NO_MATTER
         here, owner = torch.tensor(gains, dtype=torch.float64), torch.tensor(groups)
         sizes = owner.bincount().double()
         allowed = max(0.0, float(here.mean())) + 0.5 * float(sizes.log().mean())
-        return pick_beta(here, torch.tensor(rewards, dtype=torch.float64), owner, min(self.budget, max(allowed, 1e-3)))
+        beta = pick_beta(here, torch.tensor(rewards, dtype=torch.float64), owner, min(self.budget, max(allowed, 1e-3)))
+        return beta if math.isfinite(beta) else NO_MATTER

@@ -81,10 +81,9 @@ class Policies:
 
     def of(self, model: Any, weight: float) -> AlignedModel:
         """The aligned model of a trained one as it is now, at a weight of the rule."""
-        was_training = model.training
+        model.eval()  # what is sampled is what is decoded; a training step puts it back
         with torch.random.fork_rng(devices=[]):  # so that a round that is read, and not drawn, leaves the same random numbers
             found = self._wrap(model)
-        model.train(was_training)
         return self._kept.with_aligners([found], [dataclasses.replace(self._manifest, weight=weight)])
 
     def hidden(self, examples: Sequence[Example], tap: int) -> list[dict[str, Tensor]]:

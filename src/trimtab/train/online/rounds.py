@@ -6,6 +6,7 @@ are the replay buffer, too, and they read as data: a prompt, a completion and a 
 
 import json
 import logging
+import math
 import random
 import time
 from collections import defaultdict
@@ -100,8 +101,17 @@ class Rounds:
         """How many rounds the buffer has."""
 
     def read(self, number: int) -> list[Sample] | None:
-        """What was drawn for a round; None if it was not."""
-        return _read(self._path(number))
+        """What was drawn for a round; None if it was not.
+
+        Raises:
+            DataError: somebody has changed the file.
+        """
+        places = self._places(number)
+        return _read(self._path(number), places, [self._fresh(number, place) for place in places])
+
+    def unscored(self, count: int) -> int:
+        """How many answers of the first so many rounds have no score."""
+        return sum(sample.score is None for number in range(count) for sample in self.read(number) or [])
 
     def draw(self, number: int, policy: AlignedModel, *, gains: bool) -> list[Sample]:
         """Draw a round, score and write it.
@@ -116,7 +126,9 @@ class Rounds:
             temperature = 1.0
             if chance.random() < schedule.tempered_share:
                 temperature = chance.uniform(schedule.lowest_temperature, schedule.highest_temperature)
-            fresh = schedule.generations - len(self._earlier(number, place))
+            if gains and slot == 0:  # β is found by samples at temperature 1
+                temperature = 1.0
+            fresh = self._fresh(number, place)
             seed = _seed(schedule.seed, number, slot)
             params = SamplingParams(n=fresh, max_tokens=schedule.max_tokens, temperature=temperature, seed=seed, logprobs=gains)
             asked.append((place, params))
@@ -127,7 +139,7 @@ class Rounds:
     def look(self, name: str, policy: AlignedModel) -> list[Sample]:
         """Samples of the development prompts at temperature 1, with the same random numbers every time; kept in a file."""
         path = self._look_path(name)
-        if (found := _read(path)) is None:
+        if (found := self._read_look(path)) is None:
             like = SamplingParams(max_tokens=self._schedule.max_tokens, temperature=1.0, n=self._schedule.generations)
             places = range(len(self._development))
             asked = [(place, replace(like, seed=_seed(self._schedule.seed, -1, place))) for place in places]
@@ -137,7 +149,15 @@ class Rounds:
 
     def read_look(self, step: int) -> list[Sample]:
         """Those of a look that was taken after so many updates."""
-        return _read(self._look_path(f"{step:06d}")) or []
+        return self._read_look(self._look_path(f"{step:06d}")) or []
+
+    def _read_look(self, path: Path) -> list[Sample] | None:
+        places = range(len(self._development))
+        return _read(path, places, [self._schedule.generations] * len(places))
+
+    def _fresh(self, number: int, place: int) -> int:
+        """How many answers are drawn to a prompt of a round."""
+        return self._schedule.generations - len(self._earlier(number, place))
 
     def groups(self, number: int, fresh: Sequence[Sample]) -> list[list[Sample]]:
         """The round's samples by prompt, with earlier ones."""
@@ -218,8 +238,8 @@ def _write(path: Path, samples: Iterable[Sample], prompts: Sequence[Prompt]) -> 
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _read(path: Path) -> list[Sample] | None:
-    """The samples in a file, if there is one.
+def _read(path: Path, places: Sequence[int], counts: Sequence[int]) -> list[Sample] | None:
+    """The samples in a file, if there is one: so many for each group, of which each has a place.
 
     Raises:
         DataError: somebody has changed it.
@@ -229,6 +249,13 @@ def _read(path: Path) -> list[Sample] | None:
     try:
         with open(path, encoding="utf-8") as stream:
             rows = [json.loads(line) for line in stream]
-        return [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]
+        samples = [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]
+        groups = [(group, place) for group, place in enumerate(places) for _ in range(counts[group])]
+        if [(sample.group, sample.place) for sample in samples] != groups:
+            raise ValueError(f"it has not the {len(groups)} answers of its groups")
+        for sample in samples:
+            if not sample.tokens or (sample.score is not None and not math.isfinite(sample.score)):
+                raise ValueError(f"an answer without tokens, or of score {sample.score!r}")
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not as it was written ({error}): delete it, and it is drawn anew") from error
+    return samples

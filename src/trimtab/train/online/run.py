@@ -153,7 +153,7 @@ def _train_aligner(
         arguments.max_steps,
         plan.asked.max_kl,
     )
-    before = figures_of(parts["rounds"].look("proposal", parts["policies"].bare), 0.0, 0.0, None)
+    before = figures_of(parts["rounds"].look("proposal", parts["policies"].bare), 0.0, 0.0)
     logger.info("the proposal's answers to the development prompts: reward %.4g", before["reward"])
     trainer = OnlineTrainer(
         plan,
@@ -161,6 +161,7 @@ def _train_aligner(
         proposal=frozen,
         betas=betas,
         tap=kind.tap if kind else 0,
+        before=before["reward"],
         model=model,
         args=arguments,
         eval_dataset=parts["development"],
@@ -168,6 +169,8 @@ def _train_aligner(
     )
     CompactProgress.install(trainer, plan.objective.name)
     fit(trainer, last_checkpoint(output))
+    if reward.failures.count:
+        logger.warning("%d completions got no score since the run was started; %s", *dataclasses.astuple(reward.failures))
     weight, metrics = _tuned(plan, trainer)
     report: dict[str, Any] = {
         "objective": {"name": plan.objective.name, **dataclasses.asdict(plan.objective)},
@@ -178,7 +181,7 @@ def _train_aligner(
         "proposal": {name: before[name] for name in ("reward", "length", "ended", "distinct", "scored")},
         "metrics": metrics,
         "history": trainer.state.log_history,
-        "failures": reward.failures.count,
+        "unscored": parts["rounds"].unscored(arguments.max_steps),
         "profile": trainer.profile,
         "seconds": time.monotonic() - started,
     }
@@ -211,6 +214,9 @@ def _tuned(plan: Plan, trainer: OnlineTrainer) -> tuple[float, dict[str, float]]
 
 def _generations(plan: Plan, arguments: TrainingArguments) -> int:
     """Answers to a prompt in an update; micro-batches hold whole groups of them."""
+    for name in ("train_sampling_strategy", "dataloader_drop_last", "per_device_eval_batch_size"):
+        if name in plan.asked.training:
+            raise InvalidOption(f"{name} has no effect on rounds of samples: leave it out")
     generations = plan.asked.num_generations or GENERATIONS
     if (batch := arguments.per_device_train_batch_size) % generations:
         raise InvalidOption(

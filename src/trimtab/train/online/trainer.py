@@ -1,7 +1,7 @@
 """The trainer of rewards: each update is on a round of samples of its own, drawn from what is trained as it is then."""
 
+import itertools
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -14,7 +14,7 @@ from trimtab.data.examples import Example
 from trimtab.train.batches import Item, answer_logits, collate
 from trimtab.train.objectives import Batch, Gained, Logits, Setting, TokenLoss
 from trimtab.train.online.betas import Betas
-from trimtab.train.online.figures import figures_of, said_of
+from trimtab.train.online.figures import check_spread, figures_of, said_of
 from trimtab.train.online.packing import can_pack, pack
 from trimtab.train.online.policy import Policies
 from trimtab.train.online.rounds import Prompt, Rounds, Sample
@@ -38,6 +38,7 @@ class OnlineTrainer(AlignerTrainer):
         prompts, development: what they are of.
         betas: β of each round.
         tap: the layer whose inputs a head reads; 0 for what reads tokens.
+        before: the reward of the proposal's answers to the development prompts.
         arguments: what `transformers.Trainer` takes.
     """
 
@@ -53,13 +54,14 @@ class OnlineTrainer(AlignerTrainer):
         development: Sequence[Prompt],
         betas: Betas,
         tap: int,
+        before: float,
         **arguments: Any,
     ) -> None:
         super().__init__(plan, vocab_size, 1.0, data_collator=collate, **arguments)
         self._frozen, self._policies, self._rounds, self._betas = proposal, policies, rounds, betas
         self._prompts, self._development, self._tap = prompts, development, tap
         self._passing, self._began = 0.0, time.monotonic()
-        self._said: dict[str, float] = {}
+        self._before, self._said = before, dict[str, float]()
 
     def get_train_dataloader(self) -> Any:
         """Micro-batches of the rounds that are left."""
@@ -74,8 +76,11 @@ class OnlineTrainer(AlignerTrainer):
                 samples = self._rounds.draw(number, policy, gains=self._betas.budget is not None)
             beta = self._betas.at(number, self._read)
             groups = self._rounds.groups(number, samples)
+            if self._objective.budgeted:  # whose rewards count in units of β
+                check_spread(groups, beta)
             self._said = said_of(samples, beta)
-            yield from self._packed(groups, self._prompts, beta, self.updates)
+            scored = [[sample for sample in group if sample.score is not None] for group in groups]
+            yield from self._packed([some for some in scored if len(some) > 1], groups, self._prompts, beta, self.updates)
 
     @property
     def updates(self) -> int:
@@ -85,8 +90,8 @@ class OnlineTrainer(AlignerTrainer):
     @property
     def best_step(self) -> int:
         """The step whose weights count at the end."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return int(self.state.global_step if best is None else best)
+        kept = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return int(self.state.best_global_step if kept else self.state.global_step)
 
     @property
     def _bare_model(self) -> Any:
@@ -123,17 +128,16 @@ class OnlineTrainer(AlignerTrainer):
         samples = self._rounds.look(name, self._policies.of(self._bare_model, weight))
         beta = self._betas.last(self.state.global_step, self._read)
         groups = [[sample for sample in samples if sample.place == place] for place in range(len(self._development))]
-        losses, gains = torch.zeros(0), torch.zeros(0)
-        for packed in self._packed(groups, self._development, beta, len(groups)):
+        losses: list[float] = []
+        gains: list[float] = []
+        for packed in self._packed(groups, groups, self._development, beta, len(groups)):
             batch, began = self._prepare_inputs(packed), time.monotonic()
             some_losses, some_gains = self._losses_and_gains(batch, self._setting._replace(weight=weight))
             self._passing += time.monotonic() - began
-            counted = batch["share"] > 0
-            losses = torch.cat([losses, some_losses[counted].float().cpu()])
-            gains = torch.cat([gains, some_gains[counted].float().cpu()])
-        if not len(gains):
-            return figures_of(samples, math.nan, beta, self._betas.budget) | {"loss": math.nan}
-        return figures_of(samples, float(gains.mean()), beta, self._betas.budget) | {"loss": float(losses.mean())}
+            gains += some_gains.tolist()
+            losses += some_losses[~batch["unscored"]].tolist()
+        loss = sum(losses) / len(losses) if losses else 0.0
+        return figures_of(samples, sum(gains) / len(gains), beta, self._betas.budget, self._before) | {"loss": loss}
 
     def _read(self, number: int) -> list[Sample]:
         return self._rounds.read(number) or []
@@ -150,24 +154,29 @@ class OnlineTrainer(AlignerTrainer):
         return self._objective.loss(batch), batch.sum(batch.tokens(Gained()))
 
     def _packed(
-        self, groups: Sequence[Sequence[Sample]], prompts: Sequence[Prompt], beta: float, wanted: int
+        self,
+        kept: Sequence[Sequence[Sample]],
+        groups: Sequence[Sequence[Sample]],
+        prompts: Sequence[Prompt],
+        beta: float,
+        wanted: int,
     ) -> Iterator[dict[str, Any]]:
-        """So many micro-batches: whole groups, of which what has no score is left out; some may have nothing that counts."""
-        scored = [[sample for sample in group if sample.score is not None] for group in groups]
-        kept = sorted((some for some in scored if len(some) > 1), key=lambda some: -max(len(s.tokens) for s in some))
-        count = sum(map(len, kept))
-        self._mean_length = sum(len(sample.tokens) for some in kept for sample in some) / max(count, 1) or 1.0
-        parts = [kept[i * len(kept) // wanted : (i + 1) * len(kept) // wanted] for i in range(wanted)]
+        """So many micro-batches of the kept groups, whole; where there are too few, one sample of `groups` that counts nothing.
+
+        A sample without a score, of which only looks have some, is compared with none.
+        """
+        ranked = sorted(kept, key=lambda some: -max(len(sample.tokens) for sample in some))
+        count = sum(map(len, ranked))
+        self._mean_length = sum(len(sample.tokens) for some in ranked for sample in some) / max(count, 1) or 1.0
+        parts = [ranked[i * len(ranked) // wanted : (i + 1) * len(ranked) // wanted] for i in range(wanted)]
         filler = [[next(sample for group in groups for sample in group)]]
-        for part in parts:
-            share = wanted / count if part else 0.0
-            part = part or filler
-            slots = [slot for slot, some in enumerate(part) for _ in some]
+        for counted in parts:
+            part = counted or filler
+            share = wanted / count if counted else 0.0
             samples = [sample for some in part for sample in some]
             examples = [[Example(prompts[s.place].ids, s.tokens, ()) for s in some] for some in part]
-            batch = self._collated(examples) | {"share": torch.full((len(samples),), share), "group": torch.tensor(slots)}
-            batch["reward"] = torch.tensor([sample.score or 0.0 for sample in samples])
-            yield batch | {"beta": torch.full((len(samples),), beta)}
+            weights = {"share": torch.full((len(samples),), share), "beta": torch.full((len(samples),), beta)}
+            yield self._collated(examples) | _compared(part) | weights
 
     def _collated(self, groups: Sequence[Sequence[Example]]) -> dict[str, Any]:
         """The examples of some groups as tensors, with one reading of each prompt where the model can do that."""
@@ -191,6 +200,19 @@ class OnlineTrainer(AlignerTrainer):
             return self._bare_logits(self.model, inputs, which)
         with torch.no_grad(), self.compute_loss_context_manager():
             return answer_logits(self._frozen, inputs, which)
+
+
+def _compared(groups: Sequence[Sequence[Sample]]) -> dict[str, Tensor]:
+    """`reward` in float64, `group`, and `unscored` `[B]`."""
+    samples = [(slot, sample) for slot, some in enumerate(groups) for sample in some]
+    alone = itertools.count(len(groups))
+    slots = [slot if sample.score is not None else next(alone) for slot, sample in samples]
+    rewards = [0.0 if sample.score is None else sample.score for _, sample in samples]
+    return {
+        "reward": torch.tensor(rewards, dtype=torch.float64),
+        "group": torch.tensor(slots),
+        "unscored": torch.tensor([sample.score is None for _, sample in samples]),
+    }
 
 
 class _Loader:
