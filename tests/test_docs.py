@@ -21,6 +21,7 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.core import rules
 from trimtab.decode.drafters import DRAFTERS
 from trimtab.errors import DeadRow, InvalidOption
+from trimtab.judges.rewards.making import make_rewards
 from trimtab.models.table import TableLM
 from trimtab.serve.playground.votes import VoteBook
 
@@ -81,6 +82,14 @@ def test_the_drafter_of_the_page_on_extending_works_as_written(tmp_path: Path, m
     assert model.models.drafter == DRAFTERS["phrases"]((1, 2, 3, 1))
     with pytest.raises(InvalidOption, match="draft: there is no file 'None'; say phrases:FILE"):
         AlignedModel(TableLM.random(7, seed=0), tokenizer=tiny_tokenizer("abcdef"), draft="phrases")
+
+
+def test_the_validator_of_the_page_on_rewards_works_as_written(tmp_path: Path):
+    """As a file that `--reward` names."""
+    (tmp_path / "checks.py").write_text(blocks("rewards.md", "python")[0], encoding="utf-8")
+    reward = make_rewards([f"{tmp_path / 'checks.py'}:valid"], options={})
+    texts, keys = ['{"a": 1, "b": 2}', '{"a": 1}', "no", "[1]"], [{"keys": ["b", "a"]}] * 4
+    assert reward.score(["p"] * 4, texts, keys) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
