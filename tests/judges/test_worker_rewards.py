@@ -207,14 +207,14 @@ def test_closed_workers_are_gone_with_what_they_started_and_others_come(folder):
         ("raise KeyboardInterrupt", -2),
         ("os.kill(os.getpid(), 15)", -15),
         ("os.kill(os.getpid(), 9)", -9),
-        ("threading.Timer(0.3, _thread.interrupt_main).start(); reward.score(['p'], ['sleeps'], [{}])", -2),
+        ("threading.Timer(0.3, os.kill, [os.getpid(), 2]).start(); reward.score(['p'], ['sleeps'], [{}])", -2),
         ("threading.Timer(0.3, os.kill, [os.getpid(), 9]).start(); reward.score(['p'], ['sleeps'], [{}])", -9),
     ],
 )
 def test_no_worker_outlives_the_process_that_it_works_for(end, status, folder):
     """However that ends, between calls or within one; and its standard output has nothing of the function's."""
     code = f"""
-import _thread, json, os, threading
+import json, os, threading
 from trimtab.judges.rewards.workers import WorkerReward
 
 asked = WorkerReward({f"{folder}/odd.py:process"!r}, workers=2)
@@ -227,6 +227,17 @@ print(json.dumps([*pids, *asked.score(["p"], ["x"], [{{}}])]), flush=True)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, len(json.loads(done.stdout))) == (status, 3)
     assert wait_until_gone(map(int, json.loads(done.stdout)))
+
+
+def test_a_worker_ends_though_an_interrupt_has_left_its_lock_taken(folder, monkeypatch):
+    """`Popen.poll` takes a lock before its `try`, so an interrupt there leaves it taken, and a plain `wait` would be for ever."""
+    monkeypatch.setattr("trimtab.judges.rewards.worker.GONE", 0.2)
+    reward = WorkerReward(f"{folder}/odd.py:process")
+    pid = int(scores(reward, "a")[0])
+    reward._pool._workers[0]._process._waitpid_lock.acquire()
+    reward.close()
+    reward.close()
+    assert Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
 
 
 def test_a_worker_starts_without_torch_and_calls_on_its_main_thread_with_one_thread(folder):

@@ -12,7 +12,7 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.data.encoding import Encoder
 from trimtab.errors import InvalidOption, VocabularyMismatch
 from trimtab.models.aligner import Aligner
-from trimtab.train import run
+from trimtab.train import draft, run
 from trimtab.train.draft import CHECKPOINTS, DraftTrainer
 from trimtab.train.dry_run import Expected, estimate
 from trimtab.train.inputs import encode_parts, read_parts
@@ -93,7 +93,7 @@ def test_a_killed_run_ends_with_the_same_drafter(task, trained, where, monkeypat
     if where == "in a step":
         monkeypatch.setattr(DraftTrainer, "compute_loss", failing)
     elif where == "before it is saved":
-        monkeypatch.setattr(run, "save_model", dying)
+        monkeypatch.setattr(draft, "save_model", dying)
     else:
         monkeypatch.setattr(run, "write_json", lambda path, value: dying() if "draft" in value else write(path, value))
     with pytest.raises(RuntimeError, match="killed"):

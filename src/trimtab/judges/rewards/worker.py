@@ -23,6 +23,9 @@ __all__ = ["Worker"]
 START = 300.0
 """Seconds that a worker may take to import its function."""
 
+GONE = 5.0
+"""Seconds in which a process that is killed is gone."""
+
 CODE = """import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from trimtab.judges.rewards.worker_process import serve
@@ -106,7 +109,8 @@ class Worker:
         if not self.has_ended:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # an interrupt in `poll` may have left its lock taken
+            self._process.wait(GONE)
         self.connection.close()
 
     def _lose(self, why: str) -> Failed:
