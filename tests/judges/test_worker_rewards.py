@@ -230,14 +230,16 @@ print(json.dumps([*pids, *asked.score(["p"], ["x"], [{{}}])]), flush=True)
 
 
 def test_a_worker_ends_though_an_interrupt_has_left_its_lock_taken(folder, monkeypatch):
-    """`Popen.poll` takes a lock before its `try`, so an interrupt there leaves it taken, and a plain `wait` would be for ever."""
+    """`Popen.poll` takes a lock before its `try`: an interrupt there leaves it taken, and a plain `wait` would be for ever."""
     monkeypatch.setattr("trimtab.judges.rewards.worker.GONE", 0.2)
     reward = WorkerReward(f"{folder}/odd.py:process")
-    pid = int(scores(reward, "a")[0])
-    reward._pool._workers[0]._process._waitpid_lock.acquire()
+    reward.load(None, "")
+    process = reward._pool._workers[0]._process
+    process._waitpid_lock.acquire()
     reward.close()
-    reward.close()
-    assert Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    assert Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "Z"
+    process._waitpid_lock.release()
+    assert process.wait(5) == -9
 
 
 def test_a_worker_starts_without_torch_and_calls_on_its_main_thread_with_one_thread(folder):
