@@ -491,6 +491,7 @@ def test_a_round_that_somebody_has_changed_is_named(folder, monkeypatch):
         ({"reward": ()}, "reward: objective 'tb' learns from one"),
         ({"beta": None}, "give one of them"),
         ({"max_kl": 1.0, "beta": 0.1}, "give only one of them"),
+        ({"max_kl": 1.0, "beta_start": 1.0}, "beta_start: max_kl settles beta"),
         ({"objective": "grpo", "max_kl": 1.0}, "max_kl: objective 'grpo' has a price"),
         ({"num_generations": 3}, "per_device_train_batch_size must be a multiple of num_generations, 3"),
         ({"rule": "candidates"}, "tb trains product, geometric or mixture"),

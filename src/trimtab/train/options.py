@@ -79,8 +79,15 @@ def _flags_of(name: str, known: Mapping[str, Flag]) -> dict[str, Flag]:
         before, choices = known.get(one.name), tuple(one.metadata.get("choices", ()))
         if one.name in taken or (before is not None and (before.kind, before.choices) != (kinds[one.name], choices)):
             raise InvalidOption(f"objective: the option '{one.name}' of '{name}' has the name of another one: rename it")
-        text = f"{name}: {help_of(one)}"
-        flags[one.name] = Flag(kinds[one.name], text if before is None else f"{before.text}; {text}", choices)
+        text = f": {help_of(one)}"
+        said = (
+            ""
+            if before is None
+            else f"{before.text.removesuffix(text)}, "
+            if before.text.endswith(text)
+            else f"{before.text}; "
+        )
+        flags[one.name] = Flag(kinds[one.name], f"{said}{name}{text}", choices)
     return flags
 
 
@@ -186,8 +193,8 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
     max_kl: float | None = option(
         None,
         "product, geometric: a budget for KL(aligned‖proposal) on the development answers, in nats a token, the proposal at"
-        " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it"
-        " [default: none]",
+        " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it; tb, soft_q:"
+        " in nats an answer, in the place of beta, which it settles [default: none]",
         above=0,
     )
     dev_samples: int | None = option(

@@ -86,6 +86,8 @@ def _refuse_beside_rewards(asked: TrainOptions, objective: Objective) -> None:
     if objective.budgeted and (beta is None) == (asked.max_kl is None):
         said = "one of them" if beta is None else "only one of them, for each settles the other"
         raise InvalidOption(f"beta says what a nat from the proposal costs, and max_kl how many there may be: give {said}")
+    if asked.max_kl is not None and asked.objective_options.get("beta_start") is not None:
+        raise InvalidOption("beta_start: max_kl settles beta in every round: leave one of them out")
     if asked.max_kl is not None and asked.proposal_temperature not in (None, 1):
         raise InvalidOption("max_kl: samples tell of the proposal at temperature 1: leave out --proposal_temperature")
     if asked.proposal_top_p not in (None, 1):

@@ -35,7 +35,7 @@ class OffPolicy(Rewarded):
         above=0,
     )
     tempered_share: float = option(
-        2 / 3, "share of the prompts whose samples are drawn at another temperature than 1", low=0, high=1
+        0.67, "share of the prompts whose samples are drawn at another temperature than 1", low=0, high=1
     )
     lowest_temperature: float = option(0.5, "of those, drawn evenly between this and the next", low=0.01, high=100)
     highest_temperature: float = option(2.0, "the other end", low=0.01, high=100)
