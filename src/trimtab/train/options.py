@@ -193,8 +193,8 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
     max_kl: float | None = option(
         None,
         "product, geometric: a budget for KL(aligned‖proposal) on the development answers, in nats a token, the proposal at"
-        " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it; tb, soft_q:"
-        " in nats an answer, in the place of beta, which it settles [default: none]",
+        " proposal_temperature: the tuned weight stays within it, and checkpoints are compared at weights within it; for tb and"
+        " soft_q in nats an answer, in the place of beta, which it settles [default: none]",
         above=0,
     )
     dev_samples: int | None = option(
