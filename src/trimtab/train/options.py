@@ -80,13 +80,9 @@ def _flags_of(name: str, known: Mapping[str, Flag]) -> dict[str, Flag]:
         if one.name in taken or (before is not None and (before.kind, before.choices) != (kinds[one.name], choices)):
             raise InvalidOption(f"objective: the option '{one.name}' of '{name}' has the name of another one: rename it")
         text = f": {help_of(one)}"
-        said = (
-            ""
-            if before is None
-            else f"{before.text.removesuffix(text)}, "
-            if before.text.endswith(text)
-            else f"{before.text}; "
-        )
+        said = ""
+        if before is not None:
+            said = f"{before.text.removesuffix(text)}, " if before.text.endswith(text) else f"{before.text}; "
         flags[one.name] = Flag(kinds[one.name], f"{said}{name}{text}", choices)
     return flags
 
