@@ -1,7 +1,9 @@
 """Reward functions in worker processes: the same scores as here, and no hang, crash or leftover, whatever a function does."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,11 +71,6 @@ def threads(completions):
 
 def torch_is_there(completions):
     return ["torch" in sys.modules]
-
-
-def dies_idle(completions):
-    threading.Timer(0.05, os._exit, [1]).start()
-    return [1.0]
 '''
 
 PROMPTS, ANSWERS = [f"p{i}" for i in range(12)], ["x" * (i * 7 % 12) for i in range(12)]
@@ -214,9 +211,10 @@ def test_closed_workers_are_gone_with_what_they_started_and_others_come(folder):
 def test_no_worker_outlives_the_process_that_it_works_for(end, status, folder):
     """However that ends, between calls or within one; and its standard output has nothing of the function's."""
     code = f"""
-import json, os, threading
+import json, os, signal, threading
 from trimtab.judges.rewards.workers import WorkerReward
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may have been told to ignore it
 asked = WorkerReward({f"{folder}/odd.py:process"!r}, workers=2)
 reward = WorkerReward({f"{folder}/odd.py:odd"!r}, workers=2)
 reward.load(None, "")
@@ -262,11 +260,16 @@ with WorkerReward({f"{folder}/odd.py:odd"!r}) as reward:
 
 
 def test_a_worker_that_dies_while_nobody_asks_it_is_replaced(folder):
-    with WorkerReward(f"{folder}/odd.py:dies_idle") as reward:
-        for _ in range(2):
-            assert reward.score(["p"], ["a"], [{}]) == [1.0]
+    with WorkerReward(f"{folder}/odd.py:process") as reward:
+        seen = set()
+        for _ in range(3):
+            (score,) = reward.score(["p"], ["a"], [{}])
             (worker,) = reward._pool._workers
+            assert score == worker._process.pid
+            seen.add(score)
+            os.kill(worker._process.pid, signal.SIGKILL)
             assert wait_until_gone([worker._process.pid])
+        assert len(seen) == 3
 
 
 def test_what_cannot_be_sent_is_named(folder):
