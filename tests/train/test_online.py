@@ -283,6 +283,9 @@ def test_rounds_are_data_with_their_scores(folder):
     for row in rows:
         assert row["score"] == sum(letter in "aeiou" for letter in row["completion"])
     assert len(rounds_of(folder / "rounds")) == 6
+    profile = json.loads((folder / "rounds" / "training.json").read_text())["profile"]
+    assert profile.keys() == {"sampling", "rewards", "passes", "other"}
+    assert all(seconds >= 0 for seconds in profile.values())
 
 
 def test_every_prompt_has_its_turn_and_temperatures_are_as_asked(folder, monkeypatch):

@@ -60,7 +60,7 @@ class OnlineTrainer(AlignerTrainer):
         super().__init__(plan, vocab_size, 1.0, data_collator=collate, **arguments)
         self._frozen, self._policies, self._rounds, self._betas = proposal, policies, rounds, betas
         self._prompts, self._development, self._tap = prompts, development, tap
-        self._passing, self._began = 0.0, time.monotonic()
+        self._passing, self._began = 0.0, time.monotonic() - sum(rounds.seconds.values())  # the proposal has been looked at
         self._before, self._said = before, dict[str, float]()
 
     def get_train_dataloader(self) -> Any:
