@@ -12,22 +12,20 @@ finished is kept in `--out`; it prints Markdown.
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from cell import Cell
 from demo import Parts, Scale, train_head
-from fetch import FILE
 from instructions import TASK
 from measure import measure_part
+from opening import open_study
 from report import Sums, ratio, shown, table
 from systems import System
 
 from trimtab.decode.aligned import AlignedModel
-from trimtab.errors import InvalidOption, TrimtabError
+from trimtab.errors import TrimtabError
 from trimtab.files import only_writer
-from trimtab.hardware import describe_hardware, keep_freed_memory
-from trimtab.models.loading import quiet_loading
+from trimtab.hardware import describe_hardware
 from trimtab.train.call import train
 from trimtab.train.options import TrainOptions
 
@@ -59,17 +57,8 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--proposal", type=Path, default=Path("real-model") / FILE, help="[default: %(default)s]")
     parser.add_argument("--max_examples", type=int, help="of each part: to try things out [default: all]")
-    said = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("demo").setLevel(logging.INFO)
-    quiet_loading()
-    keep_freed_memory()
-    if not said.proposal.exists():
-        raise InvalidOption(f"proposal: there is no '{said.proposal}'; `make real-model` fetches it")
+    said = open_study("handover", parser)
     with only_writer(said.out / "lock"):
         print(render(run(Cell(said.out, said.proposal.resolve(), TASK, "", 0, said.max_examples))))
 

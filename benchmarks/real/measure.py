@@ -33,7 +33,7 @@ from trimtab.files import read_json, write_json
 from trimtab.judges.references import ReferenceMetric
 from trimtab.models.loading import load_model
 
-__all__ = ["WARM_UP", "measure", "measure_part", "measure_speed"]
+__all__ = ["WARM_UP", "measure", "measure_outside", "measure_part", "measure_speed"]
 
 PARTS = ("test", "transfer")
 OUTSIDE_TOKENS = 64
@@ -62,7 +62,7 @@ def measure(cell: Cell) -> dict[str, Any]:
             "tokens": [count for _, count in divergence],
             "bound": system.referee is not None,
         },
-        "outside": _measure_outside(cell, system, bare, PROMPTS[: cell.max_examples]),
+        "outside": measure_outside(cell, system, bare, PROMPTS[: cell.max_examples]),
         "speed": measure_speed(cell.proposal, system, chats[: SPEED_PROMPTS + WARM_UP]),
         "training": rival.cost(cell) if rival.cost else None,
     }
@@ -120,8 +120,11 @@ def _by_prompt(records: Sequence[Record]) -> list[tuple[Any, list[Record]]]:
     return [(same[0]["prompt"], same) for same in found.values()]
 
 
-def _measure_outside(cell: Cell, system: System, bare: System, texts: Sequence[str]) -> dict[str, Any] | None:
-    """The proposal's answers are made once for all cells of a study."""
+def measure_outside(cell: Cell, system: System, bare: System, texts: Sequence[str]) -> dict[str, Any] | None:
+    """NLL of the proposal's own answers to texts outside the task; None of a system that picks.
+
+    The proposal's answers are made once for all cells of a study.
+    """
     if system.referee is not None:
         return None
     path, chats = cell.out / "outside.json", [question(text) for text in texts]

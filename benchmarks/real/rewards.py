@@ -23,20 +23,18 @@ from cell import Cell
 from chats import Record
 from constraints import obeys
 from demo import Parts
-from fetch import FILE
 from instructions import TASK
-from measure import _measure_outside
+from measure import measure_outside
+from opening import open_study
 from outside import PROMPTS
 from report import table
 from systems import BOUND, OF, System
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
-from trimtab.errors import InvalidOption
 from trimtab.evaluate.intervals import mean_interval
 from trimtab.files import atomic_write, only_writer
-from trimtab.hardware import describe_hardware, keep_freed_memory
-from trimtab.models.loading import quiet_loading
+from trimtab.hardware import describe_hardware
 from trimtab.propose.call import propose
 from trimtab.train.call import train
 from trimtab.words import distinct
@@ -69,20 +67,11 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--proposal", type=Path, default=Path("real-model") / FILE, help="[default: %(default)s]")
     parser.add_argument("--way", action="append", choices=[*WAYS], help="only these; may repeat [default: all]")
     parser.add_argument("--seeds", type=int, default=1, help="[default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=80, help="of tb and grpo [default: %(default)s]")
     parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
-    said = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("demo").setLevel(logging.INFO)
-    quiet_loading()
-    keep_freed_memory()
-    if not said.proposal.exists():
-        raise InvalidOption(f"proposal: there is no '{said.proposal}'; `make real-model` fetches it")
+    said = open_study("rewards", parser)
     with only_writer(said.out / "lock"):
         print(run(said))
 
@@ -105,7 +94,7 @@ def run(said: argparse.Namespace) -> str:
             report = parts.do(f"train {label}", lambda: _train(this, name, said))  # noqa: B023 - called at once
             model = AlignedModel.from_pretrained(cell.proposal, this.model(name), max_num_seqs=32)
             found = parts.do(f"sample {label}", lambda: _sample(model, records))  # noqa: B023
-            outside = parts.do(f"outside {label}", lambda: _measure_outside(this, System(model), System(bare), PROMPTS))  # noqa: B023
+            outside = parts.do(f"outside {label}", lambda: measure_outside(this, System(model), System(bare), PROMPTS))  # noqa: B023
             rows.append([label, *_shown(_figures(found, records), outside)])
             logger.info("%s", _curve(report))
     head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "harm outside, nats a token"]

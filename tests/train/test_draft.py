@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from killing import kill_in_step
 from tiny_task import V, make_task, task_options, task_plan, task_rows
 from trimtab import AlignedModel, SamplingParams
 from trimtab.data.encoding import Encoder
@@ -78,20 +79,13 @@ def test_a_killed_run_ends_with_the_same_drafter(task, trained, where, monkeypat
     folder, _ = trained
     name = where.replace(" ", "-")
     options = task_options(task, name, train_draft=True, proposal_temperature=1.3)
-    compute, write, calls = DraftTrainer.compute_loss, run.write_json, 0
-
-    def failing(self, *args, **kwargs):
-        nonlocal calls
-        calls += self.model.training
-        if calls == 7:
-            raise RuntimeError("killed")
-        return compute(self, *args, **kwargs)
+    write = run.write_json
 
     def dying(*args, **kwargs):
         raise RuntimeError("killed")
 
     if where == "in a step":
-        monkeypatch.setattr(DraftTrainer, "compute_loss", failing)
+        kill_in_step(monkeypatch, DraftTrainer)
     elif where == "before it is saved":
         monkeypatch.setattr(draft, "save_model", dying)
     else:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from eval_task import called
+from killing import kill_in_step
 from tiny_task import V, make_task, task_options, task_plan, task_rows, write_rows
 from trimtab.core.rules import parse_rule
 from trimtab.data.examples import Example, answers
@@ -197,16 +198,7 @@ def test_a_run_on_edits_learns_and_goes_on_where_it_was_killed(task, monkeypatch
     assert report["objective"]["contrast_on"] == "edits"
     said = json.loads((tmp_path / "whole" / "run.json").read_text())["objective_options"]
     assert said == {name: settings[name] for name in ("contrast_on", "edit_margin") if name in settings}
-    compute, calls = AlignerTrainer.compute_loss, 0
-
-    def failing(self, *args, **kwargs):
-        nonlocal calls
-        calls += self.model.training
-        if calls == 7:
-            raise RuntimeError("killed")
-        return compute(self, *args, **kwargs)
-
-    monkeypatch.setattr(AlignerTrainer, "compute_loss", failing)
+    kill_in_step(monkeypatch, AlignerTrainer)
     with pytest.raises(RuntimeError, match="killed"):
         train(task_options(task, str(tmp_path / "halves"), **settings))
     monkeypatch.undo()

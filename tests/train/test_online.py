@@ -82,6 +82,7 @@ def folder(tmp_path_factory):
     write_rows(folder / "prompts.jsonl", rows)
     write_rows(folder / "one.jsonl", [{"prompt": "de"}])
     write_rows(folder / "train_prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    write_rows(folder / "scores.jsonl", [{"prompt": row["prompt"], "completion": "x", "score": 1.0} for row in rows])
     (folder / "rewards.py").write_text(REWARDS)
     return folder
 
@@ -506,12 +507,14 @@ def test_a_round_that_somebody_has_changed_is_named(folder, monkeypatch):
         ({"lowest_temperature": 2.0, "highest_temperature": 0.5}, "lowest_temperature is above highest_temperature, 0.5"),
         ({"objective": "soft_q"}, "soft_q: a head's frozen output layer"),
         ({"reward": ("nowhere.py:f",)}, "there is no file 'nowhere.py'"),
+        ({"reward": ("file:SCORES",)}, "--reward file:.*scores.jsonl: a file has the scores of given answers"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, settings, said):
     given = dict(settings)
     training = given.pop("training", None)
     if (reward := given.pop("reward", None)) is not None:
+        reward = tuple(one.replace("SCORES", str(folder / "scores.jsonl")) for one in reward)
         made = replace(options(folder, "refused", training, **given), reward=reward)
     else:
         made = None

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from killing import kill_in_step
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, answer_rows, make_task, task_options, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
@@ -193,16 +194,7 @@ def test_draws_change_only_the_diagnostics_that_are_sums_over_the_proposal(task)
 def test_an_interrupted_run_ends_with_the_same_weights(task, monkeypatch):
     """Stopped after a checkpoint and run again: bit for bit the weights of a run that was left alone."""
     train(task_options(task, "whole"))
-    compute, calls = AlignerTrainer.compute_loss, 0
-
-    def failing(self, *args, **kwargs):
-        nonlocal calls
-        calls += self.model.training
-        if calls == 7:
-            raise RuntimeError("killed")
-        return compute(self, *args, **kwargs)
-
-    monkeypatch.setattr(AlignerTrainer, "compute_loss", failing)
+    kill_in_step(monkeypatch, AlignerTrainer)
     with pytest.raises(RuntimeError, match="killed"):
         train(task_options(task, "halves"))
     monkeypatch.undo()

@@ -19,6 +19,7 @@ from trimtab.errors import InvalidOption
 from trimtab.files import finite, json_digest, read_json, write_json
 from trimtab.judges.asked import AskedRecords
 from trimtab.judges.rewards.base import Reward, check_loaded
+from trimtab.judges.rewards.file import FileReward
 from trimtab.models.aligner import Aligner
 from trimtab.models.masks import context_of
 from trimtab.models.vocabulary import check_same_vocabulary, vocabulary_size
@@ -69,6 +70,10 @@ def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: Train
     if ranks.count > 1:
         raise InvalidOption(f"objective: '{plan.objective.name}' samples in one process: start it without a launcher")
     with plan.asked.sum_of_rewards({"dtype": "auto", "device": plan.asked.device}) as reward:
+        if kept := next((part for part in (reward, *getattr(reward, "parts", ())) if isinstance(part, FileReward)), None):
+            raise InvalidOption(
+                f"{kept.called}: a file has the scores of given answers, and rounds draw others: name what scores them"
+            )
         return _train(asked, facts, output, arguments, ranks, reward, started)
 
 
