@@ -4,22 +4,25 @@
 
 Checkable instructions (`instructions.py`): one sentence, JSON with given keys, no list, fewer than n words. The reward is 1
 for an answer that obeys, else 0. `tb` and `grpo` learn from rounds of samples; `preference` from the best and the worst of 16
-samples of the proposal; best-of-8 asks the validator at every answer. All are measured on test prompts, with samples at
-temperature 1: the share that obeys; KL from the proposal in nats an answer; distinct-2; and by how much the proposal's own
-answers to prompts outside of the task lose likelihood. Nothing is chosen on what is reported. What is finished is kept in
-`--out`; it prints Markdown.
+samples of the proposal, as many samples as there are in the rounds; best-of-8 asks the validator at every answer. All are
+measured on test prompts, with samples at temperature 1: the share that obeys; KL from the proposal in nats an answer;
+distinct-2; and by how much the proposal's own answers to prompts outside of the task lose likelihood. Then comes the curve of
+reward against KL, on development prompts as training went. Models train in `--dtype`, and are measured in float32. Nothing is
+chosen on what is reported. What is finished is kept in `--out`, which several processes may share that have other ways or
+seeds; it prints Markdown.
 """
 
 import argparse
 import json
 import logging
-import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cell import Cell
+from cell import Cell, slug
 from chats import Record
 from constraints import obeys
 from demo import Parts
@@ -39,9 +42,12 @@ from trimtab.propose.call import propose
 from trimtab.train.call import train
 from trimtab.words import distinct
 
+SEEDS = (0, 1, 2)
 KINDS = ("one sentence", "json", "no list", "below")
 MAX_TOKENS, SAMPLES = 48, 8
 """Of an answer; and to each test prompt."""
+DIAL, SAMPLES_ON_DIAL = (0.5, 2.0), 4
+"""Weights at which every aligner is measured beside the one that it was trained at; and answers to each test prompt."""
 
 logger = logging.getLogger("rewards")
 
@@ -53,7 +59,21 @@ class Way(NamedTuple):
     settings: dict[str, Any]
 
 
-ROUNDS: dict[str, Any] = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+class Done(NamedTuple):
+    """What came of one."""
+
+    report: dict[str, Any]
+    found: dict[str, Any]
+    dialled: list[dict[str, Any]]
+    """At each weight of `DIAL`."""
+    outside: dict[str, Any]
+
+
+ROUNDS: dict[str, Any] = {
+    "num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4,
+    "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+}  # fmt: skip
+SAMPLES_OF_A_ROUND = ROUNDS["per_device_train_batch_size"] * ROUNDS["gradient_accumulation_steps"]
 NO_EXPLORING = {"tempered_share": 0.0, "replay_share": 0.0, "beta_start": 1.0}
 WAYS = {
     "tb, β = .1": Way("tb", {"beta": 0.1} | NO_EXPLORING),
@@ -68,37 +88,58 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--way", action="append", choices=[*WAYS], help="only these; may repeat [default: all]")
-    parser.add_argument("--seeds", type=int, default=1, help="[default: %(default)s]")
-    parser.add_argument("--rounds", type=int, default=80, help="of tb and grpo [default: %(default)s]")
+    parser.add_argument("--seed", action="append", type=int, help="only these; may repeat [default: 0, 1, 2]")
+    parser.add_argument("--rounds", type=int, default=60, help="of tb and grpo [default: %(default)s]")
     parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
-    said = open_study("rewards", parser)
-    with only_writer(said.out / "lock"):
-        print(run(said))
+    parser.add_argument("--dtype", default="bfloat16", help="what is trained in [default: %(default)s]")
+    print(run(open_study("rewards", parser)))
 
 
 def run(said: argparse.Namespace) -> str:
     """Train and measure what is missing; returns the tables."""
     cell = Cell(said.out, said.proposal.resolve(), TASK, "", 0)
-    TASK.prepare(cell.data, None)
-    for part in ("train", "dev", "test"):
-        _write_prompts(cell, part)
-    parts, records = Parts(said.out / "parts"), _records(cell, "test")
-    bare = AlignedModel.from_pretrained(cell.proposal, max_num_seqs=32)
-    drawn = parts.do("sample the proposal", lambda: _sample(bare, records))
+    parts = Parts(said.out / "parts")
+    with only_writer(said.out / "lock"):
+        TASK.prepare(cell.data, None)
+        for part in ("train", "dev", "test"):
+            _write_prompts(cell, part)
+        records = _records(cell, "test")
+        drawn = parts.do("sample the proposal", lambda: _sample(_open(cell), records))
     rows = [["proposal", *_shown(_figures(drawn, records), None)]]
-    picked = _best_of(drawn, records)
-    rows.append([f"best of {OF}", *_shown(picked | {"kl": [BOUND]}, None)])
+    rows.append([f"best of {OF}", *_shown(_best_of(drawn, records) | {"kl": [BOUND]}, None)])
+    curves = []
     for name in said.way or WAYS:
-        for seed in range(said.seeds):
+        every: list[Done] = []
+        for seed in said.seed or SEEDS:
             this, label = cell._replace(seed=seed), f"{name}, seed {seed}"
-            report = parts.do(f"train {label}", lambda: _train(this, name, said))  # noqa: B023 - called at once
-            model = AlignedModel.from_pretrained(cell.proposal, this.model(name), max_num_seqs=32)
-            found = parts.do(f"sample {label}", lambda: _sample(model, records))  # noqa: B023
-            outside = parts.do(f"outside {label}", lambda: measure_outside(this, System(model), System(bare), PROMPTS))  # noqa: B023
-            rows.append([label, *_shown(_figures(found, records), outside)])
-            logger.info("%s", _curve(report))
+            with only_writer(this.out / "locks" / slug(label)):
+                every.append(_done(this, name, label, parts, said, records))
+            rows.append([label, *_shown(every[-1].found, every[-1].outside)])
+            curves.append([label, _curve(every[-1].report)])
+        rows.append([f"{name}, all seeds", *_together([one.found for one in every], [one.outside for one in every])])
+        for i, weight in enumerate(DIAL):
+            rows.append([f"the same at weight {weight:g}", *_together([one.dialled[i] for one in every], None)])
     head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "harm outside, nats a token"]
-    return f"{describe_hardware()}\n\n{table(head, rows)}"
+    curve = table(["", "reward at KL, development prompts, as training went"], curves)
+    return f"{describe_hardware()}\n\n{table(head, rows)}\n\n{curve}"
+
+
+def _done(cell: Cell, name: str, label: str, parts: Parts, said: argparse.Namespace, records: Sequence[Record]) -> Done:
+    """One aligner, trained and measured."""
+    report = parts.do(f"train {label}", lambda: _train(cell, name, said))
+    system, bare = (cache(lambda made=made: System(made())) for made in (lambda: _open(cell, name), lambda: _open(cell)))
+    found = parts.do(f"sample {label}", lambda: _sample(system().model, records))
+    outside = parts.do(f"outside {label}", lambda: measure_outside(cell, system(), bare(), PROMPTS))
+    dialled = []
+    for weight in DIAL:
+        some = parts.do(f"sample {label} at {weight:g}", lambda: _sample(system().model, records, SAMPLES_ON_DIAL, weight))  # noqa: B023 - called at once
+        dialled.append(_figures(some, records))
+    return Done(report, _figures(found, records), dialled, outside)
+
+
+def _open(cell: Cell, name: str | None = None) -> AlignedModel:
+    aligners = [] if name is None else [cell.model(name)]
+    return AlignedModel.from_pretrained(cell.proposal, *aligners, max_num_seqs=32)
 
 
 def _write_prompts(cell: Cell, part: str) -> None:
@@ -116,12 +157,13 @@ def _train(cell: Cell, name: str, said: argparse.Namespace) -> dict[str, Any]:
     """Train an aligner; returns what is worth keeping of the report."""
     way, reward = WAYS[name], f"{Path(__file__).with_name('obeyed.py')}:obeyed"
     how: dict[str, Any] = {"proposal": str(cell.proposal), "output_dir": str(cell.model(name)), "seed": cell.seed}
-    how |= {"head_layers": said.head_layers, "objective": way.objective, "report_to": "none"} | way.settings
+    how |= {"head_layers": said.head_layers, "objective": way.objective, "report_to": "none", "dtype": said.dtype}
+    how |= way.settings
     if way.objective == "preference":
         drawn: dict[str, Any] = {"n": 16, "temperature": 1.0, "max_tokens": MAX_TOKENS, "reward": reward, "pairs": 4}
-        for part in ("train", "dev"):
-            prompts, out = str(cell.out / f"{part}.jsonl"), str(_pairs(cell, part))
-            propose(proposal=str(cell.proposal), dataset=prompts, out=out, seed=1000 * cell.seed, **drawn)
+        drawn |= {"dtype": said.dtype, "seed": 1_000 * cell.seed, "proposal": str(cell.proposal)}
+        for part, most in (("train", said.rounds * SAMPLES_OF_A_ROUND // drawn["n"]), ("dev", None)):
+            propose(dataset=str(cell.out / f"{part}.jsonl"), out=str(_pairs(cell, part)), max_examples=most, **drawn)
         report = train(dataset=str(_pairs(cell, "train")), eval_dataset=str(_pairs(cell, "dev")), dev_samples=0, **how)
     else:
         data = {"dataset": str(cell.out / "train.jsonl"), "eval_dataset": str(cell.out / "dev.jsonl"), "dev_prompts": 16}
@@ -134,15 +176,18 @@ def _pairs(cell: Cell, part: str) -> Path:
     return cell.out / f"pairs-{part}-{cell.seed}.jsonl"
 
 
-def _sample(model: AlignedModel, records: Sequence[Record]) -> list[dict[str, Any]]:
+def _sample(
+    model: AlignedModel, records: Sequence[Record], n: int = SAMPLES, weight: float | None = None
+) -> list[dict[str, Any]]:
     """Answers to every prompt at temperature 1."""
-    params = [SamplingParams(n=SAMPLES, max_tokens=MAX_TOKENS, seed=100_000 + i, logprobs=True) for i in range(len(records))]
+    like = SamplingParams(n=n, max_tokens=MAX_TOKENS, weight=weight, logprobs=True)
+    params = [replace(like, seed=100_000 + i) for i in range(len(records))]
     drawn = model.generate([record["prompt"] for record in records], params)
     found = []
     for i, one in enumerate(drawn):
         assert one.logprobs is not None
         gain = sum(one.logprobs.aligned) - sum(one.logprobs.proposal)
-        found.append({"place": i // SAMPLES, "text": one.text, "tokens": len(one.tokens), "gain": gain})
+        found.append({"place": i // n, "text": one.text, "tokens": len(one.tokens), "gain": gain})
     return found
 
 
@@ -179,9 +224,20 @@ def _best_of(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict
 def _shown(found: dict[str, Any], outside: dict[str, Any] | None) -> list[str]:
     cells = [_mean(found["obeyed"]), _mean(found["kl"]), f"{found['distinct']:.3f}", _mean(found["tokens"], 1)]
     if outside is None:
-        return [*cells, "0"]
+        return [*cells, ""]
     harm = sum(outside["nll"]) - sum(outside["proposal_nll"])
     return [*cells, f"{harm / sum(outside['tokens']):+.3f}"]
+
+
+def _together(found: Sequence[dict[str, Any]], outside: Sequence[dict[str, Any]] | None) -> list[str]:
+    """Means over seeds, of each prompt first: prompts are what the intervals are of."""
+    means: dict[str, Any] = {
+        name: torch.tensor([one[name] for one in found], dtype=torch.float64).mean(0).tolist()
+        for name in ("obeyed", "kl", "tokens")
+    }
+    means["distinct"] = sum(one["distinct"] for one in found) / len(found)
+    names = ("nll", "proposal_nll", "tokens")
+    return _shown(means, None if outside is None else {name: [sum(one[name]) for one in outside] for name in names})
 
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:
@@ -193,10 +249,9 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
 
 
 def _curve(report: dict[str, Any]) -> str:
-    """Reward against KL as training went, on development prompts."""
+    """Each look."""
     looks = [row for row in report["history"] if "eval_kl" in row]
-    points = (f"{row['eval_reward']:.3f} at {row['eval_kl']:.2f}" for row in looks if math.isfinite(row["eval_kl"]))
-    return "reward at KL, development prompts: " + ", ".join(points)
+    return ", ".join(f"{row['eval_reward']:.3f} at {row['eval_kl']:.2f}" for row in looks) or "no looks at samples"
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_values_that_begin_with_a_dash_are_values():
         (
             ["train", "--objective", "likelyhood"],
             "trimtab train: error: argument --objective: invalid choice: 'likelyhood' (choose from grpo, likelihood,"
-            " preference, ram, sft, tb, soft_q): did you mean likelihood? (see trimtab train --help)",
+            " preference, ram, sft, tb, soft_q, subtb): did you mean likelihood? (see trimtab train --help)",
         ),
         (
             ["serve", "--api-keys", "k"],

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from trimtab.core.rewards import advantages, group_means, pick_beta, reverse_kl, soft_q, trajectory_balance
+from trimtab.core.rewards import (
+    advantages,
+    group_means,
+    pick_beta,
+    reverse_kl,
+    soft_q,
+    subtrajectory_balance,
+    trajectory_balance,
+)
 from trimtab.core.rules import Geometric, Product, Rule
 from trimtab.models.table import TableLM, enumerate_sequences
 
@@ -47,11 +55,22 @@ class Aligner:
 
     def gains_of_tokens(self) -> list[Tensor]:
         """log P_θ − log P_M of each token of each text, in the order of `TEXTS`."""
+        gained = self._gained()
+        return [gained[self._places(text), list(text)] for text in TEXTS]
+
+    def gains_of_ends(self) -> list[Tensor]:
+        """The same of an end in each token's place."""
+        gained = self._gained()
+        return [gained[self._places(text), EOS] for text in TEXTS]
+
+    def _gained(self) -> Tensor:
         rows = self.logits.log_softmax(-1)
         proposal = torch.stack([PROPOSAL.row((*PROMPT, *prefix)) for prefix in PREFIXES])
-        gained = self.rule.target(proposal, [rows], rows.new_tensor([self.weight])) - proposal
-        places = {prefix: i for i, prefix in enumerate(PREFIXES)}
-        return [torch.stack([gained[places[text[:i]], v] for i, v in enumerate(text)]) for text in TEXTS]
+        return self.rule.target(proposal, [rows], rows.new_tensor([self.weight])) - proposal
+
+    def _places(self, text: tuple[int, ...]) -> list[int]:
+        """Of everything that is before one of its tokens."""
+        return [PREFIXES.index(text[:i]) for i in range(len(text))]
 
     def gains(self) -> Tensor:
         return torch.stack([each.sum() for each in self.gains_of_tokens()])
@@ -174,9 +193,78 @@ def test_the_estimate_of_the_divergence_is_unbiased_and_never_below_zero():
     assert_close((law * each).sum(), (law * gains).sum())
 
 
+def prefix_rewards(text: tuple[int, ...]) -> Tensor:
+    """Of the answers that end before each token."""
+    return torch.tensor([reward((*text[:i], EOS)) for i in range(len(text))], dtype=torch.float64)
+
+
+def subtb_of(aligner: Aligner, some: Tensor | None = None, known: float = 1.0) -> Tensor:
+    """Of some texts, with repetitions; of so many of their beginnings the reward is known."""
+    texts = list(TEXTS) if some is None else [list(TEXTS)[i] for i in some]
+    endings = dict(zip(TEXTS, aligner.gains_of_ends(), strict=True))
+    gains = dict(zip(TEXTS, aligner.gains_of_tokens(), strict=True))
+    lengths = torch.tensor([len(text) for text in texts])
+    rewards = torch.tensor([reward(text) for text in texts], dtype=torch.float64)
+    before = torch.cat([prefix_rewards(text) for text in texts])
+    if known < 1:
+        before[torch.rand(len(before), generator=torch.Generator().manual_seed(5)) > known] = torch.nan
+    return subtrajectory_balance(
+        torch.cat([gains[text] for text in texts]),
+        torch.cat([endings[text] for text in texts]),
+        before,
+        rewards,
+        torch.tensor([text[-1] != EOS for text in texts]),
+        torch.full_like(rewards, BETA),
+        torch.arange(len(texts)).repeat_interleave(lengths),
+        torch.zeros(len(texts), dtype=torch.long),
+    )
+
+
+@pytest.mark.parametrize(("rule", "weight"), SETTINGS)
+def test_subtrajectories_balance_at_the_aligner_that_looks_ahead_and_there_alone(rule, weight):
+    there = looking_ahead(rule, weight, REWARDS)
+    assert float(subtb_of(there).abs().max()) < 1e-25
+    assert float(subtb_of(there, known=0.5).abs().max()) < 1e-25
+    elsewhere = random_aligner(rule, weight)
+    subtb_of(elsewhere).mean().backward()
+    assert float(elsewhere.logits.grad.abs().max()) > 0.1
+    descend(elsewhere, lambda: subtb_of(elsewhere).mean(), 300)
+    assert distance(elsewhere) < 0.02
+
+
+def test_subtrajectories_are_the_answers_that_end_earlier():
+    """The mean is the variance of tb's c over all of them, each counted as often as samples begin so."""
+    aligner, some = random_aligner(Product(), 1.0), torch.tensor([3, 0, 7, 7, len(TEXTS) - 1])
+    c = {text: gain - reward(text) / BETA for text, gain in zip(TEXTS, aligner.gains().detach(), strict=True)}
+    texts = [list(TEXTS)[i] for i in some]
+    everything = [c[(*text[:i], EOS)] for text in texts for i in range(len(text))]
+    everything += [c[text] for text in texts if text[-1] != EOS]
+    assert any(text[-1] != EOS for text in texts)
+    assert_close(subtb_of(aligner, some).detach().mean(), torch.stack(everything).var())
+
+
+def test_groups_of_subtrajectories_are_apart():
+    gains, endings, before = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    owner, cut = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([True, False, True])
+    rewards, beta = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64)
+    both = subtrajectory_balance(gains, endings, before, rewards, cut, beta, owner, torch.tensor([0, 0, 1]))
+    first = subtrajectory_balance(
+        gains[:3], endings[:3], before[:3], rewards[:2], cut[:2], beta[:2], owner[:3], torch.tensor([0, 0])
+    )
+    last = subtrajectory_balance(
+        gains[3:], endings[3:], before[3:], rewards[2:], cut[2:], beta[2:], owner[3:] - 2, torch.tensor([0])
+    )
+    assert_close(both, torch.cat([first, last]))
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize(("rule", "weight"), SETTINGS[:3])
-def test_soft_bellman_residuals_have_the_same_target(rule, weight):
-    """0 at the aligner that looks ahead with its values; a random table with free values is trained to the target."""
+def test_soft_bellman_residuals_have_the_same_target(rule, weight, stepwise):
+    """0 at the aligner that looks ahead with its values; a random table with free values is trained to the target.
+
+    Also where rewards come in steps: by how much a token changes what the answer would be worth if it ended.
+    """
+    so_far = {prefix: reward((*prefix, EOS)) if stepwise else 0.0 for prefix in PREFIXES}
     aligner = random_aligner(rule, weight)
     values = torch.zeros(len(PREFIXES), dtype=torch.float64, requires_grad=True)
     places = {prefix: i for i, prefix in enumerate(PREFIXES)}
@@ -185,15 +273,19 @@ def test_soft_bellman_residuals_have_the_same_target(rule, weight):
         parts = []
         for text, gains, r in zip(TEXTS, found.gains_of_tokens(), REWARDS, strict=True):
             before = [places[text[:i]] for i in range(len(text))]
-            ends = torch.full_like(gains, torch.nan).index_fill(0, torch.tensor([len(text) - 1]), float(r) / BETA)
-            parts.append(soft_q(gains, at[before], torch.cat([target[before[1:]], target[:1]]), ends))
+            known = [so_far[text[:i]] for i in range(len(text))] + [float(r)]
+            steps = torch.tensor(known, dtype=torch.float64).diff() / BETA
+            if not stepwise:
+                assert_close(steps, torch.eye(len(text), dtype=torch.float64)[-1] * r / BETA)
+            ends = torch.arange(len(text)) == len(text) - 1
+            parts.append(soft_q(gains, at[before], torch.cat([target[before[1:]], target[:1]]), steps, ends))
         return torch.cat(parts)
 
     ahead = torch.zeros(len(PREFIXES), dtype=torch.float64)
     for prefix, place in places.items():
         following = [i for i, text in enumerate(TEXTS) if text[: len(prefix)] == prefix]
         before = sum(float(PROPOSAL.row((*PROMPT, *prefix[:i]))[v]) for i, v in enumerate(prefix))
-        ahead[place] = (LOGP[following] - before + REWARDS[following] / BETA).logsumexp(0)
+        ahead[place] = (LOGP[following] - before + REWARDS[following] / BETA).logsumexp(0) - so_far[prefix] / BETA
     assert float(residuals(looking_ahead(rule, weight, REWARDS), ahead, ahead).max()) < 1e-25
     optimizer = torch.optim.Adam([aligner.logits, values], lr=0.05)
     target = values.detach().clone()

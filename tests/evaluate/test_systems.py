@@ -9,6 +9,7 @@ from eval_task import QUICK, make_eval_task
 from scripted import Reply, scripted
 from serving import folder_service, running
 from trimtab import AlignedModel, SamplingParams
+from trimtab.data.prompts import show_prompt
 from trimtab.endpoints.completions import RemoteModel
 from trimtab.errors import DataError, EndpointError, InvalidOption
 from trimtab.evaluate import systems
@@ -20,7 +21,6 @@ from trimtab.evaluate.systems import (
     answer_here,
     answer_remotely,
     parse_system,
-    show_prompt,
 )
 from trimtab.evaluate.texts import describe_handovers
 from trimtab.journal import Journal

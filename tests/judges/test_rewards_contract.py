@@ -102,7 +102,7 @@ def test_no_two_rewards_are_taken_for_one(places):
 
 
 def test_help_lists_every_kind_that_is_installed(capsys):
-    assert sorted(REWARDS) == ["contrast", "file", "function", "letter", "model"]
+    assert sorted(REWARDS) == ["contrast", "file", "function", "judge", "letter", "model"]
     assert "letter: L, how often the letter L is there" in reward_help()
     assert "how often the letter L is there" in " ".join(called(capsys, "propose", "--help")[1].split())
 

@@ -26,6 +26,7 @@ from trimtab.train.objectives import (
     Alone,
     Batch,
     Decoded,
+    Ending,
     Gained,
     LanguageModel,
     Likelihood,
@@ -85,6 +86,10 @@ class Examples:
     def inputs(self) -> dict[str, torch.Tensor]:
         found = {"differs": torch.tensor([True, False]), "share": torch.tensor([0.5, 0.5])}
         found |= {"reward": torch.tensor([1.0, -0.5]), "group": torch.tensor([0, 0]), "beta": torch.tensor([0.7, 0.7])}
+        found |= {
+            "prefix_reward": torch.randn(5, generator=torch.Generator().manual_seed(4)),
+            "cut": torch.tensor([True, False]),
+        }
         for which, one in self.tensors.items():
             found |= {f"{which}_ids": torch.zeros(2, 1), f"{which}_owner": one["owner"], f"{which}_tokens": one["tokens"]}
             whole = CachedRows.whole(one["logp"], one["tokens"])
@@ -117,7 +122,7 @@ class Examples:
 
 
 def setting_of(rule: str, weight: float, temperature: float = 1.0, **more) -> Setting:
-    return Setting(parse_rule(rule), weight, temperature, records=8, **more)
+    return Setting(parse_rule(rule), weight, temperature, records=8, end=1, **more)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,7 @@ def setting_of(rule: str, weight: float, temperature: float = 1.0, **more) -> Se
         LanguageModel(),
         Decoded(),
         Gained(),
+        Ending(),
         Proposed(),
         Valued(),
         TeacherToAligned(),
@@ -282,7 +288,7 @@ def test_an_objective_of_another_package_is_trained_by_the_command(tmp_path, cap
 def test_its_flag_is_in_the_help(capsys):
     status, shown, _ = called(capsys, "train", "--help")
     assert status == 0
-    assert "{grpo,likelihood,preference,ram,sft,tb,soft_q,focal}" in shown
+    assert "{grpo,likelihood,preference,ram,sft,tb,soft_q,subtb,focal}" in shown
     assert "how much less is learnt from what is likely already" in " ".join(shown.split())
 
 

@@ -18,7 +18,9 @@ from trimtab.train.arguments import CHECKPOINTING
 from trimtab.train.online.betas import Betas
 from trimtab.train.online.figures import figures_of
 from trimtab.train.online.policy import Policies
-from trimtab.train.online.rounds import Prompt, Rounds, Sample, Schedule
+from trimtab.train.online.prefixes import Ends
+from trimtab.train.online.rounds import Rounds, Schedule
+from trimtab.train.online.samples import Prompt, Sample
 from trimtab.train.online.trainer import OnlineTrainer
 from trimtab.train.plan import Facts, resolve
 from trimtab.train.run import run_training as train
@@ -122,10 +124,19 @@ def rounds_of(folder):
 # ---- what is reached
 
 
-@pytest.mark.parametrize(("objective", "kind"), [("tb", "head"), ("tb", "residual"), ("soft_q", "residual")])
-def test_what_is_decoded_becomes_the_target(folder, objective, kind):
+@pytest.mark.parametrize(
+    ("objective", "kind", "said"),
+    [
+        ("tb", "head", {}),
+        ("tb", "residual", {}),
+        ("subtb", "head", {}),
+        ("soft_q", "residual", {}),
+        ("soft_q", "residual", {"prefix_rewards": True}),
+    ],
+)
+def test_what_is_decoded_becomes_the_target(folder, objective, kind, said):
     """By enumeration of all answers of two tokens to one prompt; the rewards are of whole answers."""
-    name, beta = f"target-{objective}-{kind}", 0.5
+    name, beta = f"target-{objective}-{kind}-{len(said)}", 0.5
     more = {
         "head": {"lora_r": 32},
         "residual": {"aligner": str(folder / "start"), "rule": "product"},
@@ -134,7 +145,7 @@ def test_what_is_decoded_becomes_the_target(folder, objective, kind):
     how |= {"eval_steps": 50, "save_steps": 50, "logging_steps": 50, "load_best_model_at_end": False}
     how |= {"lr_scheduler_type": "cosine"}
     data = {"dataset": str(folder / "one.jsonl"), "eval_dataset": str(folder / "one.jsonl"), "num_generations": 32}
-    report = train(options(folder, name, how, objective=objective, beta=beta, max_tokens=2, **data, **more))
+    report = train(options(folder, name, how, objective=objective, beta=beta, max_tokens=2, **data, **more, **said))
     model = AlignedModel.from_pretrained(folder / "proposal", folder / name)
     ends = model.eos_token_ids
     answers = [[v] if v in ends else [v, w] for v in range(V) for w in range(1 if v in ends else V)]
@@ -156,6 +167,24 @@ def test_a_constant_reward_leaves_the_proposal(folder, objective):
     report = train(options(folder, f"flat-{objective}", reward="flat", objective=objective))
     assert report["metrics"]["eval_kl"] == pytest.approx(0.0, abs=0.02)
     assert report["metrics"]["eval_reward"] == report["proposal"]["reward"] == 3.0
+
+
+def test_what_a_sample_begins_with_is_scored_as_an_answer_that_ends_there(folder):
+    how = options(folder, "prefixes", {"max_steps": 2}, objective="subtb", beta=0.5)
+    report = train(how)
+    tokenizer = AlignedModel.from_pretrained(folder / "proposal").tokenizer
+    samples = [json.loads(line) for line in lines_of(folder / "prefixes" / "rounds" / "round-000001.jsonl")]
+    assert {sample["finish_reason"] for sample in samples} == {"stop", "length"}
+    for sample in samples:
+        texts = [tokenizer.decode(sample["tokens"][:i], skip_special_tokens=True) for i in range(len(sample["tokens"]))]
+        assert sample["prefix_scores"] == [sum(letter in "aeiou" for letter in text) for text in texts]
+    assert report["metrics"]["eval_loss"] > 0
+    path = folder / "prefixes" / "rounds" / "round-000001.jsonl"
+    kept = [{name: value for name, value in sample.items() if name != "prefix_scores"} for sample in samples]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    rounds = Rounds(folder / "prefixes", [], [], Schedule(1, 1, 1, 0), None, Ends(tokenizer, 0))
+    with pytest.raises(DataError, match="without a score of what is before each token"):
+        rounds._read_file(path, [s["place"] for s in samples[::4]], [4] * (len(samples) // 4))
 
 
 def test_grpo_raises_the_reward(folder):

@@ -19,7 +19,10 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
     ("settings", "message"),
     [
         ({"proposal": ""}, "--proposal is required"),
-        ({"objective": "dpo"}, "there is no objective 'dpo'; choose one of grpo, likelihood, preference, ram, sft, soft_q, tb"),
+        (
+            {"objective": "dpo"},
+            "there is no objective 'dpo'; choose one of grpo, likelihood, preference, ram, sft, soft_q, subtb, tb",
+        ),
         ({"rule": "par"}, "there is no rule 'par'"),
         ({"rule": "nucleus"}, "likelihood trains product, geometric or mixture, for 'nucleus' use sft"),
         ({"start": "zero"}, "start must be one of auto, tempered, pretrained, uniform"),
@@ -30,7 +33,7 @@ NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
         ({"beta": 0.0}, "beta must be above 0, not 0.0"),
         (
             {"beta": 0.1, "objective": "sft", "rule": "geometric"},
-            "beta is for --objective grpo, likelihood, preference, tb or soft_q, and 'sft'",
+            "beta is for --objective grpo, likelihood, preference, tb, soft_q or subtb, and 'sft'",
         ),
         ({"beta": 0.1, "contrast": 0.0}, "beta: there is no contrast: leave it out"),
         ({"beta": 0.1, "rule": "geometric"}, "beta: there is no contrast: leave it out"),

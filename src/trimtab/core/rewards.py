@@ -7,6 +7,10 @@ which of them share a prompt, by numbers from 0 on.
     trajectory_balance  the variance over a prompt's samples of c(y) = log P_θ(y) − log P_M(y) − r(y)/β. It is 0 if and only if
                         P_θ is the target, where c is −log Z. Samples may come from any policy. (Richter et al., arXiv
                         2010.10436; of language models, with a learnt log Z: Hu et al., arXiv 2310.04363)
+    subtrajectory_balance
+                        the same of everything that a prompt's samples begin with, each as an answer that ends there: c is the
+                        same for all answers, and these are answers, too. It takes their rewards. (Madan et al., arXiv
+                        2209.12782; with the law of the end in the place of a learnt flow: Hu et al.)
     advantages          reward minus the group's mean, perhaps over the group's standard deviation (GRPO, arXiv 2402.03300)
     soft_q              the soft Bellman residuals of an answer (arXiv 2402.06700), which add up to c and the first value
 """
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from trimtab.core.objectives import per_example
 
-__all__ = ["advantages", "group_means", "pick_beta", "reverse_kl", "soft_q", "trajectory_balance"]
+__all__ = ["advantages", "group_means", "pick_beta", "reverse_kl", "soft_q", "subtrajectory_balance", "trajectory_balance"]
 
 LEAST_SPREAD = 1e-4
 """Added to standard deviations, as in TRL."""
@@ -55,6 +59,49 @@ def trajectory_balance(gains: Tensor, rewards: Tensor, beta: Tensor | float, gro
     return (apart**2 * sizes / (sizes - 1).clamp(min=1)).to(gains.dtype)
 
 
+def subtrajectory_balance(
+    gains: Tensor,
+    endings: Tensor,
+    prefix_rewards: Tensor,
+    rewards: Tensor,
+    cut: Tensor,
+    beta: Tensor,
+    owner: Tensor,
+    groups: Tensor,
+) -> Tensor:
+    """Each sample's part of the variance of c over all that its group's samples begin with, in nats²: `[B]`.
+
+    Before each of its tokens, an answer could have ended. For the answer that it then was, c is Σ gains so far + the gain of
+    the end − r/β. An answer that was cut at its limit ends there for certain, so of it as a whole there is one c more, without
+    an end. The mean over a group's samples is the unbiased variance over all of them.
+
+    Args:
+        gains: log P_θ − log P_M of each token `[N]` in nats, of samples that stand end to end; the gradient flows through them.
+        endings: the same of an end of sequence in that token's place `[N]`.
+        prefix_rewards: the reward of the answer that ends there `[N]`; NaN where there is none, which is left out.
+        rewards: of the samples `[B]`, in float64.
+        cut: which of them were cut `[B]`.
+        beta: `[B]`.
+        owner: which sample a token is of `[N]`, in order.
+        groups: `[B]`.
+    """
+    total = gains.to(rewards.dtype).cumsum(0)
+    so_far = total - gains  # before each token, of all samples
+    first = torch.searchsorted(owner, torch.arange(len(rewards), device=owner.device))
+    so_far = so_far - so_far[first][owner]
+    last = torch.cat([first[1:], first.new_tensor([len(gains)])]) - 1
+    c = torch.cat([so_far + endings - prefix_rewards / beta[owner], (so_far + gains)[last] - rewards / beta])
+    owners = torch.cat([owner, torch.arange(len(rewards), device=owner.device)])
+    known = torch.cat([~prefix_rewards.isnan(), cut])
+    c, owners = c[known], owners[known]
+    apart = c - group_means(c, groups[owners])
+    ones, count = torch.ones_like(c), int(groups.max()) + 1
+    sizes = per_example(ones, groups[owners], count)[groups]
+    samples = per_example(torch.ones_like(rewards), groups, count)[groups]
+    squares = per_example(apart**2, owners, len(rewards))
+    return (squares * samples / (sizes - 1).clamp(min=1)).to(gains.dtype)
+
+
 def advantages(rewards: Tensor, groups: Tensor, *, scale: bool) -> Tensor:
     """Rewards minus their group's mean `[B]`; scaled, divided by the group's standard deviation, as TRL does it."""
     apart = rewards - group_means(rewards, groups)
@@ -74,21 +121,22 @@ def reverse_kl(gains: Tensor) -> Tensor:
     return torch.expm1(-gains) + gains
 
 
-def soft_q(gains: Tensor, values: Tensor, following: Tensor, ends: Tensor) -> Tensor:
+def soft_q(gains: Tensor, values: Tensor, following: Tensor, steps: Tensor, ends: Tensor) -> Tensor:
     """Squared soft Bellman residuals in nats² `[N]`, of the tokens of some answers that stand end to end.
 
     With Q(s, v) = β(log-weight of v that is decoded) and V(s) = β log Σ_v p̃(v) e^{Q(s,v)/β}, the residual of a step is
-    Q(s, v)/β − V(sv)/β = g + V(s)/β − V(sv)/β, where g = log P_θ(v|s) − log P_M(v|s); at an answer's end V(sv) is its reward.
+    Q(s, v)/β − r_t/β − V(sv)/β = g + V(s)/β − r_t/β − V(sv)/β, where g = log P_θ(v|s) − log P_M(v|s) and r_t is the reward of
+    the step. Behind an answer's end V is 0. However an answer's reward is split into steps, the target is the same.
 
     Args:
         gains: g of each token `[N]`.
         values: V/β before each token `[N]`.
         following: V/β behind each token `[N]`; what it says at ends is not looked at. The gradient may flow through it, for a
             token's successor is certain.
-        ends: r/β at the last token of each answer, NaN elsewhere `[N]`.
+        steps: r_t/β of each token `[N]`; all of r/β at the last one where an answer has a reward as a whole.
+        ends: which tokens are the last ones of answers `[N]`.
     """
-    wanted = torch.where(ends.isnan(), following, ends.nan_to_num())
-    return (gains + values - wanted) ** 2
+    return (gains + values - steps - following.masked_fill(ends, 0.0)) ** 2
 
 
 def pick_beta(gains: Tensor, rewards: Tensor, groups: Tensor, budget: float) -> float:

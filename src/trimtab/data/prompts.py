@@ -5,6 +5,7 @@ A chat is a list of messages. With tools, or with settings of the template, it i
     {"messages": [...], "tools": [...], "chat_template_kwargs": {...}}
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_chat",
     "join_chat",
     "read_chat",
+    "show_prompt",
 ]
 
 Message: TypeAlias = Mapping[str, Any]
@@ -133,3 +135,19 @@ def chat_columns(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         return {"prompt": prompt["messages"], **{field: prompt[field] for field in CHAT_FIELDS if field in prompt}}
     return {"prompt": prompt}
+
+
+def show_prompt(prompt: Any) -> str:
+    """A prompt as a text, for judges and reports."""
+    if not is_chat(prompt):
+        return str(prompt)
+    messages = read_chat(prompt, "prompt").messages
+    if len(messages) == 1:
+        return _content(messages[0])
+    return "\n\n".join(f"{message['role'].capitalize()}: {_content(message)}" for message in messages)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """What a message says; one that says nothing calls tools."""
+    said = message.get("content")
+    return str(said) if said is not None else json.dumps(message["tool_calls"], ensure_ascii=False)

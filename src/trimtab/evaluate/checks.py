@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from trimtab.core.rules import Rule, parse_rule
+from trimtab.data.prompts import show_prompt
 from trimtab.decode.aligned import AlignedModel
 from trimtab.endpoints.completions import check_sendable
 from trimtab.errors import DataError, InvalidOption
 from trimtab.evaluate.alpaca import Annotation
 from trimtab.evaluate.length import LENGTH_CONTROLS, why_not_alpaca_eval
 from trimtab.evaluate.options import EvalOptions
-from trimtab.evaluate.systems import Prompts, System, answer_from_file, show_prompt
+from trimtab.evaluate.systems import Prompts, System, answer_from_file
 from trimtab.files import check_writable
 from trimtab.judges.base import Judge
 

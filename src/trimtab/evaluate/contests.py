@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trimtab.data.prompts import show_prompt
 from trimtab.errors import BudgetExceeded, ModelError
 from trimtab.evaluate.alpaca import Annotation, write_outputs
 from trimtab.evaluate.intervals import mean_interval
-from trimtab.evaluate.systems import Prompts, show_prompt
+from trimtab.evaluate.systems import Prompts
 from trimtab.evaluate.winrate import summarise_annotations
 from trimtab.journal import Journal
 from trimtab.judges.base import Judge, Judgement, Pair

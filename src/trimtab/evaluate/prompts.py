@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.prompts import show_prompt
 from trimtab.data.records import read_records
 from trimtab.errors import DataError, InvalidOption
 from trimtab.evaluate.alpaca import read_outputs
 from trimtab.evaluate.options import EvalOptions
-from trimtab.evaluate.systems import Prompts, System, answer_from_file, show_prompt
+from trimtab.evaluate.systems import Prompts, System, answer_from_file
 
 __all__ = ["read_prompts", "split_prompts"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trimtab.data.prompts import Prompt, is_chat
+from trimtab.data.prompts import Prompt, is_chat, show_prompt
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.settings import Limits
@@ -33,7 +33,6 @@ from trimtab.evaluate.systems import (
     answer_from_file,
     answer_here,
     answer_remotely,
-    show_prompt,
 )
 from trimtab.evaluate.texts import describe_handovers, describe_texts, distinct_at_equal_length
 from trimtab.files import write_json

@@ -11,7 +11,6 @@ for the same again computes nothing.
 """
 
 import dataclasses
-import json
 import logging
 import time
 from collections import defaultdict, deque
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.prompts import is_chat, read_chat
+from trimtab.data.prompts import is_chat, show_prompt
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.pace import Tally
 from trimtab.decode.request import SamplingParams, TokenEvent
@@ -42,7 +41,6 @@ __all__ = [
     "answer_remotely",
     "check_answerable",
     "parse_system",
-    "show_prompt",
 ]
 
 logger = logging.getLogger(__name__)
@@ -149,22 +147,6 @@ def parse_system(text: str) -> System:
     if not expand_home(text).is_file():
         raise InvalidOption(f"'{text}' is no system: give proposal, aligned, references, URL#MODEL, or a file of outputs")
     return System("file", Path(text).stem, text)
-
-
-def show_prompt(prompt: Any) -> str:
-    """A prompt as a text, for judges and reports."""
-    if not is_chat(prompt):
-        return str(prompt)
-    messages = read_chat(prompt, "prompt").messages
-    if len(messages) == 1:
-        return _content(messages[0])
-    return "\n\n".join(f"{message['role'].capitalize()}: {_content(message)}" for message in messages)
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    """What a message says; one that says nothing calls tools."""
-    said = message.get("content")
-    return str(said) if said is not None else json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
 def check_answerable(model: AlignedModel, prompts: Prompts, params: SamplingParams) -> None:

@@ -141,7 +141,7 @@ class Manifest:
     @property
     def is_residual(self) -> bool:
         """Whether the aligner was trained as what the proposal lacks under `product`, and so is no language model."""
-        return self.objective in ("likelihood", "tb", "soft_q", "grpo") and parse_rule(self.rule).name == "product"
+        return self.objective in ("likelihood", "tb", "subtb", "soft_q", "grpo") and parse_rule(self.rule).name == "product"
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> Self:

@@ -15,9 +15,10 @@ from trimtab.errors import DataError, InvalidOption, InvalidRequest, VocabularyM
 from trimtab.files import json_digest
 from trimtab.judges.base import Asked
 from trimtab.judges.rewards.base import Ids, RewardKind
+from trimtab.judges.rewards.keyed import number, read_keyed
 from trimtab.judges.rewards.tokens import TokenReward
 from trimtab.models.vocabulary import fingerprint_vocabulary
-from trimtab.options import Range, meant
+from trimtab.options import Range
 
 if TYPE_CHECKING:
     from trimtab.decode.aligned import AlignedModel
@@ -159,19 +160,8 @@ class ContrastReward(TokenReward):
 
 def _make(argument: str, options: Mapping[str, Any]) -> ContrastReward:
     """Of `KEY=VALUE,…`, see `CONTRAST`."""
-    given: dict[str, str] = {}
-    for part in argument.split(","):
-        key, equals, value = part.partition("=")
-        if key not in KEYS:
-            raise InvalidOption(
-                f"contrast: there is no '{key}'{meant(key, KEYS)}; it takes {', '.join(KEYS)}, each as KEY=VALUE"
-            )
-        if not equals or not value:
-            raise InvalidOption(f"contrast: '{key}' needs a value: {key}=…")
-        if key in given:
-            raise InvalidOption(f"contrast: '{key}' stands there twice")
-        given[key] = value
-    numbers: dict[str, Any] = {name: _number(name, given[name]) for name in ("scale", "threshold") if name in given}
+    given = read_keyed("contrast", argument.split(","), KEYS)
+    numbers: dict[str, Any] = {name: number("contrast", name, given[name]) for name in ("scale", "threshold") if name in given}
     how = {name: value for name, value in options.items() if name in ("dtype", "device")}
     return ContrastReward(_side("good", given), _side("bad", given), **numbers, **how)
 
@@ -183,13 +173,6 @@ def _side(name: str, given: Mapping[str, str]) -> Side:
     if own is None and both is None:
         raise InvalidOption("contrast: name the model of both sides, model=PATH, or good_model=PATH and bad_model=PATH")
     return Side(own or both or "", Preamble.read(given[name], f"contrast: {name}") if name in given else None)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InvalidOption(f"contrast: {name} must be a number, not '{text}'") from None
 
 
 CONTRAST = RewardKind(

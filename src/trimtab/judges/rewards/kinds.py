@@ -11,6 +11,7 @@ from trimtab.judges.rewards.base import Reward, RewardKind
 from trimtab.judges.rewards.contrast import CONTRAST
 from trimtab.judges.rewards.file import FILE
 from trimtab.judges.rewards.function import FUNCTION
+from trimtab.judges.rewards.judge import JUDGE
 from trimtab.judges.rewards.model import MODEL
 from trimtab.options import meant
 from trimtab.registry import Registry, check_is, help_of
@@ -18,7 +19,7 @@ from trimtab.registry import Registry, check_is, help_of
 __all__ = ["REWARDS", "make_reward", "parse_reward", "reward_help"]
 
 REWARDS: Registry[RewardKind] = Registry("reward", "trimtab.rewards", check_is(RewardKind))
-for _kind in (MODEL, FUNCTION, FILE, CONTRAST):
+for _kind in (MODEL, FUNCTION, FILE, CONTRAST, JUDGE):
     REWARDS.add(_kind.name, _kind)
 
 

@@ -99,6 +99,11 @@ class Objective:
         """How many neighbours of an edit count with it, where its loss looks at `Batch.edited`; None where it does not."""
         return None
 
+    @property
+    def prefixes(self) -> bool:
+        """Whether it also learns from what everything is worth that a sample begins with (`Batch.prefix_rewards`)."""
+        return False
+
     def compares(self, setting: Setting) -> bool:
         """Whether its loss compares with what the proposal gave the tokens of both answers, see `Batch.gain`."""
         return False

@@ -1,16 +1,19 @@
 """What objectives of rewards are made of, token by token: what an aligner adds, what the proposal says, what may be hoped."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from trimtab.core.logprobs import gather
 from trimtab.core.rules import Geometric
 from trimtab.train.objectives.losses import Decoded
 from trimtab.train.objectives.seen import Logits, Rows, TokenLoss
+from trimtab.train.rows import CachedRows
 
-__all__ = ["Gained", "Proposed", "Valued"]
+__all__ = ["Ending", "Gained", "Proposed", "Valued"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,29 @@ class Gained(TokenLoss):
     def of_logits(self, logits: Logits) -> Tensor:
         """With `Decoded`'s own way."""
         return -Decoded().of_logits(logits) - logits.proposal().token_logp
+
+
+@dataclass(frozen=True)
+class Ending(TokenLoss):
+    """What an aligner adds to the log-probability that the answer ends in a token's place, `Setting.end` being what ends it."""
+
+    reads_proposal: ClassVar[bool] = True
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        """See the class."""
+        return Gained().of_rows(rows._replace(tokens=_ends(rows)))
+
+    def of_logits(self, logits: Logits) -> Tensor:
+        """With `Gained`'s own way."""
+        ends = _ends(logits)
+        proposal = cache(lambda: CachedRows.whole(logits.proposal().rebuild(logits.vocab_size), ends))
+        return Gained().of_logits(logits._replace(tokens=ends, proposal=proposal))
+
+
+def _ends(seen: Rows | Logits) -> Tensor:
+    """The end of sequence in the place of each token."""
+    assert seen.setting.end is not None  # as runs from rewards have it
+    return torch.full_like(seen.tokens, seen.setting.end)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Setting(NamedTuple):
     """How many there are; None while that is not known."""
     lacking: int = 0
     """How many of them have no rejected answer."""
+    end: int | None = None
+    """The end of sequence, for runs from rewards."""
 
 
 class Rows(NamedTuple):
@@ -176,6 +178,27 @@ class Batch:
     def rewards(self) -> Tensor:
         """`[B]`; for objectives that are `rewarded`, as what follows."""
         return self._inputs["reward"]
+
+    @property
+    def prefix_rewards(self) -> Tensor:
+        """`[N]` in float64, what each answer is worth that ends in a token's place, NaN for no score.
+
+        Raises:
+            InvalidOption: the objective does not say that it looks at them.
+        """
+        if "prefix_reward" not in self._inputs:
+            raise InvalidOption("objective: a loss looks at batch.prefix_rewards, and its `prefixes` is False")
+        return self._inputs["prefix_reward"]
+
+    @property
+    def cut(self) -> Tensor:
+        """`[B]`, which samples their limit has cut; they have no end of sequence."""
+        return self._inputs["cut"]
+
+    @property
+    def owner(self) -> Tensor:
+        """`[N]`, which sample a token is of."""
+        return self._inputs["chosen_owner"]
 
     @property
     def groups(self) -> Tensor:

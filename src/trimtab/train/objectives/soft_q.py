@@ -9,6 +9,7 @@ from torch import Tensor
 from trimtab.core.rewards import soft_q
 from trimtab.core.rules import Geometric, Product
 from trimtab.errors import InvalidOption
+from trimtab.options import option
 from trimtab.train.objectives.base import OBJECTIVES
 from trimtab.train.objectives.gains import Gained, Valued
 from trimtab.train.objectives.seen import Batch, Setting, TokenLoss
@@ -20,7 +21,7 @@ __all__ = ["SoftQ"]
 @OBJECTIVES.register
 @dataclass(frozen=True)
 class SoftQ(OffPolicy):
-    """Σ_t (g_t + V_t − V_{t+1})² in nats², g_t = log P_θ − log P_M of a token, V at the end r/β (ETPO, arXiv 2402.06700).
+    """Σ_t (g_t + V_t − r_t/β − V_{t+1})² in nats², g_t = log P_θ − log P_M of a token, V 0 at the end (ETPO, arXiv 2402.06700).
 
     V_t is what the aligner's logits at that place add up to, so no other model learns it. What follows a token is certain;
     so the gradient goes through both values without bias, and no slowly moving copy is kept. A head's logits are read out by
@@ -28,6 +29,17 @@ class SoftQ(OffPolicy):
     """
 
     name: ClassVar[str] = "soft_q"
+
+    prefix_rewards: bool = option(
+        False,
+        "also ask what each answer would be worth if it ended before its next token, so that its reward comes in steps: a"
+        " question to --reward for every token",
+    )
+
+    @property
+    def prefixes(self) -> bool:
+        """As is asked for."""
+        return self.prefix_rewards
 
     def settle(self, setting: Setting) -> "SoftQ":
         """Under `mixture` there are no powers, and a head has no values."""
@@ -48,7 +60,11 @@ class SoftQ(OffPolicy):
     def loss(self, batch: Batch) -> Tensor:
         """Of a sample, the sum over its tokens."""
         gains, values = batch.tokens(Gained()), batch.tokens(Valued())
-        ends = batch.ends()
-        rewards = batch.of_tokens(batch.rewards / batch.beta).to(gains.dtype)
-        known = torch.where(ends, rewards, torch.full_like(rewards, torch.nan))
-        return batch.sum(soft_q(gains, values, torch.cat([values[1:], values[:1]]), known))
+        ends, rewards = batch.ends(), batch.of_tokens(batch.rewards)
+        if self.prefix_rewards:  # a step's reward is by how much it changes what the answer would be worth
+            now = batch.prefix_rewards.nan_to_num()
+            steps = torch.where(ends, rewards, now.roll(-1)) - now
+        else:
+            steps = torch.where(ends, rewards, torch.zeros_like(rewards))
+        steps = (steps / batch.of_tokens(batch.beta)).to(gains.dtype)
+        return batch.sum(soft_q(gains, values, values.roll(-1), steps, ends))

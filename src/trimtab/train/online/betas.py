@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trimtab.core.rewards import pick_beta
-from trimtab.train.online.rounds import Sample
+from trimtab.train.online.samples import Sample
 
 __all__ = ["Betas"]
 

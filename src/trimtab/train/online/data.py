@@ -8,7 +8,7 @@ from trimtab.data.encoding import Encoder
 from trimtab.data.examples import split_by_prompt
 from trimtab.data.records import Record, read_records
 from trimtab.errors import DataError, InvalidRequest
-from trimtab.train.online.rounds import Prompt
+from trimtab.train.online.samples import Prompt
 from trimtab.train.plan import Plan
 
 __all__ = ["encode_prompts", "read_prompts"]

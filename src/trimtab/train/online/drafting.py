@@ -11,7 +11,8 @@ from trimtab.train.batches import ExampleDataset
 from trimtab.train.caches import open_caches
 from trimtab.train.draft import CHECKPOINTS, train_draft
 from trimtab.train.head_draft import train_head_draft
-from trimtab.train.online.rounds import Prompt, Rounds, Sample
+from trimtab.train.online.rounds import Rounds
+from trimtab.train.online.samples import Prompt, Sample
 from trimtab.train.plan import Plan
 from trimtab.train.ranks import Ranks
 from trimtab.train.rows import ModelRows

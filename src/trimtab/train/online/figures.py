@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from trimtab.errors import ModelError
-from trimtab.train.online.rounds import Sample
+from trimtab.train.online.samples import Sample
 
 __all__ = ["check_spread", "figures_of", "said_of"]
 

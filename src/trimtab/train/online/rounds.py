@@ -4,62 +4,28 @@ A round is written whole before it is learnt from, so a run that was killed read
 are the replay buffer, too, and they read as data: a prompt, a completion and a score in each line.
 """
 
-import json
 import logging
-import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from trimtab.data.records import Record
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import Completion, SamplingParams
-from trimtab.errors import DataError, ModelError
-from trimtab.files import atomic_write
+from trimtab.errors import ModelError
 from trimtab.judges.rewards.base import Ids, Reward, checked_scores
+from trimtab.train.online.prefixes import Ends, with_prefix_scores
+from trimtab.train.online.samples import Prompt, Sample, read_samples, write_samples
 
-__all__ = ["Prompt", "Rounds", "Sample", "Schedule"]
+__all__ = ["Rounds", "Schedule"]
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "rounds"
 """Where the files are, in the output folder."""
-
-
-class Prompt(NamedTuple):
-    """What answers are drawn to."""
-
-    record: Record
-    ids: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer that was drawn.
-
-    Attributes:
-        group: which of the round's groups it was drawn for.
-        place: of its prompt in the data.
-        tokens: its ids.
-        completion: its text.
-        finish_reason: `"stop"`, or `"length"` where the limit cut it.
-        temperature: of the policy that drew it.
-        score: its reward; None where it has none.
-        gain: log P_θ(y) − log P_M(y) of the policy at temperature 1, where it was asked for.
-    """
-
-    group: int
-    place: int
-    tokens: list[int]
-    completion: str
-    finish_reason: str
-    temperature: float
-    score: float | None
-    gain: float | None = None
 
 
 class Schedule(NamedTuple):
@@ -86,12 +52,19 @@ class Rounds:
         development: for looks.
         schedule: how they are drawn.
         reward: what scores them; loaded.
+        ends: how answers end, where everything that samples begin with is scored, too.
     """
 
     def __init__(
-        self, folder: Path, prompts: Sequence[Prompt], development: Sequence[Prompt], schedule: Schedule, reward: Reward
+        self,
+        folder: Path,
+        prompts: Sequence[Prompt],
+        development: Sequence[Prompt],
+        schedule: Schedule,
+        reward: Reward,
+        ends: Ends | None = None,
     ) -> None:
-        self._folder = folder / FOLDER
+        self._folder, self._ends = folder / FOLDER, ends
         self._prompts, self._development, self._schedule, self._reward = prompts, development, schedule, reward
         self._buffer: dict[int, dict[tuple[int, ...], tuple[int, Sample]]] = defaultdict(dict)
         """Of each prompt its distinct answers, with the rounds that they were first drawn in."""
@@ -107,7 +80,7 @@ class Rounds:
             DataError: somebody has changed the file.
         """
         places = self._places(number)
-        return _read(self._path(number), places, [self._fresh(number, place) for place in places])
+        return self._read_file(self._path(number), places, [self._fresh(number, place) for place in places])
 
     def unscored(self, count: int) -> int:
         """How many answers of the first so many rounds have no score."""
@@ -133,7 +106,7 @@ class Rounds:
             params = SamplingParams(n=fresh, max_tokens=schedule.max_tokens, temperature=temperature, seed=seed, logprobs=gains)
             asked.append((place, params))
         samples = self._score(self._prompts, asked, policy)
-        _write(self._path(number), samples, self._prompts)
+        write_samples(self._path(number), samples, self._prompts)
         return samples
 
     def look(self, name: str, policy: AlignedModel) -> list[Sample]:
@@ -144,7 +117,7 @@ class Rounds:
             places = range(len(self._development))
             asked = [(place, replace(like, seed=_seed(self._schedule.seed, -1, place))) for place in places]
             found = self._score(self._development, asked, policy)
-            _write(path, found, self._development)
+            write_samples(path, found, self._development)
         return found
 
     def read_look(self, step: int) -> list[Sample]:
@@ -153,7 +126,10 @@ class Rounds:
 
     def _read_look(self, path: Path) -> list[Sample] | None:
         places = range(len(self._development))
-        return _read(path, places, [self._schedule.generations] * len(places))
+        return self._read_file(path, places, [self._schedule.generations] * len(places))
+
+    def _read_file(self, path: Path, places: Sequence[int], counts: Sequence[int]) -> list[Sample] | None:
+        return read_samples(path, places, counts, prefixes=self._ends is not None)
 
     def _fresh(self, number: int, place: int) -> int:
         """How many answers are drawn to a prompt of a round."""
@@ -206,12 +182,15 @@ class Rounds:
         ids = Ids([prompts[place].ids for _, place, _ in owners], [completion.tokens for completion in drawn])
         asked_of, columns = [record.prompt for record in records], [record.columns for record in records]
         given = self._reward.score_drawn(asked_of, texts, columns, ids)
-        self.seconds["rewards"] += time.monotonic() - scoring
         scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
-        return [
+        samples = [
             Sample(group, place, list(one.tokens), one.text, one.finish_reason, params.temperature, score, _gain(one))
             for (group, place, params), one, score in zip(owners, drawn, scores, strict=True)
         ]
+        if self._ends is not None:
+            samples = with_prefix_scores(samples, prompts, self._reward, self._ends)
+        self.seconds["rewards"] += time.monotonic() - scoring
+        return samples
 
     def _look_path(self, name: str) -> Path:
         return self._folder / f"look-{name}.jsonl"
@@ -229,33 +208,3 @@ def _gain(completion: Completion) -> float | None:
 
 def _seed(*parts: int) -> int:
     return random.Random(" ".join(map(str, parts))).getrandbits(62)
-
-
-def _write(path: Path, samples: Iterable[Sample], prompts: Sequence[Prompt]) -> None:
-    with atomic_write(path) as stream:
-        for sample in samples:
-            row: Mapping[str, Any] = {"prompt": prompts[sample.place].record.prompt, **asdict(sample)}
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _read(path: Path, places: Sequence[int], counts: Sequence[int]) -> list[Sample] | None:
-    """The samples in a file, if there is one: so many for each group, of which each has a place.
-
-    Raises:
-        DataError: somebody has changed it.
-    """
-    if not path.exists():
-        return None
-    try:
-        with open(path, encoding="utf-8") as stream:
-            rows = [json.loads(line) for line in stream]
-        samples = [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]
-        groups = [(group, place) for group, place in enumerate(places) for _ in range(counts[group])]
-        if [(sample.group, sample.place) for sample in samples] != groups:
-            raise ValueError(f"it has not the {len(groups)} answers of its groups")
-        for sample in samples:
-            if not sample.tokens or (sample.score is not None and not math.isfinite(sample.score)):
-                raise ValueError(f"an answer without tokens, or of score {sample.score!r}")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not as it was written ({error}): delete it, and it is drawn anew") from error
-    return samples

@@ -31,7 +31,9 @@ from trimtab.train.online.data import encode_prompts, read_prompts
 from trimtab.train.online.drafting import distil_draft
 from trimtab.train.online.figures import figures_of
 from trimtab.train.online.policy import Policies, split_proposal
-from trimtab.train.online.rounds import Prompt, Rounds, Schedule
+from trimtab.train.online.prefixes import Ends
+from trimtab.train.online.rounds import Rounds, Schedule
+from trimtab.train.online.samples import Prompt
 from trimtab.train.online.trainer import OnlineTrainer
 from trimtab.train.options import TrainOptions
 from trimtab.train.plan import Facts, Plan, resolve
@@ -121,13 +123,15 @@ def _train(
         run["aligner_weights"] = began.files.fingerprint
     open_run(output, run, plan.asked.overwrite_output_dir)
     policies = Policies(plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date)
-    rounds = Rounds(output, training, development, schedule, reward)
+    ends = Ends(tokenizer, proposal.eos_token_ids[0]) if plan.objective.prefixes else None
+    rounds = Rounds(output, training, development, schedule, reward, ends)
     if is_finished(output):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
     else:
         model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
         parts = {"rounds": rounds, "policies": policies, "prompts": training, "development": development}
+        parts["end"] = proposal.eos_token_ids[0]
         report = _train_aligner(plan, output, arguments, ranks, tokenizer, head, split.frozen, model, reward, parts, started)
         del model
     if plan.trains_draft and "draft" not in report:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,7 +18,8 @@ from trimtab.train.online.betas import Betas
 from trimtab.train.online.figures import check_spread, figures_of, said_of
 from trimtab.train.online.packing import can_pack, pack
 from trimtab.train.online.policy import Policies
-from trimtab.train.online.rounds import Prompt, Rounds, Sample
+from trimtab.train.online.rounds import Rounds
+from trimtab.train.online.samples import Prompt, Sample
 from trimtab.train.plan import Plan
 from trimtab.train.trainer import AlignerTrainer
 
@@ -38,6 +40,7 @@ class OnlineTrainer(AlignerTrainer):
         prompts, development: what they are of.
         betas: β of each round.
         tap: the layer whose inputs a head reads; 0 for what reads tokens.
+        end: the end of sequence.
         before: the reward of the proposal's answers to the development prompts.
         arguments: what `transformers.Trainer` takes.
     """
@@ -54,10 +57,12 @@ class OnlineTrainer(AlignerTrainer):
         development: Sequence[Prompt],
         betas: Betas,
         tap: int,
+        end: int,
         before: float,
         **arguments: Any,
     ) -> None:
         super().__init__(plan, vocab_size, 1.0, data_collator=collate, **arguments)
+        self._setting = self._setting._replace(end=end)
         self._frozen, self._policies, self._rounds, self._betas = proposal, policies, rounds, betas
         self._prompts, self._development, self._tap = prompts, development, tap
         self._passing, self._began = 0.0, time.monotonic() - sum(rounds.seconds.values())  # the proposal has been looked at
@@ -203,16 +208,23 @@ class OnlineTrainer(AlignerTrainer):
 
 
 def _compared(groups: Sequence[Sequence[Sample]]) -> dict[str, Tensor]:
-    """`reward` in float64, `group`, and `unscored` `[B]`."""
+    """`reward` in float64, `group`, `unscored` and `cut` `[B]`; where they are known, `prefix_reward` in float64 `[N]`."""
     samples = [(slot, sample) for slot, some in enumerate(groups) for sample in some]
     alone = itertools.count(len(groups))
     slots = [slot if sample.score is not None else next(alone) for slot, sample in samples]
     rewards = [0.0 if sample.score is None else sample.score for _, sample in samples]
-    return {
+    before = [_number(score) for _, sample in samples for score in sample.prefix_scores or ()]
+    prefixes = {"prefix_reward": torch.tensor(before, dtype=torch.float64)} if before else {}
+    return prefixes | {
         "reward": torch.tensor(rewards, dtype=torch.float64),
         "group": torch.tensor(slots),
         "unscored": torch.tensor([sample.score is None for _, sample in samples]),
+        "cut": torch.tensor([sample.was_cut for _, sample in samples]),
     }
+
+
+def _number(score: float | None) -> float:
+    return math.nan if score is None else score
 
 
 class _Loader:
