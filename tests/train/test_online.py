@@ -121,6 +121,18 @@ def rounds_of(folder):
     return sorted(path.name for path in (folder / "rounds").glob("round-*"))
 
 
+def scored_rows(folder, prompts, count, tokenizer, ends):
+    """All answers of one token and its end, and of two tokens, with the sum of their vowels; of some the ids."""
+    rows = []
+    for prompt in prompts:
+        for i in range(count):
+            tokens = [i % V] if i % V in ends else [i % V, (i // V) % V]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            row = {"prompt": prompt, "completion": text, "score": float(sum(letter in "aeiou" for letter in text))}
+            rows.append(row | {"tokens": tokens, "finish_reason": "stop" if tokens[-1] in ends else "length"})
+    return rows
+
+
 # ---- what is reached
 
 
@@ -182,9 +194,66 @@ def test_what_a_sample_begins_with_is_scored_as_an_answer_that_ends_there(folder
     path = folder / "prefixes" / "rounds" / "round-000001.jsonl"
     kept = [{name: value for name, value in sample.items() if name != "prefix_scores"} for sample in samples]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    rounds = Rounds(folder / "prefixes", [], [], Schedule(1, 1, 1, 0), None, Ends(tokenizer, 0))
+    rounds = Rounds(folder / "prefixes", [], [], Schedule(1, 1, 1, 0), None, ends=Ends(tokenizer, 0))
     with pytest.raises(DataError, match="without a score of what is before each token"):
         rounds._read_file(path, [s["place"] for s in samples[::4]], [4] * (len(samples) // 4))
+
+
+def test_answers_in_a_file_lead_to_the_target_and_nothing_is_drawn_to_learn_from(folder):
+    """Of all answers of two tokens, each once; resumed, a run is the same."""
+    model = AlignedModel.from_pretrained(folder / "proposal")
+    rows = scored_rows(folder, ["de"], V * V, model.tokenizer, model.eos_token_ids)
+    write_rows(folder / "answers.jsonl", list({tuple(row["tokens"]): row for row in rows}.values()))
+    how = {"max_steps": 150, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "learning_rate": 5e-3}
+    how |= {"eval_steps": 75, "save_steps": 75, "logging_steps": 50, "lr_scheduler_type": "cosine"}
+    data = {"dataset": str(folder / "answers.jsonl"), "eval_dataset": str(folder / "answers.jsonl"), "num_generations": 64}
+    said = {"max_tokens": 2, "beta": 0.5, "lora_r": 32, "rewards": str(folder / "answers.jsonl")}
+    report = train(replace(options(folder, "filed", how, **data, **said), reward=()))
+    assert "eval_reward" not in report["metrics"]
+    assert report["metrics"]["eval_objective"] == -report["metrics"]["eval_loss"]
+    assert report["profile"]["rewards"] < 0.5
+    assert [lines_of(folder / "filed" / "rounds" / name) for name in rounds_of(folder / "filed")] == [[]] * 150
+    aligned = AlignedModel.from_pretrained(folder / "proposal", folder / "filed")
+    answers = [row["tokens"] for row in map(json.loads, lines_of(folder / "answers.jsonl"))]
+    rewards = torch.tensor([json.loads(line)["score"] for line in lines_of(folder / "answers.jsonl")])
+    scores = aligned.score(["de"] * len(answers), answers)
+    bare, law = (torch.tensor([sum(getattr(s, side)) for s in scores]).double() for side in ("proposal", "aligned"))
+    target = (bare + rewards / 0.5).softmax(0)
+    assert (bare.exp() - target).abs().sum() / 2 > 0.4
+    assert (law.exp() - target).abs().sum() / 2 < 0.15
+
+
+def test_answers_in_a_file_are_earlier_ones_beside_what_is_drawn(folder):
+    rows = [
+        {"prompt": row["prompt"], "completion": "aeio", "score": 4.0}
+        for row in map(json.loads, lines_of(folder / "prompts.jsonl"))
+    ]
+    write_rows(folder / "best.jsonl", rows)
+    train(options(folder, "beside", {"max_steps": 1}, rewards=str(folder / "best.jsonl"), replay_share=0.25, max_tokens=6))
+    drawn = [json.loads(line) for line in lines_of(folder / "beside" / "rounds" / "round-000000.jsonl")]
+    assert len(drawn) == 4 * 3, "of four answers to each of four prompts one was there"
+
+
+def test_texts_in_a_file_are_encoded_and_what_does_not_fit_is_said(folder, caplog):
+    prompts = [row["prompt"] for row in map(json.loads, lines_of(folder / "prompts.jsonl"))]
+    rows = [{"prompt": p, "completion": text, "score": float(len(text))} for p in prompts for text in ("ae", "x", "toolong")]
+    rows[0]["score"] = None
+    write_rows(folder / "texts.jsonl", rows)
+    how = {"rewards": str(folder / "texts.jsonl"), "max_tokens": 4}
+    with caplog.at_level("WARNING"):
+        report = train(replace(options(folder, "texts", {"max_steps": 2}, **how), reward=()))
+    assert "answers have more than 4 tokens: left out" in caplog.text
+    assert (
+        "1 of 9 training prompts have no two answers: left out" in caplog.text
+        or "development prompts have no two" in caplog.text
+    )
+    assert report["metrics"]["eval_loss"] > 0
+    write_rows(folder / "texts.jsonl", [rows[1]])
+    with pytest.raises(DataError, match="no training prompt has two answers with scores"):
+        train(replace(options(folder, "texts-1", {"max_steps": 2}, **how), reward=()))
+    write_rows(folder / "texts.jsonl", [{**rows[1], "tokens": [1, 2, 3]}, rows[2]])
+    with pytest.raises(DataError, match="'tokens' are not the ids of 'completion'"):
+        train(replace(options(folder, "texts-2", {"max_steps": 2}, **how), reward=()))
 
 
 def test_grpo_raises_the_reward(folder):
@@ -537,11 +606,19 @@ def test_a_round_that_somebody_has_changed_is_named(folder, monkeypatch):
         ({"objective": "soft_q"}, "soft_q: a head's frozen output layer"),
         ({"reward": ("nowhere.py:f",)}, "there is no file 'nowhere.py'"),
         ({"reward": ("file:SCORES",)}, "--reward file:.*scores.jsonl: a file has the scores of given answers"),
+        ({"rewards": "nowhere.jsonl"}, "there is no file of scores 'nowhere.jsonl'"),
+        ({"rewards": "SCORES", "objective": "grpo"}, "rewards: 'grpo' learns from its own samples alone"),
+        ({"rewards": "SCORES", "objective": "subtb"}, "rewards: a file does not say what its answers' beginnings are worth"),
+        ({"rewards": "SCORES", "replay_share": 0.0}, "rewards: with --reward they are earlier answers, and replay_share is 0"),
+        ({"rewards": "SCORES", "reward": (), "max_kl": 1.0}, "max_kl: β is found by samples that are drawn"),
+        ({"rewards": "SCORES", "reward": (), "tempered_share": 0.5}, "tempered_share: without --reward nothing is drawn"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, settings, said):
     given = dict(settings)
     training = given.pop("training", None)
+    if given.get("rewards") == "SCORES":
+        given["rewards"] = str(folder / "scores.jsonl")
     if (reward := given.pop("reward", None)) is not None:
         reward = tuple(one.replace("SCORES", str(folder / "scores.jsonl")) for one in reward)
         made = replace(options(folder, "refused", training, **given), reward=reward)

@@ -16,6 +16,7 @@ from trimtab.endpoints.options import AskingOptions
 from trimtab.endpoints.settings import Limits, make_limits
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
+from trimtab.judges.rewards.options import RewardOptions
 from trimtab.knobs import MAX_FACTOR
 from trimtab.models.aligner import manifest_of
 from trimtab.models.estimates import DryRunOptions
@@ -309,6 +310,7 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
             idle["expected_aligner"] = "is for --aligner"
         if OBJECTIVES.find(self.objective).rewarded:
             idle |= dict.fromkeys(OF_ANSWERS, f"is for wanted answers, and '{self.objective}' learns from rewards")
+            idle |= RewardOptions.idle(self)
         else:
             online = [one.name for one in dataclasses.fields(OnlineOptions)]
             if self.reward_errors == "none":  # which is otherwise a word for an option that is off

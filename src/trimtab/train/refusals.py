@@ -76,8 +76,10 @@ def _refuse_beside_head(asked: TrainOptions, setting: Setting) -> None:
 
 def _refuse_beside_rewards(asked: TrainOptions, objective: Objective) -> None:
     """What a run cannot be told that samples as it trains, and what it must be told."""
-    if not asked.reward:
+    if not asked.reward and asked.rewards is None:
         raise InvalidOption(f"reward: objective '{objective.name}' learns from one: give --reward MODULE.py:FUNCTION")
+    if asked.rewards is not None:
+        _refuse_beside_filed(asked, objective)
     beta = getattr(objective, "beta", None)
     if asked.max_kl is not None and not objective.budgeted:
         raise InvalidOption(
@@ -98,6 +100,26 @@ def _refuse_beside_rewards(asked: TrainOptions, objective: Objective) -> None:
         raise InvalidOption(f"teacher_prompt: objective '{objective.name}' learns from rewards: leave it out")
     if asked.dry_run:
         raise InvalidOption(f"dry_run: what rounds of '{objective.name}' take depends on the answers: leave it out")
+
+
+def _refuse_beside_filed(asked: TrainOptions, objective: Objective) -> None:
+    """What cannot be learnt from answers of anybody's, and what has no effect where none are drawn."""
+    if not hasattr(objective, "replay_share"):
+        raise InvalidOption(f"rewards: '{objective.name}' learns from its own samples alone: take tb, or leave out --rewards")
+    if objective.prefixes:
+        raise InvalidOption(
+            f"rewards: a file does not say what its answers' beginnings are worth, which this '{objective.name}' learns from:"
+            " take tb"
+        )
+    if asked.reward:
+        if objective.replay_share == 0:
+            raise InvalidOption("rewards: with --reward they are earlier answers, and replay_share is 0: raise it")
+        return
+    if asked.max_kl is not None:
+        raise InvalidOption("max_kl: β is found by samples that are drawn: name a --reward, or give --beta")
+    drawn = ("tempered_share", "lowest_temperature", "highest_temperature", "replay_share")
+    if told := [name for name in drawn if asked.objective_options.get(name) is not None]:
+        raise InvalidOption(f"{told[0]}: without --reward nothing is drawn to learn from: leave it out")
 
 
 def _refuse_beside_teacher(asked: TrainOptions, objective: Objective) -> None:

@@ -13,7 +13,12 @@ FARTHEST = 1e6
 
 
 def figures_of(
-    samples: Sequence[Sample], gain: float, beta: float, budget: float | None = None, before: float = 0.0
+    samples: Sequence[Sample],
+    gain: float,
+    beta: float,
+    budget: float | None = None,
+    before: float = 0.0,
+    loss: float = 0.0,
 ) -> dict[str, float]:
     """Figures of samples that were drawn at temperature 1.
 
@@ -23,16 +28,17 @@ def figures_of(
         beta: β.
         budget: of that divergence.
         before: the reward of the proposal's own answers to the same prompts.
+        loss: of answers that have rewards.
 
     Returns:
         `reward`, `kl`, `kl_per_token`; `objective`, by which looks are compared: reward − β·KL, which the target maximises, or
         under a budget the reward, and of a policy that is beyond it the share of its gain that the budget is of its KL, for a
         lower weight reaches that much; `length` in tokens; `ended`, the share that came to its end; `distinct`, the share of a
         prompt's answers that no other one equals, for a policy that has collapsed says one thing; `scored`, the share with a
-        reward.
+        reward; `loss`. Where no sample has a reward, there is no `reward`, and the objective is −loss.
     """
     scores = [sample.score for sample in samples if sample.score is not None]
-    reward = sum(scores) / len(scores) if scores else 0.0
+    reward = sum(scores) / max(len(scores), 1)
     length = sum(len(sample.tokens) for sample in samples) / len(samples)
     texts: dict[int, list[str]] = defaultdict(list)
     for sample in samples:
@@ -40,9 +46,10 @@ def figures_of(
     objective = reward - beta * gain
     if budget is not None:
         objective = before + (reward - before) * (1.0 if gain <= budget else budget / gain)
+    if not scores:
+        objective = -loss
     alone = sum(some.count(text) == 1 for some in texts.values() for text in some)
-    return {
-        "reward": reward,
+    return ({"reward": reward} if scores else {}) | {
         "kl": gain,
         "kl_per_token": gain / length,
         "objective": objective,
@@ -51,6 +58,7 @@ def figures_of(
         "ended": sum(sample.finish_reason == "stop" for sample in samples) / len(samples),
         "distinct": alone / len(samples),
         "scored": len(scores) / len(samples),
+        "loss": loss,
     }
 
 

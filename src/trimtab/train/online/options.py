@@ -12,6 +12,12 @@ __all__ = ["OnlineOptions"]
 class OnlineOptions(RewardOptions):
     """How samples are drawn and scored while an aligner trains."""
 
+    rewards: str | None = option(
+        None,
+        "a file of scored answers to learn from: rows with prompt, completion and score. With --reward they are the first"
+        " earlier answers (--replay_share); without it nothing is drawn to learn from",
+        metavar="FILE",
+    )
     max_tokens: int | None = option(None, "most tokens of an answer that is drawn for rewards [default: 256]", low=1)
     num_generations: int | None = option(
         None, "answers to a prompt that are compared with each other in an update of rewards [default: 8]", low=2

@@ -8,9 +8,10 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from trimtab.decode.aligned import AlignedModel
@@ -51,7 +52,9 @@ class Rounds:
         prompts: to train on.
         development: for looks.
         schedule: how they are drawn.
-        reward: what scores them; loaded.
+        reward: what scores them, loaded; None where nothing is drawn to learn from, but from `filed`.
+        filed: scored answers that were there before, by the place of their prompt.
+        filed_development: the same for looks, where there is no reward.
         ends: how answers end, where everything that samples begin with is scored, too.
     """
 
@@ -61,13 +64,20 @@ class Rounds:
         prompts: Sequence[Prompt],
         development: Sequence[Prompt],
         schedule: Schedule,
-        reward: Reward,
+        reward: Reward | None,
+        *,
+        filed: Mapping[int, Sequence[Sample]] = MappingProxyType({}),
+        filed_development: Mapping[int, Sequence[Sample]] = MappingProxyType({}),
         ends: Ends | None = None,
     ) -> None:
         self._folder, self._ends = folder / FOLDER, ends
         self._prompts, self._development, self._schedule, self._reward = prompts, development, schedule, reward
         self._buffer: dict[int, dict[tuple[int, ...], tuple[int, Sample]]] = defaultdict(dict)
         """Of each prompt its distinct answers, with the rounds that they were first drawn in."""
+        for place, some in filed.items():
+            self._buffer[place] = {tuple(sample.tokens): (-1, sample) for sample in some}
+        self.filed_development = list(filed_development.values())
+        """Groups of development answers that losses are of, where none that are drawn have a score."""
         self.seconds = {"sampling": 0.0, "rewards": 0.0}
         """What drawing and scoring have taken."""
         self._known = 0
@@ -87,11 +97,14 @@ class Rounds:
         return sum(sample.score is None for number in range(count) for sample in self.read(number) or [])
 
     def draw(self, number: int, policy: AlignedModel, *, gains: bool) -> list[Sample]:
-        """Draw a round, score and write it.
+        """Draw a round, score and write it; without a reward nothing is drawn.
 
         Raises:
             ModelError: a reward fails, or the model breaks down; the same run goes on from here.
         """
+        if self._reward is None:
+            write_samples(self._path(number), [], self._prompts)
+            return []
         schedule, places = self._schedule, self._places(number)
         chance = random.Random(f"{schedule.seed} temperatures {number}")
         asked: list[tuple[int, SamplingParams]] = []
@@ -133,7 +146,7 @@ class Rounds:
 
     def _fresh(self, number: int, place: int) -> int:
         """How many answers are drawn to a prompt of a round."""
-        return self._schedule.generations - len(self._earlier(number, place))
+        return 0 if self._reward is None else self._schedule.generations - len(self._earlier(number, place))
 
     def groups(self, number: int, fresh: Sequence[Sample]) -> list[list[Sample]]:
         """The round's samples by prompt, with earlier ones."""
@@ -154,6 +167,10 @@ class Rounds:
 
     def _earlier(self, number: int, place: int) -> list[Sample]:
         """Answers to a prompt from rounds before this one: a draw from the better half of the distinct ones."""
+        chance = random.Random(f"{self._schedule.seed} replay {number} {place}")
+        if self._reward is None:
+            every = [sample for _, sample in self._buffer[place].values()]
+            return chance.sample(every, min(self._schedule.generations, len(every)))
         most = round(self._schedule.replay_share * self._schedule.generations)
         if not most:
             return []
@@ -166,7 +183,7 @@ class Rounds:
         ranked = sorted(known, key=lambda sample: -(sample.score or 0.0))
         better = ranked[: max(most, -(-len(ranked) // 2))]
         most = min(most, len(better), self._schedule.generations - 1)
-        return random.Random(f"{self._schedule.seed} replay {number} {place}").sample(better, most)
+        return chance.sample(better, most)
 
     def _score(
         self, prompts: Sequence[Prompt], asked: Sequence[tuple[int, SamplingParams]], policy: AlignedModel
@@ -179,15 +196,17 @@ class Rounds:
         records = [prompts[place].record for _, place, _ in owners]
         texts = [completion.text for completion in drawn]
         self.seconds["sampling"] += (scoring := time.monotonic()) - began
-        ids = Ids([prompts[place].ids for _, place, _ in owners], [completion.tokens for completion in drawn])
-        asked_of, columns = [record.prompt for record in records], [record.columns for record in records]
-        given = self._reward.score_drawn(asked_of, texts, columns, ids)
-        scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
+        scores: list[float | None] = [None] * len(texts)
+        if self._reward is not None:
+            ids = Ids([prompts[place].ids for _, place, _ in owners], [completion.tokens for completion in drawn])
+            asked_of, columns = [record.prompt for record in records], [record.columns for record in records]
+            given = self._reward.score_drawn(asked_of, texts, columns, ids)
+            scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
         samples = [
             Sample(group, place, list(one.tokens), one.text, one.finish_reason, params.temperature, score, _gain(one))
             for (group, place, params), one, score in zip(owners, drawn, scores, strict=True)
         ]
-        if self._ends is not None:
+        if self._ends is not None and self._reward is not None:
             samples = with_prefix_scores(samples, prompts, self._reward, self._ends)
         self.seconds["rewards"] += time.monotonic() - scoring
         return samples

@@ -30,6 +30,7 @@ from trimtab.train.online.betas import Betas
 from trimtab.train.online.data import encode_prompts, read_prompts
 from trimtab.train.online.drafting import distil_draft
 from trimtab.train.online.figures import figures_of
+from trimtab.train.online.filed import Filed, filed_samples, read_filed, with_answers
 from trimtab.train.online.policy import Policies, split_proposal
 from trimtab.train.online.prefixes import Ends
 from trimtab.train.online.rounds import Rounds, Schedule
@@ -71,12 +72,16 @@ def run_online(asked: TrainOptions, facts: Facts, output: Path, arguments: Train
     started, plan = time.monotonic(), resolve(asked, facts)
     if ranks.count > 1:
         raise InvalidOption(f"objective: '{plan.objective.name}' samples in one process: start it without a launcher")
+    filed = None if asked.rewards is None else read_filed(asked.rewards)
+    if not plan.asked.reward:
+        return _train(asked, facts, output, arguments, ranks, None, filed, started)
     with plan.asked.sum_of_rewards({"dtype": "auto", "device": plan.asked.device}) as reward:
         if kept := next((part for part in (reward, *getattr(reward, "parts", ())) if isinstance(part, FileReward)), None):
             raise InvalidOption(
-                f"{kept.called}: a file has the scores of given answers, and rounds draw others: name what scores them"
+                f"{kept.called}: a file has the scores of given answers, and rounds draw others: name what scores them, or"
+                f" learn from the given ones, --rewards {kept.path}"
             )
-        return _train(asked, facts, output, arguments, ranks, reward, started)
+        return _train(asked, facts, output, arguments, ranks, reward, filed, started)
 
 
 def _train(
@@ -85,7 +90,8 @@ def _train(
     output: Path,
     arguments: TrainingArguments,
     ranks: Ranks,
-    reward: Reward,
+    reward: Reward | None,
+    filed: Filed | None,
     started: float,
 ) -> dict[str, Any]:
     plan = resolve(asked, facts)
@@ -95,14 +101,15 @@ def _train(
         check_same_vocabulary(tokenizer, found.tokenizer, plan.asked.aligner)
     asked = dataclasses.replace(asked, date=run_date(plan, tokenizer))
     plan = resolve(asked, facts)
-    records, kept = read_prompts(plan, columns=reward.reads_columns)
+    records, kept = read_prompts(plan, columns=reward is not None and reward.reads_columns)
     kept = kept[: plan.asked.dev_prompts or DEVELOPMENT]
     everything = AskedRecords([*records, *kept])
-    reward.check(everything)
     generations = _generations(plan, arguments)
-    reward.load(everything, asked.date or pick_date(None, None))
-    check_loaded(reward)
-    reward.check_tokenizer(tokenizer)
+    if reward is not None:
+        reward.check(everything)
+        reward.load(everything, asked.date or pick_date(None, None))
+        check_loaded(reward)
+        reward.check_tokenizer(tokenizer)
     start = None if found is None or plan.trains_head else load_start(plan, found)
     proposal = open_proposal(plan, tokenizer)
     context = min(context_of(start.model.config) if start else proposal.context, proposal.context)
@@ -113,18 +120,26 @@ def _train(
         raise InvalidOption(f"max_tokens: {max_tokens} leave no room for a prompt within max_length or the context: lower it")
     training = encode_prompts("training", records, encoder, room)
     development = encode_prompts("development", kept, encoder, room)
+    given: dict[str, Any] = {}
+    if filed is not None and reward is None:
+        training, given["filed"] = with_answers("training", training, filed, encoder, max_tokens)
+        development, given["filed_development"] = with_answers("development", development, filed, encoder, max_tokens)
+    elif filed is not None:
+        given["filed"] = filed_samples(filed, training, encoder, max_tokens)
     split = split_proposal(proposal, plan.asked.device)
     head = None if start else HeadStart.of(plan, split.trained_on, found)
     kind = None if head is None else head.head
     schedule = _schedule(plan, arguments, len(training), generations, max_tokens)
     run = describe_run(plan, arguments, _digest([*training, *development]))
-    run |= {"reward": reward.label(), "proposal_weights": proposal.rows.fingerprint}
+    run |= {"reward": reward.label()} if reward is not None else {}
+    run |= {"rewards": filed.fingerprint} if filed is not None else {}
+    run |= {"proposal_weights": proposal.rows.fingerprint}
     if began := start or (head and head.earlier):
         run["aligner_weights"] = began.files.fingerprint
     open_run(output, run, plan.asked.overwrite_output_dir)
     policies = Policies(plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date)
     ends = Ends(tokenizer, proposal.eos_token_ids[0]) if plan.objective.prefixes else None
-    rounds = Rounds(output, training, development, schedule, reward, ends)
+    rounds = Rounds(output, training, development, schedule, reward, ends=ends, **given)
     if is_finished(output):
         logger.info("%s is already trained with these settings", output)
         report = dict(read_json(output / "training.json"))
@@ -150,7 +165,7 @@ def _train_aligner(
     head: HeadStart | None,
     frozen: Any,
     model: Any,
-    reward: Reward,
+    reward: Reward | None,
     parts: dict[str, Any],
     started: float,
 ) -> dict[str, Any]:
@@ -163,14 +178,15 @@ def _train_aligner(
         plan.asked.max_kl,
     )
     before = figures_of(parts["rounds"].look("proposal", parts["policies"].bare), 0.0, 0.0)
-    logger.info("the proposal's answers to the development prompts: reward %.4g", before["reward"])
+    if "reward" in before:
+        logger.info("the proposal's answers to the development prompts: reward %.4g", before["reward"])
     trainer = OnlineTrainer(
         plan,
         vocabulary_size(tokenizer),
         proposal=frozen,
         betas=betas,
         tap=kind.tap if kind else 0,
-        before=before["reward"],
+        before=before.get("reward", 0.0),
         model=model,
         args=arguments,
         eval_dataset=parts["development"],
@@ -178,7 +194,7 @@ def _train_aligner(
     )
     CompactProgress.install(trainer, plan.objective.name)
     fit(trainer, last_checkpoint(output))
-    if reward.failures.count:
+    if reward is not None and reward.failures.count:
         logger.warning("%d completions got no score since the run was started; %s", *dataclasses.astuple(reward.failures))
     weight, metrics = _tuned(plan, trainer)
     report: dict[str, Any] = {
@@ -187,7 +203,7 @@ def _train_aligner(
         "learning_rate": arguments.learning_rate,
         "rounds": arguments.max_steps,
         "best_round": trainer.best_step,
-        "proposal": {name: before[name] for name in ("reward", "length", "ended", "distinct", "scored")},
+        "proposal": {name: before[name] for name in ("reward", "length", "ended", "distinct", "scored") if name in before},
         "metrics": metrics,
         "history": trainer.state.log_history,
         "unscored": parts["rounds"].unscored(arguments.max_steps),

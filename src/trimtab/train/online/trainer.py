@@ -83,7 +83,7 @@ class OnlineTrainer(AlignerTrainer):
             groups = self._rounds.groups(number, samples)
             if self._objective.budgeted:  # whose rewards count in units of β
                 check_spread(groups, beta)
-            self._said = said_of(samples, beta)
+            self._said = said_of(samples or [sample for group in groups for sample in group], beta)
             scored = [[sample for sample in group if sample.score is not None] for group in groups]
             yield from self._packed([some for some in scored if len(some) > 1], groups, self._prompts, beta, self.updates)
 
@@ -133,6 +133,14 @@ class OnlineTrainer(AlignerTrainer):
         samples = self._rounds.look(name, self._policies.of(self._bare_model, weight))
         beta = self._betas.last(self.state.global_step, self._read)
         groups = [[sample for sample in samples if sample.place == place] for place in range(len(self._development))]
+        losses, gains = self._measured(groups, beta, weight)
+        if filed := self._rounds.filed_development:
+            losses, _ = self._measured(filed, beta, weight)
+        loss = sum(losses) / len(losses) if losses else 0.0
+        return figures_of(samples, sum(gains) / len(gains), beta, self._betas.budget, self._before, loss)
+
+    def _measured(self, groups: Sequence[Sequence[Sample]], beta: float, weight: float) -> tuple[list[float], list[float]]:
+        """Of samples to development prompts the losses, where they have scores, and the gains."""
         losses: list[float] = []
         gains: list[float] = []
         for packed in self._packed(groups, groups, self._development, beta, len(groups)):
@@ -141,8 +149,7 @@ class OnlineTrainer(AlignerTrainer):
             self._passing += time.monotonic() - began
             gains += some_gains.tolist()
             losses += some_losses[~batch["unscored"]].tolist()
-        loss = sum(losses) / len(losses) if losses else 0.0
-        return figures_of(samples, sum(gains) / len(gains), beta, self._betas.budget, self._before) | {"loss": loss}
+        return losses, gains
 
     def _read(self, number: int) -> list[Sample]:
         return self._rounds.read(number) or []

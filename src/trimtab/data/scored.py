@@ -1,0 +1,80 @@
+"""Scored answers in files: rows with a prompt, a completion and a score, as rounds of training have them, and anybody may."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trimtab.data.prompts import is_chat
+from trimtab.data.records import UNFINISHED, read_records, read_rows
+from trimtab.errors import DataError, InvalidOption
+from trimtab.files import expand_home
+
+__all__ = ["Scored", "key_of_prompt", "read_scored", "scored_file"]
+
+
+class Scored(NamedTuple):
+    """A row.
+
+    Attributes:
+        source: where it came from.
+        prompt: a text or a chat.
+        completion: the answer.
+        score: what it is worth; None for no score.
+        tokens: its ids, if the row has them.
+        cut: whether its limit cut it, so that it does not end.
+    """
+
+    source: str
+    prompt: Any
+    completion: str
+    score: float | None
+    tokens: list[int] | None
+    cut: bool
+
+
+def scored_file(path: str | Path) -> tuple[Path, str]:
+    """A file of scored answers, and its digest.
+
+    Raises:
+        InvalidOption: there is none.
+    """
+    file = expand_home(path)
+    if not file.is_file():
+        raise InvalidOption(f"there is no file of scores '{path}'")
+    with open(file, "rb") as stream:
+        return file, f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def read_scored(path: str | Path) -> Iterator[Scored]:
+    """Its rows: JSON Lines (also gzipped) or Parquet with the columns `prompt`, `completion` and `score`.
+
+    A prompt is a text or messages, with `tools` and `chat_template_kwargs` beside it as in a data set; a completion is a text,
+    or messages of which the last one is the answer. A score is a number, or null for none. `tokens` may be the completion's
+    ids; the `finish_reason` `length`, or a true `unfinished`, says that it was cut.
+
+    Raises:
+        DataError: a row is none of these.
+    """
+    records = read_records(str(path), need="prompt", answers=False)
+    for record, (source, row) in zip(records, read_rows(str(path)), strict=True):
+        if missing := [name for name in ("completion", "score") if name not in row]:
+            raise DataError(f"{source}: '{missing[0]}' is missing; it has: {', '.join(row)}")
+        completion, score, tokens = row["completion"], row["score"], row.get("tokens")
+        if isinstance(completion, list) and is_chat(completion):
+            completion = completion[-1].get("content")
+        if not isinstance(completion, str):
+            raise DataError(f"{source}: 'completion' must be a text or messages, not {row['completion']!r}")
+        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score)):
+            raise DataError(f"{source}: 'score' must be a finite number, or null, not {score!r}")
+        if tokens is not None and not (tokens and all(type(token) is int for token in tokens)):
+            raise DataError(f"{source}: 'tokens' must be a list of ids, not {tokens!r}")
+        cut = row.get("finish_reason") == "length" or bool(row.get(UNFINISHED))
+        yield Scored(source, record.prompt, completion, None if score is None else float(score), tokens, cut)
+
+
+def key_of_prompt(*parts: Any) -> str:
+    """A key of a prompt, or of one with what belongs to it."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

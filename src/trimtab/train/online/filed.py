@@ -1,0 +1,100 @@
+"""Scored answers that somebody has, as samples to learn from."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from trimtab.data.encoding import Encoder
+from trimtab.data.scored import Scored, key_of_prompt, read_scored, scored_file
+from trimtab.errors import DataError, InvalidRequest
+from trimtab.train.online.samples import Prompt, Sample
+
+__all__ = ["Filed", "filed_samples", "read_filed", "with_answers"]
+
+logger = logging.getLogger(__name__)
+
+
+class Filed(NamedTuple):
+    """A file of them."""
+
+    path: str
+    fingerprint: str
+    rows: Mapping[str, Sequence[Scored]]
+    """By prompt; those with a score."""
+
+
+def read_filed(path: str) -> Filed:
+    """Read a file of scored answers.
+
+    Raises:
+        InvalidOption: there is none.
+        DataError: a row cannot be read, or no answer has a score.
+    """
+    _, fingerprint = scored_file(path)
+    rows: dict[str, list[Scored]] = defaultdict(list)
+    for row in read_scored(path):
+        if row.score is not None:
+            rows[key_of_prompt(row.prompt)].append(row)
+    if not rows:
+        raise DataError(f"{path}: no answer has a score")
+    return Filed(path, fingerprint, rows)
+
+
+def filed_samples(filed: Filed, prompts: Sequence[Prompt], encoder: Encoder, max_tokens: int) -> dict[int, list[Sample]]:
+    """The answers to each prompt, by its place; longer ones than `max_tokens` are left out, and counted in the log.
+
+    Raises:
+        DataError: one cannot be encoded, or its ids are not its text.
+    """
+    found: dict[int, list[Sample]] = {}
+    long = apart = 0
+    for place, prompt in enumerate(prompts):
+        some = []
+        for row in filed.rows.get(key_of_prompt(prompt.record.prompt), ()):
+            tokens = _tokens(row, prompt, encoder)
+            if tokens is None:
+                apart += 1
+            elif len(tokens) > max_tokens:
+                long += 1
+            else:
+                reason = "length" if row.cut else "stop"
+                some.append(Sample(0, place, tokens, row.completion, reason, 1.0, row.score))
+        found[place] = some
+    for count, why in ((long, f"have more than {max_tokens} tokens"), (apart, "begin within a token of the prompt's end")):
+        if count:
+            logger.warning("%s: %d answers %s: left out", filed.path, count, why)
+    return found
+
+
+def with_answers(
+    part: str, prompts: Sequence[Prompt], filed: Filed, encoder: Encoder, max_tokens: int
+) -> tuple[list[Prompt], dict[int, list[Sample]]]:
+    """The prompts that have two answers or more, each once; others are counted in the log.
+
+    Raises:
+        DataError: there is none; or as `filed_samples`.
+    """
+    once = list({key_of_prompt(prompt.record.prompt): prompt for prompt in prompts}.values())
+    found = filed_samples(filed, once, encoder, max_tokens)
+    kept = [prompt for prompt, some in zip(once, found.values(), strict=True) if len(some) > 1]
+    if not kept:
+        raise DataError(f"{filed.path}: no {part} prompt has two answers with scores, and what is learnt is how they compare")
+    if left := len(once) - len(kept):
+        logger.warning("%s: %d of %d %s prompts have no two answers: left out", filed.path, left, len(once), part)
+    return kept, filed_samples(filed, kept, encoder, max_tokens)
+
+
+def _tokens(row: Scored, prompt: Prompt, encoder: Encoder) -> list[int] | None:
+    """An answer's ids behind its prompt's; None if the two cannot be told apart."""
+    try:
+        if row.tokens is not None:
+            if encoder.tokenizer.decode(row.tokens, skip_special_tokens=True).strip() != row.completion.strip():
+                raise InvalidRequest(
+                    "'tokens' are not the ids of 'completion': leave them out, or is this another tokenizer's?"
+                )
+            return encoder.prompt(row.tokens, "tokens")
+        before, tokens = encoder.pair(row.prompt, row.completion, ended=not row.cut)
+    except InvalidRequest as error:
+        raise DataError(f"{row.source}: {error}") from error
+    return tokens if list(before) == list(prompt.ids) else None
