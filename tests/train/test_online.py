@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tiny_task import V, asked, make_task, task_rows, write_rows
-from trimtab import AlignedModel
+from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
 from trimtab.data.records import Record
 from trimtab.errors import DataError, InvalidOption, ModelError
@@ -121,18 +121,6 @@ def rounds_of(folder):
     return sorted(path.name for path in (folder / "rounds").glob("round-*"))
 
 
-def scored_rows(folder, prompts, count, tokenizer, ends):
-    """All answers of one token and its end, and of two tokens, with the sum of their vowels; of some the ids."""
-    rows = []
-    for prompt in prompts:
-        for i in range(count):
-            tokens = [i % V] if i % V in ends else [i % V, (i // V) % V]
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            row = {"prompt": prompt, "completion": text, "score": float(sum(letter in "aeiou" for letter in text))}
-            rows.append(row | {"tokens": tokens, "finish_reason": "stop" if tokens[-1] in ends else "length"})
-    return rows
-
-
 # ---- what is reached
 
 
@@ -200,10 +188,15 @@ def test_what_a_sample_begins_with_is_scored_as_an_answer_that_ends_there(folder
 
 
 def test_answers_in_a_file_lead_to_the_target_and_nothing_is_drawn_to_learn_from(folder):
-    """Of all answers of two tokens, each once; resumed, a run is the same."""
+    """Of samples of the proposal, with whole laws by enumeration."""
     model = AlignedModel.from_pretrained(folder / "proposal")
-    rows = scored_rows(folder, ["de"], V * V, model.tokenizer, model.eos_token_ids)
-    write_rows(folder / "answers.jsonl", list({tuple(row["tokens"]): row for row in rows}.values()))
+    drawn = model.generate(["de"], SamplingParams(n=2000, max_tokens=2, temperature=1.0, seed=3))
+    rows = [
+        {"prompt": "de", "completion": one.text, "score": float(sum(letter in "aeiou" for letter in one.text))}
+        | {"tokens": list(one.tokens), "finish_reason": one.finish_reason}
+        for one in drawn
+    ]
+    write_rows(folder / "answers.jsonl", rows)
     how = {"max_steps": 150, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "learning_rate": 5e-3}
     how |= {"eval_steps": 75, "save_steps": 75, "logging_steps": 50, "lr_scheduler_type": "cosine"}
     data = {"dataset": str(folder / "answers.jsonl"), "eval_dataset": str(folder / "answers.jsonl"), "num_generations": 64}
@@ -214,8 +207,10 @@ def test_answers_in_a_file_lead_to_the_target_and_nothing_is_drawn_to_learn_from
     assert report["profile"]["rewards"] < 0.5
     assert [lines_of(folder / "filed" / "rounds" / name) for name in rounds_of(folder / "filed")] == [[]] * 150
     aligned = AlignedModel.from_pretrained(folder / "proposal", folder / "filed")
-    answers = [row["tokens"] for row in map(json.loads, lines_of(folder / "answers.jsonl"))]
-    rewards = torch.tensor([json.loads(line)["score"] for line in lines_of(folder / "answers.jsonl")])
+    answers = [[v] if v in aligned.eos_token_ids else [v, w] for v in range(V) for w in range(V)]
+    answers = list({tuple(answer): answer for answer in answers}.values())
+    texts = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    rewards = torch.tensor([float(sum(letter in "aeiou" for letter in text)) for text in texts])
     scores = aligned.score(["de"] * len(answers), answers)
     bare, law = (torch.tensor([sum(getattr(s, side)) for s in scores]).double() for side in ("proposal", "aligned"))
     target = (bare + rewards / 0.5).softmax(0)

@@ -74,6 +74,7 @@ class Rounds:
         self._prompts, self._development, self._schedule, self._reward = prompts, development, schedule, reward
         self._buffer: dict[int, dict[tuple[int, ...], tuple[int, Sample]]] = defaultdict(dict)
         """Of each prompt its distinct answers, with the rounds that they were first drawn in."""
+        self._filed = filed
         for place, some in filed.items():
             self._buffer[place] = {tuple(sample.tokens): (-1, sample) for sample in some}
         self.filed_development = list(filed_development.values())
@@ -169,8 +170,7 @@ class Rounds:
         """Answers to a prompt from rounds before this one: a draw from the better half of the distinct ones."""
         chance = random.Random(f"{self._schedule.seed} replay {number} {place}")
         if self._reward is None:
-            every = [sample for _, sample in self._buffer[place].values()]
-            return chance.sample(every, min(self._schedule.generations, len(every)))
+            return chance.sample(self._filed[place], min(self._schedule.generations, len(self._filed[place])))
         most = round(self._schedule.replay_share * self._schedule.generations)
         if not most:
             return []
