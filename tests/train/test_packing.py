@@ -48,6 +48,22 @@ def test_logits_and_gradients_are_those_of_one_row_for_each_answer(kind):
         assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_a_prompt_that_several_answers_have_is_read_once(monkeypatch):
+    model, read = HuggingFaceLM(tiny_model("llama")), []
+    alone = [hidden_states(model, [example], 1)[0] for example in FLAT]
+    below = HuggingFaceLM.extend_below
+
+    def counted(self, state, tokens, counts, layers):
+        read.append(sum(counts))
+        return below(self, state, tokens, counts, layers)
+
+    monkeypatch.setattr(HuggingFaceLM, "extend_below", counted)
+    order = [3, 0, 6, 1, 4, 2, 5]
+    for place, states in zip(order, hidden_states(model, [FLAT[i] for i in order], 1), strict=True):
+        assert_close(states, alone[place], atol=1e-4, rtol=1e-4)
+    assert sum(read) == sum(len(group[0].prompt) + sum(len(example.chosen) for example in group) for group in GROUPS)
+
+
 def test_a_head_reads_hidden_states_in_their_places():
     model = tiny_model("llama")
     states = hidden_states(HuggingFaceLM(model), FLAT, 1)

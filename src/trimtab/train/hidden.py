@@ -5,8 +5,10 @@ proposal is needed while a head is trained. The shards are as those of `trimtab.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,17 +94,40 @@ def hidden_bytes(tokens: Sequence[int], width: int, dtype: torch.dtype) -> list[
 
 @torch.inference_mode()
 def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -> list[Tensor]:
-    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU; no layer above is run."""
-    texts = [[*example.prompt, *example.chosen] for example in examples]
-    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    """For each example the input `[T, H]` of layer `tap` on its prompt and wanted answer, on the CPU; no layer above is run.
+
+    A prompt that several examples have is read once.
+    """
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, example in enumerate(examples):
+        places[tuple(example.prompt)].append(i)
+    if len(places) == len(examples):  # then whole texts are one reading
+        places = {(*example.prompt, *example.chosen): [i] for i, example in enumerate(examples)}
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    texts = list(places)
     for batch in by_length([len(text) for text in texts], BATCH):
-        longest = len(texts[batch[0]])
-        state, parts = model.new_state(len(batch), longest), []
-        for begin in range(0, longest, CHUNK):
-            chunks = [texts[i][begin : begin + CHUNK] for i in batch]
-            tokens, counts = pad(chunks, model.device), [len(chunk) for chunk in chunks]
-            parts.append(model.extend_below(state, tokens, counts, [tap])[tap].cpu())
-        whole = torch.cat(parts, 1)
-        for i, states in zip(batch, whole, strict=True):
-            found[i] = states[: len(texts[i])].clone()
+        some = [texts[i] for i in batch]
+        wholes = {i: [*examples[i].prompt, *examples[i].chosen] for text in some for i in places[text]}
+        state = model.new_state(len(some), max(map(len, wholes.values())))
+        before = _read(model, state, some, tap)
+        flat = [(slot, i) for slot, text in enumerate(some) for i in places[text]]
+        for start in range(0, len(flat), BATCH):
+            part = flat[start : start + BATCH]
+            rest = [wholes[i][len(some[slot]) :] for slot, i in part]
+            behind = [before[slot][:0] for slot, _ in part]
+            if any(rest):
+                behind = _read(model, model.select(state, [slot for slot, _ in part]), rest, tap)
+            for (slot, i), states in zip(part, behind, strict=True):
+                found[i] = torch.cat([before[slot], states])
     return found
+
+
+def _read(model: HuggingFaceLM, state: Any, texts: Sequence[Sequence[int]], tap: int) -> list[Tensor]:
+    """Append a text to each slot; the inputs of the layer on each."""
+    parts = []
+    for begin in range(0, max(map(len, texts)), CHUNK):
+        chunks = [text[begin : begin + CHUNK] for text in texts]
+        tokens, counts = pad(chunks, model.device), [len(chunk) for chunk in chunks]
+        parts.append(model.extend_below(state, tokens, counts, [tap])[tap].cpu())
+    whole = torch.cat(parts, 1)
+    return [states[: len(text)].clone() for text, states in zip(texts, whole, strict=True)]
