@@ -42,6 +42,7 @@ class _Exchange:
         params: what was asked for.
         job: its sequences.
         include_usage: whether a stream ends with the usage.
+        token_ids: whether choices have their tokens' ids.
         generates: whether anything is generated at all.
         echoed: the prompts that completions begin with, if they are echoed.
         echoes: they, with ids and scores, once `events` has begun.
@@ -55,6 +56,7 @@ class _Exchange:
     params: SamplingParams
     job: Job
     include_usage: bool
+    token_ids: bool = False
     generates: bool = True
     echoed: Sequence[Prompt] = ()
     echoes: list["_Echo"] = field(default_factory=list)
@@ -168,6 +170,7 @@ async def answer_completion(service: Service, request: Request, asked: Completio
         params,
         job,
         asked.include_usage,
+        bool(asked.return_token_ids),
         generates=limit > 0,
         echoed=prompts if asked.echo else (),
     )
@@ -185,7 +188,8 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest, si
     with service.refusing(None):
         params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0))
     job = await service.prepare(target, [asked.chat], params, "messages", size=size)
-    exchange = _Exchange(service, request, "chat", target, params, job, asked.include_usage)
+    how = asked.include_usage, bool(asked.return_token_ids)
+    exchange = _Exchange(service, request, "chat", target, params, job, *how)
     return _stream(exchange, _chat_stream) if asked.stream else await _whole(exchange)
 
 
@@ -254,6 +258,11 @@ async def _collect(exchange: _Exchange) -> list[dict[str, Any]]:
 
 
 def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str, Any]:
+    ids = {"token_ids": completion.tokens} if exchange.token_ids else {}
+    return _plain_choice(exchange, index, completion) | ids
+
+
+def _plain_choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str, Any]:
     texts, logprobs = exchange.service.texts, None
     if exchange.kind == "chat":
         if exchange.params.logprobs:

@@ -125,6 +125,7 @@ class _Request(_Sampled):
     reasoning_effort: None = None
     web_search_options: None = None
 
+    return_token_ids: bool | None = Field(False, description="Each choice also has `token_ids`; not with `stream`.")
     aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | Shares | None = Field(
         None, description="One aligner or several, where `model` is the base; or an object from their names to their weights."
     )
@@ -133,6 +134,12 @@ class _Request(_Sampled):
     def _weights_are_given_once(self) -> Self:
         if isinstance(self.aligner, dict) and getattr(self, "weight", None) is not None:
             raise _conflict("weight", "weight: aligner says the weights already; give them in one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _ids_are_of_whole_answers(self) -> Self:
+        if self.return_token_ids and self.stream:
+            raise _conflict("return_token_ids", "return_token_ids is for whole answers: leave out stream")
         return self
 
     @property

@@ -286,6 +286,8 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
         """How much is asked of the endpoints."""
         local = {"dtype": None if self.dtype == "auto" else self.dtype, "device": self.device}
         remote = {name: getattr(self, name) for name in ENDPOINT_OPTIONS[1:]}
+        if self.sampling_endpoint:
+            return make_limits("sampling_endpoint", self.sampling_endpoint, {"max_num_seqs": self.max_num_seqs}, remote)
         return make_limits("proposal_endpoint", self.proposal_endpoint, local, remote)
 
     def would_overwrite(self, model: str) -> bool:

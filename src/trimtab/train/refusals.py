@@ -95,7 +95,15 @@ def _refuse_beside_rewards(asked: TrainOptions, objective: Objective) -> None:
     if asked.proposal_top_p not in (None, 1):
         raise InvalidOption("proposal_top_p: rewards train on whole rows, and what is cut has no gradient: leave it out")
     if asked.proposal_endpoint:
-        raise InvalidOption("proposal_endpoint: samples are drawn here while the aligner trains: leave it out")
+        raise InvalidOption(
+            "proposal_endpoint: the proposal trains along here; --sampling_endpoint names who draws the samples"
+        )
+    if asked.sampling_endpoint and asked.max_kl is not None:
+        raise InvalidOption(
+            "max_kl: β is found by what samples here tell of the proposal: give --beta beside --sampling_endpoint"
+        )
+    if asked.sampling_endpoint and not asked.reward:
+        raise InvalidOption("sampling_endpoint: without --reward nothing is drawn to learn from: leave it out")
     if asked.teacher_prompt is not None:
         raise InvalidOption(f"teacher_prompt: objective '{objective.name}' learns from rewards: leave it out")
     if asked.dry_run:

@@ -25,4 +25,10 @@ class OnlineOptions(RewardOptions):
     dev_prompts: int | None = option(
         None, "development prompts that a look draws --num_generations answers to, for rewards [default: 32]", low=1
     )
+    sampling_endpoint: tuple[str, ...] = option(
+        (),
+        "a `trimtab serve` of the same proposal that draws the samples, with --aligner_root OUTPUT_DIR or a folder above; may"
+        " repeat [default: this process]",
+        metavar="URL",
+    )
     max_num_seqs: int | None = option(None, "most answers drawn at once for rewards [default: 32]", low=1)

@@ -9,7 +9,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from trimtab.data.examples import Example
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import make_capture
 from trimtab.models.adapters import Adapted
+from trimtab.models.aligner import Aligner
 from trimtab.models.base import LanguageModel
 from trimtab.models.head import Head, HeadPool
 from trimtab.models.huggingface import HuggingFaceLM
@@ -27,7 +28,14 @@ from trimtab.train.plan import Plan
 from trimtab.train.record import make_manifest
 from trimtab.train.rows import ModelRows, Proposal
 
-__all__ = ["Policies", "Split", "split_proposal"]
+__all__ = ["Policies", "Policy", "Split", "split_proposal"]
+
+
+class Policy(Protocol):
+    """What samples are drawn from."""
+
+    def generate(self, prompts: Any, params: Any) -> Sequence[Any]:
+        """Completions, as `AlignedModel.generate` gives them: with `text`, `tokens`, `finish_reason`, `error`, `logprobs`."""
 
 
 class Split(NamedTuple):
@@ -75,16 +83,29 @@ class Policies:
         self._pool = None if head is None else HeadPool(proposal.model, head.tap)
         how: dict[str, Any] = {"tokenizer": tokenizer, "eos_token_ids": proposal.eos_token_ids, "date": date}
         how |= {"max_num_seqs": max_num_seqs}
-        self.bare, self._kept = (AlignedModel(proposal.model, **how) for _ in range(2))
+        self._bare, self._kept = (AlignedModel(proposal.model, **how) for _ in range(2))
         """The proposal alone; and again, for what is learnt about the speed of drafts is kept for all rounds."""
-        self._manifest = make_manifest(plan, tokenizer, plan.weight, head)
+        self._manifest, self._tokenizer = make_manifest(plan, tokenizer, plan.weight, head), tokenizer
 
-    def of(self, model: Any, weight: float) -> AlignedModel:
+    @property
+    def bare(self) -> Policy:
+        """The proposal alone."""
+        return self._bare
+
+    def of(self, model: Any, weight: float) -> Policy:
         """The aligned model of a trained one as it is now, at a weight of the rule."""
         model.eval()  # what is sampled is what is decoded; a training step puts it back
         with torch.random.fork_rng(devices=[]):  # so that a round that is read, and not drawn, leaves the same random numbers
             found = self._wrap(model)
         return self._kept.with_aligners([found], [dataclasses.replace(self._manifest, weight=weight)])
+
+    def save(self, model: Any, weight: float, folder: Path) -> None:
+        """Write a trained one as it is now as an aligner's folder, to be decoded at a weight of the rule."""
+        whole = model if self._head is None else TrainedHead(model, self._source, self._head)
+        Aligner(whole, self._tokenizer, dataclasses.replace(self._manifest, weight=weight), str(folder)).save_pretrained(folder)
+
+    def close(self) -> None:
+        """Let go of what is not this process's own; here, of nothing."""
 
     def hidden(self, examples: Sequence[Example], tap: int) -> list[dict[str, Tensor]]:
         """What a head reads of prompts and answers in training: inputs of a layer; nothing where it reads tokens."""

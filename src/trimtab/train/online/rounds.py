@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.request import Completion, SamplingParams
+from trimtab.decode.request import SamplingParams
 from trimtab.errors import ModelError
 from trimtab.judges.rewards.base import Ids, Reward, checked_scores
+from trimtab.train.online.policy import Policy
 from trimtab.train.online.prefixes import Ends, with_prefix_scores
 from trimtab.train.online.samples import Prompt, Sample, read_samples, write_samples
 
@@ -97,7 +97,7 @@ class Rounds:
         """How many answers of the first so many rounds have no score."""
         return sum(sample.score is None for number in range(count) for sample in self.read(number) or [])
 
-    def draw(self, number: int, policy: AlignedModel, *, gains: bool) -> list[Sample]:
+    def draw(self, number: int, policy: Policy, *, gains: bool) -> list[Sample]:
         """Draw a round, score and write it; without a reward nothing is drawn.
 
         Raises:
@@ -123,7 +123,7 @@ class Rounds:
         write_samples(self._path(number), samples, self._prompts)
         return samples
 
-    def look(self, name: str, policy: AlignedModel) -> list[Sample]:
+    def look(self, name: str, policy: Policy) -> list[Sample]:
         """Samples of the development prompts at temperature 1, with the same random numbers every time; kept in a file."""
         path = self._look_path(name)
         if (found := self._read_look(path)) is None:
@@ -185,9 +185,7 @@ class Rounds:
         most = min(most, len(better), self._schedule.generations - 1)
         return chance.sample(better, most)
 
-    def _score(
-        self, prompts: Sequence[Prompt], asked: Sequence[tuple[int, SamplingParams]], policy: AlignedModel
-    ) -> list[Sample]:
+    def _score(self, prompts: Sequence[Prompt], asked: Sequence[tuple[int, SamplingParams]], policy: Policy) -> list[Sample]:
         began = time.monotonic()
         drawn = policy.generate([list(prompts[place].ids) for place, _ in asked], [params for _, params in asked])
         owners = [(group, place, params) for group, (place, params) in enumerate(asked) for _ in range(params.n)]
@@ -218,11 +216,11 @@ class Rounds:
         return self._folder / f"round-{number:06d}.jsonl"
 
 
-def _gain(completion: Completion) -> float | None:
+def _gain(completion: Any) -> float | None:
     """What the aligned model gives it more than the proposal, where that was asked for."""
     if completion.logprobs is None:
         return None
-    return sum(completion.logprobs.aligned) - sum(completion.logprobs.proposal)
+    return float(sum(completion.logprobs.aligned) - sum(completion.logprobs.proposal))
 
 
 def _seed(*parts: int) -> int:

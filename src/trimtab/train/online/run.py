@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from trimtab.train.online.policy import Policies, split_proposal
 from trimtab.train.online.prefixes import Ends
 from trimtab.train.online.rounds import Rounds, Schedule
 from trimtab.train.online.samples import Prompt
+from trimtab.train.online.served import ServedPolicies
 from trimtab.train.online.trainer import OnlineTrainer
 from trimtab.train.options import TrainOptions
 from trimtab.train.plan import Facts, Plan, resolve
@@ -137,22 +139,27 @@ def _train(
     if began := start or (head and head.earlier):
         run["aligner_weights"] = began.files.fingerprint
     open_run(output, run, plan.asked.overwrite_output_dir)
-    policies = Policies(plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date)
+    sampling = plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date
+    urls = () if is_finished(output) else plan.asked.sampling_endpoint
+    policies = ServedPolicies(urls, plan.asked.limits, output, *sampling) if urls else Policies(*sampling)
     ends = Ends(tokenizer, proposal.eos_token_ids[0]) if plan.objective.prefixes else None
-    rounds = Rounds(output, training, development, schedule, reward, ends=ends, **given)
-    if is_finished(output):
-        logger.info("%s is already trained with these settings", output)
-        report = dict(read_json(output / "training.json"))
-    else:
-        model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
-        parts = {"rounds": rounds, "policies": policies, "prompts": training, "development": development}
-        parts["end"] = proposal.eos_token_ids[0]
-        report = _train_aligner(plan, output, arguments, ranks, tokenizer, head, split.frozen, model, reward, parts, started)
-        del model
-    if plan.trains_draft and "draft" not in report:
-        how: dict[str, Any] = {"rounds": rounds, "report": report, "prompts": (training, development), "source": split.rows}
-        report["draft"] = distil_draft(plan, output, tokenizer, ranks, start=start and start.draft, head=kind, **how)
-        write_json(output / "training.json", report)
+    with closing(policies):
+        rounds = Rounds(output, training, development, schedule, reward, ends=ends, **given)
+        if is_finished(output):
+            logger.info("%s is already trained with these settings", output)
+            report = dict(read_json(output / "training.json"))
+        else:
+            model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
+            parts = {"rounds": rounds, "policies": policies, "prompts": training, "development": development}
+            parts["end"] = proposal.eos_token_ids[0]
+            report = _train_aligner(
+                plan, output, arguments, ranks, tokenizer, head, split.frozen, model, reward, parts, started
+            )
+            del model
+        if plan.trains_draft and "draft" not in report:
+            how: dict[str, Any] = {"rounds": rounds, "report": report, "prompts": (training, development), "source": split.rows}
+            report["draft"] = distil_draft(plan, output, tokenizer, ranks, start=start and start.draft, head=kind, **how)
+            write_json(output / "training.json", report)
     return report
 
 
