@@ -79,6 +79,7 @@ ROUNDS: dict[str, Any] = {
 SAMPLES_OF_A_ROUND = ROUNDS["per_device_train_batch_size"] * ROUNDS["gradient_accumulation_steps"]
 NO_EXPLORING = {"tempered_share": 0.0, "replay_share": 0.0, "beta_start": 1.0}
 WAYS = {
+    "tb, β = .02": Way("tb", {"beta": 0.02} | NO_EXPLORING),
     "tb, β = .1": Way("tb", {"beta": 0.1} | NO_EXPLORING),
     "tb, β = .3": Way("tb", {"beta": 0.3} | NO_EXPLORING),
     "tb, β = .1, exploring": Way("tb", {"beta": 0.1}),
@@ -105,11 +106,11 @@ def run(said: argparse.Namespace) -> str:
     with only_writer(said.out / "lock"):
         TASK.prepare(cell.data, None)
         for part in ("train", "dev", "test"):
-            _write_prompts(cell, part)
-        records = _records(cell, "test")
-        drawn = parts.do("sample the proposal", lambda: _sample(_open(cell), records, SAMPLES))
-    rows = [["proposal", *_shown(_figures(drawn, records), None)]]
-    rows.append([f"best of {OF}", *_shown(_best_of(drawn, records), None)])
+            write_prompts(cell, part)
+        records = records_of(cell, "test")
+        drawn = parts.do("sample the proposal", lambda: sample(open_model(cell), records, SAMPLES))
+    rows = [["proposal", *shown(figures(drawn, records), None)]]
+    rows.append([f"best of {OF}", *shown(_best_of(drawn, records), None)])
     curves = []
     for name in said.way or WAYS:
         every: list[Done] = []
@@ -117,7 +118,7 @@ def run(said: argparse.Namespace) -> str:
             this, label = cell._replace(seed=seed), f"{name}, seed {seed}"
             with only_writer(this.out / "locks" / slug(label)):
                 every.append(_done(this, name, label, parts, said, records))
-            rows.append([label, *_shown(every[-1].found, every[-1].outside)])
+            rows.append([label, *shown(every[-1].found, every[-1].outside)])
             curves.append([label, _curve(every[-1].report)])
         rows.append([f"{name}, all seeds", *_together([one.found for one in every], [one.outside for one in every])])
         for i, weight in enumerate(DIAL):
@@ -130,29 +131,31 @@ def run(said: argparse.Namespace) -> str:
 def _done(cell: Cell, name: str, label: str, parts: Parts, said: argparse.Namespace, records: Sequence[Record]) -> Done:
     """One aligner, trained and measured."""
     report = parts.do(f"train {label}", lambda: _train(cell, name, said))
-    system, bare = (cache(lambda made=made: System(made())) for made in (lambda: _open(cell, name), lambda: _open(cell)))
-    found = parts.do(f"sample {label}", lambda: _sample(system().model, records, SAMPLES_OF_ALIGNERS))
+    system, bare = (
+        cache(lambda made=made: System(made())) for made in (lambda: open_model(cell, name), lambda: open_model(cell))
+    )
+    found = parts.do(f"sample {label}", lambda: sample(system().model, records, SAMPLES_OF_ALIGNERS))
     outside = parts.do(f"outside {label}", lambda: measure_outside(cell, system(), bare(), PROMPTS))
     dialled = []
     for weight in DIAL:
-        some = parts.do(f"sample {label} at {weight:g}", lambda: _sample(system().model, records, SAMPLES_OF_ALIGNERS, weight))  # noqa: B023 - called at once
-        dialled.append(_figures(some, records))
-    return Done(report, _figures(found, records), dialled, outside)
+        some = parts.do(f"sample {label} at {weight:g}", lambda: sample(system().model, records, SAMPLES_OF_ALIGNERS, weight))  # noqa: B023 - called at once
+        dialled.append(figures(some, records))
+    return Done(report, figures(found, records), dialled, outside)
 
 
-def _open(cell: Cell, name: str | None = None) -> AlignedModel:
+def open_model(cell: Cell, name: str | None = None) -> AlignedModel:
     aligners = [] if name is None else [cell.model(name)]
     return AlignedModel.from_pretrained(cell.proposal, *aligners, max_num_seqs=32)
 
 
-def _write_prompts(cell: Cell, part: str) -> None:
+def write_prompts(cell: Cell, part: str) -> None:
     """The prompts of the kinds that count, without answers."""
     with atomic_write(cell.out / f"{part}.jsonl") as stream:
-        for record in _records(cell, part):
+        for record in records_of(cell, part):
             stream.write(json.dumps({name: record[name] for name in ("prompt", "constraint", "group")}) + "\n")
 
 
-def _records(cell: Cell, part: str) -> list[Record]:
+def records_of(cell: Cell, part: str) -> list[Record]:
     return [record for record in cell.read(part) if record["constraint"]["kind"] in KINDS]
 
 
@@ -179,8 +182,10 @@ def _pairs(cell: Cell, part: str) -> Path:
     return cell.out / f"pairs-{part}-{cell.seed}.jsonl"
 
 
-def _sample(model: AlignedModel, records: Sequence[Record], n: int, weight: float | None = None) -> list[dict[str, Any]]:
-    """Answers to every prompt at temperature 1."""
+def sample(
+    model: AlignedModel, records: Sequence[Record], n: int, weight: float | list[float] | None = None
+) -> list[dict[str, Any]]:
+    """So many answers to every prompt at temperature 1, at a weight of the aligner or one for each."""
     like = SamplingParams(n=n, max_tokens=MAX_TOKENS, weight=weight, logprobs=True)
     params = [replace(like, seed=100_000 + i) for i in range(len(records))]
     drawn = model.generate([record["prompt"] for record in records], params)
@@ -192,7 +197,7 @@ def _sample(model: AlignedModel, records: Sequence[Record], n: int, weight: floa
     return found
 
 
-def _figures(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
+def figures(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
     """Means for each prompt; distinct-2 of one answer to each, averaged over which one."""
     by_prompt: list[list[dict[str, Any]]] = [[] for _ in records]
     for one in drawn:
@@ -223,8 +228,8 @@ def _best_of(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict
         for start in range(0, SAMPLES, OF):
             block = some[start : start + OF]
             picked.append(max(block, key=lambda one: obeys(record["constraint"], one["text"])) | {"place": place})
-    shares = _figures(drawn, records)["obeyed"]
-    return _figures(picked, records) | {"kl": [_divergence(1 - (1 - share) ** OF, share) for share in shares]}
+    shares = figures(drawn, records)["obeyed"]
+    return figures(picked, records) | {"kl": [_divergence(1 - (1 - share) ** OF, share) for share in shares]}
 
 
 def _divergence(p: float, q: float) -> float:
@@ -232,7 +237,7 @@ def _divergence(p: float, q: float) -> float:
     return sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 0)
 
 
-def _shown(found: dict[str, Any], outside: dict[str, Any] | None) -> list[str]:
+def shown(found: dict[str, Any], outside: dict[str, Any] | None) -> list[str]:
     cells = [_mean(found["obeyed"]), _mean(found["kl"]), f"{found['distinct']:.3f}", _mean(found["tokens"], 1)]
     if outside is None:
         return [*cells, ""]
@@ -248,7 +253,7 @@ def _together(found: Sequence[dict[str, Any]], outside: Sequence[dict[str, Any]]
     }
     means["distinct"] = sum(one["distinct"] for one in found) / len(found)
     names = ("nll", "proposal_nll", "tokens")
-    return _shown(means, None if outside is None else {name: [sum(one[name]) for one in outside] for name in names})
+    return shown(means, None if outside is None else {name: [sum(one[name]) for one in outside] for name in names})
 
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:

@@ -287,9 +287,9 @@ def test_soft_bellman_residuals_have_the_same_target(rule, weight, stepwise):
         before = sum(float(PROPOSAL.row((*PROMPT, *prefix[:i]))[v]) for i, v in enumerate(prefix))
         ahead[place] = (LOGP[following] - before + REWARDS[following] / BETA).logsumexp(0) - so_far[prefix] / BETA
     assert float(residuals(looking_ahead(rule, weight, REWARDS), ahead, ahead).max()) < 1e-25
-    optimizer = torch.optim.Adam([aligner.logits, values], lr=0.05)
+    optimizer = torch.optim.Adam([aligner.logits, values], lr=0.1)
     target = values.detach().clone()
-    for _ in range(800):
+    for _ in range(400):
         optimizer.zero_grad()
         residuals(aligner, values, target).mean().backward()
         optimizer.step()
