@@ -4,8 +4,8 @@
 
 The team is the aligners of `tb` and of `grpo`, both at weight 1 under `geometric`, the rule of heads: P_M·(q₁/P_M)·(q₂/P_M).
 `trimtab distil` makes one head of them, from samples of its own to the training prompts. All are measured on the test prompts
-of the study, with samples at temperature 1: the share that obeys, KL from the proposal, and the time of a token. What is finished
-is kept in `--out`; it prints Markdown.
+of the study, with samples at temperature 1: the share that obeys, KL from the proposal, and the time of a token. What is
+finished is kept in `--out`; it prints Markdown.
 """
 
 import argparse
