@@ -33,7 +33,7 @@ PROMPT = "Whole numbers from 0 to 100, drawn at random: 17, 4, 88, 63, 100, 29, 
 VALID = re.compile(r"(\d), |([1-9]\d),|(100)")
 NUMBERS, TOKENS, SAMPLES, SEED = 101, 3, 10_000, 4_321
 ROUNDS: dict[str, Any] = {
-    "num_generations": 64, "per_device_train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+    "num_generations": 128, "per_device_train_batch_size": 128, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
     "eval_steps": 0.25, "save_steps": 0.25, "logging_steps": 10, "load_best_model_at_end": False,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def run(said: argparse.Namespace) -> str:
         for seed in said.seed or (0, 1, 2):
             folder, label = said.out / f"{name}-{seed}", f"{name}, seed {seed}"
             how = {"proposal": str(said.proposal), "output_dir": str(folder), "head_layers": said.head_layers, "seed": seed}
-            how |= {"dataset": str(data), "eval_dataset": str(data), "max_tokens": TOKENS, "max_num_seqs": 64}
+            how |= {"dataset": str(data), "eval_dataset": str(data), "max_tokens": TOKENS, "max_num_seqs": 128}
             how |= {"max_steps": said.rounds, "report_to": "none"} | ROUNDS | WAYS[name]
             parts.do(f"train {label}", lambda how=how: train(reward=(valid,), **how)["metrics"])  # type: ignore[misc]
             model = lambda folder=folder: AlignedModel.from_pretrained(said.proposal, folder, max_num_seqs=64)  # noqa: E731

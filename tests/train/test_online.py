@@ -401,10 +401,27 @@ def train_rounds(folder, name, *, rounds, **settings):
     """Draw rounds of two prompts of nine."""
     prompts = [Prompt(Record(f"p{i}", None, None, f"data:{i}"), [5 + i]) for i in range(9)]
     schedule = Schedule(2, 4, 3, 0, **settings)
-    made = Rounds(folder / name, prompts, prompts[:1], schedule, None)
+    made = Rounds(folder / name, prompts, prompts[:1], schedule, object())
     for number in range(rounds):
         made.draw(number, None, gains=False)
     return made
+
+
+def test_of_earlier_answers_that_are_as_good_none_is_left_out(folder, monkeypatch):
+    """Or what was found late would never come again."""
+    count = iter(range(10_000))
+
+    def score(self, prompts, given, policy):
+        numbered = [(group, place, next(count)) for group, (place, params) in enumerate(given) for _ in range(params.n)]
+        return [
+            Sample(group, place, [1 + number // V % V, number % V], "", "stop", 1.0, 1.0) for group, place, number in numbered
+        ]
+
+    monkeypatch.setattr(Rounds, "_score", score)
+    made = train_rounds(folder, "ties", rounds=60, replay_share=0.5)
+    first = {(s.place, *s.tokens): number for number in reversed(range(60)) for s in made.read(number)}
+    replayed = [first[s.place, *s.tokens] for n in range(50, 60) for group in made.groups(n, []) for s in group]
+    assert max(replayed) >= 40
 
 
 def test_earlier_answers_stand_in_for_fresh_ones(folder, monkeypatch):

@@ -180,8 +180,11 @@ class Rounds:
                     self._buffer[sample.place].setdefault(tuple(sample.tokens), (self._known, sample))
             self._known += 1
         known = [sample for first, sample in self._buffer[place].values() if first < number]
-        ranked = sorted(known, key=lambda sample: -(sample.score or 0.0))
-        better = ranked[: max(most, -(-len(ranked) // 2))]
+        if not known:
+            return []
+        scores = sorted((sample.score or 0.0 for sample in known), reverse=True)
+        least = scores[min(max(most, -(-len(scores) // 2)), len(scores)) - 1]  # those that are as good as it count, too
+        better = [sample for sample in known if (sample.score or 0.0) >= least]
         most = min(most, len(better), self._schedule.generations - 1)
         return chance.sample(better, most)
 
