@@ -120,7 +120,8 @@ def run(said: argparse.Namespace) -> str:
                 every.append(_done(this, name, label, parts, said, records))
             rows.append([label, *shown(every[-1].found, every[-1].outside)])
             curves.append([label, _curve(every[-1].report)])
-        rows.append([f"{name}, all seeds", *_together([one.found for one in every], [one.outside for one in every])])
+        if len(every) > 1:
+            rows.append([f"{name}, all seeds", *_together([one.found for one in every], [one.outside for one in every])])
         for i, weight in enumerate(DIAL):
             rows.append([f"the same at weight {weight:g}", *_together([one.dialled[i] for one in every], None)])
     head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "harm outside, nats a token"]
