@@ -56,7 +56,7 @@ def run(said: argparse.Namespace) -> str:
 
 
 def _sampled(cell: Cell, aligners: Sequence[Path], records: Sequence[Any]) -> list[dict[str, Any]]:
-    model = AlignedModel.from_pretrained(cell.proposal, *aligners, max_num_seqs=32)
+    model = AlignedModel.from_pretrained(cell.proposal, list(aligners), max_num_seqs=32)
     return sample(model, records, SAMPLES_OF_ALIGNERS, [1.0] * len(aligners))
 
 
