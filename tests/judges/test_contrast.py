@@ -116,7 +116,7 @@ def test_what_tells_it_from_others_is_stable(folder):
         ("model={}/one", "good and bad are the same, and every answer would be worth 0"),
         ("good_model={}/one,bad_model={}/one", "good and bad are the same"),
         ("model={}/one,good={}/kind.txt,bad={}/kind.txt", "good and bad are the same"),
-        ("modle={}/one", "there is no 'modle': did you mean model"),
+        ("modle={}/one", "and not 'modle': did you mean model"),
         ("model={}/one,good", "'good' needs a value: good=…"),
         ("model={}/one,good=", "'good' needs a value"),
         ("model={}/one,model={}/two", "'model' stands there twice"),

@@ -173,7 +173,7 @@ def test_another_criterion_or_model_is_another_reward():
     [
         ("nowhere", "nowhere"),
         ("http://h#m,criterion=funny", "judge: criterion must be one of helpful, harmless, summary, not 'funny'"),
-        ("http://h#m,criterium=helpful", "judge: there is no 'criterium': did you mean criterion"),
+        ("http://h#m,criterium=helpful", "each as KEY=VALUE, and not 'criterium': did you mean criterion"),
         ("http://h#m,max_tokens=0", "judge: max_tokens must be at least 1, not 0"),
         ("http://h#m,max_tokens=1.5", "judge: max_tokens must be a whole number, not '1.5'"),
         ("http://h#m,max_retries=few", "judge: max_retries must be a number, not 'few'"),

@@ -23,7 +23,7 @@ def read_keyed(kind: str, parts: Iterable[str], keys: Sequence[str]) -> dict[str
     for part in parts:
         key, equals, value = part.partition("=")
         if key not in keys:
-            raise InvalidOption(f"{kind}: there is no '{key}'{meant(key, keys)}; it takes {', '.join(keys)}, each as KEY=VALUE")
+            raise InvalidOption(f"{kind} takes {', '.join(keys)}, each as KEY=VALUE, and not '{key}'{meant(key, keys)}")
         if not equals or not value:
             raise InvalidOption(f"{kind}: '{key}' needs a value: {key}=…")
         if key in given:
