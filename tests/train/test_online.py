@@ -424,6 +424,25 @@ def test_of_earlier_answers_that_are_as_good_none_is_left_out(folder, monkeypatc
     assert max(replayed) >= 40
 
 
+def test_where_few_earlier_answers_are_good_those_alone_come_again(folder, monkeypatch):
+    """A tenth, and not the half that they would be in with many that are bad."""
+    count = iter(range(10_000))
+
+    def score(self, prompts, given, policy):
+        numbered = [(group, place, next(count)) for group, (place, params) in enumerate(given) for _ in range(params.n)]
+        return [
+            Sample(group, place, [1 + number // V % V, number % V], "", "stop", 1.0, float(number % 10 == 0))
+            for group, place, number in numbered
+        ]
+
+    monkeypatch.setattr(Rounds, "_score", score)
+    made = train_rounds(folder, "few", rounds=60, replay_share=0.25)
+    good = {s.place for number in range(50) for s in made.read(number) if s.score}
+    replayed = [s for n in range(50, 60) for group in made.groups(n, []) for s in group if s.place in good]
+    assert replayed
+    assert all(sample.score for sample in replayed)
+
+
 def test_earlier_answers_stand_in_for_fresh_ones(folder, monkeypatch):
     """The better half of distinct ones, never those of later rounds."""
     scores = iter(range(10_000))

@@ -183,8 +183,10 @@ class Rounds:
         if not known:
             return []
         scores = sorted((sample.score or 0.0 for sample in known), reverse=True)
-        least = scores[min(max(most, -(-len(scores) // 2)), len(scores)) - 1]  # those that are as good as it count, too
-        better = [sample for sample in known if (sample.score or 0.0) >= least]
+        least = scores[min(max(most, -(-len(scores) // 2)), len(scores)) - 1]
+        better = [sample for sample in known if (sample.score or 0.0) > least]
+        if len(better) < most:  # of those that are as good as the last of the half, all count or none
+            better = [sample for sample in known if (sample.score or 0.0) >= least]
         most = min(most, len(better), self._schedule.generations - 1)
         return chance.sample(better, most)
 
