@@ -497,11 +497,14 @@ def test_figures_are_of_the_samples():
     found = figures_of(samples, 0.5, 0.2, None)
     assert found == pytest.approx(
         {"reward": 2.0, "kl": 0.5, "kl_per_token": 0.2, "objective": 1.9, "beta": 0.2, "length": 2.5, "ended": 0.75,
-         "distinct": 0.5, "scored": 0.75}
+         "distinct": 0.5, "scored": 0.75, "loss": 0.0}
     )  # fmt: skip
     assert figures_of(samples, 0.5, 0.2, 0.4)["objective"] == pytest.approx(1.6)
     assert figures_of(samples, 0.5, 0.2, 0.4, before=1.0)["objective"] == pytest.approx(1.8)
     assert figures_of(samples, 0.5, 0.2, 0.6, before=1.0)["objective"] == 2.0
+    unscored = figures_of([replace(sample, score=None) for sample in samples], 0.5, 0.2, loss=3.0)
+    assert "reward" not in unscored
+    assert (unscored["objective"], unscored["scored"]) == (-3.0, 0.0)
 
 
 # ---- a run that is killed

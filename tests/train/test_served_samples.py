@@ -105,7 +105,7 @@ def test_a_server_of_another_kind_is_named(folder):
         scripted(other, models=[{"id": "base"}]) as one,
         pytest.raises(ModelError, match="choices with token_ids: it must be trimtab serve"),
     ):
-        run(folder, "other", one.url)
+        run(folder, "other", one.url, max_retries=0)
 
 
 @pytest.mark.parametrize(
