@@ -229,6 +229,19 @@ def test_answers_in_a_file_are_earlier_ones_beside_what_is_drawn(folder):
     assert len(drawn) == 4 * 3, "of four answers to each of four prompts one was there"
 
 
+def test_a_drafter_learns_from_the_answers_in_a_file_where_none_are_drawn(folder):
+    rows = [
+        {"prompt": row["prompt"], "completion": text, "score": float(len(text))}
+        for row in map(json.loads, lines_of(folder / "prompts.jsonl"))
+        for text in ("ae", "x")
+    ]
+    write_rows(folder / "two.jsonl", rows)
+    how = {"aligner": str(folder / "start"), "rule": "product", "rewards": str(folder / "two.jsonl"), "train_draft": None}
+    report = train(replace(options(folder, "filed-draft", {"max_steps": 2}, **how), reward=()))
+    assert report["draft"]
+    assert (folder / "filed-draft" / "draft" / "config.json").exists()
+
+
 def test_texts_in_a_file_are_encoded_and_what_does_not_fit_is_said(folder, caplog):
     prompts = [row["prompt"] for row in map(json.loads, lines_of(folder / "prompts.jsonl"))]
     rows = [{"prompt": p, "completion": text, "score": float(len(text))} for p in prompts for text in ("ae", "x", "toolong")]

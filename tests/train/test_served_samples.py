@@ -93,6 +93,7 @@ def test_a_server_that_does_not_see_the_folder_is_named_before_anything_is_drawn
     with running(folder_service(folder / "proposal", {})) as one, pytest.raises(InvalidOption, match="--aligner_root"):
         run(folder, "unseen", one.url)
     assert not (folder / "unseen" / "rounds").exists()
+    assert not list((folder / "unseen").glob("policy-*"))
 
 
 def test_a_server_of_another_kind_is_named(folder):

@@ -60,7 +60,8 @@ def distil_draft(
     assert start is not None  # as for all but heads
     latest: list[Sample] = []
     for number in reversed(range(report["rounds"])):
-        latest += rounds.read(number) or []
+        drawn = rounds.read(number) or []
+        latest += drawn or [sample for group in rounds.groups(number, drawn) for sample in group]
         if len(latest) >= SAMPLES:
             break
     examples = [Example(prompts[0][one.place].ids, one.tokens, ()) for one in latest[:SAMPLES]]

@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from trimtab.data.encoding import Encoder
@@ -77,12 +78,13 @@ def with_answers(
     """
     once = list({key_of_prompt(prompt.record.prompt): prompt for prompt in prompts}.values())
     found = filed_samples(filed, once, encoder, max_tokens)
-    kept = [prompt for prompt, some in zip(once, found.values(), strict=True) if len(some) > 1]
+    kept = [place for place, some in found.items() if len(some) > 1]
     if not kept:
         raise DataError(f"{filed.path}: no {part} prompt has two answers with scores, and what is learnt is how they compare")
     if left := len(once) - len(kept):
         logger.warning("%s: %d of %d %s prompts have no two answers: left out", filed.path, left, len(once), part)
-    return kept, filed_samples(filed, kept, encoder, max_tokens)
+    moved = {new: [replace(sample, place=new) for sample in found[place]] for new, place in enumerate(kept)}
+    return [once[place] for place in kept], moved
 
 
 def _tokens(row: Scored, prompt: Prompt, encoder: Encoder) -> list[int] | None:

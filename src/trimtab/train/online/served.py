@@ -5,6 +5,7 @@ server calls `--aligner_root`. Clients name such folders by their path from ther
 path that leads somewhere is found by asking.
 """
 
+import dataclasses
 import hashlib
 import logging
 import shutil
@@ -88,7 +89,11 @@ class ServedPolicies(Policies):
         digest = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]
         self._name, self._folder = f"policy-{digest}", output.resolve() / f"policy-{digest}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._places = {url: _locate(url, limits, self._name, self._folder) for url in urls}
+        try:
+            self._places = {url: _locate(url, limits, self._name, self._folder) for url in urls}
+        except BaseException:
+            self._forget()
+            raise
         self._endpoints, self._limits = Endpoints(urls, limits).__enter__(), limits
 
     @property
@@ -117,13 +122,17 @@ class ServedPolicies(Policies):
 
     def close(self) -> None:
         """Have the servers forget it, as far as they answer."""
+        once = dataclasses.replace(self._limits, max_retries=0)  # one that is down has been waited for before
         for url in self._places:
-            with Endpoints([url], self._limits) as endpoint:
+            with Endpoints([url], once) as endpoint:
                 try:
                     endpoint.post(UNLOAD, {"name": self._name}, _ignored)
                 except EndpointError as error:
                     logger.warning("sampling_endpoint: %s goes on knowing %s: %s", url, self._name, error)
         self._endpoints.__exit__(None, None, None)
+        self._forget()
+
+    def _forget(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
