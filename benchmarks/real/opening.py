@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from fetch import FILE
@@ -10,7 +11,18 @@ from trimtab.errors import InvalidOption
 from trimtab.hardware import keep_freed_memory
 from trimtab.models.loading import quiet_loading
 
-__all__ = ["open_study"]
+__all__ = ["add_training", "open_study"]
+
+SEEDS = (0, 1, 2)
+
+
+def add_training(parser: argparse.ArgumentParser, rounds: int, ways: Iterable[str] = ()) -> None:
+    """Options of a study that trains heads: `--rounds`, `--head_layers`; where there are several ways, `--way` and `--seed`."""
+    if ways:
+        parser.add_argument("--way", action="append", choices=[*ways], help="only these; may repeat [default: all]")
+        parser.add_argument("--seed", action="append", type=int, help=f"only these; may repeat [default: {SEEDS}]")
+    parser.add_argument("--rounds", type=int, default=rounds, help="of samples [default: %(default)s]")
+    parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
 
 
 def open_study(name: str, parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from demo import Parts
-from opening import open_study
+from opening import SEEDS, add_training, open_study
 from report import table
 
 from trimtab.decode.aligned import AlignedModel
@@ -55,10 +55,7 @@ def number_of(text: str) -> int | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", action="append", choices=[*WAYS], help="only these; may repeat [default: all]")
-    parser.add_argument("--seed", action="append", type=int, help="only these; may repeat [default: 0, 1, 2]")
-    parser.add_argument("--rounds", type=int, default=400, help="[default: %(default)s]")
-    parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
+    add_training(parser, 400, WAYS)
     said = open_study("numbers", parser)
     with only_writer(said.out / "lock"):
         print(run(said))
@@ -72,7 +69,7 @@ def run(said: argparse.Namespace) -> str:
     bare = parts.do("sample the proposal", lambda: draw(AlignedModel.from_pretrained(said.proposal, max_num_seqs=64)))
     rows.append(["proposal", *shown(bare)])
     for name in said.way or WAYS:
-        for seed in said.seed or (0, 1, 2):
+        for seed in said.seed or SEEDS:
             folder, label = said.out / f"{name}-{seed}", f"{name}, seed {seed}"
             how = {"proposal": str(said.proposal), "output_dir": str(folder), "head_layers": said.head_layers, "seed": seed}
             how |= {"dataset": str(data), "eval_dataset": str(data), "max_tokens": TOKENS, "max_num_seqs": 128}

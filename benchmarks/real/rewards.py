@@ -29,7 +29,7 @@ from constraints import obeys
 from demo import Parts
 from instructions import TASK
 from measure import measure_outside
-from opening import open_study
+from opening import SEEDS, add_training, open_study
 from outside import PROMPTS
 from report import table
 from systems import OF, System
@@ -43,7 +43,6 @@ from trimtab.propose.call import propose
 from trimtab.train.call import train
 from trimtab.words import distinct
 
-SEEDS = (0, 1, 2)
 KINDS = ("one sentence", "json", "no list", "below")
 MAX_TOKENS, SAMPLES = 48, 8
 """Of an answer; and of the proposal's to each test prompt, from which the best is picked."""
@@ -83,18 +82,15 @@ WAYS = {
     "tb, β = .1": Way("tb", {"beta": 0.1} | NO_EXPLORING),
     "tb, β = .3": Way("tb", {"beta": 0.3} | NO_EXPLORING),
     "tb, β = .1, exploring": Way("tb", {"beta": 0.1}),
+    "subtb, β = .1": Way("subtb", {"beta": 0.1} | NO_EXPLORING),
     "grpo, β = .04": Way("grpo", {"beta": 0.04}),
-    "grpo, β = .2": Way("grpo", {"beta": 0.2}),
     "preference, β = .1": Way("preference", {"beta": 0.1}),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", action="append", choices=[*WAYS], help="only these; may repeat [default: all]")
-    parser.add_argument("--seed", action="append", type=int, help="only these; may repeat [default: 0, 1, 2]")
-    parser.add_argument("--rounds", type=int, default=60, help="of tb and grpo [default: %(default)s]")
-    parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
+    add_training(parser, 60, WAYS)
     parser.add_argument("--dtype", default="bfloat16", help="what is trained in [default: %(default)s]")
     print(run(open_study("rewards", parser)))
 
@@ -109,8 +105,9 @@ def run(said: argparse.Namespace) -> str:
             write_prompts(cell, part)
         records = records_of(cell, "test")
         drawn = parts.do("sample the proposal", lambda: sample(open_model(cell), records, SAMPLES))
-    rows = [["proposal", *shown(figures(drawn, records), None)]]
-    rows.append([f"best of {OF}", *shown(_best_of(drawn, records), None)])
+    before, best = figures(drawn, records), _best_of(drawn, records)
+    rows = [["proposal", *shown(before, None)], [f"best of {OF}", *shown(best, None)]]
+    kinds = [["proposal", *_by_kind(before, records)], [f"best of {OF}", *_by_kind(best, records)]]
     curves = []
     for name in said.way or WAYS:
         every: list[Done] = []
@@ -119,14 +116,19 @@ def run(said: argparse.Namespace) -> str:
             with only_writer(this.out / "locks" / slug(label)):
                 every.append(_done(this, name, label, parts, said, records))
             rows.append([label, *shown(every[-1].found, every[-1].outside)])
-            curves.append([label, _curve(every[-1].report)])
+            kinds.append([label, *_by_kind(every[-1].found, records)])
+            curves.append([label, _curve(every[-1].report), _spent(every[-1].report)])
         if len(every) > 1:
             rows.append([f"{name}, all seeds", *_together([one.found for one in every], [one.outside for one in every])])
         for i, weight in enumerate(DIAL):
             rows.append([f"the same at weight {weight:g}", *_together([one.dialled[i] for one in every], None)])
     head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "harm outside, nats a token"]
-    curve = table(["", "reward at KL, development prompts, as training went"], curves)
-    return f"{describe_hardware()}\n\n{table(head, rows)}\n\n{curve}"
+    curve = [
+        "",
+        "reward at KL, development prompts, as training went; the last is the best",
+        "of the time: sampling, passes, all else",
+    ]
+    return "\n\n".join([describe_hardware(), table(head, rows), table(["obeyed", *KINDS], kinds), table(curve, curves)])
 
 
 def _done(cell: Cell, name: str, label: str, parts: Parts, said: argparse.Namespace, records: Sequence[Record]) -> Done:
@@ -261,6 +263,22 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
     here = torch.tensor(values, dtype=torch.float64)
     low, high = mean_interval(here)
     return f"{here.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _by_kind(found: dict[str, Any], records: Sequence[Record]) -> list[str]:
+    """The mean share that obeys, of the prompts of each kind."""
+    shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for record, share in zip(records, found["obeyed"], strict=True):
+        shares[record["constraint"]["kind"]].append(share)
+    return [f"{sum(some) / len(some):.2f}" for some in shares.values()]
+
+
+def _spent(report: dict[str, Any]) -> str:
+    spent = report.get("profile") or {}
+    if not spent:
+        return ""
+    sampling, passes, whole = spent["sampling"], spent["passes"], sum(spent.values())
+    return ", ".join(f"{seconds / whole:.3f}" for seconds in (sampling, passes, whole - sampling - passes))
 
 
 def _curve(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from cell import Cell
 from demo import Parts
 from instructions import TASK
-from opening import open_study
+from opening import add_training, open_study
 from report import table
 from rewards import MAX_TOKENS, ROUNDS, SAMPLES_OF_ALIGNERS, figures, records_of, sample, shown
 
@@ -31,8 +31,7 @@ MEMBERS = ("tb, β = .1", "grpo, β = .04")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60, help="[default: %(default)s]")
-    parser.add_argument("--head_layers", type=int, default=10, help="[default: %(default)s]")
+    add_training(parser, 45)
     parser.add_argument("--dtype", default="bfloat16", help="what is trained in [default: %(default)s]")
     said = open_study("team", parser)
     with only_writer(said.out / "locks" / "team"):
@@ -44,7 +43,7 @@ def run(said: argparse.Namespace) -> str:
     cell = Cell(said.out, said.proposal.resolve(), TASK, "", 0)
     parts, records = Parts(said.out / "parts"), records_of(cell, "test")
     members, student = [cell.model(name) for name in MEMBERS], cell.model("distilled team")
-    parts.do("train the distilled team", lambda: _distil(cell, members, student, said))
+    report = parts.do("train the distilled team", lambda: _distil(cell, members, student, said))
     rows = []
     for name, aligners in zip((*MEMBERS, "team", "distilled"), ([members[0]], [members[1]], members, [student]), strict=True):
         label = f"sample {name}, seed 0" if name in MEMBERS else f"sample the {name}"
@@ -52,7 +51,8 @@ def run(said: argparse.Namespace) -> str:
         seconds = parts.seconds[label] / sum(one["tokens"] for one in drawn)
         rows.append([name, *shown(figures(drawn, records), None)[:-1], f"{1000 * seconds:.1f}"])
     head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "ms a token, at 32 together"]
-    return f"{describe_hardware()}\n\n{table(head, rows)}"
+    far = f"KL from the team on development prompts, nats an answer: proposal {-report['proposal']['reward']:.1f}, distilled"
+    return f"{describe_hardware()}\n\n{table(head, rows)}\n\n{far} {-report['metrics']['eval_objective']:.1f}"
 
 
 def _sampled(cell: Cell, aligners: Sequence[Path], records: Sequence[Any]) -> list[dict[str, Any]]:
