@@ -257,7 +257,10 @@ def test_texts_in_a_file_are_encoded_and_what_does_not_fit_is_said(folder, caplo
     )
     assert report["metrics"]["eval_loss"] > 0
     write_rows(folder / "texts.jsonl", [rows[1]])
-    with pytest.raises(DataError, match="no training prompt has two answers with scores"):
+    with pytest.raises(DataError, match="no training prompt has two answers with different scores"):
+        train(replace(options(folder, "texts-1", {"max_steps": 2}, **how), reward=()))
+    write_rows(folder / "texts.jsonl", [{**row, "score": 1.0} for row in rows])
+    with pytest.raises(DataError, match="no training prompt has two answers with different scores"):
         train(replace(options(folder, "texts-1", {"max_steps": 2}, **how), reward=()))
     write_rows(folder / "texts.jsonl", [{**rows[1], "tokens": [1, 2, 3]}, rows[2]])
     with pytest.raises(DataError, match="'tokens' are not the ids of 'completion'"):

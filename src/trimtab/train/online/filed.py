@@ -74,13 +74,13 @@ def with_answers(
     """The prompts that have two answers or more, each once; others are counted in the log.
 
     Raises:
-        DataError: there is none; or as `filed_samples`.
+        DataError: no prompt has two answers with different scores; or as `filed_samples`.
     """
     once = list({key_of_prompt(prompt.record.prompt): prompt for prompt in prompts}.values())
     found = filed_samples(filed, once, encoder, max_tokens)
     kept = [place for place, some in found.items() if len(some) > 1]
-    if not kept:
-        raise DataError(f"{filed.path}: no {part} prompt has two answers with scores, and what is learnt is how they compare")
+    if all(len({sample.score for sample in found[place]}) == 1 for place in kept):
+        raise DataError(f"{filed.path}: no {part} prompt has two answers with different scores, and how they compare is learnt")
     if left := len(once) - len(kept):
         logger.warning("%s: %d of %d %s prompts have no two answers: left out", filed.path, left, len(once), part)
     moved = {new: [replace(sample, place=new) for sample in found[place]] for new, place in enumerate(kept)}
