@@ -1,7 +1,6 @@
 """Scored answers in files: rows with a prompt, a completion and a score, as rounds of training have them, and anybody may."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from trimtab.data.records import UNFINISHED, read_records, read_rows
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import expand_home
 
-__all__ = ["Scored", "key_of_prompt", "read_scored", "scored_file"]
+__all__ = ["Scored", "read_scored", "scored_file"]
 
 
 class Scored(NamedTuple):
@@ -73,8 +72,3 @@ def read_scored(path: str | Path) -> Iterator[Scored]:
             raise DataError(f"{source}: 'tokens' must be a list of ids, not {tokens!r}")
         cut = row.get("finish_reason") == "length" or bool(row.get(UNFINISHED))
         yield Scored(source, record.prompt, completion, None if score is None else float(score), tokens, cut)
-
-
-def key_of_prompt(*parts: Any) -> str:
-    """A key of a prompt, or of one with what belongs to it."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.scored import key_of_prompt, read_scored, scored_file
+from trimtab.data.scored import read_scored, scored_file
 from trimtab.errors import DataError
+from trimtab.journal import key_of
 from trimtab.judges.base import Asked
 from trimtab.judges.rewards.base import Reward, RewardKind
 
@@ -31,15 +32,15 @@ class FileReward(Reward):
         self._scores: dict[str, float | None] = {}
         self._prompts: set[str] = set()
         for row in read_scored(path):
-            key = key_of_prompt(row.prompt, row.completion)
+            key = key_of([row.prompt, row.completion])
             if self._scores.setdefault(key, row.score) != row.score:
                 raise DataError(f"{row.source}: the same prompt and completion have another score above: keep one")
-            self._prompts.add(key_of_prompt(row.prompt))
+            self._prompts.add(key_of([row.prompt]))
 
     def check(self, asked: Asked) -> None:
         """Refuse prompts of which the file has no completion."""
         for prompt, source in zip(asked.prompts, asked.sources, strict=True):
-            if key_of_prompt(prompt) not in self._prompts:
+            if key_of([prompt]) not in self._prompts:
                 raise DataError(f"{source}: {self.path} has no score of any completion of this prompt: {_short(prompt)}")
 
     def score(
@@ -52,7 +53,7 @@ class FileReward(Reward):
         """
         found = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            key = key_of_prompt(prompt, answer)
+            key = key_of([prompt, answer])
             if key not in self._scores:
                 raise DataError(f"{self.path} has no score of the completion {_short(answer)} of the prompt {_short(prompt)}")
             found.append(self._scores[key])

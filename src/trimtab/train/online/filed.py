@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from trimtab.data.encoding import Encoder
-from trimtab.data.scored import Scored, key_of_prompt, read_scored, scored_file
+from trimtab.data.scored import Scored, read_scored, scored_file
 from trimtab.errors import DataError, InvalidRequest
+from trimtab.journal import key_of
 from trimtab.train.online.samples import Prompt, Sample
 
 __all__ = ["Filed", "filed_samples", "read_filed", "with_answers"]
@@ -36,7 +37,7 @@ def read_filed(path: str) -> Filed:
     rows: dict[str, list[Scored]] = defaultdict(list)
     for row in read_scored(path):
         if row.score is not None:
-            rows[key_of_prompt(row.prompt)].append(row)
+            rows[key_of([row.prompt])].append(row)
     if not rows:
         raise DataError(f"{path}: no answer has a score")
     return Filed(path, fingerprint, rows)
@@ -52,7 +53,7 @@ def filed_samples(filed: Filed, prompts: Sequence[Prompt], encoder: Encoder, max
     long = apart = 0
     for place, prompt in enumerate(prompts):
         some = []
-        for row in filed.rows.get(key_of_prompt(prompt.record.prompt), ()):
+        for row in filed.rows.get(key_of([prompt.record.prompt]), ()):
             tokens = _tokens(row, prompt, encoder)
             if tokens is None:
                 apart += 1
@@ -76,7 +77,7 @@ def with_answers(
     Raises:
         DataError: no prompt has two answers with different scores; or as `filed_samples`.
     """
-    once = list({key_of_prompt(prompt.record.prompt): prompt for prompt in prompts}.values())
+    once = list({key_of([prompt.record.prompt]): prompt for prompt in prompts}.values())
     found = filed_samples(filed, once, encoder, max_tokens)
     kept = [place for place, some in found.items() if len(some) > 1]
     if all(len({sample.score for sample in found[place]}) == 1 for place in kept):
