@@ -257,6 +257,19 @@ def test_groups_of_subtrajectories_are_apart():
     assert_close(both, torch.cat([first, last]))
 
 
+def test_the_end_of_an_answer_is_its_own_where_a_model_knows_several():
+    """What an end of the other kind would gain in its place is not looked at."""
+    gains, endings, before = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    owner, cut, groups = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([False, True]), torch.zeros(2, dtype=torch.long)
+    before[1] = 2.0
+    rewards, beta = torch.tensor([2.0, 3.0], dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    c = torch.stack([endings[0] - before[0] / 0.5, gains[:2].sum() - 4.0, endings[2] - before[2] / 0.5])
+    c = torch.cat([c, gains[2:4].cumsum(0) + endings[3:] - before[3:] / 0.5, (gains[2:].sum() - 6.0)[None]])
+    endings[1] = torch.nan
+    found = subtrajectory_balance(gains, endings, before, rewards, cut, beta, owner, groups)
+    assert_close(found.mean(), c.var())
+
+
 @pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize(("rule", "weight"), SETTINGS[:3])
 def test_soft_bellman_residuals_have_the_same_target(rule, weight, stepwise):

@@ -8,10 +8,11 @@ import pytest
 
 from scripted import Reply, scripted
 from trimtab.endpoints.settings import Limits
-from trimtab.errors import EndpointError, InvalidOption, ModelError
+from trimtab.errors import DataError, EndpointError, InvalidOption, ModelError
 from trimtab.judges.rewards.grades import RUBRICS, grade_messages, read_grade
 from trimtab.judges.rewards.judge import JudgeReward
 from trimtab.judges.rewards.kinds import make_reward
+from trimtab.judges.rewards.making import make_rewards
 
 QUICK = Limits(concurrency=4, request_timeout=5, max_retries=1, backoff=0.02)
 NOTHING = SimpleNamespace(prompts=[], references=[], columns=[], sources=[])
@@ -63,6 +64,9 @@ def scored(respond, answers, prompts=None, **settings):
         (said("7", d7=0.02, The=0.5), 0.75),
         (said("The", The=0.5, d5=0.3), 0.5),
         (said("The", The=0.9, d5=0.05), None),
+        (said("7\n\nBecause of 2 errors."), 0.75),
+        (said("2\nNo:\n7"), 0.75),
+        (said("-3"), None),
         (said("10"), None),
         (said("0"), None),
         (said("6.5"), None),
@@ -138,8 +142,41 @@ def test_what_gets_no_grade_is_asked_again_and_counted():
 
 
 def test_a_judge_that_never_grades_ends_the_run():
-    with pytest.raises(ModelError, match="judge named no grade for the answer 'a', nor for any other: let it write more"):
+    with pytest.raises(ModelError, match="judge named no grade for the answer 'a', nor for any before: let it write more"):
         scored(lambda asked, _: Reply(said("well")), ["a", "b"])
+
+
+def test_a_judge_that_has_graded_may_find_no_grade_for_all_of_a_few():
+    with scripted(lambda asked, _: graded(asked) if "a" in output_of(asked) else Reply(said("well"))) as server:
+        reward = JudgeReward(server.url, "grader", limits=QUICK)
+        reward.load(NOTHING, "2026-11-30")
+        assert reward.score(["q"], ["a"], [{}]) == pytest.approx([1 / 8])
+        assert reward.score(["q"], ["b"], [{}]) == [None]
+        assert reward.failures.count == 1
+
+
+def test_what_cannot_be_sent_is_refused():
+    asked = SimpleNamespace(prompts=["q", "a\ud83d"], sources=["data:1", "data:2"], references=[], columns=[])
+    with pytest.raises(DataError, match="data:2: prompt is no valid Unicode: it has a lone surrogate"):
+        JudgeReward("http://127.0.0.1:9").check(asked)
+    with pytest.raises(DataError, match="judge: an answer is no valid Unicode"):
+        scored(graded, ["a", "a\ud83d"])
+
+
+def test_a_prompt_in_parts_is_shown_as_its_text():
+    parts = [{"type": "text", "text": "how "}, {"type": "text", "text": "are you?"}]
+    _, server, _ = scored(graded, ["a"], [[{"role": "user", "content": parts}]])
+    assert '{"instruction": "how are you?"}' in server.posts()[-1]["messages"][-1]["content"]
+
+
+def test_a_password_is_in_no_message():
+    reward = make_reward("judge:http://me:secret@127.0.0.1:9#grader,max_retries=0", {})
+    assert reward.called == "judge:http://127.0.0.1:9#grader,max_retries=0"
+    [made] = [make_rewards(["judge:http://me:secret@127.0.0.1:9"], options={})]
+    assert made.called == "--reward judge:http://127.0.0.1:9"
+    with pytest.raises(EndpointError) as error:
+        reward.load(NOTHING, "2026-11-30")
+    assert "secret" not in str(error.value)
 
 
 def test_a_refusal_names_the_answer():

@@ -135,6 +135,14 @@ def test_hidden_states_are_the_input_of_the_layer(task):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+def test_texts_that_are_split_at_several_places_have_their_states_each(task):
+    folder, _ = task
+    model = HuggingFaceLM(load_model(folder / "proposal"))
+    one, other = hidden_states(model, [Example([3, 4], [5, 6], []), Example([3], [4, 5, 6], [])], 1)
+    assert len(one) == len(other) == 4
+    torch.testing.assert_close(one, other)
+
+
 def test_no_layer_above_is_run_for_the_hidden_states(task, monkeypatch):
     folder, _ = task
     model, run = HuggingFaceLM(load_model(folder / "proposal")), []

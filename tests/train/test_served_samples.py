@@ -96,6 +96,15 @@ def test_a_server_that_does_not_see_the_folder_is_named_before_anything_is_drawn
     assert not list((folder / "unseen").glob("policy-*"))
 
 
+def test_servers_that_call_the_proposal_otherwise_are_named(folder):
+    with (
+        scripted(lambda asked, number: Reply({}), models=[{"id": "base"}]) as one,
+        scripted(lambda asked, number: Reply({}), models=[{"id": "tuned", "parent": "it"}, {"id": "it"}]) as other,
+        pytest.raises(InvalidOption, match=r"servers call the proposal by several names, base, it: .* --served_model_name"),
+    ):
+        run(folder, "names", one.url, other.url)
+
+
 def test_a_server_of_another_kind_is_named(folder):
     def other(asked, number):
         if asked.path == "/v1/load_aligner":

@@ -72,8 +72,9 @@ def subtrajectory_balance(
     """Each sample's part of the variance of c over all that its group's samples begin with, in nats²: `[B]`.
 
     Before each of its tokens, an answer could have ended. For the answer that it then was, c is Σ gains so far + the gain of
-    the end − r/β. An answer that was cut at its limit ends there for certain, so of it as a whole there is one c more, without
-    an end. The mean over a group's samples is the unbiased variance over all of them.
+    the end − r/β. Where it did end, the end is its own, if a model knows several. An answer that was cut at its limit ends
+    there for certain, so of it as a whole there is one c more, without an end. The mean over a group's samples is the unbiased
+    variance over all of them.
 
     Args:
         gains: log P_θ − log P_M of each token `[N]` in nats, of samples that stand end to end; the gradient flows through them.
@@ -90,7 +91,10 @@ def subtrajectory_balance(
     first = torch.searchsorted(owner, torch.arange(len(rewards), device=owner.device))
     so_far = so_far - so_far[first][owner]
     last = torch.cat([first[1:], first.new_tensor([len(gains)])]) - 1
-    c = torch.cat([so_far + endings - prefix_rewards / beta[owner], (so_far + gains)[last] - rewards / beta])
+    did_end = torch.zeros_like(owner, dtype=torch.bool).index_fill(0, last[~cut], True)
+    c = torch.cat(
+        [so_far + torch.where(did_end, gains, endings) - prefix_rewards / beta[owner], (so_far + gains)[last] - rewards / beta]
+    )
     owners = torch.cat([owner, torch.arange(len(rewards), device=owner.device)])
     known = torch.cat([~prefix_rewards.isnan(), cut])
     c, owners = c[known], owners[known]

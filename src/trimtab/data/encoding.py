@@ -50,7 +50,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int] = (), date: str | None = None) -> None:
         check_date(date)
         self.tokenizer, self.vocab_size, self.date = tokenizer, vocab_size, date
-        self._ends = tuple(eos_token_ids)
+        self.ends = tuple(eos_token_ids)
 
     def prompt(self, prompt: Prompt, name: str = "prompt", *, special: bool = True) -> list[int]:
         """Ids of a prompt: of a text see `text`, of a chat up to where the answer begins.
@@ -127,6 +127,14 @@ class Encoder:
             [self._end(ids[border:], prompt, answer, a, whole) for ids, answer, a, whole in parts],
             border < len(head),
         )
+
+    def end_of(self, prompt: Prompt) -> int:
+        """The id that an answer to the prompt ends with: a chat template may have another one than texts.
+
+        Raises:
+            InvalidRequest: the prompt is malformed, or there is no end of sequence.
+        """
+        return self.pair(prompt, "a")[1][-1]
 
     def split(self, prompt: str | list[int], text: str, *, special: bool = True) -> tuple[list[int], list[int]]:
         """Ids of a prompt, and of the text behind it as it stands: an end of sequence in it is a token like others.
@@ -254,15 +262,15 @@ class Encoder:
 
     def _end(self, ids: list[int], prompt: Prompt, answer: Any, name: str, whole: bool) -> list[int]:
         """An answer's ids up to its end of sequence, and with one if it is `whole`."""
-        length = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        length = next((i for i, token in enumerate(ids) if token in self.ends), None)
         if length is not None and (rest := self._visible(ids[length + 1 :])):
             # A template may write something behind an end. Nothing else may follow it: what is decoded ends there.
             tail = self.tokenize(self._tail(prompt, answer, name), name) if is_chat(prompt) else []
-            behind = next((i + 1 for i, token in enumerate(tail) if token in self._ends), 0)
+            behind = next((i + 1 for i, token in enumerate(tail) if token in self.ends), 0)
             if rest not in (self._visible(tail[behind:]), self._visible(tail)):
                 end = self.tokenizer.decode([ids[length]])
                 raise InvalidRequest(f"{name} goes on behind an end of sequence, '{end}', with {rest[:40]!r}: end it there")
-        end_ids = ([*self._ends[:1]] if length is None else [ids[length]]) if whole else []
+        end_ids = ([*self.ends[:1]] if length is None else [ids[length]]) if whole else []
         ids = ids[:length] + end_ids
         if not ids:
             raise InvalidRequest(f"{name} is empty, and there is no end-of-sequence token to stand for that")
@@ -270,7 +278,7 @@ class Encoder:
 
     def _visible(self, ids: Sequence[int]) -> str:
         """The text of some ids without ends of sequence, and without spaces around it."""
-        return str(self.tokenizer.decode([token for token in ids if token not in self._ends])).strip() if ids else ""
+        return str(self.tokenizer.decode([token for token in ids if token not in self.ends])).strip() if ids else ""
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -150,4 +150,12 @@ def show_prompt(prompt: Any) -> str:
 def _content(message: Mapping[str, Any]) -> str:
     """What a message says; one that says nothing calls tools."""
     said = message.get("content")
+    if isinstance(said, list):
+        return "".join(_part(part) for part in said)
     return str(said) if said is not None else json.dumps(message["tool_calls"], ensure_ascii=False)
+
+
+def _part(part: Any) -> str:
+    """A part of a message's content: its text, or as it is if it has none."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else json.dumps(part, ensure_ascii=False)

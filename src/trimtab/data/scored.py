@@ -14,6 +14,10 @@ from trimtab.files import expand_home
 __all__ = ["Scored", "read_scored", "scored_file"]
 
 
+FINISHED = ("stop", "length")
+"""How an answer may have come about that is worth something."""
+
+
 class Scored(NamedTuple):
     """A row.
 
@@ -52,7 +56,8 @@ def read_scored(path: str | Path) -> Iterator[Scored]:
 
     A prompt is a text or messages, with `tools` and `chat_template_kwargs` beside it as in a data set; a completion is a text,
     or messages of which the last one is the answer. A score is a number, or null for none. `tokens` may be the completion's
-    ids; the `finish_reason` `length`, or a true `unfinished`, says that it was cut.
+    ids; the `finish_reason` `length`, or a true `unfinished`, says that it was cut. An answer of another `finish_reason` than
+    `stop` and `length` has no score.
 
     Raises:
         DataError: a row is none of these.
@@ -70,5 +75,7 @@ def read_scored(path: str | Path) -> Iterator[Scored]:
             raise DataError(f"{source}: 'score' must be a finite number, or null, not {score!r}")
         if tokens is not None and not (tokens and all(type(token) is int for token in tokens)):
             raise DataError(f"{source}: 'tokens' must be a list of ids, not {tokens!r}")
+        if score is not None and (reason := row.get("finish_reason")) not in (None, *FINISHED):
+            raise DataError(f"{source}: 'finish_reason' must be {' or '.join(FINISHED)}, not {reason!r}: leave the row out")
         cut = row.get("finish_reason") == "length" or bool(row.get(UNFINISHED))
         yield Scored(source, record.prompt, completion, None if score is None else float(score), tokens, cut)

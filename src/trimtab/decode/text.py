@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from trimtab.decode.spelling import spelling_of
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "text_of"]
 
 WINDOW = 8
 """Tokens before a token that its text may depend on."""
@@ -145,3 +145,12 @@ class TextStream:
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int], prompt: Sequence[int] = ()) -> str:
+    """The text of a completion that is there as a whole, as a `TextStream` gives it piece by piece."""
+    stream = TextStream(tokenizer, prompt=prompt)
+    for token in tokens:
+        stream.push(token)
+    stream.close()
+    return stream.text

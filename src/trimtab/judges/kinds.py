@@ -6,6 +6,7 @@ A package adds one with an entry point in the group `trimtab.judges`: a `JudgeKi
 from collections.abc import Mapping
 from typing import Any
 
+from trimtab.endpoints.settings import without_password
 from trimtab.errors import InvalidOption
 from trimtab.judges.base import Judge, JudgeKind
 from trimtab.judges.endpoint import ENDPOINT
@@ -63,7 +64,7 @@ def make_judge(text: str, options: Mapping[str, Any]) -> Judge:
     if unknown := [name for name in reads if name not in options]:
         raise InvalidOption(f"--judge {text}: the kind '{kind.name}' reads '{unknown[0]}', which is no option of evaluations")
     judge = kind.make(argument, {name: options[name] for name in reads})
-    judge.called = f"--judge {text}"
+    judge.called = f"--judge {without_password(text)}"
     return judge
 
 

@@ -18,7 +18,7 @@ from trimtab.decode.options import (
 )
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.settings import Limits
+from trimtab.endpoints.settings import Limits, without_password
 from trimtab.errors import InvalidOption
 from trimtab.files import refuse_overwriting
 from trimtab.jsonlines import kept_header
@@ -124,7 +124,7 @@ def _reward(options: ProposeOptions) -> Reward | None:
         reward = make_reward(text, {"dtype": options.dtype or "auto", "device": options.device})
     except InvalidOption as error:
         raise InvalidOption(f"--reward: {error}") from error
-    reward.called = f"--reward_model {classifier}" if classifier is not None else f"--reward {asked}"
+    reward.called = f"--reward_model {classifier}" if classifier is not None else f"--reward {without_password(str(asked))}"
     return reward
 
 

@@ -6,7 +6,7 @@ proposal is needed while a head is trained. The shards are as those of `trimtab.
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,9 @@ def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -
 
     A prompt that several examples have is read once.
     """
-    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, example in enumerate(examples):
-        places[tuple(example.prompt)].append(i)
+    places = _places(tuple(example.prompt) for example in examples)
     if len(places) == len(examples):  # then whole texts are one reading
-        places = {(*example.prompt, *example.chosen): [i] for i, example in enumerate(examples)}
+        places = _places((*example.prompt, *example.chosen) for example in examples)
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     texts = list(places)
     for batch in by_length([len(text) for text in texts], BATCH):
@@ -120,6 +118,14 @@ def hidden_states(model: HuggingFaceLM, examples: Sequence[Example], tap: int) -
             for (slot, i), states in zip(part, behind, strict=True):
                 found[i] = torch.cat([before[slot], states])
     return found
+
+
+def _places(texts: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """Where each distinct text stands."""
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        places[text].append(i)
+    return places
 
 
 def _read(model: HuggingFaceLM, state: Any, texts: Sequence[Sequence[int]], tap: int) -> list[Tensor]:

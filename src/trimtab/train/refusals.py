@@ -120,8 +120,6 @@ def _refuse_beside_filed(asked: TrainOptions, objective: Objective) -> None:
             " take tb"
         )
     if asked.reward:
-        if objective.replay_share == 0:
-            raise InvalidOption("rewards: with --reward they are earlier answers, and replay_share is 0: raise it")
         return
     if asked.max_kl is not None:
         raise InvalidOption("max_kl: β is found by samples that are drawn: name a --reward, or give --beta")

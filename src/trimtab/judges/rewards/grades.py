@@ -88,8 +88,11 @@ def _digit(token: Any) -> int | None:
 
 
 def _last(text: str) -> str:
-    """An answer's grade in words: the only digit of its last line, behind what it thought; `7/9` is 7."""
+    """An answer's grade in words: the last line that is a digit, or the only digit of its last line; `7/9` is 7."""
     text = re.sub(r"<[^<>\n]{1,40}>", " ", text[-10_000:].rpartition("</think>")[2])  # tokens that mark the end of a turn
     lines = [line for line in text.splitlines() if line.strip(MARKS)]
-    found = re.findall(r"\d+(?:\.\d+)?", re.sub(rf"(/|out of) *{BEST}\b", " ", lines[-1])) if lines else []
+    lines = [re.sub(rf"(/|out of) *{BEST}\b", " ", line) for line in lines]
+    if alone := [line for line in lines if _digit(line) is not None]:
+        return alone[-1]
+    found = re.findall(r"-?\d+(?:\.\d+)?", lines[-1]) if lines else []
     return found[0] if len(found) == 1 else ""

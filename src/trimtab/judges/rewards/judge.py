@@ -6,6 +6,7 @@ from typing import Any
 
 from trimtab.data.prompts import show_prompt
 from trimtab.endpoints.client import Endpoints
+from trimtab.endpoints.completions import check_sendable
 from trimtab.endpoints.reach import reach
 from trimtab.endpoints.settings import Limits, base_url, without_password
 from trimtab.errors import EndpointError, InvalidOption, ModelError
@@ -66,7 +67,15 @@ class JudgeReward(Reward):
         base_url(url)
         self._url, self._model, self._criterion = url, model, criterion
         self._limits, self._dialect = limits or Limits(concurrency=CONCURRENCY), Dialect(max_tokens)
-        self._answered = False
+        self._answered = self._graded = False
+
+    def check(self, asked: Asked) -> None:
+        """Refuse prompts that cannot be sent.
+
+        Raises:
+            DataError: naming the place in the data.
+        """
+        check_sendable(asked.prompts, asked.sources)
 
     def load(self, asked: Asked, date: str) -> None:
         """See whether the endpoint answers, and ask it for the model's name if none was given.
@@ -80,11 +89,13 @@ class JudgeReward(Reward):
     def score(
         self, prompts: Sequence[Any], answers: Sequence[str], columns: Sequence[Mapping[str, Any]]
     ) -> Sequence[float | None]:
-        """The grades; None, which is counted in `failures`, where the judge names none.
+        """The grades; None, which is counted in `failures`, where the judge names none for some of its answers.
 
         Raises:
             ModelError: a question is refused, or cannot be asked; names the answer.
+            DataError: an answer cannot be sent.
         """
+        check_sendable(answers, [self._said] * len(answers), "an answer")
         asked = [grade_messages(self._criterion, show_prompt(p), text) for p, text in zip(prompts, answers, strict=True)]
         grades: list[float | None] = [None] * len(asked)
         left = list(range(len(asked)))
@@ -96,9 +107,10 @@ class JudgeReward(Reward):
                 left = [place for place in left if grades[place] is None]
         if left:
             why = f"{self._said} named no grade for the answer {answers[left[0]][:80]!r}"
-            if len(left) == len(asked):
-                raise ModelError(f"{why}, nor for any other: let it write more with max_tokens=…, or ask another model")
+            if len(left) == len(asked) and not self._graded:
+                raise ModelError(f"{why}, nor for any before: let it write more with max_tokens=…, or ask another model")
             self.failures = self.failures.plus(Failures(len(left), why))
+        self._graded = self._graded or len(left) < len(asked)
         return grades
 
     def describe(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A package adds one with an entry point in the group `trimtab.rewards`: a `Reward
 from collections.abc import Mapping
 from typing import Any
 
+from trimtab.endpoints.settings import without_password
 from trimtab.errors import InvalidOption
 from trimtab.judges.rewards.base import Reward, RewardKind
 from trimtab.judges.rewards.contrast import CONTRAST
@@ -55,7 +56,7 @@ def make_reward(text: str, options: Mapping[str, Any]) -> Reward:
     """
     kind, argument = parse_reward(text)
     reward = kind.make(argument, {name: options[name] for name in kind.reads(argument) if name in options})
-    reward.called = reward.called or text
+    reward.called = reward.called or without_password(text)
     return reward
 
 

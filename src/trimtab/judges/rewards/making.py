@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from trimtab.endpoints.settings import without_password
 from trimtab.errors import InvalidOption
 from trimtab.judges.rewards.base import Reward, RewardFunction
 from trimtab.judges.rewards.combined import combine
@@ -73,7 +74,7 @@ def _made(given: Any, workers: int | None, timeout: float | None, on_error: str,
         reward = FunctionReward(*find_function(parse_reward(given)[1]), on_error=on_error)
     else:
         reward = WorkerReward(parse_reward(given)[1], workers=workers, timeout=timeout, on_error=on_error)
-    reward.called = f"--reward {given if isinstance(given, str) else reward.name}"
+    reward.called = f"--reward {without_password(given) if isinstance(given, str) else reward.name}"
     return reward
 
 

@@ -50,7 +50,7 @@ class Ending(TokenLoss):
 
 def _ends(seen: Rows | Logits) -> Tensor:
     """The end of sequence in the place of each token."""
-    assert seen.setting.end is not None  # as runs from rewards have it
+    assert seen.setting.end is not None  # as `Objective.prefixes` says
     return torch.full_like(seen.tokens, seen.setting.end)
 
 

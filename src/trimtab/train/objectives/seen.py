@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     lacking: int = 0
     """How many of them have no rejected answer."""
     end: int | None = None
-    """The end of sequence, for runs from rewards."""
+    """The end of sequence behind everything that a sample begins with, where the objective learns from that."""
 
 
 class Rows(NamedTuple):

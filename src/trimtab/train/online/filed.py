@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from trimtab.data.encoding import Encoder
 from trimtab.data.scored import Scored, read_scored, scored_file
+from trimtab.decode.text import text_of
 from trimtab.errors import DataError, InvalidRequest
 from trimtab.journal import key_of
 from trimtab.train.online.samples import Prompt, Sample
@@ -47,7 +48,7 @@ def filed_samples(filed: Filed, prompts: Sequence[Prompt], encoder: Encoder, max
     """The answers to each prompt, by its place; longer ones than `max_tokens` are left out, and counted in the log.
 
     Raises:
-        DataError: one cannot be encoded, or its ids are not its text.
+        DataError: one cannot be encoded, or its ids are not its text, or do not end as it does.
     """
     found: dict[int, list[Sample]] = {}
     long = apart = 0
@@ -70,9 +71,17 @@ def filed_samples(filed: Filed, prompts: Sequence[Prompt], encoder: Encoder, max
 
 
 def with_answers(
-    part: str, prompts: Sequence[Prompt], filed: Filed, encoder: Encoder, max_tokens: int
+    part: str, prompts: Sequence[Prompt], filed: Filed, encoder: Encoder, max_tokens: int, most: int | None = None
 ) -> tuple[list[Prompt], dict[int, list[Sample]]]:
     """The prompts that have two answers or more, each once; others are counted in the log.
+
+    Args:
+        part: what messages call them.
+        prompts: of the data.
+        filed: the answers.
+        encoder: the proposal's.
+        max_tokens: of an answer.
+        most: how many prompts are wanted, the first ones. Default: all.
 
     Raises:
         DataError: no prompt has two answers with different scores; or as `filed_samples`.
@@ -84,6 +93,7 @@ def with_answers(
         raise DataError(f"{filed.path}: no {part} prompt has two answers with different scores, and how they compare is learnt")
     if left := len(once) - len(kept):
         logger.warning("%s: %d of %d %s prompts have no two answers: left out", filed.path, left, len(once), part)
+    kept = kept[:most]
     moved = {new: [replace(sample, place=new) for sample in found[place]] for new, place in enumerate(kept)}
     return [once[place] for place in kept], moved
 
@@ -92,12 +102,24 @@ def _tokens(row: Scored, prompt: Prompt, encoder: Encoder) -> list[int] | None:
     """An answer's ids behind its prompt's; None if the two cannot be told apart."""
     try:
         if row.tokens is not None:
-            if encoder.tokenizer.decode(row.tokens, skip_special_tokens=True).strip() != row.completion.strip():
-                raise InvalidRequest(
-                    "'tokens' are not the ids of 'completion': leave them out, or is this another tokenizer's?"
-                )
-            return encoder.prompt(row.tokens, "tokens")
+            return _given(row, row.tokens, prompt, encoder)
         before, tokens = encoder.pair(row.prompt, row.completion, ended=not row.cut)
     except InvalidRequest as error:
         raise DataError(f"{row.source}: {error}") from error
     return tokens if list(before) == list(prompt.ids) else None
+
+
+def _given(row: Scored, given: Sequence[int], prompt: Prompt, encoder: Encoder) -> list[int]:
+    """An answer's ids as the row has them, with an end of sequence if it came to its end.
+
+    Raises:
+        InvalidRequest: they are not the answer's.
+    """
+    tokens = encoder.prompt(given, "tokens")
+    has_end = tokens[-1] in encoder.ends
+    if any(token in encoder.ends for token in tokens[:-1]) or (has_end and row.cut):
+        raise InvalidRequest("'tokens' go on behind an end of sequence, or have one and were cut: leave them out")
+    said = tokens[:-1] if has_end else tokens
+    if text_of(encoder.tokenizer, said, prompt.before).strip() != row.completion.strip():
+        raise InvalidRequest("'tokens' are not the ids of 'completion': leave them out, or is this another tokenizer's?")
+    return tokens if has_end or row.cut else [*tokens, encoder.end_of(row.prompt)]

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from trimtab.data.encoding import Encoder
 from trimtab.decode.text import TextStream
 from trimtab.judges.rewards.base import Ids, Reward, checked_scores
 from trimtab.train.online.samples import Prompt, Sample
@@ -18,6 +19,11 @@ class Ends(NamedTuple):
     token: int
     """The end of sequence that is put behind what a sample begins with."""
 
+    @classmethod
+    def of(cls, encoder: Encoder, prompt: Prompt) -> Self:
+        """As an answer to the prompt ends: a chat template may have another end than texts, and models know several."""
+        return cls(encoder.tokenizer, encoder.end_of(prompt.record.prompt))
+
 
 def with_prefix_scores(samples: Sequence[Sample], prompts: Sequence[Prompt], reward: Reward, ends: Ends) -> list[Sample]:
     """The samples with `prefix_scores`. Nothing is asked twice: samples of a prompt begin alike.
@@ -27,7 +33,7 @@ def with_prefix_scores(samples: Sequence[Sample], prompts: Sequence[Prompt], rew
     """
     asked: dict[tuple[int, tuple[int, ...]], str] = {}
     for sample in samples:
-        texts = _texts(ends.tokenizer, prompts[sample.place].ids, sample.tokens[: _proper(sample)])
+        texts = _texts(ends.tokenizer, prompts[sample.place].before, sample.tokens[: _proper(sample)])
         asked |= {(sample.place, tuple(sample.tokens[:length])): text for length, text in enumerate(texts)}
     records = [prompts[place].record for place, _ in asked]
     ids = Ids([prompts[place].ids for place, _ in asked], [[*tokens, ends.token] for _, tokens in asked])

@@ -15,13 +15,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from trimtab.decode.request import SamplingParams
+from trimtab.decode.text import text_of
 from trimtab.errors import ModelError
 from trimtab.judges.rewards.base import Ids, Reward, checked_scores
 from trimtab.train.online.policy import Policy
 from trimtab.train.online.prefixes import Ends, with_prefix_scores
 from trimtab.train.online.samples import Prompt, Sample, read_samples, write_samples
 
-__all__ = ["Rounds", "Schedule"]
+__all__ = ["Rounds", "Schedule", "replayed"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Rounds:
         development: for looks.
         schedule: how they are drawn.
         reward: what scores them, loaded; None where nothing is drawn to learn from, but from `filed`.
+        tokenizer: the proposal's.
         filed: scored answers that were there before, by the place of their prompt.
         filed_development: the same for looks, where there is no reward.
         ends: how answers end, where everything that samples begin with is scored, too.
@@ -66,18 +68,22 @@ class Rounds:
         schedule: Schedule,
         reward: Reward | None,
         *,
+        tokenizer: Any,
         filed: Mapping[int, Sequence[Sample]] = MappingProxyType({}),
         filed_development: Mapping[int, Sequence[Sample]] = MappingProxyType({}),
         ends: Ends | None = None,
     ) -> None:
-        self._folder, self._ends = folder / FOLDER, ends
+        self._folder, self._ends, self._tokenizer = folder / FOLDER, ends, tokenizer
         self._prompts, self._development, self._schedule, self._reward = prompts, development, schedule, reward
         self._buffer: dict[int, dict[tuple[int, ...], tuple[int, Sample]]] = defaultdict(dict)
         """Of each prompt its distinct answers, with the rounds that they were first drawn in."""
         self._filed = filed
         for place, some in filed.items():
             self._buffer[place] = {tuple(sample.tokens): (-1, sample) for sample in some}
-        self.filed_development = list(filed_development.values())
+        self.filed_development = [
+            _some(random.Random(f"{schedule.seed} look {place}"), some, schedule.generations)
+            for place, some in filed_development.items()
+        ]
         """Groups of development answers that losses are of, where none that are drawn have a score."""
         self.seconds = {"sampling": 0.0, "rewards": 0.0}
         """What drawing and scoring have taken."""
@@ -91,7 +97,7 @@ class Rounds:
             DataError: somebody has changed the file.
         """
         places = self._places(number)
-        return self._read_file(self._path(number), places, [self._fresh(number, place) for place in places])
+        return self._read_file(self._path(number), places, [self._fresh(number, *one) for one in enumerate(places)])
 
     def unscored(self, count: int) -> int:
         """How many answers of the first so many rounds have no score."""
@@ -115,7 +121,7 @@ class Rounds:
                 temperature = chance.uniform(schedule.lowest_temperature, schedule.highest_temperature)
             if gains and slot == 0:  # β is found by samples at temperature 1
                 temperature = 1.0
-            fresh = self._fresh(number, place)
+            fresh = self._fresh(number, slot, place)
             seed = _seed(schedule.seed, number, slot)
             params = SamplingParams(n=fresh, max_tokens=schedule.max_tokens, temperature=temperature, seed=seed, logprobs=gains)
             asked.append((place, params))
@@ -145,13 +151,13 @@ class Rounds:
     def _read_file(self, path: Path, places: Sequence[int], counts: Sequence[int]) -> list[Sample] | None:
         return read_samples(path, places, counts, prefixes=self._ends is not None)
 
-    def _fresh(self, number: int, place: int) -> int:
-        """How many answers are drawn to a prompt of a round."""
-        return 0 if self._reward is None else self._schedule.generations - len(self._earlier(number, place))
+    def _fresh(self, number: int, slot: int, place: int) -> int:
+        """How many answers are drawn to a prompt in its slot of a round."""
+        return 0 if self._reward is None else self._schedule.generations - len(self._earlier(number, slot, place))
 
     def groups(self, number: int, fresh: Sequence[Sample]) -> list[list[Sample]]:
         """The round's samples by prompt, with earlier ones."""
-        found = [self._earlier(number, place) for place in self._places(number)]
+        found = [self._earlier(number, *one) for one in enumerate(self._places(number))]
         for sample in fresh:
             found[sample.group].append(sample)
         return found
@@ -166,12 +172,12 @@ class Rounds:
         random.Random(f"{self._schedule.seed} order {epoch}").shuffle(order)
         return order
 
-    def _earlier(self, number: int, place: int) -> list[Sample]:
+    def _earlier(self, number: int, slot: int, place: int) -> list[Sample]:
         """Answers to a prompt from rounds before this one: a draw from the better half of the distinct ones."""
-        chance = random.Random(f"{self._schedule.seed} replay {number} {place}")
+        chance = random.Random(f"{self._schedule.seed} replay {number} {slot}")
         if self._reward is None:
-            return chance.sample(self._filed[place], min(self._schedule.generations, len(self._filed[place])))
-        most = round(self._schedule.replay_share * self._schedule.generations)
+            return _some(chance, self._filed[place], self._schedule.generations)
+        most = replayed(self._schedule.replay_share, self._schedule.generations)
         if not most:
             return []
         while self._known < number:
@@ -197,7 +203,7 @@ class Rounds:
         if broken := next((one.error for one in drawn if one.error is not None), None):
             raise ModelError(f"what is trained cannot be sampled from any more: {broken}; lower the learning_rate")
         records = [prompts[place].record for _, place, _ in owners]
-        texts = [completion.text for completion in drawn]
+        texts = [self._text(prompts[place], one) for (_, place, _), one in zip(owners, drawn, strict=True)]
         self.seconds["sampling"] += (scoring := time.monotonic()) - began
         scores: list[float | None] = [None] * len(texts)
         if self._reward is not None:
@@ -206,13 +212,19 @@ class Rounds:
             given = self._reward.score_drawn(asked_of, texts, columns, ids)
             scores = checked_scores(self._reward.called or self._reward.name, given, len(texts))
         samples = [
-            Sample(group, place, list(one.tokens), one.text, one.finish_reason, params.temperature, score, _gain(one))
-            for (group, place, params), one, score in zip(owners, drawn, scores, strict=True)
+            Sample(group, place, list(one.tokens), text, one.finish_reason, params.temperature, score, _gain(one))
+            for (group, place, params), one, text, score in zip(owners, drawn, texts, scores, strict=True)
         ]
         if self._ends is not None and self._reward is not None:
             samples = with_prefix_scores(samples, prompts, self._reward, self._ends)
         self.seconds["rewards"] += time.monotonic() - scoring
         return samples
+
+    def _text(self, prompt: Prompt, drawn: Any) -> str:
+        """What a completion says: it was drawn to ids, which do not tell that they are a chat's."""
+        if prompt.before:
+            return str(drawn.text)
+        return text_of(self._tokenizer, drawn.tokens[: len(drawn.tokens) - (drawn.finish_reason == "stop")])
 
     def _look_path(self, name: str) -> Path:
         return self._folder / f"look-{name}.jsonl"
@@ -226,6 +238,16 @@ def _gain(completion: Any) -> float | None:
     if completion.logprobs is None:
         return None
     return float(sum(completion.logprobs.aligned) - sum(completion.logprobs.proposal))
+
+
+def replayed(share: float, generations: int) -> int:
+    """How many of a prompt's answers are earlier ones, once there are any."""
+    return round(share * generations)
+
+
+def _some(chance: random.Random, samples: Sequence[Sample], count: int) -> list[Sample]:
+    """So many of them, or all."""
+    return chance.sample(samples, min(count, len(samples)))
 
 
 def _seed(*parts: int) -> int:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from trimtab.data.encoding import Encoder
 from trimtab.data.template import pick_date
-from trimtab.errors import InvalidOption
+from trimtab.errors import DataError, InvalidOption
 from trimtab.files import finite, json_digest, read_json, write_json
 from trimtab.judges.asked import AskedRecords
 from trimtab.judges.rewards.base import Reward, check_loaded
@@ -34,7 +34,7 @@ from trimtab.train.online.figures import figures_of
 from trimtab.train.online.filed import Filed, filed_samples, read_filed, with_answers
 from trimtab.train.online.policy import Policies, split_proposal
 from trimtab.train.online.prefixes import Ends
-from trimtab.train.online.rounds import Rounds, Schedule
+from trimtab.train.online.rounds import Rounds, Schedule, replayed
 from trimtab.train.online.samples import Prompt
 from trimtab.train.online.served import ServedPolicies
 from trimtab.train.online.trainer import OnlineTrainer
@@ -104,7 +104,9 @@ def _train(
     asked = dataclasses.replace(asked, date=run_date(plan, tokenizer))
     plan = resolve(asked, facts)
     records, kept = read_prompts(plan, columns=reward is not None and reward.reads_columns)
-    kept = kept[: plan.asked.dev_prompts or DEVELOPMENT]
+    looked_at = plan.asked.dev_prompts or DEVELOPMENT
+    if reward is not None:
+        kept = kept[:looked_at]
     everything = AskedRecords([*records, *kept])
     generations = _generations(plan, arguments)
     if reward is not None:
@@ -125,9 +127,12 @@ def _train(
     given: dict[str, Any] = {}
     if filed is not None and reward is None:
         training, given["filed"] = with_answers("training", training, filed, encoder, max_tokens)
-        development, given["filed_development"] = with_answers("development", development, filed, encoder, max_tokens)
+        some = with_answers("development", development, filed, encoder, max_tokens, looked_at)
+        development, given["filed_development"] = some
     elif filed is not None:
         given["filed"] = filed_samples(filed, training, encoder, max_tokens)
+        if not any(given["filed"].values()):
+            raise DataError(f"{filed.path}: no training prompt has an answer there")
     split = split_proposal(proposal, plan.asked.device)
     head = None if start else HeadStart.of(plan, split.trained_on, found)
     kind = None if head is None else head.head
@@ -142,16 +147,16 @@ def _train(
     sampling = plan, split.sampled, tokenizer, kind, plan.asked.max_num_seqs or TOGETHER, asked.date
     urls = () if is_finished(output) else plan.asked.sampling_endpoint
     policies = ServedPolicies(urls, plan.asked.limits, output, *sampling) if urls else Policies(*sampling)
-    ends = Ends(tokenizer, proposal.eos_token_ids[0]) if plan.objective.prefixes else None
+    ends = Ends.of(encoder, training[0]) if plan.objective.prefixes else None
     with closing(policies):
-        rounds = Rounds(output, training, development, schedule, reward, ends=ends, **given)
+        rounds = Rounds(output, training, development, schedule, reward, tokenizer=tokenizer, ends=ends, **given)
         if is_finished(output):
             logger.info("%s is already trained with these settings", output)
             report = dict(read_json(output / "training.json"))
         else:
             model = prepare_model(start.model, plan, arguments.seed) if start else head and head.prepare(arguments.seed)
             parts = {"rounds": rounds, "policies": policies, "prompts": training, "development": development}
-            parts["end"] = proposal.eos_token_ids[0]
+            parts["end"] = ends.token if ends else None
             report = _train_aligner(
                 plan, output, arguments, ranks, tokenizer, head, split.frozen, model, reward, parts, started
             )
@@ -254,6 +259,12 @@ def _generations(plan: Plan, arguments: TrainingArguments) -> int:
         raise InvalidOption(
             f"per_device_train_batch_size must be a multiple of num_generations, {generations}, for a prompt's answers are"
             f" learnt from together; it is {batch}"
+        )
+    share = getattr(plan.objective, "replay_share", 0.0)
+    if plan.asked.rewards is not None and plan.asked.reward and not replayed(share, generations):
+        raise InvalidOption(
+            f"rewards: with --reward they are earlier answers, and of {generations} a share of {share:g} is none: raise"
+            " replay_share or num_generations"
         )
     return generations
 

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from trimtab.data.prompts import CHAT_FIELDS, chat_columns, is_chat
 from trimtab.data.records import Record
 from trimtab.errors import DataError
 from trimtab.files import atomic_write
@@ -19,6 +20,11 @@ class Prompt(NamedTuple):
 
     record: Record
     ids: Sequence[int]
+
+    @property
+    def before(self) -> Sequence[int]:
+        """Ids whose text an answer goes on with; of a chat, none: an answer is a text of its own."""
+        return () if is_chat(self.record.prompt) else self.ids
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def write_samples(path: Path, samples: Iterable[Sample], prompts: Sequence[Promp
     with atomic_write(path) as stream:
         for sample in samples:
             known = {name: value for name, value in asdict(sample).items() if value is not None or name in ("score", "gain")}
-            row: Mapping[str, Any] = {"prompt": prompts[sample.place].record.prompt, **known}
+            row = chat_columns(prompts[sample.place].record.prompt) | known
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -72,7 +78,9 @@ def read_samples(path: Path, places: Sequence[int], counts: Sequence[int], *, pr
     try:
         with open(path, encoding="utf-8") as stream:
             rows = [json.loads(line) for line in stream]
-        samples = [Sample(**{name: value for name, value in row.items() if name != "prompt"}) for row in rows]
+        samples = [
+            Sample(**{name: value for name, value in row.items() if name not in ("prompt", *CHAT_FIELDS)}) for row in rows
+        ]
         groups = [(group, place) for group, place in enumerate(places) for _ in range(counts[group])]
         if [(sample.group, sample.place) for sample in samples] != groups:
             raise ValueError(f"it has not the {len(groups)} answers of its groups")

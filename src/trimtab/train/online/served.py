@@ -80,12 +80,13 @@ class ServedPolicies(Policies):
         how: what `Policies` takes.
 
     Raises:
-        InvalidOption: a server cannot be told to load anything from there.
+        InvalidOption: a server cannot be told to load anything from there, or they call the proposal by several names.
         EndpointError: one does not answer.
     """
 
     def __init__(self, urls: Sequence[str], limits: Limits, output: Path, *how: Any) -> None:
         super().__init__(*how)
+        self._base = _base_of(urls, limits)
         digest = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]
         self._name, self._folder = f"policy-{digest}", output.resolve() / f"policy-{digest}"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,10 +100,7 @@ class ServedPolicies(Policies):
     @property
     def bare(self) -> ServedPolicy:
         """The proposal alone."""
-        base = next((card["id"] for card in self._endpoints.models() if card.get("parent") is None), None)
-        if base is None:
-            raise ModelError("sampling_endpoint: it lists no model that is nobody's aligner")
-        return ServedPolicy(self._endpoints, base)
+        return ServedPolicy(self._endpoints, self._base)
 
     def of(self, model: Any, weight: float) -> ServedPolicy:
         """The aligned model of a trained one as it is now, at a weight of the rule.
@@ -128,12 +126,31 @@ class ServedPolicies(Policies):
                 try:
                     endpoint.post(UNLOAD, {"name": self._name}, _ignored)
                 except EndpointError as error:
+                    if error.status == NOT_FOUND:  # somebody else had it forget
+                        continue
                     logger.warning("sampling_endpoint: %s goes on knowing %s: %s", url, self._name, error)
         self._endpoints.__exit__(None, None, None)
         self._forget()
 
     def _forget(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _base_of(urls: Sequence[str], limits: Limits) -> str:
+    """What the servers call the proposal."""
+    found: dict[str, str] = {}
+    for url in urls:
+        with Endpoints([url], limits) as endpoint:
+            bare = [card["id"] for card in endpoint.models() if card.get("parent") is None]
+        if not bare:
+            raise InvalidOption(f"sampling_endpoint: {url} lists no model that is nobody's aligner: is it trimtab serve?")
+        found[url] = bare[0]
+    if len(names := sorted(set(found.values()))) > 1:
+        raise InvalidOption(
+            f"sampling_endpoint: servers call the proposal by several names, {', '.join(names)}: start them with one"
+            " --served_model_name"
+        )
+    return names[0]
 
 
 def _locate(url: str, limits: Limits, name: str, folder: Path) -> str:

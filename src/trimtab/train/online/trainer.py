@@ -40,7 +40,7 @@ class OnlineTrainer(AlignerTrainer):
         prompts, development: what they are of.
         betas: β of each round.
         tap: the layer whose inputs a head reads; 0 for what reads tokens.
-        end: the end of sequence.
+        end: what is put behind everything that a sample begins with; None where nobody asks.
         before: the reward of the proposal's answers to the development prompts.
         arguments: what `transformers.Trainer` takes.
     """
@@ -57,7 +57,7 @@ class OnlineTrainer(AlignerTrainer):
         development: Sequence[Prompt],
         betas: Betas,
         tap: int,
-        end: int,
+        end: int | None,
         before: float,
         **arguments: Any,
     ) -> None:
