@@ -159,7 +159,7 @@ def test_it_ranks_samples_and_trains(folder, capsys, tmp_path):
     status, _, errors = called(capsys, "propose", *words, "--n", 4, "--out", tmp_path / "pairs.jsonl")
     assert (status, errors) == (0, [])
     assert len((tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()) == 8
-    how = ["--objective", "tb", "--beta", 0.2, "--max_steps", 60, "--eval_steps", 30, "--save_steps", 30, "--use_cpu"]
+    how = ["--objective", "tb", "--beta", 0.2, "--max_steps", 100, "--eval_steps", 50, "--save_steps", 50, "--use_cpu"]
     how += ["--learning_rate", 5e-3, "--dev_fraction", 0.25, "--report_to", "none", "--disable_tqdm", "--json"]
     words[words.index(text)] = f"contrast:good_model={folder}/two,bad_model={folder}/one"
     status, out, _ = called(capsys, "train", *words, *how, "--output_dir", tmp_path / "out")

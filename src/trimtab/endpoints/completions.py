@@ -4,7 +4,6 @@ Texts go to `/v1/completions`, and chats to `/v1/chat/completions`, where the se
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +11,10 @@ from typing import Any, NamedTuple
 from trimtab.data.prompts import Prompt, is_chat, read_chat
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
-from trimtab.errors import DataError, EndpointError
+from trimtab.errors import EndpointError
 from trimtab.knobs import KNOBS, DrawingKnobs
 
-__all__ = ["RemoteModel", "Sample", "check_sendable"]
+__all__ = ["RemoteModel", "Sample"]
 
 OPENAI = [name for name, knob in KNOBS.items() if knob.said.get("openai") and knob.kind is not None]
 """What OpenAI's API has: sent as it is."""
@@ -127,19 +126,6 @@ class RemoteModel:
         body |= {"tools": chat.tools} if chat.tools else {}
         body |= {"chat_template_kwargs": dict(chat.settings)} if chat.settings else {}
         return "/v1/chat/completions", body
-
-
-def check_sendable(prompts: Sequence[Prompt], sources: Sequence[str], what: str = "prompt") -> None:
-    """Refuse a prompt, or whatever else it is, that JSON in UTF-8 cannot hold, naming where it came from.
-
-    Raises:
-        DataError: it has a lone surrogate.
-    """
-    for prompt, source in zip(prompts, sources, strict=True):
-        try:
-            json.dumps(prompt, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{source}: {what} is no valid Unicode: it has a lone surrogate") from None
 
 
 def _find(endpoints: Endpoints, name: str | None) -> tuple[str, str, int | None]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from trimtab.core.rules import Rule, parse_rule
 from trimtab.data.prompts import show_prompt
 from trimtab.decode.aligned import AlignedModel
-from trimtab.endpoints.completions import check_sendable
+from trimtab.endpoints.sendable import check_sendable
 from trimtab.errors import DataError, InvalidOption
 from trimtab.evaluate.alpaca import Annotation
 from trimtab.evaluate.length import LENGTH_CONTROLS, why_not_alpaca_eval

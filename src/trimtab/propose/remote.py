@@ -9,7 +9,8 @@ from pathlib import Path
 from trimtab.data.records import Record
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.completions import RemoteModel, Sample, check_sendable
+from trimtab.endpoints.completions import RemoteModel, Sample
+from trimtab.endpoints.sendable import check_sendable
 from trimtab.propose.ranking import Ranking
 from trimtab.propose.writing import Written, write_samples
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from trimtab.data.prompts import show_prompt
 from trimtab.endpoints.client import Endpoints
-from trimtab.endpoints.completions import check_sendable
 from trimtab.endpoints.reach import reach
+from trimtab.endpoints.sendable import check_sendable
 from trimtab.endpoints.settings import Limits, base_url, without_password
 from trimtab.errors import EndpointError, InvalidOption, ModelError
 from trimtab.files import json_digest
