@@ -17,8 +17,9 @@ BELOW["data"] = {"core", "models"}
 BELOW["decode"] = {"core", "models", "data"}
 BELOW["blend"] = {"core", "models"}
 BELOW["endpoints"] = {"core", "models", "data", "decode"}
-for _package in ("serve", "vllm"):
-    BELOW[_package] = {"core", "models", "data", "decode"}
+BELOW["users"] = {"core", "models", "data", "decode"}
+BELOW["vllm"] = {"core", "models", "data", "decode"}
+BELOW["serve"] = {*BELOW["users"], "users"}
 BELOW["handover"] = {"core", "models", "data", "decode", "endpoints"}
 BELOW["judges"] = {"core", "models", "data", "decode", "endpoints"}
 BELOW["propose"] = {*BELOW["judges"], "judges"}

@@ -20,6 +20,7 @@ __all__ = [
     "BlendOptions",
     "Completion",
     "EvalOptions",
+    "FitWeightsOptions",
     "Particles",
     "ProposeOptions",
     "SamplingParams",
@@ -32,6 +33,7 @@ __all__ = [
     "TrimtabError",
     "blend",
     "evaluate",
+    "fit_weights",
     "propose",
     "train",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "BlendOptions": "trimtab.blend.options",
     "Completion": "trimtab.decode.request",
     "EvalOptions": "trimtab.evaluate.options",
+    "FitWeightsOptions": "trimtab.users.options",
     "Particles": "trimtab.decode.request",
     "ProposeOptions": "trimtab.propose.options",
     "SamplingParams": "trimtab.decode.request",
@@ -54,6 +57,7 @@ _HOMES = {
     "TrimtabError": "trimtab.errors",
     "blend": "trimtab.blend",
     "evaluate": "trimtab.evaluate",
+    "fit_weights": "trimtab.users.call",
     "propose": "trimtab.propose",
     "train": "trimtab.train",
 }
@@ -75,6 +79,8 @@ if TYPE_CHECKING:
     from trimtab.propose.options import ProposeOptions
     from trimtab.train.call import train
     from trimtab.train.options import TrainOptions
+    from trimtab.users.call import fit_weights
+    from trimtab.users.options import FitWeightsOptions
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,15 @@
 """What `trimtab blend` and `trimtab.blend` can be told."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from trimtab.errors import InvalidOption, InvalidRequest
 from trimtab.knobs import MAX_FACTOR, ShapingKnobs, check_number
+from trimtab.names import NAME
 from trimtab.options import check_ranges, option, same
 
 __all__ = ["BlendOptions", "Vector", "parse_vector"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Vector(NamedTuple):
@@ -36,7 +34,7 @@ def parse_vector(text: str) -> Vector:
         check_number("the weight", weight, low=-MAX_FACTOR, high=MAX_FACTOR)
     except (ValueError, InvalidRequest):
         weight = math.nan
-    if not _NAME.fullmatch(name) or not source or math.isnan(weight):
+    if not NAME.fullmatch(name) or not source or math.isnan(weight):
         raise InvalidOption(
             f"--vector must be NAME=FOLDER:WEIGHT, such as med=med_aligner:0.7, with a name of letters, digits, '.', '_' and"
             f" '-' and a weight from -{MAX_FACTOR:g} to {MAX_FACTOR:g}, not '{text}'"

@@ -217,7 +217,7 @@ def _names_of(proposal: str) -> tuple[str, ...]:
 
 def _aligners(options: Options) -> list[tuple[str, str, float | None]]:
     """Name, path and weight of each aligner."""
-    from trimtab.serve.registry import parse_named
+    from trimtab.names import parse_named
 
     weights = options.weight or (None,) * len(options.aligner)
     named = [(*parse_named(text), weight) for text, weight in zip(options.aligner, weights, strict=True)]

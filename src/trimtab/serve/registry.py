@@ -7,7 +7,6 @@ requests so hold comes on top of the budget, until they end.
 """
 
 import logging
-import re
 import threading
 import time
 import weakref
@@ -20,7 +19,7 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.assemble import Loaded, Loader
 from trimtab.decode.draft import who_drafts
 from trimtab.decode.settings import with_weight
-from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
+from trimtab.errors import InvalidRequest, TrimtabError
 from trimtab.files import expand_home
 from trimtab.models.adapter_folder import Base, base_of, is_adapter
 from trimtab.models.aligner import is_head
@@ -28,12 +27,10 @@ from trimtab.models.gguf import is_gguf
 from trimtab.models.reduced import is_reduced
 from trimtab.models.vocabulary import fingerprint_vocabulary
 
-__all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry", "parse_named"]
+__all__ = ["Entry", "NoSuchAligner", "NoSuchFolder", "OutOfMemory", "Registry"]
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""What an aligner may be called."""
 MAX_COMBINATIONS = 1000
 """Combinations of aligners whose models are remembered; making one anew costs microseconds."""
 
@@ -300,18 +297,3 @@ class Registry:
         model = getattr(loaded.model, "adapter", loaded.model)
         still = [(ref, size) for ref, size in self._held if ref() is not None]
         self._held = [*still, (weakref.ref(model), loaded.num_bytes)]
-
-
-def parse_named(text: str) -> tuple[str, str]:
-    """`NAME=PATH`; a bare path is called by its last part.
-
-    Raises:
-        InvalidOption: there is no name or no path.
-    """
-    name, equals, path = text.partition("=")
-    if not equals:
-        name, path = Path(text).name, text
-    if not NAME.fullmatch(name) or not path:
-        letters = "up to 128 letters, digits, '.', '_' and '-'"
-        raise InvalidOption(f"--aligner must be NAME=PATH with a name of {letters}, not '{text}'")
-    return name, path

@@ -7,8 +7,8 @@ from pydantic_core import PydanticCustomError
 
 from trimtab.core.rules.text import MAX_TEXT
 from trimtab.knobs import KNOBS, MAX_FACTOR, Knob
+from trimtab.names import NAME
 from trimtab.options import Range
-from trimtab.serve.registry import NAME
 
 __all__ = [
     "MAX_ALIGNERS",

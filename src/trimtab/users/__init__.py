@@ -1,0 +1,1 @@
+"""Users' own weights of a bank of aligners, from a few preferences."""

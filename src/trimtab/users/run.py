@@ -1,0 +1,117 @@
+"""Read a user's pairs, score them with a bank of aligners, fit the weights, and say how sure they are."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.user_weights import UserWeights, fit_user_weights
+from trimtab.data.options import check_chats
+from trimtab.data.records import Record, read_records
+from trimtab.data.template import refuse_idle_date
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.options import load_aligned_model
+from trimtab.errors import DataError, InvalidRequest
+from trimtab.files import refuse_overwriting, write_json
+from trimtab.users.features import Pair, check_rule, features_of
+from trimtab.users.options import FitWeightsOptions
+
+__all__ = ["described", "run"]
+
+logger = logging.getLogger(__name__)
+
+Z = 1.959963984540054
+"""Standard deviations on either side that hold .95 of a normal law."""
+
+
+def run(options: FitWeightsOptions) -> dict[str, Any]:
+    """What `trimtab.users.call.fit_weights` says of it holds."""
+    if options.out is not None:
+        refuse_overwriting(options.out, options.preferences)
+    records = read_records(options.preferences, need="rejected", how=options)
+    check_chats(options, [record.prompt for record in records])
+    model = load_aligned_model(options.models, options)
+    refuse_idle_date(options.date, model.tokenizer)
+    check_rule(model.shaping(model.defaults).rule)
+    pairs, sources = _encoded(records, model, leave_out_long=options.leave_out_long)
+    features = features_of(model, pairs, sources)
+    names = options.names
+    prior = torch.tensor(options.weight or (0.0,) * len(names), dtype=torch.float64)
+    how = {"beta": options.beta, "scale": options.prior_scale}
+    fitted = fit_user_weights(features, prior, **how)
+    kept_out = [
+        float(fit_user_weights(torch.cat([features[:i], features[i + 1 :]]), prior, **how).mean @ features[i])
+        for i in range(len(pairs))
+    ]
+    report: dict[str, Any] = {
+        **described(names, fitted),
+        "pairs": len(pairs),
+        "agree": {
+            "before": _agrees(features @ prior),
+            "fitted": _agrees(features @ fitted.mean),
+            "left_out": _agrees(torch.tensor(kept_out, dtype=torch.float64)),
+        },
+        "prior": dict(zip(names, prior.tolist(), strict=True)),
+        "prior_scale": options.prior_scale,
+        "beta": options.beta,
+        "rule": str(model.shaping(model.defaults).rule),
+        "aligners": dict(zip(names, options.models.aligner, strict=True)),
+        "left_out": len(records) - len(pairs),
+    }
+    if options.out is not None:
+        write_json(options.out, report)
+    return report
+
+
+def described(names: Sequence[str], fitted: UserWeights) -> dict[str, Any]:
+    """Weights, and where .95 of what they might be is, by name."""
+    low, high = fitted.mean - Z * fitted.deviation, fitted.mean + Z * fitted.deviation
+    spans = zip(low.tolist(), high.tolist(), strict=True)
+    return {
+        "weights": dict(zip(names, fitted.mean.tolist(), strict=True)),
+        "interval": {name: list(span) for name, span in zip(names, spans, strict=True)},
+    }
+
+
+def _encoded(records: Sequence[Record], model: AlignedModel, *, leave_out_long: bool) -> tuple[list[Pair], list[str]]:
+    """Pairs as ids, and their sources; those of two equal answers say nothing, and are left out.
+
+    Raises:
+        DataError: one cannot be encoded or does not fit into the context; or none is left.
+    """
+    pairs, sources, equal, long = [], [], 0, 0
+    for record in records:
+        ended = [name not in record.unfinished for name in ("chosen", "rejected")]
+        try:
+            found = model.encoder.answers(
+                record.prompt, [record.chosen, record.rejected], "prompt", ["chosen", "rejected"], ended
+            )
+        except InvalidRequest as error:
+            raise DataError(f"{record.source}: {error}") from error
+        pair = Pair(found.prompt, *found.answers)
+        length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        if pair.chosen == pair.rejected:
+            equal += 1
+        elif model.max_length is not None and length > model.max_length:
+            if not leave_out_long:
+                raise DataError(
+                    f"{record.source}: prompt and answer have {length} tokens, and the context {model.max_length}:"
+                    " leave_out_long goes on without it"
+                )
+            long += 1
+        else:
+            pairs.append(pair)
+            sources.append(record.source)
+    for count, why in ((equal, "have two equal answers"), (long, "do not fit into the context")):
+        if count:
+            logger.warning("%d of %d pairs %s: left out", count, len(records), why)
+    if not pairs:
+        raise DataError("no pair is left to fit weights on")
+    return pairs, sources
+
+
+def _agrees(margins: Tensor) -> float:
+    """The share of pairs that are ranked as the user has it; a tie is half of one."""
+    return float(((margins > 0).double() + (margins == 0).double() / 2).mean())
