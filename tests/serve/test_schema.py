@@ -21,16 +21,15 @@ from pydantic import ValidationError
 
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidRequest
+from trimtab.serve.bodies import LoadAligner, UnloadAligner
 from trimtab.serve.explain import explain
 from trimtab.serve.schema import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
-    LoadAligner,
     ResponseFormat,
     StreamOptions,
     TextPart,
-    UnloadAligner,
 )
 
 COMPLETION = {"model": "m", "prompt": "x"}

@@ -16,6 +16,7 @@ from trimtab.options import option, same
 if TYPE_CHECKING:
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened, Settings
+    from trimtab.users.settings import UserSettings
 
 __all__ = ["Options", "render", "run"]
 
@@ -92,6 +93,14 @@ class Options(TemplateOptions, ModelOptions):
         0.02, "seconds between two chunks of a stream at the least; 0 sends each step's tokens", low=0
     )
     shutdown_timeout: float = option(30.0, "seconds that running requests get when the server stops", low=0)
+    users: str | None = option(
+        None,
+        "learn users' weights of the aligners by /v1/users/NAME/preferences, and keep them in this folder; needs an API key",
+        metavar="FOLDER",
+    )
+    max_users: int = option(10_000, "users that are kept", low=1)
+    max_user_pairs: int = option(100, "preferences that are kept of each user; the oldest go", low=1)
+    user_days: float | None = option(None, "days that a preference is kept [default: until its user is deleted]", above=0)
     log_prompts: bool = option(False, "write prompts and completions to the log")
     playground: bool = option(False, "show the playground at /playground (needs the extra 'playground')")
     votes: str | None = option(None, "where the playground's arena keeps its votes [default: votes.jsonl]", metavar="FILE")
@@ -116,6 +125,8 @@ class Options(TemplateOptions, ModelOptions):
             return idle_options(self)
         idle = {"vllm_args": "belongs to --engine vllm"}
         idle |= {} if self.playground else {"votes": "belongs to --playground"}
+        idle |= {} if self.users else dict.fromkeys(("max_users", "max_user_pairs", "user_days"), "belongs to --users")
+        idle |= {} if self.aligner else {"users": "needs an --aligner: their weights are what users have"}
         return idle | ({} if self.aligns else {"max_aligner_memory": "needs an --aligner, or --aligner_root"})
 
 
@@ -192,6 +203,8 @@ def _settings(options: Options) -> "Settings":
 
     keys = options.api_key or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
     check_keys(keys)
+    if options.users is not None and not keys:
+        raise InvalidOption("--users: what is learnt of users needs an --api_key: without one, anybody could teach them")
     return Settings(
         name=names[0],
         aliases=tuple(names[1:]),
@@ -206,7 +219,22 @@ def _settings(options: Options) -> "Settings":
         shutdown_timeout=options.shutdown_timeout,
         log_prompts=options.log_prompts,
         allow_loading=options.aligner_root is not None,
+        users=_users(options),
     )
+
+
+def _users(options: Options) -> "UserSettings | None":
+    """What is kept of users."""
+    from trimtab.serve.values import MAX_ALIGNERS
+    from trimtab.users.settings import UserSettings
+
+    if options.users is None:
+        return None
+    names = tuple(name for name, _, _ in _aligners(options))
+    if len(names) > MAX_ALIGNERS:
+        raise InvalidOption(f"--users: a request may have {MAX_ALIGNERS} aligners, and users would have {len(names)}")
+    limits: dict[str, Any] = {"max_users": options.max_users, "max_pairs": options.max_user_pairs, "days": options.user_days}
+    return UserSettings(expand_home(options.users), names, **limits)
 
 
 def _names_of(proposal: str) -> tuple[str, ...]:
@@ -238,6 +266,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
     from trimtab.serve.service import Opened
+    from trimtab.users.features import check_rule
 
     by_llamacpp = runs_by_llamacpp(options.proposal, options.backend)
     tokenizer = load_gguf_tokenizer(options.proposal) if by_llamacpp else load_tokenizer(options.proposal)
@@ -272,6 +301,9 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     )
     for name, path, weight in named:
         registry.load(name, path, weight=weight, pinned=True)
+    if options.users is not None:
+        bank = registry.fetch([name for name, _, _ in named])
+        check_rule(bank.shaping(bank.defaults).rule)
     engine = Engine(
         base.proposal,
         base.pace,

@@ -44,7 +44,7 @@ class UserWeights(NamedTuple):
         return self.covariance.diagonal().sqrt()
 
 
-def fit_user_weights(features: Tensor, prior: Tensor, *, beta: float, scale: float) -> UserWeights:
+def fit_user_weights(features: Tensor, prior: Tensor, beta: float, scale: float) -> UserWeights:
     """The weights that pairs of answers speak for.
 
     Args:

@@ -20,6 +20,7 @@ from trimtab.serve import wire
 from trimtab.serve.offsets import Offsets, echo_ids, echo_text
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import Refusal, Service, Target
+from trimtab.serve.users import Users, find_target
 from trimtab.serve.worker import Job
 
 __all__ = ["answer_chat", "answer_completion"]
@@ -147,17 +148,19 @@ class _Echo:
         return [None, *self.scores.aligned], [None, *tops]
 
 
-async def answer_completion(service: Service, request: Request, asked: CompletionRequest, size: int) -> Response:
-    """`POST /v1/completions`; `size` is the body's in bytes.
+async def answer_completion(
+    service: Service, request: Request, asked: CompletionRequest, size: int, users: Users | None
+) -> Response:
+    """`POST /v1/completions`; `size` is the body's in bytes, and `users` are those that have weights of their own.
 
     Raises:
         Refusal: it cannot be answered.
     """
-    target = await service.find(asked.model, asked.aligners)
+    target, own = await find_target(service, asked, users)
     limit = service.limit(target, asked.max_tokens, "max_tokens", unsaid=16)
     wants = asked.logprobs is not None
     with service.refusing(None):
-        params = SamplingParams(**asked.sampling(max(limit, 1), wants, asked.logprobs or 0))
+        params = SamplingParams(**asked.sampling(max(limit, 1), wants, asked.logprobs or 0), **own)
     prompts: Sequence[Prompt] = asked.prompts
     job = await service.prepare(target, prompts, params, "prompt", size=size)
     if asked.echo and wants and not target.model.shaping(params).rule.has_row:
@@ -177,16 +180,16 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     return _stream(exchange, _completion_stream) if asked.stream else await _whole(exchange)
 
 
-async def answer_chat(service: Service, request: Request, asked: ChatRequest, size: int) -> Response:
-    """`POST /v1/chat/completions`; `size` is the body's in bytes.
+async def answer_chat(service: Service, request: Request, asked: ChatRequest, size: int, users: Users | None) -> Response:
+    """`POST /v1/chat/completions`; `size` is the body's in bytes, and `users` are those that have weights of their own.
 
     Raises:
         Refusal: it cannot be answered.
     """
-    target = await service.find(asked.model, asked.aligners)
+    target, own = await find_target(service, asked, users)
     limit = service.limit(target, asked.limit, "max_completion_tokens")
     with service.refusing(None):
-        params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0))
+        params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0), **own)
     job = await service.prepare(target, [asked.chat], params, "messages", size=size)
     how = asked.include_usage, bool(asked.return_token_ids)
     exchange = _Exchange(service, request, "chat", target, params, job, *how)

@@ -19,12 +19,14 @@ from trimtab.errors import TrimtabError
 from trimtab.origins import is_json
 from trimtab.serve import wire
 from trimtab.serve.answers import answer_chat, answer_completion
+from trimtab.serve.bodies import LoadAligner, Preference, UnloadAligner
 from trimtab.serve.explain import explain
 from trimtab.serve.guard import Guard
 from trimtab.serve.metrics import CONTENT_TYPE
 from trimtab.serve.registry import Entry, NoSuchAligner, NoSuchFolder, OutOfMemory
-from trimtab.serve.schema import ChatRequest, CompletionRequest, LoadAligner, UnloadAligner
+from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import Refusal, Service
+from trimtab.serve.users import Users
 
 __all__ = ["make_app"]
 
@@ -55,8 +57,9 @@ MEANINGS = {
     400: "A field is wrong; the message names it.",
     401: "The server needs an API key.",
     403: "The request is a web page's of another origin, or for another server.",
-    404: "There is no such model or aligner.",
+    404: "There is no such model, aligner or user.",
     408: "The body did not arrive in time.",
+    409: "Two fields contradict each other, or say nothing together.",
     413: "The body is too long.",
     415: "The body is not said to be JSON.",
     429: "Too many requests are waiting; Retry-After says when to ask again.",
@@ -73,6 +76,7 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
         service: it is opened when the application starts, and closed when it ends.
         on_failure: called if it cannot be opened.
     """
+    users = None if service.settings.users is None else Users(service.settings.users, service)
 
     async def open_service() -> None:
         try:
@@ -89,6 +93,8 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
         yield
         await opening
         await service.close()
+        if users is not None:
+            users.close()
 
     app = FastAPI(title="Trimtab", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.state.service = service
@@ -102,7 +108,9 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
     _add_errors(app)
     _add_operations(app, service)
     _add_models(app, service)
-    _add_generation(app, service)
+    _add_generation(app, service, users)
+    if users is not None:
+        _add_users(app, service, users)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 
@@ -196,20 +204,41 @@ def _add_loading(app: FastAPI, service: Service) -> None:
         return JSONResponse({"id": asked.name, "object": "model", "deleted": True})
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service, users: Users | None) -> None:
     answers = _answers(400, 404, 408, 413, 415, 429, 503, 504, stream=True)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest), responses=answers, tags=["generation"])
     async def completions(request: Request) -> Response:
         """Complete prompts."""
         asked, size = await _parse(service, request, CompletionRequest)
-        return await answer_completion(service, request, asked, size)
+        return await answer_completion(service, request, asked, size, users)
 
     @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest), responses=answers, tags=["generation"])
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         asked, size = await _parse(service, request, ChatRequest)
-        return await answer_chat(service, request, asked, size)
+        return await answer_chat(service, request, asked, size, users)
+
+
+def _add_users(app: FastAPI, service: Service, users: Users) -> None:
+    answers = _answers(400, 404, 408, 409, 413, 415, 503, 504)
+
+    @app.post("/v1/users/{user}/preferences", openapi_extra=_body(Preference), responses=answers, tags=["users"])
+    async def prefer(request: Request, user: str) -> Response:
+        """Learn that a user prefers one answer to another: how many nats apart they are to each aligner is kept, no text."""
+        asked, _ = await _parse(service, request, Preference)
+        return JSONResponse(await users.prefer(user, asked.asked, asked.chosen, asked.rejected))
+
+    @_get(app, "/v1/users/{user}", responses=_answers(404, 503), tags=["users"])
+    async def known(user: str) -> Response:
+        """A user's weights, and how sure they are."""
+        return JSONResponse(await users.known(user))
+
+    @app.delete("/v1/users/{user}", responses=_answers(404, 503), tags=["users"])
+    async def forget(user: str) -> Response:
+        """Delete all that is kept of a user."""
+        await users.forget(user)
+        return JSONResponse({"id": user, "object": "user", "deleted": True})
 
 
 async def _parse(service: Service, request: Request, model: type[M]) -> tuple[M, int]:
@@ -277,7 +306,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas["Error"] = ERROR_SCHEMA
-        for model in (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner):
+        for model in (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner, Preference):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             schemas[model.__name__] = schema

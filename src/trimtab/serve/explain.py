@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trimtab.serve.bodies import LoadAligner, Preference, UnloadAligner
 from trimtab.serve.schema import (
     CONTENT,
     Call,
@@ -15,13 +16,11 @@ from trimtab.serve.schema import (
     ChatRequest,
     CompletionRequest,
     Function,
-    LoadAligner,
     ResponseFormat,
     StreamOptions,
     TextPart,
     Tool,
     ToolCall,
-    UnloadAligner,
 )
 from trimtab.serve.values import MAX_STOPS
 
@@ -32,6 +31,7 @@ _ROUTES: dict[type[BaseModel], str] = {
     ChatRequest: "/v1/chat/completions",
     LoadAligner: "/v1/load_aligner",
     UnloadAligner: "/v1/unload_aligner",
+    Preference: "/v1/users/NAME/preferences",
 }
 _INNER: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,

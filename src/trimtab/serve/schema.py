@@ -9,24 +9,24 @@ ignored; nothing else is.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from trimtab.data.prompts import join_chat
 from trimtab.serve.values import (
     MAX_ALIGNERS,
     MAX_INT,
     SAMPLING,
-    AlignerName,
     Count,
     Empty,
     OnlyFalse,
     OnlyOne,
     OnlyZero,
     Shares,
+    Strict,
     Text,
     TokenIds,
     Whole,
+    conflict,
 )
 
 __all__ = [
@@ -35,13 +35,11 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "Function",
-    "LoadAligner",
     "ResponseFormat",
     "StreamOptions",
     "TextPart",
     "Tool",
     "ToolCall",
-    "UnloadAligner",
 ]
 
 
@@ -49,15 +47,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128
 
 
-def _conflict(field: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("conflict", message, {"field": field})
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, regex_engine="rust-regex")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`stream_options`: whether a last chunk with the usage is sent. Chunks are never padded."""
 
     include_usage: bool | None = False
@@ -76,7 +66,7 @@ _WEIGHTS_ONCE: dict[str, Any] = {"not": {"required": ["aligner", "weight"], "pro
 """JSON schema of another: an `aligner` that says the weights, and `weight`."""
 
 
-class _Asked(_Strict):
+class _Asked(Strict):
     """Of whom, and how the answer comes."""
 
     model: str = Field(description="An aligner's name, BASE:ALIGNER, or the base, which is then unaligned.")
@@ -86,7 +76,7 @@ class _Asked(_Strict):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _conflict("stream_options", "stream_options is allowed only when stream is true")
+            raise conflict("stream_options", "stream_options is allowed only when stream is true")
         return self
 
 
@@ -104,7 +94,10 @@ class _Request(_Sampled):
 
     presence_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
     frequency_penalty: OnlyZero | None = Field(None, description="Not supported; use `repetition_penalty`.")
-    user: str | None = Field(None, description="Ignored.")
+    user: str | None = Field(
+        None,
+        description="Where the server keeps users' preferences, and the request names no aligner, their weights decode it.",
+    )
     store: OnlyFalse | None = Field(None, description="Ignored: nothing is stored.")
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="Ignored.")
 
@@ -133,13 +126,13 @@ class _Request(_Sampled):
     @model_validator(mode="after")
     def _weights_are_given_once(self) -> Self:
         if isinstance(self.aligner, dict) and getattr(self, "weight", None) is not None:
-            raise _conflict("weight", "weight: aligner says the weights already; give them in one of the two")
+            raise conflict("weight", "weight: aligner says the weights already; give them in one of the two")
         return self
 
     @model_validator(mode="after")
     def _ids_are_of_whole_answers(self) -> Self:
         if self.return_token_ids and self.stream:
-            raise _conflict("return_token_ids", "return_token_ids is for whole answers: leave out stream")
+            raise conflict("return_token_ids", "return_token_ids is for whole answers: leave out stream")
         return self
 
     @property
@@ -193,7 +186,7 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise _conflict("max_tokens", "max_tokens may be 0 only with echo; otherwise it must be at least 1")
+            raise conflict("max_tokens", "max_tokens may be 0 only with echo; otherwise it must be at least 1")
         return self
 
     @property
@@ -214,7 +207,7 @@ def _needs_content(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"required": ["role"], "properties": {"role": {"const": "assistant"}}}, given]
 
 
-class Function(_Strict):
+class Function(Strict):
     """A function that the model may call: its name, and its parameters as a JSON schema."""
 
     name: Text
@@ -223,21 +216,21 @@ class Function(_Strict):
     strict: OnlyFalse | None = Field(None, description="Not supported: nothing constrains what is written.")
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """One of `tools`."""
 
     type: Literal["function"]
     function: Function
 
 
-class Call(_Strict):
+class Call(Strict):
     """What a function was called with: `arguments` is JSON as a text."""
 
     name: Text
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """One of the calls in an assistant's message."""
 
     id: str | None = None
@@ -246,14 +239,14 @@ class ToolCall(_Strict):
     index: None = None
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content; there are only texts."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message. The null and empty fields are those that clients send back with an answer of ours."""
 
     model_config = ConfigDict(json_schema_extra=_needs_content)
@@ -275,11 +268,11 @@ class ChatMessage(_Strict):
     @model_validator(mode="after")
     def _only_an_assistant_says_nothing(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise _conflict("messages", f"tool_calls are an assistant's, not a message's of role '{self.role}'")
+            raise conflict("messages", f"tool_calls are an assistant's, not a message's of role '{self.role}'")
         if self.content is None and self.role != "assistant":
             given = "content" in self.model_fields_set
             said = f"content must be {CONTENT}, not null" if given else f"content is missing: it must be {CONTENT}"
-            raise _conflict("messages", said)
+            raise conflict("messages", said)
         return self
 
     @property
@@ -305,7 +298,7 @@ class ChatMessage(_Strict):
 _BOTH: dict[str, Any] = {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """`response_format`: plain text, which is what there is without it."""
 
     type: Literal["text"]
@@ -340,10 +333,10 @@ class ChatRequest(_Request):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise _conflict("top_logprobs", "top_logprobs needs logprobs to be true")
+            raise conflict("top_logprobs", "top_logprobs needs logprobs to be true")
         old, new = self.__dict__["max_tokens"], self.max_completion_tokens  # reading a deprecated attribute warns
         if None not in (old, new) and old != new:  # the schema is simpler, and does not allow both
-            raise _conflict("max_tokens", "max_tokens and max_completion_tokens differ: give only max_completion_tokens")
+            raise conflict("max_tokens", "max_tokens and max_completion_tokens differ: give only max_completion_tokens")
         return self
 
     @property
@@ -365,17 +358,3 @@ class ChatRequest(_Request):
             "chat_template_kwargs": self.chat_template_kwargs,
         }
         return join_chat([message.for_template for message in self.messages], given)
-
-
-class LoadAligner(_Strict):
-    """`POST /v1/load_aligner`."""
-
-    name: AlignerName = Field(validation_alias=AliasChoices("name", "aligner_name"))
-    path: Text = Field(validation_alias=AliasChoices("path", "aligner_path"), description="Relative to the server's root.")
-    pin: bool | None = Field(False, description="Never evict it.")
-
-
-class UnloadAligner(_Strict):
-    """`POST /v1/unload_aligner`."""
-
-    name: AlignerName = Field(validation_alias=AliasChoices("name", "aligner_name"))

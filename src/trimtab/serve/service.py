@@ -21,6 +21,7 @@ from trimtab.serve.metrics import Metrics
 from trimtab.serve.registry import NoSuchAligner, Registry
 from trimtab.serve.wire import TokenTexts
 from trimtab.serve.worker import EngineFailed, Job, Stopped, Worker
+from trimtab.users.settings import UserSettings
 
 __all__ = ["Opened", "Refusal", "Service", "Settings", "Target"]
 
@@ -53,6 +54,7 @@ class Settings:
         shutdown_timeout: seconds that running requests get to finish when the server stops.
         log_prompts: write prompts and completions to the log.
         allow_loading: whether clients may load and unload aligners.
+        users: what is kept of users, by which requests find their weights; None for nothing.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Settings:
     shutdown_timeout: float = 30.0
     log_prompts: bool = False
     allow_loading: bool = False
+    users: UserSettings | None = None
 
 
 class Refusal(Exception):
@@ -371,5 +374,7 @@ class Service:
             raise Refusal(429, message, code="queue_full", retry_after=1)
 
 
-FIELDS = set(SamplingParams.__dataclass_fields__) | {"prompt", "messages", "path", "tools", "chat_template_kwargs"}
+FIELDS = set(SamplingParams.__dataclass_fields__) | {
+    *("prompt", "messages", "path", "tools", "chat_template_kwargs", "user", "chosen", "rejected")
+}
 """Request fields that errors of the library begin with."""

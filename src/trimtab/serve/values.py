@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from trimtab.core.rules.text import MAX_TEXT
@@ -22,9 +22,11 @@ __all__ = [
     "OnlyOne",
     "OnlyZero",
     "Shares",
+    "Strict",
     "Text",
     "TokenIds",
     "Whole",
+    "conflict",
 ]
 
 MAX_N = 128
@@ -33,6 +35,17 @@ MAX_ALIGNERS = 8
 MAX_BIASES = 4096
 MAX_INT = 2**31 - 1
 """The largest count or token id: they end up in tensors, where a JSON integer of any size would not fit."""
+
+
+def conflict(field: str, message: str) -> PydanticCustomError:
+    """What two fields say that cannot both be."""
+    return PydanticCustomError("conflict", message, {"field": field})
+
+
+class Strict(BaseModel):
+    """A body: fields that it does not have are refused, and values of other types than JSON says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, regex_engine="rust-regex")
 
 
 def _only_false(value: bool) -> bool:

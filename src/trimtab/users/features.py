@@ -8,9 +8,10 @@ from torch import Tensor
 
 from trimtab.core.rules import Geometric, Product, Rule
 from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.scoring import Score
 from trimtab.errors import DataError, InvalidOption
 
-__all__ = ["Pair", "check_rule", "features_of"]
+__all__ = ["Pair", "check_rule", "compared", "features_of"]
 
 
 class Pair(NamedTuple):
@@ -50,11 +51,15 @@ def features_of(model: AlignedModel, pairs: Sequence[Pair], sources: Sequence[st
     check_rule(rule)
     prompts = [list(pair.prompt) for pair in pairs for _ in range(2)]
     answers = [list(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    scores = model.score(prompts, answers) if pairs else []
-    sums = torch.tensor([[sum(row) for row in score.inputs] for score in scores], dtype=torch.float64)
-    sums = sums.reshape(len(pairs), 2, len(model.aligners) + 1)
-    favoured = sums[..., 1:] - sums[..., :1] if isinstance(rule, Geometric) else sums[..., 1:]
-    found = favoured[:, 0] - favoured[:, 1]
-    if (broken := (~found.isfinite()).any(-1).nonzero().flatten().tolist()) != []:
+    found = compared(rule, model.score(prompts, answers) if pairs else [])
+    if broken := (~found.isfinite()).any(-1).nonzero().flatten().tolist():
         raise DataError(f"{sources[broken[0]]}: a model can never say one of the answers, so they cannot be compared")
     return found
+
+
+def compared(rule: Rule, scores: Sequence[Score]) -> Tensor:
+    """F `[N, K]` from the scores of 2N answers with a rule's inputs, the preferred one of each pair first."""
+    sums = torch.tensor([[sum(row) for row in score.inputs] for score in scores], dtype=torch.float64)
+    sums = sums.reshape(len(scores) // 2, 2, -1)
+    favoured = sums[..., 1:] - sums[..., :1] if isinstance(rule, Geometric) else sums[..., 1:]
+    return favoured[:, 0] - favoured[:, 1]
