@@ -101,6 +101,15 @@ def test_chats_are_learnt_from_and_answered(server):
     assert "".join(one["choices"][0]["delta"].get("content", "") for one in pieces) == mine["choices"][0]["message"]["content"]
 
 
+def test_an_answer_that_was_cut_has_no_end(server):
+    how = {"prompt": "de", "chosen": "xy", "rejected": "ab"}
+    weights = []
+    for more in ({}, {"unfinished": ["chosen"]}):
+        weights.append(server.post("/v1/users/cut/preferences", **how, **more).json()["weights"])
+        server.client.delete("/v1/users/cut")
+    assert weights[0] != weights[1]
+
+
 def test_a_user_is_forgotten_and_makes_room(server):
     prefer(server, "eve", *PAIRS[0])
     refused = server.post("/v1/users/fay/preferences", prompt="de", chosen="x", rejected="y")

@@ -227,7 +227,7 @@ def _add_users(app: FastAPI, service: Service, users: Users) -> None:
     async def prefer(request: Request, user: str) -> Response:
         """Learn that a user prefers one answer to another: how many nats apart they are to each aligner is kept, no text."""
         asked, _ = await _parse(service, request, Preference)
-        return JSONResponse(await users.prefer(user, asked.asked, asked.chosen, asked.rejected))
+        return JSONResponse(await users.prefer(user, asked))
 
     @_get(app, "/v1/users/{user}", responses=_answers(404, 503), tags=["users"])
     async def known(user: str) -> Response:

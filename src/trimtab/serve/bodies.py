@@ -1,6 +1,6 @@
 """What clients send that is no request to generate: of aligners, and of users."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
@@ -26,6 +26,9 @@ class Preference(Strict):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     chosen: str = Field(description="The answer that the user prefers.")
     rejected: str = Field(description="The other one.")
+    unfinished: Annotated[list[Literal["chosen", "rejected"]], Field(max_length=2, fail_fast=True)] | None = Field(
+        None, description="Which of them were cut, and so do not end."
+    )
 
     @model_validator(mode="after")
     def _asks_once(self) -> Self:

@@ -8,18 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from trimtab.core.user_weights import fit_user_weights
-from trimtab.data.prompts import Prompt
 from trimtab.decode.aligned import AlignedModel
-from trimtab.decode.scoring import score_in_steps
 from trimtab.errors import DataError
 from trimtab.models.fingerprint import fingerprint_of
+from trimtab.serve.bank import Bank
+from trimtab.serve.bodies import Preference
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import Refusal, Service, Target
-from trimtab.users.features import compared
 from trimtab.users.run import described
 from trimtab.users.settings import UserSettings
 from trimtab.users.store import NoSuchUser, UserStore
@@ -29,9 +26,6 @@ __all__ = ["Users", "find_target"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-STEP = 512
-"""Tokens of an answer that are scored between two steps of the engine."""
 
 
 class Users:
@@ -44,6 +38,7 @@ class Users:
 
     def __init__(self, settings: UserSettings, service: Service) -> None:
         self.settings, self._service = settings, service
+        self._bank = Bank(service, settings.aligners, settings.beta, settings.prior_scale)
         self._opened: tuple[AlignedModel, UserStore] | None = None
         self._lock = threading.Lock()
 
@@ -64,7 +59,7 @@ class Users:
             features = await self._do(lambda store: store.features(user))
         except NoSuchUser:
             return None
-        return fit_user_weights(features, *self._how).mean.tolist()
+        return [float(weight) for weight in self._bank.fit(features).mean]
 
     async def known(self, user: str) -> dict[str, Any]:
         """What `/v1/users/NAME` says.
@@ -75,13 +70,13 @@ class Users:
         with _missing():
             return self._said(user, await self._do(lambda store: store.features(user)))
 
-    async def prefer(self, user: str, prompt: Prompt, chosen: str, rejected: str) -> dict[str, Any]:
+    async def prefer(self, user: str, asked: Preference) -> dict[str, Any]:
         """Learn that a user prefers one answer to another; what `known` says then.
 
         Raises:
             Refusal: the answers cannot be compared, or there is no room for another user.
         """
-        [nats] = (await self.compare(prompt, chosen, rejected)).tolist()
+        nats = await self._bank.compare(asked.asked, asked.chosen, asked.rejected, unfinished=asked.unfinished or ())
         return self._said(user, await self._do(lambda store: store.add(user, nats)))
 
     async def forget(self, user: str) -> None:
@@ -93,47 +88,17 @@ class Users:
         with _missing():
             await self._do(lambda store: store.delete(user))
 
-    async def compare(self, prompt: Prompt, chosen: str, rejected: str) -> Tensor:
-        """F `[1, K]` of two answers.
-
-        Raises:
-            Refusal: they are the same, or cannot be scored.
-        """
-        if chosen == rejected:
-            raise Refusal(409, "chosen and rejected are the same, which says nothing", param="rejected")
-        model = await self._bank()
-        with self._service.refusing("prompt"):
-            found = model.encoder.answers(prompt, [chosen, rejected], "prompt", ["chosen", "rejected"], [True, True])
-            if (most := model.max_length) is not None and len(found.prompt) + max(map(len, found.answers)) > most:
-                raise Refusal(400, f"prompt and answers must fit into {most} tokens: shorten them", param="chosen")
-            shaping = model.shaping(model.defaults)
-            pairs = [(found.prompt, answer) for answer in found.answers]
-            steps = score_in_steps(model.proposal, model.aligners_of(shaping), shaping, pairs, step=STEP, inputs=True)
-            async with asyncio.timeout(self._service.settings.request_timeout):
-                nats = compared(shaping.rule, await self._service.worker.score(steps))
-        if not bool(nats.isfinite().all()):
-            raise Refusal(400, "a model can never say one of the answers, so they cannot be compared", param="chosen")
-        return nats
-
-    def fit(self, features: Tensor) -> dict[str, Any]:
-        """Weights and intervals by name, of pairs f `[N, K]`."""
-        return described(self.settings.aligners, fit_user_weights(features, *self._how))
-
-    @property
-    def _how(self) -> tuple[Tensor, float, float]:
-        """Where weights start, and by how much pairs may move them."""
-        prior = torch.zeros(len(self.settings.aligners), dtype=torch.float64)
-        return prior, self.settings.beta, self.settings.prior_scale
-
     def _said(self, user: str, features: Tensor) -> dict[str, Any]:
-        return {"id": user, "object": "user", "pairs": len(features), **self.fit(features)}
-
-    async def _bank(self) -> AlignedModel:
-        return (await self._service.find(self._service.settings.name, self.settings.aligners)).model
+        return {
+            "id": user,
+            "object": "user",
+            "pairs": len(features),
+            **described(self.settings.aligners, self._bank.fit(features)),
+        }
 
     async def _do(self, work: Callable[[UserStore], T]) -> T:
         """Work with what is kept, outside of the event loop."""
-        model = await self._bank()
+        model = await self._bank.model()
         with self._service.refusing("user"):
             try:
                 return await asyncio.to_thread(lambda: work(self._store(model)))

@@ -119,6 +119,11 @@ class Answer:
         return self._over
 
     @property
+    def cut(self) -> bool:
+        """Whether the limit cut it."""
+        return self.completion is not None and self.completion.finish_reason == "length"
+
+    @property
     def text(self) -> str:
         """The text so far, without special tokens."""
         return self.completion.text if self.completion else "".join(event.text for event in self.events)

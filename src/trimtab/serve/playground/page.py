@@ -1,10 +1,11 @@
-"""The playground at `/playground`: proposal and aligned side by side, a dial between two aligners, and a blind arena.
+"""The playground at `/playground`: proposal and aligned side by side, a dial between two aligners, weights that choices steer,
+and a blind arena.
 
 The arena's votes train an aligner. A Gradio app on the server's own FastAPI app. Its handlers run in the server's event loop
 and use the `Service` as the routes do.
 
     page                   looks, login, and what happens when it loads or the server stops
-    compare, dial, arena   its tabs, controls and handlers
+    compare, dial, steer, arena   its tabs, controls and handlers
     tab                    what the tabs have in common
     duel                   answers that grow side by side; knows no Gradio
     tokens_html            what is shown of them; knows nothing else
@@ -27,6 +28,7 @@ from starlette.routing import Mount
 from trimtab.serve.playground.arena import Arena
 from trimtab.serve.playground.compare import Compare
 from trimtab.serve.playground.dial import RELEASE_BY_KEY, Dial
+from trimtab.serve.playground.steer import Steer
 from trimtab.serve.playground.tab import Update, add_html
 from trimtab.serve.playground.tokens_html import notice_html
 from trimtab.serve.playground.votes import VoteBook
@@ -99,6 +101,8 @@ def _page(service: Service, book: VoteBook) -> gr.Blocks:
                 compare = Compare(service)
             with gr.Tab("Dial"):
                 dial = Dial(service)
+            with gr.Tab("Steer"):
+                steer = Steer(service)
             with gr.Tab("Arena"):
                 arena = Arena(service, book)
 
@@ -108,12 +112,13 @@ def _page(service: Service, book: VoteBook) -> gr.Blocks:
                 yield {notice: notice_html("The models are being loaded.")}
                 await asyncio.sleep(LOOK_SECONDS)
             try:
-                yield {notice: "", **compare.load(), **dial.load(), **await arena.load()}
+                yield {notice: "", **compare.load(), **dial.load(), **steer.load(), **await arena.load()}
             except Refusal as refusal:
                 yield {notice: notice_html(refusal.message, kind="problem")}
 
         shown = [notice, compare.aligner, compare.right, compare.kind, arena.one, arena.other, arena.kind, arena.hint]
         shown += [dial.one, dial.other, dial.dial, dial.left, dial.right, dial.kind]
+        shown += [steer.learnt, steer.dials, *steer.choices, steer.kind]
         blocks.load(load, None, shown, show_progress="hidden", api_visibility="private")
     return blocks
 

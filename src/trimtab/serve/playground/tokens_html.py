@@ -17,6 +17,7 @@ __all__ = [
     "Candidate",
     "Shown",
     "command_html",
+    "dials_html",
     "legend_html",
     "notice_html",
     "panel_html",
@@ -24,6 +25,8 @@ __all__ = [
     "tokens_html",
 ]
 
+FULL_DIAL = 3.0
+"""The weight at a dial's end."""
 FULL_COLOUR = 4.0
 """The |log ratio|, in nats, from which a token has the full colour."""
 _TEMPLATE_SIGNS = {ord(char): f"&#{ord(char)};" for char in "${}`"}
@@ -152,6 +155,24 @@ def panel_html(title: str, body: str, *, note: str = "", facts: Sequence[str] = 
         f'<h3>{_safe(title)}<span class="tt-note">{_safe(note)}</span></h3>'
         f'{body}<ul class="tt-facts">{below}</ul></section>'
     )
+
+
+def dials_html(dials: Sequence[tuple[str, float, float, float]]) -> str:
+    """A dial for each aligner: its weight, and where .95 of what it might be is.
+
+    Args:
+        dials: name, weight, and the ends of its interval.
+    """
+    rows = []
+    for name, weight, low, high in dials:
+        at, start, end = (f"{100 * (min(max(x, -FULL_DIAL), FULL_DIAL) / FULL_DIAL + 1) / 2:.1f}%" for x in (weight, low, high))
+        rows.append(
+            f'<div class="tt-dial" role="meter" aria-label="weight of {escape(name)}" aria-valuemin="{-FULL_DIAL:g}"'
+            f' aria-valuemax="{FULL_DIAL:g}" aria-valuenow="{weight:.3f}" aria-valuetext="{weight:+.2f}, from {low:+.2f} to'
+            f' {high:+.2f}" style="--at:{at};--low:{start};--high:{end}">'
+            f'<span>{_safe(name)}</span><span class="tt-track"></span><span>{weight:+.2f}</span></div>'
+        )
+    return f'<div class="tt-dials">{"".join(rows)}</div>'
 
 
 def notice_html(message: str, *, kind: str = "info") -> str:
