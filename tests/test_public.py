@@ -31,6 +31,7 @@ def test_the_public_names_are_these():
         "BlendOptions",
         "Completion",
         "EvalOptions",
+        "FitWeightsOptions",
         "Particles",
         "ProposeOptions",
         "SamplingParams",
@@ -43,6 +44,7 @@ def test_the_public_names_are_these():
         "TrimtabError",
         "blend",
         "evaluate",
+        "fit_weights",
         "propose",
         "train",
     ]
