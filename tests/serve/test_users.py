@@ -169,6 +169,14 @@ def test_what_is_learnt_outlives_the_server_and_not_its_aligners(folder, tmp_pat
         assert prefer(server, "ada", *PAIRS[1])["pairs"] == 1
 
 
+def test_one_server_has_the_folder(folder, tmp_path):
+    """A second one fails as it starts, and says why."""
+    with running(service(folder, tmp_path)) as server, running(service(folder, tmp_path)) as second:
+        assert second.service.state == "failed"
+        assert "another process is writing" in str(second.service.failure)
+        prefer(server, "ada", *PAIRS[0])
+
+
 def test_without_a_store_the_name_means_nothing(folder):
     with running(folder_service(folder / "proposal", {"one": folder / "one"})) as server:
         assert server.post("/v1/users/ada/preferences", prompt="de", chosen="x", rejected="y").status_code == 404

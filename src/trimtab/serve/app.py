@@ -81,8 +81,11 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
     async def open_service() -> None:
         try:
             await service.open()
+            if users is not None:
+                await users.open()
             logger.info("ready: %s", service.settings.name)
         except Exception as error:
+            service.failure = error
             if not isinstance(error, TrimtabError):
                 logger.exception("the models cannot be loaded")
             on_failure()

@@ -42,6 +42,15 @@ class Users:
         self._opened: tuple[AlignedModel, UserStore] | None = None
         self._lock = threading.Lock()
 
+    async def open(self) -> None:
+        """Take the folder, once the models are loaded.
+
+        Raises:
+            InvalidOption: another process has it.
+            OSError: it cannot be written.
+        """
+        await asyncio.to_thread(self._store, await self._bank.model())
+
     def close(self) -> None:
         """Let go of the folder."""
         with self._lock:
