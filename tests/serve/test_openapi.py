@@ -28,6 +28,8 @@ def server(tmp_path_factory):
             allow_loading=True,
             registry_root=folder,
             users=UserSettings(folder / "users", ("q",), max_users=20),
+            feedback=folder / "said.jsonl",
+            feedback_per_hour=10**6,
             **limits,
         )
     ) as it:
@@ -37,7 +39,7 @@ def server(tmp_path_factory):
 @pytest.mark.parametrize(
     ("which", "tested"),
     [
-        (["--exclude-path-regex", "preferences"], 10),
+        (["--exclude-path-regex", "preferences"], 11),
         (["--include-path-regex", "preferences", "--exclude-checks", "positive_data_acceptance"], 1),
     ],
     ids=["all", "preferences"],

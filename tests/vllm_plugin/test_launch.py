@@ -129,6 +129,8 @@ OTHERS: dict[str, Any] = {
     "num_speculative_tokens": 4,
     "aligner_root": "folder",
     "users": "folder",
+    "feedback": "said.jsonl",
+    "feedback_per_hour": 3,
     "max_users": 3,
     "max_user_pairs": 3,
     "user_days": 3.0,

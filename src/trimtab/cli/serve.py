@@ -101,6 +101,13 @@ class Options(TemplateOptions, ModelOptions):
     max_users: int = option(10_000, "users that are kept", low=1)
     max_user_pairs: int = option(100, "preferences that are kept of each user; the oldest go", low=1)
     user_days: float | None = option(None, "days that a preference is kept [default: until its user is deleted]", above=0)
+    feedback: str | None = option(
+        None,
+        "take votes, corrections and thumbs by /v1/feedback, and keep them here, with their texts, in the layout that training"
+        " reads; needs an API key",
+        metavar="FILE",
+    )
+    feedback_per_hour: int = option(600, "how many of them one API key may give in an hour", low=1)
     log_prompts: bool = option(False, "write prompts and completions to the log")
     playground: bool = option(False, "show the playground at /playground (needs the extra 'playground')")
     votes: str | None = option(None, "where the playground's arena keeps its votes [default: votes.jsonl]", metavar="FILE")
@@ -126,6 +133,7 @@ class Options(TemplateOptions, ModelOptions):
         idle = {"vllm_args": "belongs to --engine vllm"}
         idle |= {} if self.playground else {"votes": "belongs to --playground"}
         idle |= {} if self.users else dict.fromkeys(("max_users", "max_user_pairs", "user_days"), "belongs to --users")
+        idle |= {} if self.feedback else {"feedback_per_hour": "belongs to --feedback"}
         idle |= {} if self.aligner else {"users": "needs an --aligner: their weights are what users have"}
         return idle | ({} if self.aligns else {"max_aligner_memory": "needs an --aligner, or --aligner_root"})
 
@@ -199,12 +207,16 @@ def _settings(options: Options) -> "Settings":
         raise InvalidOption(f"--aligner_root: there is no folder '{options.aligner_root}'")
     names = options.served_model_name or _names_of(options.proposal)
     from trimtab.origins import Origins
+    from trimtab.serve.feedback import FeedbackBook
     from trimtab.serve.guard import check_keys
 
     keys = options.api_key or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
     check_keys(keys)
-    if options.users is not None and not keys:
-        raise InvalidOption("--users: what is learnt of users needs an --api_key: without one, anybody could teach them")
+    for name in ("users", "feedback"):
+        if getattr(options, name) is not None and not keys:
+            raise InvalidOption(f"--{name} needs an --api_key: without one, anybody could teach")
+    if options.feedback is not None:
+        FeedbackBook(options.feedback, options.feedback_per_hour)  # refuses what cannot be its file
     return Settings(
         name=names[0],
         aliases=tuple(names[1:]),
@@ -220,6 +232,8 @@ def _settings(options: Options) -> "Settings":
         log_prompts=options.log_prompts,
         allow_loading=options.aligner_root is not None,
         users=_users(options),
+        feedback=None if options.feedback is None else Path(options.feedback),
+        feedback_per_hour=options.feedback_per_hour,
     )
 
 

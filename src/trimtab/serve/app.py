@@ -19,8 +19,9 @@ from trimtab.errors import TrimtabError
 from trimtab.origins import is_json
 from trimtab.serve import wire
 from trimtab.serve.answers import answer_chat, answer_completion
-from trimtab.serve.bodies import LoadAligner, Preference, UnloadAligner
+from trimtab.serve.bodies import Feedback, LoadAligner, Preference, UnloadAligner
 from trimtab.serve.explain import explain
+from trimtab.serve.feedback import FeedbackBook, key_name
 from trimtab.serve.guard import Guard
 from trimtab.serve.metrics import CONTENT_TYPE
 from trimtab.serve.registry import Entry, NoSuchAligner, NoSuchFolder, OutOfMemory
@@ -114,6 +115,8 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
     _add_generation(app, service, users)
     if users is not None:
         _add_users(app, service, users)
+    if service.settings.feedback is not None:
+        _add_feedback(app, service, FeedbackBook(service.settings.feedback, service.settings.feedback_per_hour))
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 
@@ -244,6 +247,24 @@ def _add_users(app: FastAPI, service: Service, users: Users) -> None:
         return JSONResponse({"id": user, "object": "user", "deleted": True})
 
 
+def _add_feedback(app: FastAPI, service: Service, book: FeedbackBook) -> None:
+    answers = _answers(400, 408, 413, 415, 429, 503)
+
+    @app.post("/v1/feedback", openapi_extra=_body(Feedback), responses=answers, tags=["feedback"])
+    async def feedback(request: Request) -> Response:
+        """Keep what somebody says of an answer: a vote, a correction or a thumb, with the texts."""
+        asked, _ = await _parse(service, request, Feedback)
+        key = key_name(request.headers.get("authorization", "").partition(" ")[2].strip())
+        book.admit(key)
+        with service.refusing("prompt"):
+            try:
+                row = await asyncio.to_thread(book.append, asked, key)
+            except OSError as error:
+                logger.exception("feedback cannot be kept")
+                raise Refusal(503, f"the feedback cannot be kept: {error.strerror}") from error
+        return JSONResponse({"object": "feedback", "kind": row["feedback"], "time": row["time"]})
+
+
 async def _parse(service: Service, request: Request, model: type[M]) -> tuple[M, int]:
     """The body, and its length in bytes."""
     try:
@@ -309,7 +330,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas["Error"] = ERROR_SCHEMA
-        for model in (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner, Preference):
+        for model in (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner, Preference, Feedback):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             schemas[model.__name__] = schema

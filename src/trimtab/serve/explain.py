@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trimtab.serve.bodies import LoadAligner, Preference, UnloadAligner
+from trimtab.serve.bodies import Feedback, LoadAligner, Preference, UnloadAligner
 from trimtab.serve.schema import (
     CONTENT,
     Call,
@@ -32,6 +32,7 @@ _ROUTES: dict[type[BaseModel], str] = {
     LoadAligner: "/v1/load_aligner",
     UnloadAligner: "/v1/unload_aligner",
     Preference: "/v1/users/NAME/preferences",
+    Feedback: "/v1/feedback",
 }
 _INNER: dict[str, type[BaseModel]] = {
     "stream_options": StreamOptions,

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from trimtab.data.prompts import Prompt
@@ -55,6 +56,8 @@ class Settings:
         log_prompts: write prompts and completions to the log.
         allow_loading: whether clients may load and unload aligners.
         users: what is kept of users, by which requests find their weights; None for nothing.
+        feedback: where votes, corrections and thumbs go; None takes none.
+        feedback_per_hour: how many of one API key.
     """
 
     name: str
@@ -71,6 +74,8 @@ class Settings:
     log_prompts: bool = False
     allow_loading: bool = False
     users: UserSettings | None = None
+    feedback: Path | None = None
+    feedback_per_hour: int = 600
 
 
 class Refusal(Exception):

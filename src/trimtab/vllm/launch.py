@@ -49,6 +49,8 @@ REFUSED = {
     "stream_interval": "vLLM counts tokens, not seconds: --vllm_args='--stream-interval 4'",
     "playground": "the playground needs the embedded engine",
     "votes": "the playground needs the embedded engine",
+    "feedback": "feedback needs the embedded engine",
+    "feedback_per_hour": "it belongs to --feedback",
     "users": "vLLM compares no answers: fit weights with trimtab fit-weights, and send them",
     **dict.fromkeys(("max_users", "max_user_pairs", "user_days"), "it belongs to --users"),
     "quantize": "vLLM quantises itself: --vllm_args='--quantization fp8'",

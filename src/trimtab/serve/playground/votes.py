@@ -5,23 +5,16 @@ beside, `votes.ties.jsonl` for `votes.jsonl`, with the texts as `left` and `righ
 trainable as it is.
 """
 
-import errno
-import fcntl
-import json
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.appended import append_row
 from trimtab.data.prompts import Message
 from trimtab.errors import InvalidOption, InvalidRequest
-from trimtab.files import expand_home, named_errors
+from trimtab.files import expand_home
 
 __all__ = ["Verdict", "VoteBook"]
-
-logger = logging.getLogger(__name__)
 
 Verdict = Literal["left", "right", "tie", "both_bad"]
 _VERDICTS = ("left", "right", "tie", "both_bad")
@@ -68,11 +61,7 @@ class VoteBook:
             OSError: the disk is full or cannot be written; nothing of the vote is left on it.
         """
         record = _record(prompt, left, right, verdict, facts)
-        try:
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
-            raise InvalidRequest(f"the vote cannot be written as JSON in UTF-8: {error}") from None
-        _append_line(self.path if "chosen" in record else self.ties, line)
+        append_row(self.path if "chosen" in record else self.ties, record, "the vote")
         return record
 
 
@@ -103,61 +92,3 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if not fits:
         raise InvalidRequest(f"{name} must be a message whose 'role' and 'content' are texts")
     return dict(message)
-
-
-def _append_line(path: Path, line: bytes) -> None:
-    """Add a whole line, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with named_errors(path), _locked(path) as descriptor:
-        _mend(path, descriptor)
-        size = os.fstat(descriptor).st_size
-        try:
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        except BaseException:
-            os.ftruncate(descriptor, size)
-            raise
-        if size == 0:
-            _sync_folder(path.parent)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Open for appending, alone among all that do so through here; the lock waits, and ends with the process at the latest."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _mend(path: Path, descriptor: int) -> None:
-    """End a last line that lacks its newline, or move it away if it is not whole."""
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
-    data = os.pread(descriptor, size, 0)
-    start = data.rfind(b"\n") + 1
-    torn = data[start:]
-    try:
-        json.loads(torn)
-    except ValueError:
-        with open(path.with_name(path.name + ".torn"), "ab") as aside:
-            aside.write(torn + b"\n")
-            aside.flush()
-            os.fsync(aside.fileno())
-        os.ftruncate(descriptor, start)
-        logger.warning("%s: a last line of %d bytes was not whole; moved to %s.torn", path, len(torn), path.name)
-    else:
-        os.write(descriptor, b"\n")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the name of a new file last, as `fsync` makes its content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
