@@ -83,7 +83,9 @@ def test_a_choice_moves_the_weights_that_the_next_answers_have(table):
         texts = [answer.text for answer in learnt.answers]
         final = table.choose(0, learnt, *PLAIN)
         assert len(learnt.nats) == count
-        nats = table.runner.run(Bank(table.service, learnt.aligners).compare("def", *texts, unfinished=["chosen", "rejected"]))
+        nats = table.runner.run(
+            Bank(table.service, learnt.aligners).compare(learnt.model, "def", *texts, unfinished=["chosen", "rejected"])
+        )
         assert learnt.nats[-1] == pytest.approx(nats)
         fitted = fit_user_weights(learnt.features, torch.zeros(2), 0.1, 1.0)
         shown = [f'aria-valuenow="{weight:.3f}"' for weight in fitted.mean.tolist()]
@@ -106,6 +108,31 @@ def test_a_choice_counts_once_and_is_forgotten_when_asked(table):
     fresh = steer.forget()
     assert fresh[steer.learnt].nats == []
     assert fresh[steer.dials].count('aria-valuenow="0.000"') == 2
+
+
+def test_who_starts_over_in_mid_answer_has_started_over(table):
+    """And the numbers of other aligners are none."""
+    steer = table.steer
+    learnt = steer.load()[steer.learnt]
+    table.ask(learnt, *PLAIN)
+    table.choose(0, learnt, *PLAIN)
+
+    async def play():
+        updates = steer.run(SESSION, learnt, *PLAIN)
+        await anext(updates)
+        steer.start_over(SESSION, learnt)
+        return [update async for update in updates]
+
+    later = table.runner.run(play())
+    assert not any(steer.learnt in update or steer.dials in update for update in later)
+    assert any(update.get(steer.go, {}).get("interactive") for update in later), "one can ask again"
+    learnt = steer.forget()[steer.learnt]
+    table.ask(learnt, *PLAIN)
+    table.choose(0, learnt, *PLAIN)
+    assert len(learnt.nats) == 1
+    table.service.registry.load("rude", table.service.registry.entries[1].path)
+    table.ask(learnt, *PLAIN)
+    assert learnt.nats == []
 
 
 def test_what_cannot_be_asked_is_said(folder, table):

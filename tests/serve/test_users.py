@@ -1,6 +1,7 @@
 """Users of a server: what they prefer becomes weights, which decode their requests and nobody else's."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
 from trimtab.core.user_weights import fit_user_weights
+from trimtab.serve.bank import Bank
 from trimtab.users.settings import UserSettings
 
 BANK = ("one", "two")
@@ -175,6 +177,77 @@ def test_one_server_has_the_folder(folder, tmp_path):
         assert second.service.state == "failed"
         assert "another process is writing" in str(second.service.failure)
         prefer(server, "ada", *PAIRS[0])
+
+
+def test_a_preference_is_kept_under_the_aligners_that_compared_it(folder, tmp_path, monkeypatch):
+    """Also if one is replaced between the two."""
+    with running(service(folder, tmp_path)) as server:
+        registry = server.service.registry
+        compare = Bank.compare
+
+        async def replacing(self, model, *args, **how):
+            nats = await compare(self, model, *args, **how)
+            registry.load("two", str(folder / "other"), pinned=True)
+            return nats
+
+        monkeypatch.setattr(Bank, "compare", replacing)
+        prefer(server, "ada", *PAIRS[0])
+        assert server.client.get("/v1/users/ada").status_code == 404, "the numbers are the former aligner's"
+
+
+def test_nothing_is_lost_while_aligners_are_replaced(folder, tmp_path):
+    with running(service(folder, tmp_path)) as server, ThreadPoolExecutor(8) as pool:
+
+        def replace():
+            for _ in range(6):
+                server.service.registry.load("two", str(folder / "two"), pinned=True)
+
+        replacing = pool.submit(replace)
+        list(pool.map(lambda i: prefer(server, "ada", *PAIRS[i % 3]), range(24)))
+        replacing.result()
+        assert server.client.get("/v1/users/ada").json()["pairs"] == 24
+
+
+def test_who_is_not_known_needs_no_aligner_and_everybody_can_be_forgotten(folder, tmp_path):
+    with running(service(folder, tmp_path)) as server:
+        prefer(server, "ada", *PAIRS[0])
+        server.service.registry.unload("two")
+        how = {"model": "base", "prompt": "def", "max_tokens": 3, "seed": 1}
+        assert server.complete(user="stranger", **how)["choices"] == server.complete(**how)["choices"]
+        assert server.complete(user="x" * 300, **how)["choices"] == server.complete(**how)["choices"]
+        assert server.post("/v1/completions", user="ada", **how).status_code == 404
+        assert server.client.delete("/v1/users/ada").json()["deleted"]
+
+
+def test_a_name_may_have_any_characters(folder, tmp_path):
+    with running(service(folder, tmp_path)) as server:
+        for name in ("a%2Fb", "%C3%A9%20%F0%9F%99%82"):
+            answer = server.post(f"/v1/users/{name}/preferences", prompt="de", chosen="x", rejected="y")
+            assert answer.status_code == 200
+            assert server.client.get(f"/v1/users/{name}").json()["pairs"] == 1
+            assert server.client.delete(f"/v1/users/{name}").status_code == 200
+        assert server.post("/v1/users/%FF/preferences", prompt="de", chosen="x", rejected="y").status_code == 400
+
+
+def test_preferences_wait_their_turn_too(folder, tmp_path):
+    users = UserSettings(tmp_path, BANK)
+    made = folder_service(
+        folder / "proposal", {name: folder / name for name in BANK}, users=users, max_waiting=1, engine={"max_num_seqs": 1}
+    )
+    with running(made) as server, ThreadPoolExecutor(12) as pool:
+
+        def one(i):
+            body = {"prompt": "de" * 8, "chosen": "xyz" * 9, "rejected": "abc" * 9}
+            return server.post(f"/v1/users/u{i}/preferences", **body).status_code
+
+        statuses = list(pool.map(one, range(36)))
+    assert set(statuses) == {200, 429}
+
+
+def test_a_folder_that_is_none_is_said_at_the_start(folder, tmp_path):
+    (tmp_path / "kept").write_text("a file")
+    with running(service(folder, tmp_path / "kept")) as server:
+        assert server.service.state == "failed"
 
 
 def test_without_a_store_the_name_means_nothing(folder):

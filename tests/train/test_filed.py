@@ -101,6 +101,20 @@ def test_prompts_with_answers_are_counted_and_not_those_before_them(tmp_path):
     assert list(samples) == [0]
 
 
+def test_prompts_that_are_kept_must_differ_in_score(tmp_path):
+    encoder = tiny_encoder()
+    rows = [
+        {"prompt": p, "completion": text, "score": float(p == "df" and text == "a")}
+        for p in ("de", "df")
+        for text in ("a", "b")
+    ]
+    prompts = prompts_of(rows, encoder, tmp_path / "answers.jsonl")
+    filed = read_filed(str(tmp_path / "answers.jsonl"))
+    assert len(with_answers("development", prompts, filed, encoder, 9, 2)[0]) == 2
+    with pytest.raises(DataError, match="no development prompt has two answers with different scores"):
+        with_answers("development", prompts, filed, encoder, 9, 1)
+
+
 def test_a_look_and_a_group_have_so_many_answers_and_each_group_others(tmp_path):
     prompt = Prompt(SimpleNamespace(prompt="de", columns={}), [4])
     many = {0: [Sample(0, 0, [i + 1], "", "stop", 1.0, float(i)) for i in range(64)]}

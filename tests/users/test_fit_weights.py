@@ -9,6 +9,7 @@ import trimtab
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import write_rows
 from trimtab.cli import main
+from trimtab.cli.fit_weights import render
 from trimtab.core.user_weights import fit_user_weights
 from trimtab.errors import DataError, InvalidOption
 from trimtab.models.loading import load_model
@@ -80,6 +81,31 @@ def test_the_command_says_how_to_decode(folder, tmp_path, capsys):
     assert main(["generate", "--proposal", str(folder / "proposal"), *flags, "--prompt", "de", "--max_tokens", "3"]) == 0
 
 
+def test_it_says_where_an_aligner_tells_lengths_and_nothing_else(folder, tmp_path, caplog):
+    """One with uniform rows favours what is shorter, under `product`."""
+    save_tiny(tmp_path / "flat", tiny_model("llama", 28, seed=9, spread=0.0), tiny_tokenizer())
+    model = load_model(tmp_path / "flat")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    model.save_pretrained(tmp_path / "flat")
+    rows = [{"prompt": "de", "chosen": "x" * (i + 1), "rejected": "y" * (2 * i + 3)} for i in range(6)]
+    write_rows(tmp_path / "short.jsonl", rows)
+    both = [f"flat={tmp_path}/flat", f"one={folder}/one"]
+    with caplog.at_level("WARNING"):
+        report = trimtab.fit_weights(**told(folder, aligner=both, preferences=str(tmp_path / "short.jsonl")))
+    assert report["length"]["flat"] == pytest.approx(1.0)
+    assert report["weights"]["flat"] > 0.5
+    assert "what 'flat' says of these answers is how long they are, to 100 %" in caplog.text
+
+
+def test_many_pairs_are_not_left_out_one_by_one(folder, tmp_path):
+    rows = [{"prompt": "de", "chosen": "x", "rejected": "y"}] * 201
+    write_rows(tmp_path / "many.jsonl", rows)
+    report = trimtab.fit_weights(**told(folder, preferences=str(tmp_path / "many.jsonl")))
+    assert report["agree"]["left_out"] is None
+    assert "leave out the pair" not in render(report)
+
+
 def test_an_answer_that_was_cut_has_no_end(folder, tmp_path):
     row = {"prompt": "de", "chosen": "xy", "rejected": "xyz", "unfinished": ["chosen"]}
     write_rows(tmp_path / "cut.jsonl", [row])
@@ -119,8 +145,8 @@ def test_long_pairs_are_named_or_left_out(folder, tmp_path):
         ({"aligner": []}, "aligner is required"),
         ({"preferences": ""}, "preferences is required"),
         ({"weight": [1.0]}, "1 weight for 2 aligner"),
-        ({"beta": 0.0}, "beta must be above 0"),
-        ({"prior_scale": -1.0}, "prior_scale must be above 0"),
+        ({"beta": 0.0}, "beta must be from 1e-06 to 1000"),
+        ({"prior_scale": -1.0}, "prior_scale must be from 1e-06 to 1000"),
         ({"rule": "mixture"}, "rule must be one of product, geometric"),
         ({"dataset_split": "test"}, "dataset_split is for a data set of the hub"),
     ],

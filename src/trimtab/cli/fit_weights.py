@@ -22,11 +22,9 @@ def render(report: dict[str, Any]) -> str:
         low, high = report["interval"][name]
         lines.append(f"{name:20}{weight:>+10.3f}  [{low:+.3f}, {high:+.3f}]")
     agree = report["agree"]
-    lines += [
-        "",
-        f"of {report['pairs']} pairs, {agree['fitted']:.0%} are ranked as the user has it, and"
-        f" {agree['left_out']:.0%} by fits that leave out the pair in question; before, {agree['before']:.0%}",
-    ]
+    unseen = "" if agree["left_out"] is None else f", {agree['left_out']:.0%} by fits that leave out the pair in question"
+    said = f"of {report['pairs']} pairs, {agree['fitted']:.0%} are ranked as the user has it{unseen}"
+    lines += ["", f"{said}; before, {agree['before']:.0%}"]
     words = [word for name, path in report["aligners"].items() for word in _words(path, report["weights"][name])]
     lines.append(f"decode with: {shlex.join(['--rule', report['rule'], *words])}")
     return "\n".join(lines)

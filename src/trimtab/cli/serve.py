@@ -100,7 +100,9 @@ class Options(TemplateOptions, ModelOptions):
     )
     max_users: int = option(10_000, "users that are kept", low=1)
     max_user_pairs: int = option(100, "preferences that are kept of each user; the oldest go", low=1)
-    user_days: float | None = option(None, "days that a preference is kept [default: until its user is deleted]", above=0)
+    user_days: float | None = option(
+        None, "days that a preference is kept [default: until its user is deleted]", above=0, high=36_500
+    )
     feedback: str | None = option(
         None,
         "take votes, corrections and thumbs by /v1/feedback, and keep them here, with their texts, in the layout that training"

@@ -227,20 +227,20 @@ def _add_generation(app: FastAPI, service: Service, users: Users | None) -> None
 
 
 def _add_users(app: FastAPI, service: Service, users: Users) -> None:
-    answers = _answers(400, 404, 408, 409, 413, 415, 503, 504)
+    answers = _answers(400, 404, 408, 409, 413, 415, 429, 503, 504)
 
-    @app.post("/v1/users/{user}/preferences", openapi_extra=_body(Preference), responses=answers, tags=["users"])
+    @app.post("/v1/users/{user:path}/preferences", openapi_extra=_body(Preference), responses=answers, tags=["users"])
     async def prefer(request: Request, user: str) -> Response:
         """Learn that a user prefers one answer to another: how many nats apart they are to each aligner is kept, no text."""
         asked, _ = await _parse(service, request, Preference)
         return JSONResponse(await users.prefer(user, asked))
 
-    @_get(app, "/v1/users/{user}", responses=_answers(404, 503), tags=["users"])
+    @_get(app, "/v1/users/{user:path}", responses=_answers(400, 404, 503), tags=["users"])
     async def known(user: str) -> Response:
         """A user's weights, and how sure they are."""
         return JSONResponse(await users.known(user))
 
-    @app.delete("/v1/users/{user}", responses=_answers(404, 503), tags=["users"])
+    @app.delete("/v1/users/{user:path}", responses=_answers(400, 404, 503), tags=["users"])
     async def forget(user: str) -> Response:
         """Delete all that is kept of a user."""
         await users.forget(user)
@@ -328,6 +328,8 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the schemas of the bodies, which FastAPI does not parse for us."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for operation in (one for path in document["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)  # FastAPI's own, for parameters that it would refuse
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas["Error"] = ERROR_SCHEMA
         for model in (CompletionRequest, ChatRequest, LoadAligner, UnloadAligner, Preference, Feedback):

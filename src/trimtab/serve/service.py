@@ -5,7 +5,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -330,6 +330,18 @@ class Service:
             with self.refusing(None):
                 worker.submit(job)
             job.deadline = asyncio.get_running_loop().call_later(left, worker.cancel, job, TimeoutError())
+
+    async def score(self, steps: Generator[None, None, T]) -> T:
+        """Run a scoring (`trimtab.decode.scoring.score_in_steps`) between the engine's steps; what it returns.
+
+        Raises:
+            Refusal: there is no room for it.
+            TimeoutError: it takes too long.
+        """
+        self._check_room(1)
+        async with asyncio.timeout(self.settings.request_timeout):
+            found: T = await self.worker.score(steps)
+        return found
 
     def release(self, job: Job) -> None:
         """Nobody follows a job any more."""

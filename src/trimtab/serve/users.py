@@ -2,17 +2,14 @@
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from trimtab.decode.aligned import AlignedModel
-from trimtab.errors import DataError
-from trimtab.models.fingerprint import fingerprint_of
+from trimtab.errors import DataError, InvalidRequest, TrimtabError
 from trimtab.serve.bank import Bank
 from trimtab.serve.bodies import Preference
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -27,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+HOUR = 3600.0
+
 
 class Users:
     """Users of a server.
@@ -39,36 +38,43 @@ class Users:
     def __init__(self, settings: UserSettings, service: Service) -> None:
         self.settings, self._service = settings, service
         self._bank = Bank(service, settings.aligners, settings.beta, settings.prior_scale)
-        self._opened: tuple[AlignedModel, UserStore] | None = None
-        self._lock = threading.Lock()
+        self._kept: UserStore | None = None
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Take the folder, once the models are loaded.
+        """Take the folder, and see once what tells the bank from others.
 
         Raises:
             InvalidOption: another process has it.
             OSError: it cannot be written.
         """
-        await asyncio.to_thread(self._store, await self._bank.model())
+        settings = self.settings
+        limits: dict[str, Any] = {name: getattr(settings, name) for name in ("max_users", "max_pairs", "days")}
+        self._kept = await asyncio.to_thread(UserStore, settings.folder, **limits)
+        await asyncio.to_thread(self._bank.digest, await self._bank.model())
+        self._sweeping = asyncio.create_task(self._sweep())
 
     def close(self) -> None:
         """Let go of the folder."""
-        with self._lock:
-            if self._opened is not None:
-                self._opened[1].close()
-            self._opened = None
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        if self._kept is not None:
+            self._kept.close()
 
-    async def weights(self, user: str) -> list[float] | None:
-        """A user's weights of the bank, in its order; None if nothing is known of them.
+    async def weighted(self, user: str) -> tuple[AlignedModel, list[float]] | None:
+        """The bank, and a user's weights of it; None if nothing is known of them.
 
         Raises:
             Refusal: the bank cannot be loaded now.
         """
+        if not self._store.knows(user):
+            return None
+        model = await self._bank.model()
         try:
-            features = await self._do(lambda store: store.features(user))
+            features = await self._features(user, model)
         except NoSuchUser:
             return None
-        return [float(weight) for weight in self._bank.fit(features).mean]
+        return model, [float(weight) for weight in self._bank.fit(features).mean]
 
     async def known(self, user: str) -> dict[str, Any]:
         """What `/v1/users/NAME` says.
@@ -77,7 +83,9 @@ class Users:
             Refusal: nothing is known of them.
         """
         with _missing():
-            return self._said(user, await self._do(lambda store: store.features(user)))
+            if not self._store.knows(user):
+                raise NoSuchUser(f"nothing is known of a user '{user[:128]}'")
+            return self._said(user, await self._features(user, await self._bank.model()))
 
     async def prefer(self, user: str, asked: Preference) -> dict[str, Any]:
         """Learn that a user prefers one answer to another; what `known` says then.
@@ -85,54 +93,54 @@ class Users:
         Raises:
             Refusal: the answers cannot be compared, or there is no room for another user.
         """
-        nats = await self._bank.compare(asked.asked, asked.chosen, asked.rejected, unfinished=asked.unfinished or ())
-        return self._said(user, await self._do(lambda store: store.add(user, nats)))
+        model = await self._bank.model()  # one for all: it may be replaced meanwhile
+        answers = asked.asked, asked.chosen, asked.rejected
+        nats = await self._bank.compare(model, *answers, unfinished=asked.unfinished or ())
+        return self._said(user, await self._do(lambda: self._store.add(user, self._bank.digest(model), nats)))
 
     async def forget(self, user: str) -> None:
-        """Delete what is kept of a user.
+        """Delete what is kept of a user, whatever aligners there are now.
 
         Raises:
             Refusal: nothing is.
         """
         with _missing():
-            await self._do(lambda store: store.delete(user))
+            await self._do(lambda: self._store.delete(user))
+
+    @property
+    def _store(self) -> UserStore:
+        assert self._kept is not None  # requests come in when the server is ready
+        return self._kept
+
+    async def _features(self, user: str, model: AlignedModel) -> Tensor:
+        return await self._do(lambda: self._store.features(user, self._bank.digest(model), len(self.settings.aligners)))
 
     def _said(self, user: str, features: Tensor) -> dict[str, Any]:
-        return {
-            "id": user,
-            "object": "user",
-            "pairs": len(features),
-            **described(self.settings.aligners, self._bank.fit(features)),
-        }
+        fitted = described(self.settings.aligners, self._bank.fit(features))
+        return {"id": user, "object": "user", "pairs": len(features), **fitted}
 
-    async def _do(self, work: Callable[[UserStore], T]) -> T:
+    async def _do(self, work: Callable[[], T]) -> T:
         """Work with what is kept, outside of the event loop."""
-        model = await self._bank.model()
         with self._service.refusing("user"):
             try:
-                return await asyncio.to_thread(lambda: work(self._store(model)))
-            except NoSuchUser:
+                return await asyncio.to_thread(work)
+            except (NoSuchUser, InvalidRequest):
                 raise
             except DataError as error:
                 logger.exception("what is kept of a user cannot be read")
                 raise Refusal(500, "what is kept of this user cannot be read; the server's log says why") from error
-            except OSError as error:
-                logger.exception("what is kept of a user cannot be written")
-                raise Refusal(503, f"what is kept of this user cannot be written: {error.strerror}") from error
+            except (OSError, TrimtabError) as error:
+                logger.exception("users cannot be served")
+                raise Refusal(503, "users cannot be served now; the server's log says why") from error
 
-    def _store(self, model: AlignedModel) -> UserStore:
-        """What is kept of the bank as it is loaded now."""
-        with self._lock:
-            if self._opened is None or self._opened[0] is not model:
-                if self._opened is not None:
-                    self._opened[1].close()
-                    self._opened = None
-                settings, rule = self.settings, model.shaping(model.defaults).rule
-                parts = [*settings.aligners, str(rule), *map(fingerprint_of, model.models.all)]
-                bank = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-                limits: dict[str, Any] = {name: getattr(settings, name) for name in ("max_users", "max_pairs", "days")}
-                self._opened = model, UserStore(settings.folder, bank, len(settings.aligners), **limits)
-            return self._opened[1]
+    async def _sweep(self) -> None:
+        """Every hour."""
+        while True:
+            await asyncio.sleep(HOUR)
+            try:
+                await asyncio.to_thread(self._store.sweep)
+            except OSError:
+                logger.exception("what is too old cannot be taken from the disk")
 
 
 async def find_target(
@@ -144,14 +152,14 @@ async def find_target(
         Refusal: there is none; or the request says, too, what a user's weights say.
     """
     plain = asked.aligner is None and service.plain_name(asked.model) == service.settings.name
-    weights = await users.weights(asked.user) if users is not None and asked.user and plain else None
-    if users is None or weights is None:
+    found = await users.weighted(asked.user) if users is not None and asked.user and plain else None
+    if users is None or found is None:
         return await service.find(asked.model, asked.aligners), {}
+    model, weights = found
     said = (name for name in ("rule", "weight", "blend", "rule_weight", "handover") if getattr(asked, name) is not None)
     if (name := next(said, None)) is not None:
         raise Refusal(400, f"{name}: the weights of this user decode the request: leave it out, or leave out user", param=name)
-    target = await service.find(asked.model, users.settings.aligners)
-    return target, {"weight": weights}
+    return Target("+".join(users.settings.aligners), model), {"weight": weights}
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ def fit_weights(options: FitWeightsOptions | None = None, /, **settings: Any) ->
     Returns:
         `weights` by name; `interval`, the central .95 of each by Laplace's approximation; `pairs` that were reckoned with, and
         `left_out` of the others; `agree`, the share of pairs that is ranked as the user has it, `before` the fit, `fitted`, and
-        `left_out`, each pair by a fit on the others; and `prior`, `prior_scale`, `beta`, `rule` and `aligners` as they counted.
+        `left_out`, each pair by a fit on the others (None for more than 200); `length`, for each aligner the share of what it
+        says of the pairs that the difference in length explains; and `prior`, `prior_scale`, `beta`, `rule` and `aligners` as
+        they counted.
 
     Raises:
         InvalidOption: an option is not known, is missing or cannot be; or the rule is none under which weights add up.

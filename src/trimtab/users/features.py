@@ -33,10 +33,11 @@ def check_rule(rule: Rule) -> None:
 
 
 def features_of(model: AlignedModel, pairs: Sequence[Pair], sources: Sequence[str]) -> Tensor:
-    """F `[N, K]`: what a unit of each aligner's weight adds to the log-odds of two answers, in nats.
+    """F `[N, K]`: what a unit of each aligner's weight adds to the log-odds of two answers as wholes, in nats.
 
     Under `product` that is Σ log q_k over the tokens of the preferred answer minus the same of the other one; under
-    `geometric`, where the proposal has what the weights leave it, Σ log q_k − log p̃.
+    `geometric`, where the proposal has what the weights leave it, Σ log q_k − log p̃. Decoding also divides each row by what it
+    sums to, which this leaves out, as P ∝ P_M·Q over whole answers does.
 
     Args:
         model: the proposal with the bank; its own rule is the one that counts.

@@ -1,6 +1,5 @@
 """What `trimtab fit-weights` and `trimtab.fit_weights` can be told."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +33,10 @@ class FitWeightsOptions(DataOptions, LengthOptions, TemplateOptions):
         high=MAX_FACTOR,
     )
     beta: float = option(
-        0.1, "what a nat between two answers counts in log-odds of preferring one, as in DPO", above=0, below=math.inf
+        0.1, "what a nat between two answers counts in log-odds of preferring one, as in DPO", low=1e-6, high=1e3
     )
     prior_scale: float = option(
-        1.0, "standard deviation of users' weights around --weight; smaller ones move less", above=0, below=math.inf
+        1.0, "standard deviation of users' weights around --weight; smaller ones move less", low=1e-6, high=1e3
     )
     rule: str | None = option(None, "how weights decode [default: what the manifests say, or product]", choices=RULES)
     out: str | None = option(None, "a JSON file for the report, too", metavar="FILE")

@@ -22,6 +22,12 @@ __all__ = ["described", "run"]
 
 logger = logging.getLogger(__name__)
 
+LEFT_OUT = 200
+"""Most pairs of which each is left out once."""
+
+FEW, MOSTLY = 5, 0.9
+"""From so many pairs on it is said where lengths explain more than this share."""
+
 Z = 1.959963984540054
 """Standard deviations on either side that hold .95 of a normal law."""
 
@@ -43,16 +49,26 @@ def run(options: FitWeightsOptions) -> dict[str, Any]:
     fitted = fit_user_weights(features, prior, **how)
     kept_out = [
         float(fit_user_weights(torch.cat([features[:i], features[i + 1 :]]), prior, **how).mean @ features[i])
-        for i in range(len(pairs))
+        for i in range(len(pairs) if len(pairs) <= LEFT_OUT else 0)
     ]
+    lengths = torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in pairs], dtype=torch.float64)
+    length = {name: _explained(column, lengths) for name, column in zip(names, features.T, strict=True)}
+    for name, share in length.items():
+        if len(pairs) >= FEW and share > MOSTLY:
+            logger.warning(
+                "what '%s' says of these answers is how long they are, to %.0f %%: so is its weight; see docs/users.md",
+                name,
+                100 * share,
+            )
     report: dict[str, Any] = {
         **described(names, fitted),
         "pairs": len(pairs),
         "agree": {
             "before": _agrees(features @ prior),
             "fitted": _agrees(features @ fitted.mean),
-            "left_out": _agrees(torch.tensor(kept_out, dtype=torch.float64)),
+            "left_out": _agrees(torch.tensor(kept_out, dtype=torch.float64)) if kept_out else None,
         },
+        "length": length,
         "prior": dict(zip(names, prior.tolist(), strict=True)),
         "prior_scale": options.prior_scale,
         "beta": options.beta,
@@ -110,6 +126,12 @@ def _encoded(records: Sequence[Record], model: AlignedModel, *, leave_out_long: 
     if not pairs:
         raise DataError("no pair is left to fit weights on")
     return pairs, sources
+
+
+def _explained(values: Tensor, by: Tensor) -> float:
+    """Which share of values' squares a multiple of others explains."""
+    whole = float((values**2).sum() * (by**2).sum())
+    return float((values * by).sum() ** 2) / whole if whole else 0.0
 
 
 def _agrees(margins: Tensor) -> float:

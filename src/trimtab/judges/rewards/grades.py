@@ -88,11 +88,17 @@ def _digit(token: Any) -> int | None:
 
 
 def _last(text: str) -> str:
-    """An answer's grade in words: the last line that is a digit, or the only digit of its last line; `7/9` is 7."""
+    """An answer's grade in words, behind what it thought; `7/9` is 7.
+
+    The last line counts, if it is a digit or names a grade; then the first, if it is a digit; then the last one's only digit.
+    """
     text = re.sub(r"<[^<>\n]{1,40}>", " ", text[-10_000:].rpartition("</think>")[2])  # tokens that mark the end of a turn
-    lines = [line for line in text.splitlines() if line.strip(MARKS)]
-    lines = [re.sub(rf"(/|out of) *{BEST}\b", " ", line) for line in lines]
-    if alone := [line for line in lines if _digit(line) is not None]:
-        return alone[-1]
-    found = re.findall(r"-?\d+(?:\.\d+)?", lines[-1]) if lines else []
+    lines = [re.sub(rf"(/|out of) *{BEST}\b", " ", line) for line in text.splitlines()]
+    lines = [line for line in lines if line.strip(MARKS)]
+    if not lines:
+        return ""
+    last, found = lines[-1], re.findall(r"-?\d+(?:\.\d+)?", lines[-1])
+    named = re.search(r"\b(grade|score|rating)\b", last, re.IGNORECASE) and len(found) == 1
+    if not named and _digit(last) is None and _digit(lines[0]) is not None:
+        return lines[0]
     return found[0] if len(found) == 1 else ""

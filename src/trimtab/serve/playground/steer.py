@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab.core.noise import fresh_seed
 from trimtab.core.user_weights import UserWeights
+from trimtab.decode.aligned import AlignedModel
 from trimtab.serve.bank import Bank
 from trimtab.serve.playground.duel import Answer, Question
 from trimtab.serve.playground.tab import QUIET, Tab, Update, add_html, seed_of
@@ -38,12 +39,16 @@ class Learnt:
         nats: of each choice, by how much more each aligner favours what was chosen.
         question: the last one, once it was answered.
         answers: its two answers.
+        model: the bank as it was loaded when the first choice was made; None before.
+        over: whether the page has started over, and knows nothing of this any more.
     """
 
     aligners: tuple[str, ...] = ()
     nats: list[list[float]] = field(default_factory=list)
     question: Question | None = None
     answers: Sequence[Answer] = ()
+    model: AlignedModel | None = None
+    over: bool = False
 
     @property
     def features(self) -> Tensor:
@@ -82,11 +87,23 @@ class Steer(Tab):
         self.on_run(self.run, asked, outputs)
         for i, choice in enumerate(self.choices):
             self.on_run(self._chooser(i), asked, outputs, triggers=[choice.click])
-        self.again.click(self.forget, None, outputs, **QUIET)
+        self.again.click(self.start_over, self.learnt, outputs, **QUIET)
 
     def load(self) -> Update:
         """What the page shows once the models are there."""
         return {**self.forget(), **self.show_chat()}
+
+    def start_over(self, request: gr.Request, learnt: Learnt | None) -> Update:
+        """Stop what runs, and forget all choices.
+
+        Args:
+            request: tells the session.
+            learnt: what is forgotten.
+        """
+        self.cancel(request.session_hash or "")
+        if learnt is not None:
+            learnt.over = True
+        return self.forget()
 
     def forget(self) -> Update:
         """As if nothing had been chosen."""
@@ -113,7 +130,8 @@ class Steer(Tab):
             if not learnt.aligners:
                 raise Refusal(400, NONE)
             bank = Bank(self.service, learnt.aligners)
-            await bank.model()
+            if (model := await bank.model()) is not learnt.model:  # another one's numbers mean nothing
+                learnt.model, learnt.nats = model, []
             fitted = bank.fit(learnt.features)
             sides = [fitted.mean, drawn(fitted)][:: -1 if fresh_seed() & 1 else 1]
             names = list(learnt.aligners)
@@ -129,8 +147,11 @@ class Steer(Tab):
 
         yield {**self._choosing(None), self.dials: self._show(learnt)}
         async for update in self.play(prepare, draw, request.session_hash or ""):
-            yield update
-        yield {**self._choosing(learnt), self.learnt: learnt}
+            yield {
+                part: value for part, value in update.items() if not learnt.over or part in (self.go, self.halt, self.notice)
+            }
+        if not learnt.over:
+            yield {**self._choosing(learnt), self.dials: self._show(learnt), self.learnt: learnt}
 
     def _chooser(self, chosen: int) -> Callable[..., AsyncGenerator[Update, None]]:
         async def choose(request: gr.Request, learnt: Learnt, *asked: Any) -> AsyncGenerator[Update, None]:
@@ -150,7 +171,11 @@ class Steer(Tab):
             this, other = answers[chosen], answers[1 - chosen]
             cut = [name for name, one in (("chosen", this), ("rejected", other)) if one.cut]
             bank = Bank(self.service, learnt.aligners)
-            learnt.nats.append(await bank.compare(question.prompt, this.text, other.text, unfinished=cut))
+            assert learnt.model is not None  # as of the answers
+            nats = await bank.compare(learnt.model, question.prompt, this.text, other.text, unfinished=cut)
+            if learnt.over:
+                return
+            learnt.nats.append(nats)
         except Refusal as refusal:
             yield {self.notice: notice_html(refusal.message, kind="problem")}
             return

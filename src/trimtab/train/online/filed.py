@@ -89,11 +89,11 @@ def with_answers(
     once = list({key_of([prompt.record.prompt]): prompt for prompt in prompts}.values())
     found = filed_samples(filed, once, encoder, max_tokens)
     kept = [place for place, some in found.items() if len(some) > 1]
-    if all(len({sample.score for sample in found[place]}) == 1 for place in kept):
-        raise DataError(f"{filed.path}: no {part} prompt has two answers with different scores, and how they compare is learnt")
     if left := len(once) - len(kept):
         logger.warning("%s: %d of %d %s prompts have no two answers: left out", filed.path, left, len(once), part)
     kept = kept[:most]
+    if all(len({sample.score for sample in found[place]}) == 1 for place in kept):
+        raise DataError(f"{filed.path}: no {part} prompt has two answers with different scores, and how they compare is learnt")
     moved = {new: [replace(sample, place=new) for sample in found[place]] for new, place in enumerate(kept)}
     return [once[place] for place in kept], moved
 
