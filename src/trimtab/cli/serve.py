@@ -278,6 +278,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     from trimtab.decode.aligned import AlignedModel
     from trimtab.decode.assemble import Loader, check_graphs, runs_by_llamacpp
     from trimtab.decode.engine import Engine
+    from trimtab.models.fingerprint import fingerprint_of
     from trimtab.models.gguf import load_gguf_tokenizer
     from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
@@ -320,6 +321,8 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     if options.users is not None:
         bank = registry.fetch([name for name, _, _ in named])
         check_rule(bank.shaping(bank.defaults).rule)
+        for part in (bank.proposal, *bank.aligners):  # while the files are those that were loaded
+            fingerprint_of(part)
     engine = Engine(
         base.proposal,
         base.pace,

@@ -81,9 +81,9 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
 
     async def open_service() -> None:
         try:
-            await service.open()
             if users is not None:
                 await users.open()
+            await service.open()
             logger.info("ready: %s", service.settings.name)
         except Exception as error:
             service.failure = error
@@ -229,18 +229,18 @@ def _add_generation(app: FastAPI, service: Service, users: Users | None) -> None
 def _add_users(app: FastAPI, service: Service, users: Users) -> None:
     answers = _answers(400, 404, 408, 409, 413, 415, 429, 503, 504)
 
-    @app.post("/v1/users/{user:path}/preferences", openapi_extra=_body(Preference), responses=answers, tags=["users"])
+    @app.post("/v1/users/{user}/preferences", openapi_extra=_body(Preference), responses=answers, tags=["users"])
     async def prefer(request: Request, user: str) -> Response:
         """Learn that a user prefers one answer to another: how many nats apart they are to each aligner is kept, no text."""
         asked, _ = await _parse(service, request, Preference)
         return JSONResponse(await users.prefer(user, asked))
 
-    @_get(app, "/v1/users/{user:path}", responses=_answers(400, 404, 503), tags=["users"])
+    @_get(app, "/v1/users/{user}", responses=_answers(400, 404, 503), tags=["users"])
     async def known(user: str) -> Response:
         """A user's weights, and how sure they are."""
         return JSONResponse(await users.known(user))
 
-    @app.delete("/v1/users/{user:path}", responses=_answers(400, 404, 503), tags=["users"])
+    @app.delete("/v1/users/{user}", responses=_answers(400, 404, 503), tags=["users"])
     async def forget(user: str) -> Response:
         """Delete all that is kept of a user."""
         await users.forget(user)

@@ -42,7 +42,7 @@ class Users:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Take the folder, and see once what tells the bank from others.
+        """Take the folder; no model need be loaded.
 
         Raises:
             InvalidOption: another process has it.
@@ -51,7 +51,6 @@ class Users:
         settings = self.settings
         limits: dict[str, Any] = {name: getattr(settings, name) for name in ("max_users", "max_pairs", "days")}
         self._kept = await asyncio.to_thread(UserStore, settings.folder, **limits)
-        await asyncio.to_thread(self._bank.digest, await self._bank.model())
         self._sweeping = asyncio.create_task(self._sweep())
 
     def close(self) -> None:
