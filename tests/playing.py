@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import uvicorn
 from PIL import Image
@@ -91,6 +92,30 @@ class Server:
 
         opened.engine.step = slow_step
         return opened
+
+
+class Table:
+    """A service and one of its tabs, in one event loop.
+
+    Args:
+        folder: of the models' folders.
+        aligners: the names of those that are loaded.
+        make: makes the tab.
+    """
+
+    def __init__(self, folder, aligners, make):
+        self.runner = asyncio.Runner()
+        self.service = Service(Settings(name="base"), lambda: open_models(folder, aligners))
+        self.runner.run(self._open(make))
+
+    async def _open(self, make):
+        await self.service.open()
+        with gr.Blocks(analytics_enabled=False):
+            self.tab = make(self.service)
+
+    def close(self):
+        self.runner.run(self.service.close())
+        self.runner.close()
 
 
 def open_models(folder, aligners):

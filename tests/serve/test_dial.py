@@ -3,7 +3,6 @@
 First its handlers, in the event loop of a service; then the page, in a real browser.
 """
 
-import asyncio
 import contextlib
 
 import gradio as gr
@@ -17,9 +16,9 @@ from playing import (
     PHONE,
     TOKENS,
     Server,
+    Table,
     ask,
     check_picture,
-    open_models,
     text_of,
     visit,
     wait_for,
@@ -28,7 +27,6 @@ from tiny import CHAT_TEMPLATE, save_lora, save_tiny, tiny_model, tiny_tokenizer
 from trimtab.serve.app import make_app
 from trimtab.serve.playground.dial import TWO_NEEDED, Asked, Dial
 from trimtab.serve.playground.tab import OWN
-from trimtab.serve.service import Service, Settings
 
 pytestmark = pytest.mark.filterwarnings(  # Gradio 6.31 with pandas 3
     "ignore:'future.no_silent_downcasting' is deprecated", "ignore:The copy keyword is deprecated"
@@ -55,22 +53,12 @@ def folder(tmp_path_factory):
 # ---- its handlers
 
 
-class Table:
-    """A service, its API and its dial, all in one event loop."""
+class DialTable(Table):
+    """With a dial, and the API."""
 
     def __init__(self, folder, aligners):
-        self.runner = asyncio.Runner()
-        self.service = Service(Settings(name="base"), lambda: open_models(folder, aligners))
-        self.runner.run(self._open())
-
-    async def _open(self):
-        await self.service.open()
-        with gr.Blocks(analytics_enabled=False):
-            self.dial = Dial(self.service)
-
-    def close(self):
-        self.runner.run(self.service.close())
-        self.runner.close()
+        super().__init__(folder, aligners, Dial)
+        self.dial = self.tab
 
     def shown(self, updates):
         """What the page has in the end: the left side, the right side, the message."""
@@ -115,7 +103,7 @@ async def drain(updates):
 
 @pytest.fixture(scope="module")
 def table(folder):
-    with contextlib.closing(Table(folder, ALIGNERS)) as table:
+    with contextlib.closing(DialTable(folder, ALIGNERS)) as table:
         yield table
 
 
@@ -177,7 +165,7 @@ def test_what_cannot_be_asked_is_one_message(change, message, table):
 
 @pytest.mark.parametrize("aligners", [(), ("polite",)])
 def test_with_fewer_than_two_aligners_it_says_what_to_start_with(folder, aligners):
-    with contextlib.closing(Table(folder, aligners)) as table:
+    with contextlib.closing(DialTable(folder, aligners)) as table:
         left, right, _ = table.shown([table.dial.load()])
         assert "start with --aligner NAME=PATH --aligner NAME=PATH" in left
         assert "start with --aligner NAME=PATH --aligner NAME=PATH" in right

@@ -3,7 +3,6 @@
 First its handlers, in the event loop of a service; then the page, in a real browser.
 """
 
-import asyncio
 import contextlib
 
 import gradio as gr
@@ -11,12 +10,11 @@ import pytest
 import torch
 from playwright.sync_api import expect
 
-from playing import DESKTOP, LETTERS, PHONE, TOKENS, Server, ask, check_picture, open_models, visit
+from playing import DESKTOP, LETTERS, PHONE, TOKENS, Server, Table, ask, check_picture, visit
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trimtab.core.user_weights import fit_user_weights
 from trimtab.serve.bank import Bank
 from trimtab.serve.playground.steer import NONE, Steer, drawn
-from trimtab.serve.service import Service, Settings
 
 pytestmark = pytest.mark.filterwarnings(  # Gradio 6.31 with pandas 3
     "ignore:'future.no_silent_downcasting' is deprecated", "ignore:The copy keyword is deprecated"
@@ -35,22 +33,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Table:
-    """A service and its tab, in one event loop."""
+class SteerTable(Table):
+    """With steering."""
 
     def __init__(self, folder, aligners):
-        self.runner = asyncio.Runner()
-        self.service = Service(Settings(name="base"), lambda: open_models(folder, aligners))
-        self.runner.run(self._open())
-
-    async def _open(self):
-        await self.service.open()
-        with gr.Blocks(analytics_enabled=False):
-            self.steer = Steer(self.service)
-
-    def close(self):
-        self.runner.run(self.service.close())
-        self.runner.close()
+        super().__init__(folder, aligners, Steer)
+        self.steer = self.tab
 
     def ask(self, learnt, *asked):
         return self._last(self.steer.run(SESSION, learnt, *asked))
@@ -70,7 +58,7 @@ class Table:
 
 @pytest.fixture(scope="module")
 def table(folder):
-    with contextlib.closing(Table(folder, ALIGNERS)) as table:
+    with contextlib.closing(SteerTable(folder, ALIGNERS)) as table:
         yield table
 
 
@@ -140,7 +128,7 @@ def test_what_cannot_be_asked_is_said(folder, table):
     learnt = steer.load()[steer.learnt]
     assert "Write a prompt first." in table.ask(learnt, "", *PLAIN[1:])[steer.notice]
     assert not learnt.can_choose
-    with contextlib.closing(Table(folder, ())) as bare:
+    with contextlib.closing(SteerTable(folder, ())) as bare:
         learnt = bare.steer.load()[bare.steer.learnt]
         final = bare.ask(learnt, *PLAIN)
         assert NONE in final[bare.steer.dials]
