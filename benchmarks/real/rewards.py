@@ -48,8 +48,13 @@ MAX_TOKENS, SAMPLES = 48, 8
 """Of an answer; and of the proposal's to each test prompt, from which the best is picked."""
 SAMPLES_OF_ALIGNERS = 4
 """To each test prompt at each weight."""
+CURT = 3
+"""Words of an answer that obeys by saying next to nothing, as rewards of this kind allow."""
 DIAL = (0.5, 2.0)
 """Weights at which every aligner is measured beside the one that it was trained at."""
+
+HEAD = ("obeyed", "KL, nats an answer", "distinct-2", "tokens", f"of at most {CURT} words")
+"""The columns of `shown` but for its last one."""
 
 logger = logging.getLogger("rewards")
 
@@ -122,7 +127,7 @@ def run(said: argparse.Namespace) -> str:
             rows.append([f"{name}, all seeds", *_together([one.found for one in every], [one.outside for one in every])])
         for i, weight in enumerate(DIAL):
             rows.append([f"the same at weight {weight:g}", *_together([one.dialled[i] for one in every], None)])
-    head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "harm outside, nats a token"]
+    head = ["", *HEAD, "harm outside, nats a token"]
     curve = [
         "",
         "reward at KL, development prompts, as training went; the last is the best",
@@ -213,6 +218,7 @@ def figures(drawn: Sequence[dict[str, Any]], records: Sequence[Record]) -> dict[
         "obeyed": [sum(some) / len(some) for some in scores],
         "kl": [sum(one["gain"] for one in some) / len(some) for some in by_prompt],
         "tokens": [sum(one["tokens"] for one in some) / len(some) for some in by_prompt],
+        "curt": [sum(len(one["text"].split()) <= CURT for one in some) / len(some) for some in by_prompt],
         "distinct": sum(different) / len(different),
     }
 
@@ -242,6 +248,7 @@ def _divergence(p: float, q: float) -> float:
 
 def shown(found: dict[str, Any], outside: dict[str, Any] | None) -> list[str]:
     cells = [_mean(found["obeyed"]), _mean(found["kl"]), f"{found['distinct']:.3f}", _mean(found["tokens"], 1)]
+    cells.append(_mean(found["curt"]))
     if outside is None:
         return [*cells, ""]
     harm = sum(outside["nll"]) - sum(outside["proposal_nll"])
@@ -252,7 +259,7 @@ def _together(found: Sequence[dict[str, Any]], outside: Sequence[dict[str, Any]]
     """Means over seeds, of each prompt first: prompts are what the intervals are of."""
     means: dict[str, Any] = {
         name: torch.tensor([one[name] for one in found], dtype=torch.float64).mean(0).tolist()
-        for name in ("obeyed", "kl", "tokens")
+        for name in ("obeyed", "kl", "tokens", "curt")
     }
     means["distinct"] = sum(one["distinct"] for one in found) / len(found)
     names = ("nll", "proposal_nll", "tokens")

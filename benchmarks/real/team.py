@@ -18,7 +18,7 @@ from demo import Parts
 from instructions import TASK
 from opening import add_training, open_study
 from report import table
-from rewards import MAX_TOKENS, ROUNDS, SAMPLES_OF_ALIGNERS, figures, records_of, sample, shown
+from rewards import HEAD, MAX_TOKENS, ROUNDS, SAMPLES_OF_ALIGNERS, figures, records_of, sample, shown
 
 from trimtab.decode.aligned import AlignedModel
 from trimtab.files import only_writer
@@ -50,7 +50,7 @@ def run(said: argparse.Namespace) -> str:
         drawn = parts.do(label, lambda aligners=aligners: _sampled(cell, aligners, records))  # type: ignore[misc]
         seconds = parts.seconds[label] / sum(one["tokens"] for one in drawn)
         rows.append([name, *shown(figures(drawn, records), None)[:-1], f"{1000 * seconds:.1f}"])
-    head = ["", "obeyed", "KL, nats an answer", "distinct-2", "tokens", "ms a token, at 32 together"]
+    head = ["", *HEAD, "ms a token, at 32 together"]
     far = f"KL from the team on development prompts, nats an answer: proposal {-report['proposal']['reward']:.1f}, distilled"
     return f"{describe_hardware()}\n\n{table(head, rows)}\n\n{far} {-report['metrics']['eval_objective']:.1f}"
 
