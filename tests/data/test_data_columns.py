@@ -11,7 +11,8 @@ from tiny_task import write_rows
 from trimtab.data.implicit import implicit_prompt
 from trimtab.data.options import DataOptions
 from trimtab.data.prompts import chat_columns
-from trimtab.data.records import is_cached, read_records
+from trimtab.data.records import read_records
+from trimtab.data.sources import is_cached
 from trimtab.errors import DataError, InvalidOption
 
 USER, HELLO, RUDE = (

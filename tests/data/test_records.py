@@ -19,7 +19,8 @@ from tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
 from tiny_task import write_rows
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, answers, encode_records, fingerprint_examples, split_by_prompt
-from trimtab.data.records import Record, read_records, read_rows
+from trimtab.data.records import Record, read_records
+from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
 from trimtab.files import json_digest
 

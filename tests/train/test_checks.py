@@ -12,7 +12,7 @@ from trimtab.core.rules import Product
 from trimtab.train.checks import Written, check_texts, warn_of_start, warn_of_weight
 from trimtab.train.plan import resolve
 from trimtab.train.run import run_training as train
-from trimtab.train.tune import Tuned, tune_weight
+from trimtab.train.tune import Look, Tuned, tune_weight
 
 NAMES = {"proposal": "p", "aligner": "a", "dataset": "d", "output_dir": "o"}
 
@@ -82,7 +82,7 @@ def test_a_nat_of_divergence_buys_a_nat_of_likelihood_where_the_weight_is_the_be
         aligned = Product().target(rows[0], [rows[1]], torch.tensor([weight], dtype=torch.float64))
         return -aligned[torch.arange(100), tokens], kl_divergence(aligned, rows[0])
 
-    tuned = tune_weight(Product(), lambda: [look])
+    tuned = tune_weight(Product(), lambda: [Look(look, torch.ones(100))])
     gain = float(-logp[tokens].mean()) - dict(tuned.tried)[tuned.weight]
     assert 0.5 < tuned.weight < 1.5
     assert tuned.kl == pytest.approx(gain, rel=0.06)  # the weight is the best of a grid of 1/16

@@ -10,18 +10,18 @@ from trimtab.core.objectives import likelihood
 from trimtab.core.rules import Geometric, KLGate, Mixture, Product
 from trimtab.models.table import TableLM
 from trimtab.train.diagnostics import measure, summarise
-from trimtab.train.tune import CHEAPEST, RANGES, Stay, tune_weight
+from trimtab.train.tune import CHEAPEST, RANGES, Look, Stay, tune_weight
 
 
 def looks_of(rule, logp, logq, tokens):
-    """From a weight to the losses and to KL(aligned‖p̃)."""
+    """From a weight to the losses and to KL(aligned‖p̃); each token counts once."""
 
     def at(weight):
         return likelihood(rule, logp, logq, weight, tokens), kl_divergence(
             rule.target(logp, [logq], torch.tensor([weight])), logp
         )
 
-    return at
+    return Look(at, torch.ones(len(tokens)))
 
 
 def rows(seed, count=40, v=6):

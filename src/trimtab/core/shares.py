@@ -44,7 +44,7 @@ class Shares(NamedTuple):
     gap: float
     """By at most so much, in nats a token, other shares would be better."""
     tokens: int
-    """How many were reckoned with."""
+    """How many were reckoned with, a token that counts n times as n, rounded."""
 
 
 def _alone(sums: Tensor) -> Tensor:
@@ -52,21 +52,25 @@ def _alone(sums: Tensor) -> Tensor:
     return sums
 
 
-def best_shares(logp: Tensor, logqs: Sequence[Tensor], total: Callable[[Tensor], Tensor] = _alone) -> Shares:
+def best_shares(
+    logp: Tensor, logqs: Sequence[Tensor], total: Callable[[Tensor], Tensor] = _alone, counts: Tensor | None = None
+) -> Shares:
     """The shares of `mixture` with which given tokens are likeliest.
 
     Args:
         logp: log p̃ `[N]` of each token. Those that the proposal cannot say are left out: no share makes them possible.
         logqs: log q `[N]` of each token, for each aligner.
         total: adds up sums over the processes that have parts of the tokens; each gets the same.
+        counts: how often each token counts `[N]`; once, where nobody says.
 
     Returns:
         The shares, with a gap of `GAP` at most, unless no number is nearer. Without any token, 0 for each aligner.
     """
     logs = torch.stack([logp, *logqs], -1).double().cpu()
-    logs = logs[logs[:, 0] > -torch.inf]
+    often = torch.ones(len(logs), dtype=torch.float64) if counts is None else counts.double().cpu()
+    often, logs = often[logs[:, 0] > -torch.inf], logs[logs[:, 0] > -torch.inf]
     top = logs.amax(-1, keepdim=True)
-    problem = _Problem((logs - top).exp(), top.sum(), total)
+    problem = _Problem((logs - top).exp(), often, (top.squeeze(-1) * often).sum(), total)
     count = logs.shape[1]
     if not problem.tokens:
         return Shares((0.0,) * (count - 1), 0.0, 0.0, 0)
@@ -78,25 +82,29 @@ def best_shares(logp: Tensor, logqs: Sequence[Tensor], total: Callable[[Tensor],
             shares = fewer
     shares = problem.polish(shares)
     loss = -problem.value(shares)
-    return Shares(tuple(shares[1:].tolist()), loss, problem.gap(shares), problem.tokens)
+    return Shares(tuple(shares[1:].tolist()), loss, problem.gap(shares), round(problem.tokens))
 
 
 class _Problem:
-    """The mean log-likelihood f, from the probabilities `[N, k]` of this process's tokens, each relative to its best."""
+    """The mean log-likelihood f, from the probabilities `[N, k]` of this process's tokens, each relative to its best.
 
-    def __init__(self, likely: Tensor, top: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        self._likely, self._total = likely, total
-        count, sum_of_tops = total(torch.stack([top.new_tensor(float(len(likely))), top])).tolist()
-        self.tokens, self._top = int(count), float(sum_of_tops)
+    And from how often each counts `[N]`.
+    """
+
+    def __init__(self, likely: Tensor, often: Tensor, top: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        self._likely, self._often, self._total = likely, often, total
+        self.tokens, self._top = map(float, total(torch.stack([often.sum(), top])))
 
     def value(self, shares: Tensor) -> float:
         """f, in nats a token."""
-        return (float(self._total((self._likely @ shares).log().sum())) + self._top) / self.tokens
+        found = float(self._total((self._often * (self._likely @ shares).log()).sum()))
+        return (found + self._top) / self.tokens
 
     def slopes(self, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient `[k]` and the Hessian `[k, k]` of f."""
         ratios = self._likely / (self._likely @ shares).unsqueeze(-1)
-        sums = self._total(torch.cat([ratios.sum(0, keepdim=True), ratios.mT @ ratios])) / self.tokens
+        counted = ratios * self._often[:, None]
+        sums = self._total(torch.cat([counted.sum(0, keepdim=True), counted.mT @ ratios])) / self.tokens
         return sums[0], -sums[1:]
 
     def gap(self, shares: Tensor) -> float:
@@ -105,7 +113,7 @@ class _Problem:
 
     def climb(self, kept: Tensor) -> Tensor:
         """The best shares `[k]` of the components `[k]` that are kept, and 0 for the others."""
-        part = _Problem(self._likely[:, kept], self._likely.new_tensor(0.0), self._total)
+        part = _Problem(self._likely[:, kept], self._often, self._likely.new_tensor(0.0), self._total)
         count = int(kept.sum())
         shares, barrier = torch.full((count,), 1 / count, dtype=torch.float64), 1.0
         while barrier * count > GAP / 4:
@@ -130,7 +138,7 @@ class _Problem:
     def polish(self, shares: Tensor) -> Tensor:
         """Those above 0 moved by Newton's steps without a barrier, as long as the gap falls."""
         kept = shares > 0
-        part, gap = _Problem(self._likely[:, kept], self._likely.new_tensor(0.0), self._total), self.gap(shares)
+        part, gap = _Problem(self._likely[:, kept], self._often, self._likely.new_tensor(0.0), self._total), self.gap(shares)
         for _ in range(STEPS):
             step, _ = part.step(shares[kept], 0.0)
             moved = torch.zeros_like(shares).masked_scatter(kept, shares[kept] + step)

@@ -44,7 +44,7 @@ class UserWeights(NamedTuple):
         return self.covariance.diagonal().sqrt()
 
 
-def fit_user_weights(features: Tensor, prior: Tensor, beta: float, scale: float) -> UserWeights:
+def fit_user_weights(features: Tensor, prior: Tensor, beta: float, scale: float, counts: Tensor | None = None) -> UserWeights:
     """The weights that pairs of answers speak for.
 
     Args:
@@ -52,6 +52,7 @@ def fit_user_weights(features: Tensor, prior: Tensor, beta: float, scale: float)
         prior: λ₀ `[K]`.
         beta: β, above 0.
         scale: s, above 0.
+        counts: how often each pair counts `[N]`; once, where nobody says.
 
     Returns:
         The weights, in float64 on the CPU.
@@ -60,21 +61,22 @@ def fit_user_weights(features: Tensor, prior: Tensor, beta: float, scale: float)
         ValueError: a number is not finite.
     """
     f = beta * features.double().cpu()
+    often = torch.ones(len(f), dtype=torch.float64) if counts is None else counts.double().cpu()
     prior = prior.double().cpu()
     if not bool(f.isfinite().all() and prior.isfinite().all()):
         raise ValueError("features and prior must be finite")
     ridge = torch.eye(len(prior), dtype=torch.float64) / scale**2
 
     def value(at: Tensor) -> float:
-        return float(((at - prior) ** 2).sum() / (2 * scale**2) - logsigmoid(f @ at).sum())
+        return float(((at - prior) ** 2).sum() / (2 * scale**2) - (often * logsigmoid(f @ at)).sum())
 
     def curvature(at: Tensor) -> Tensor:
         chance = torch.sigmoid(f @ at)
-        return (f * (chance * (1 - chance)).unsqueeze(-1)).T @ f + ridge
+        return (f * (often * chance * (1 - chance)).unsqueeze(-1)).T @ f + ridge
 
     weights, now = prior.clone(), value(prior)
     for _ in range(STEPS):
-        slope = (weights - prior) / scale**2 - f.T @ torch.sigmoid(-(f @ weights))
+        slope = (weights - prior) / scale**2 - f.T @ (often * torch.sigmoid(-(f @ weights)))
         step = torch.linalg.solve(curvature(weights), slope)
         promised = float(slope @ step)
         if promised / 2 <= ENOUGH * max(1.0, abs(now)):

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from trimtab.data.records import DataOptions, is_cached, is_local, parse_columns, read_records
+from trimtab.data.records import parse_columns, read_records
+from trimtab.data.sources import DataOptions, is_cached, is_local
 from trimtab.files import expand_home
 
 __all__ = ["count_records", "why_not_at_hand"]

@@ -12,7 +12,7 @@ from trimtab.data.records import Record
 from trimtab.errors import DataError, InvalidRequest
 from trimtab.files import json_digest
 
-__all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "split_by_prompt", "split_examples"]
+__all__ = ["Example", "answers", "encode_records", "fingerprint_examples", "mean_tokens", "split_by_prompt", "split_examples"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class _Ids(NamedTuple):
     """Empty where the record has none."""
     teacher: "array[int]"
     """The prompt as a teacher gets it; empty without one."""
+    weight: float
+    """How often it counts."""
 
 
 class Example(_Ids):
@@ -39,11 +41,17 @@ class Example(_Ids):
     __slots__ = ()
 
     def __new__(
-        cls, prompt: Iterable[int], chosen: Iterable[int], rejected: Iterable[int], teacher: Iterable[int] = _NONE
+        cls,
+        prompt: Iterable[int],
+        chosen: Iterable[int],
+        rejected: Iterable[int],
+        teacher: Iterable[int] = _NONE,
+        weight: float = 1.0,
     ) -> Self:
         """From arrays as they are, and from other ids."""
         ids = (prompt, chosen, rejected, teacher)
-        return super().__new__(cls, *(i if isinstance(i, array) else array("i", i) for i in ids))
+        prompt, chosen, rejected, teacher = (i if isinstance(i, array) else array("i", i) for i in ids)
+        return super().__new__(cls, prompt, chosen, rejected, teacher, weight)
 
     @property
     def differs(self) -> bool:
@@ -58,7 +66,12 @@ class Example(_Ids):
 
 def answers(examples: Sequence[Example], which: str) -> list[Example]:
     """The examples with their `chosen` or `rejected` answers as the only ones."""
-    return [Example(example.prompt, getattr(example, which), _NONE) for example in examples]
+    return [Example(example.prompt, getattr(example, which), _NONE, weight=example.weight) for example in examples]
+
+
+def mean_tokens(examples: Sequence[Example]) -> float:
+    """Tokens of their wanted answers, each example counted as often as its weight says."""
+    return sum(len(example.chosen) * example.weight for example in examples) / sum(example.weight for example in examples)
 
 
 def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int, context: int | None = None) -> list[Example]:
@@ -87,7 +100,7 @@ def encode_records(records: Sequence[Record], encoder: Encoder, max_length: int,
             continue
         cut += any(len(answer) > room for answer in found.values())
         kept = {name: answer[:room] for name, answer in found.items()}
-        examples.append(Example(prompt, kept.get("chosen", []), kept.get("rejected", []), teacher))
+        examples.append(Example(prompt, kept.get("chosen", []), kept.get("rejected", []), teacher, record.weight))
     behind_too = "" if context is None else f" (at {context} behind teacher_prompt)"
     remedy = "a larger max_length" if context is None else "a larger max_length, or a shorter teacher_prompt,"
     if cut or dropped:
@@ -175,12 +188,18 @@ def _split(items: Sequence[T], keys: Sequence[str], fraction: float) -> tuple[li
     return train, [item for key, item in zip(hashes, items, strict=True) if key in held_out]
 
 
-def fingerprint_examples(examples: Sequence[Example], *, rejected: bool = False) -> str:
-    """A hash of prompts and wanted answers, in order, and of a teacher's prompts; with `rejected`, of unwanted ones too."""
-    fields = 3 if rejected else 2
-    return json_digest(
-        [list(ids) for ids in (*example[:fields], *([example.teacher] if example.teacher else []))] for example in examples
-    )
+def fingerprint_examples(examples: Sequence[Example], *, rejected: bool = False, weights: bool = False) -> str:
+    """A hash of prompts and wanted answers, in order, and of a teacher's prompts.
+
+    With `rejected` of unwanted answers, too, and with `weights` of weights that are not 1.
+    """
+
+    def described(example: Example) -> list[list[int] | float]:
+        answers = [example.chosen, example.rejected] if rejected else [example.chosen]
+        ids = [example.prompt, *answers, *([example.teacher] if example.teacher else [])]
+        return [*map(list, ids), *([example.weight] if weights and example.weight != 1 else [])]
+
+    return json_digest(map(described, examples))
 
 
 def _hash(text: str) -> str:

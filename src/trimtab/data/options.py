@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.data.prompts import is_chat
-from trimtab.data.records import is_local
+from trimtab.data.sources import is_local
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.options import option
@@ -28,7 +28,7 @@ class TemplateOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a data set is read: `trimtab.data.records.DataOptions`."""
+    """How a data set is read: `trimtab.data.sources.DataOptions`."""
 
     dataset_split: str = option("train", "split of a hub data set; 'train[:1000]' is a part of it", kept=True)
     dataset_config: str | None = option(None, "configuration of a hub data set that has several", kept=True)

@@ -1,4 +1,4 @@
-"""Read data sets in TRL's layouts: JSON Lines (also gzipped), Parquet, or the hub.
+"""Read data sets in TRL's layouts (where their rows come from: `trimtab.data.sources`).
 
     prompt, completion           a prompt with a wanted answer
     prompt, chosen, rejected     a prompt with a wanted and an unwanted answer
@@ -12,33 +12,41 @@ A prompt is a text or a list of messages, and an answer is of the same kind. Bes
 of them) and `chat_template_kwargs` go to the chat template. Further columns are ignored, but for those that change what a
 record means: a `label` that says that an answer is not wanted (`trimtab.data.unwanted`), and images. Data that call their
 columns otherwise are mapped, and then no others are looked at: `prompt=post`.
+
+A column `weight` says how often training has a record: 3 is the record three times, .5 counts half, 0 leaves it out.
 """
 
 import dataclasses
-import gzip
 import itertools
 import json
 import logging
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trimtab.data.implicit import implicit_prompt
 from trimtab.data.prompts import CHAT_FIELDS, check_messages, is_chat, join_chat
+from trimtab.data.sources import DataOptions, read_rows
 from trimtab.data.unwanted import LABEL, refuse_unwanted
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
-from trimtab.extras import need
-from trimtab.files import expand_home
-from trimtab.reasons import reason_of
 
-__all__ = ["UNFINISHED", "DataOptions", "Record", "is_cached", "is_local", "parse_columns", "read_records", "read_rows"]
+__all__ = [
+    "UNFINISHED",
+    "WEIGHT",
+    "Record",
+    "parse_columns",
+    "read_records",
+    "read_weight",
+    "repeat_records",
+]
 
 logger = logging.getLogger(__name__)
 
 _FILES = (".jsonl", ".jsonl.gz", ".parquet")
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", *CHAT_FIELDS)
+WEIGHT = "weight"
+"""The column that says how often training has a record."""
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", *CHAT_FIELDS, WEIGHT)
 """The columns that mean something."""
 UNFINISHED = "unfinished"
 """The column that says which answers were cut."""
@@ -56,6 +64,7 @@ class Record:
         unfinished: which of `chosen` and `rejected` were cut, and so do not end.
         teacher: the prompt as a teacher gets it (`trimtab.train.teacher`); None without one.
         columns: what else its row has, by column; empty where that is not asked for.
+        weight: how often training has it; 1 where that is not asked for.
     """
 
     prompt: Any
@@ -65,31 +74,12 @@ class Record:
     unfinished: frozenset[str] = frozenset()
     teacher: Any = None
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
 
     @property
     def asked(self) -> Any:
         """The prompt that answers are drawn for."""
         return self.prompt if self.teacher is None else self.teacher
-
-
-class DataOptions(Protocol):
-    """The flags that say how a data set is read."""
-
-    @property
-    def dataset_split(self) -> str:
-        """The split of a hub data set, maybe sliced: `train[:1000]`."""
-
-    @property
-    def dataset_config(self) -> str | None:
-        """The configuration of a hub data set that has several."""
-
-    @property
-    def dataset_data_dir(self) -> str | None:
-        """The folder of a hub data set that is sorted into folders."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What `parse_columns` takes."""
 
 
 def parse_columns(columns: Sequence[str]) -> dict[str, str]:
@@ -117,6 +107,7 @@ def read_records(
     limit: int | None = None,
     answers: bool = True,
     others: bool = False,
+    weights: bool = False,
 ) -> list[Record]:
     """Read a data set.
 
@@ -128,13 +119,14 @@ def read_records(
         answers: whether answers are of interest; otherwise records have none, and what `label` says of them does not matter.
         others: whether records have the other columns of their rows: all but `prompt`, `completion` and `completion_ids`, as
             TRL gives them to reward functions.
+        weights: whether the column `weight` is read, for training; those of weight 0 are left out.
 
     Raises:
         InvalidOption: a Parquet file or a hub data set, and the extra `train` is not installed.
         DataError: names the file and the line, or the row; an answer that is not wanted stands where a wanted one should.
     """
     columns = parse_columns(how.columns) if how else {}
-    records, labels, dead = [], [], 0
+    records, labels, dead, weightless = [], [], 0, 0
     for source, given in itertools.islice(read_rows(dataset, how), limit):
         if answers and given.get("finish_reason") == "error":
             dead += 1
@@ -142,111 +134,33 @@ def read_records(
         row = _renamed(given, columns, source)
         record = _record(row, source, need)
         record = record if answers else Record(record.prompt, None, None, source)
+        if weights and row.get(WEIGHT) is not None:
+            record = dataclasses.replace(record, weight=read_weight(row[WEIGHT], source, mapped=WEIGHT in columns))
+            if record.weight == 0:
+                weightless += 1
+                continue
         records.append(dataclasses.replace(record, columns=_others(given, columns)) if others else record)
         if answers and record.chosen is not None and record.rejected is None:
             labels.append((source, None if LABEL in columns.values() else given.get(LABEL)))
     if dead:
         logger.warning("%s: %d rows are left out: their completions ended in an error", dataset, dead)
+    if weightless:
+        logger.info("%s: %d records of weight 0 are left out", dataset, weightless)
     if not records:
-        raise DataError(f"{dataset}: holds no records")
+        raise DataError(f"{dataset}: holds no records" + (" of a weight above 0" if weightless else ""))
     refuse_unwanted(labels, ignored=bool(columns))
     return records
 
 
-def is_local(dataset: str) -> bool:
-    """Whether a name can only be that of a file here, there or not."""
-    path = expand_home(dataset)
-    return path.suffix in (".jsonl", ".gz", ".parquet", ".json") or path.is_absolute() or len(path.parts) > 2
+def repeat_records(records: Sequence[Record]) -> list[Record]:
+    """Each as often as its weight says, for where records are drawn.
 
-
-def is_cached(dataset: str) -> bool:
-    """Whether a hub data set was loaded on this machine before."""
-    _need_datasets(dataset)
-    from datasets import config
-
-    return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
-
-
-def read_rows(dataset: str, how: DataOptions | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row with the name of its place, such as `data.jsonl:12`."""
-    path = expand_home(dataset)
-    if path.is_dir():
-        raise DataError(f"{dataset}: is a folder; give one of its files ({', '.join(_FILES)})")
-    if not path.exists():
-        if is_local(dataset):
-            raise DataError(f"{dataset}: there is no such file")
-        yield from _hub_rows(dataset, how)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _json_rows(path, dataset)
-    elif path.name.endswith(".parquet"):
-        yield from _parquet_rows(path, dataset)
-    else:
-        raise DataError(f"{dataset}: is none of {', '.join(_FILES)}")
-
-
-def _json_rows(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield f"{name}:{number}", _json_object(line, f"{name}:{number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: cannot be read after line {number}: {error}") from error
-
-
-def _json_object(line: bytes, source: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{source}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: must be a JSON object, not {type(row).__name__}")
-    return row
-
-
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    need("train", f"'{name}', a Parquet file,", "pyarrow.parquet")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
-    yield from (
-        (f"{name} row {i}", {key: _without_nulls(value) for key, value in row.items()}) for i, row in enumerate(rows, 1)
-    )
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of typed columns as JSON Lines would have it."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without empty fields: a column of Parquet has one type, so each object in it has the fields of all others."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _need_datasets(name: str) -> None:
-    need("train", f"'{name}' is no file here, and a data set of the hub", "datasets")
-
-
-def _hub_rows(name: str, how: DataOptions | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    _need_datasets(name)
-    from datasets import load_dataset
-
-    config, folder, split = (how.dataset_config, how.dataset_data_dir, how.dataset_split) if how else (None, None, "train")
-    try:
-        data = load_dataset(name, config, data_dir=folder, split=split)
-    except Exception as error:  # whatever the hub, the network or the data set's own files give rise to
-        raise DataError(f"'{name}' is no file here, and the hub gave no data set of that name: {reason_of(error)}") from error
-    yield from (
-        (f"{name} row {i}", {key: _without_nulls(value) for key, value in row.items()}) for i, row in enumerate(data, 1)
-    )
+    Raises:
+        DataError: a weight is no whole number.
+    """
+    if broken := next((record for record in records if record.weight % 1), None):
+        raise DataError(f"{broken.source}: 'weight' must be a whole number where answers are drawn, not {broken.weight:g}")
+    return [dataclasses.replace(record, weight=1.0) for record in records for _ in range(int(record.weight))]
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -270,6 +184,18 @@ def _record(row: Mapping[str, Any], source: str, need: str) -> Record:
     if fields and isinstance(record.prompt, str):
         raise DataError(f"{source}: '{min(fields)}' goes to a chat template, but 'prompt' is a text: give messages")
     return dataclasses.replace(record, prompt=join_chat(record.prompt, fields))
+
+
+def read_weight(value: Any, source: str, *, mapped: bool = False) -> float:
+    """How often a record counts.
+
+    Raises:
+        DataError: it is no number, or a negative one.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        other = "" if mapped else "; if the column means something else, name the others by --columns"
+        raise DataError(f"{source}: 'weight' must be a finite number that is not negative, not {value!r}{other}")
+    return float(value)
 
 
 def _read_field(value: Any, field: str, source: str) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.data.prompts import is_chat
-from trimtab.data.records import UNFINISHED, read_records, read_rows
+from trimtab.data.records import UNFINISHED, WEIGHT, read_records, read_weight
+from trimtab.data.sources import read_rows
 from trimtab.errors import DataError, InvalidOption
 from trimtab.files import expand_home
 
@@ -57,7 +58,7 @@ def read_scored(path: str | Path) -> Iterator[Scored]:
     A prompt is a text or messages, with `tools` and `chat_template_kwargs` beside it as in a data set; a completion is a text,
     or messages of which the last one is the answer. A score is a number, or null for none. `tokens` may be the completion's
     ids; the `finish_reason` `length`, or a true `unfinished`, says that it was cut. An answer of another `finish_reason` than
-    `stop` and `length` has no score.
+    `stop` and `length` has no score. A `weight` of n is the row n times.
 
     Raises:
         DataError: a row is none of these.
@@ -78,4 +79,8 @@ def read_scored(path: str | Path) -> Iterator[Scored]:
         if score is not None and (reason := row.get("finish_reason")) not in (None, *FINISHED):
             raise DataError(f"{source}: 'finish_reason' must be {' or '.join(FINISHED)}, not {reason!r}: leave the row out")
         cut = row.get("finish_reason") == "length" or bool(row.get(UNFINISHED))
-        yield Scored(source, record.prompt, completion, None if score is None else float(score), tokens, cut)
+        often = read_weight(row.get(WEIGHT, 1), source)
+        if often % 1:
+            raise DataError(f"{source}: 'weight' must be a whole number where answers have scores, not {often:g}")
+        for _ in range(int(often)):
+            yield Scored(source, record.prompt, completion, None if score is None else float(score), tokens, cut)

@@ -132,7 +132,13 @@ def _records(options: ProposeOptions, pairs: int, reward: Reward | None) -> list
     """The data; answers are written beside samples, and stand in no pair of samples."""
     others = reward is not None and reward.reads_columns
     return read_records(
-        options.dataset, need="prompt", how=options, limit=options.max_examples, answers=not pairs, others=others
+        options.dataset,
+        need="prompt",
+        how=options,
+        limit=options.max_examples,
+        answers=not pairs,
+        others=others,
+        weights=True,
     )
 
 

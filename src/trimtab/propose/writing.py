@@ -2,7 +2,7 @@
 
 The output is in TRL's layout: `prompt`, `chosen` (the record's own answer) and `rejected` (the sample) where the record has an
 answer, else `prompt` and `completion`; with a `Ranking`, both answers of a pair are samples. Every prompt has a seed of its
-own, so an interrupted run gives the same file as one that was left alone.
+own, so an interrupted run gives the same file as one that was left alone. The record's `weight` goes along.
 
 A sample that could not go on is no answer. Its row has the `finish_reason` `error` and an `error` that says why in the place of
 answers, and whoever reads the file leaves it out.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from trimtab.data.prompts import chat_columns
-from trimtab.data.records import UNFINISHED, Record
+from trimtab.data.records import UNFINISHED, WEIGHT, Record
 from trimtab.decode.request import SamplingParams
 from trimtab.endpoints.completions import Sample
 from trimtab.files import json_digest
@@ -60,6 +60,8 @@ def write_samples(
     """
     prompts = json_digest(record.asked for record in records)
     header = {"proposal": proposal, "prompts": prompts, "sampling": repr(params)}
+    if any(record.weight != 1 for record in records):
+        header["weights"] = json_digest(record.weight for record in records)
     each = params.n
     if ranking is not None:
         header |= {"ranking": f"{ranking.pairs} pairs by {ranking.reward.label()}", "date": ranking.reward.date}
@@ -101,4 +103,5 @@ def _row(record: Record, samples: dict[str, Sample], **known: Any) -> dict[str, 
     text = isinstance(record.prompt, str)
     drawn = {name: one.text if text else [{"role": "assistant", "content": one.text}] for name, one in samples.items()}
     cut = [name for name, one in samples.items() if one.text and not one.ended]
-    return {**chat_columns(record.prompt), **known, **drawn} | ({UNFINISHED: cut} if cut else {})
+    further = ({UNFINISHED: cut} if cut else {}) | ({WEIGHT: record.weight} if record.weight != 1 else {})
+    return {**chat_columns(record.prompt), **known, **drawn} | further

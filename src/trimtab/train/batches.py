@@ -39,7 +39,7 @@ class Item(NamedTuple):
     rows: Mapping[str, CachedRows | TaughtRows] = MappingProxyType({})
     """The proposal's, on its `chosen` and `rejected` answers, as far as the loss wants them; `teacher`, on the wanted ones."""
     share: float = 1.0
-    """Its weight in the loss."""
+    """What its loss is multiplied with in training; in looks its example's weight is."""
     hidden: Mapping[str, Tensor] = MappingProxyType({})
     """`[T, H]`, the proposal's hidden states on the prompt with its `chosen` or `rejected` answer, where a head reads them."""
     kept: bool = False
@@ -80,9 +80,16 @@ class ExampleDataset(torch.utils.data.Dataset[Item]):
         """Tokens of each prompt with the longer of its answers."""
         return [example.length for example in self.examples]
 
+    @property
+    def weights(self) -> list[float]:
+        """How often each example counts."""
+        return [example.weight for example in self.examples]
+
 
 def collate(items: Sequence[Item], edits: int | None = None) -> dict[str, Any]:
-    """Tensors of a batch: `share` `[B]`, `chosen_*` and, where the data have them, `kept_*`, `rejected_*`, `differs` `[B]`.
+    """Tensors of a batch: `share`, `weight`, `chosen_*` and, where the data have them, `kept_*`, `rejected_*` and `differs`.
+
+    `share`, `weight` and `differs` are `[B]`.
 
     `*_ids`, `*_attention`, `*_positions` and `*_mask` are padded `[B, L]` or `[B, T]`; `*_tokens` `[N]`, their `*_owner`s
     and `*_column`s and the proposal's rows, `*_proposal_*`, have no padding: the answers stand end to end. So do the marks of
@@ -95,6 +102,7 @@ def collate(items: Sequence[Item], edits: int | None = None) -> dict[str, Any]:
     examples = [item.example for item in items]
     prompts = [example.prompt for example in examples]
     batch = {"share": torch.tensor([item.share for item in items])}
+    batch["weight"] = torch.tensor([example.weight for example in examples])
     batch |= _answers("chosen", prompts, [example.chosen for example in examples])
     if kept := [place for place, item in enumerate(items) if item.kept]:
         batch |= _mark(batch, kept)

@@ -36,7 +36,14 @@ class Diagnostics:
 
 
 def measure(
-    rule: Rule, logp: Tensor, logq: Tensor, weight: float, tokens: Tensor, top_p: float, even: Tensor | None = None
+    rule: Rule,
+    logp: Tensor,
+    logq: Tensor,
+    weight: float,
+    tokens: Tensor,
+    top_p: float,
+    even: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Sums over a batch, to be added up and handed to `summarise`: `[9]` float64.
 
@@ -49,13 +56,15 @@ def measure(
         top_p: the nucleus to look in.
         even: log p̃ `[N, V]` with the tail spread evenly, where `logp` has draws in its place. KL(p̃‖q) and the nucleus need the
             log-probability of tokens that were not drawn, so they are taken from these; the rest is a sum over p̃.
+        counts: how often each token counts `[N]`; once, where nobody says.
     """
     even = logp if even is None else even
     weights = logq.new_tensor([weight])
     aligned = rule.target(logp, [logq], weights) if rule.has_row else logp
     log_z = Product().log_z(logp, [logq], weights) + weight * math.log(logp.shape[-1])
+    ones = torch.ones_like(log_z)
     columns = [
-        torch.ones_like(log_z),
+        ones,
         -gather(logp, tokens),
         -gather(logq, tokens),
         -gather(aligned, tokens),
@@ -65,7 +74,8 @@ def measure(
         kl_divergence(even, logq),
         in_nucleus(even, tokens, top_p),
     ]
-    return torch.stack([column.double().sum() for column in columns]).cpu()
+    often = (ones if counts is None else counts).double()
+    return torch.stack([(column.double() * often).sum() for column in columns]).cpu()
 
 
 def summarise(sums: Iterable[Tensor]) -> Diagnostics:

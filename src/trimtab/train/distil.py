@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.core.objectives import acceptance, distillation, sft
 from trimtab.train.batches import answer_logits, cached_rows, rows_at
-from trimtab.train.pieces import Piece
+from trimtab.train.pieces import Piece, token_counts
 from trimtab.train.trainer import AlignerTrainer
 
 __all__ = ["DistilTrainer", "Target"]
@@ -44,10 +44,10 @@ class DistilTrainer(AlignerTrainer):
             target_of = self.target(inputs)
             for _, some in passes:
                 for piece in some:
-                    columns = self.measure(target_of, piece)
-                    sums[2:] += torch.stack([column.double().sum() for column in columns]).cpu()
-                    sums[1] += len(piece.tokens)
-            sums[0] += len(inputs["chosen_ids"])
+                    columns, often = self.measure(target_of, piece), token_counts(inputs, "chosen", piece)
+                    sums[2:] += torch.stack([(column.double() * often).sum() for column in columns]).cpu()
+                    sums[1] += float(often.sum())
+            sums[0] += float(inputs["weight"].double().sum())
         examples, tokens, loss, *rest = self._ranks.total(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / examples / self._mean_length}
         metrics |= {f"{metric_key_prefix}_{name}": x / tokens for name, x in zip(self.figure_names, rest, strict=True)}

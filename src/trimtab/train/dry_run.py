@@ -7,6 +7,7 @@ pairs if there may be any.
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from transformers import TrainingArguments
 
 from trimtab.data.at_hand import why_not_at_hand
 from trimtab.data.encoding import Encoder
-from trimtab.data.examples import Example
+from trimtab.data.examples import Example, mean_tokens
 from trimtab.data.records import parse_columns
 from trimtab.data.template import read_chat_template
 from trimtab.errors import UnsupportedModel, VocabularyMismatch
@@ -139,7 +140,7 @@ def _estimate(
     batch_size = arguments.train_batch_size
     examples = data.examples or [of_one] * batch_size
     development = data.development or [of_one] * arguments.eval_batch_size
-    mean_length = sum(len(example.chosen) for example in examples) / len(examples)
+    mean_length = mean_tokens(examples)
     kept = _kept(plan, tokenizer, longest)
     trained = [*examples, *kept]
 
@@ -188,7 +189,8 @@ def _estimate(
         },
     }
     counts = {"train": data.counts[0] + len(kept), "dev": data.counts[1]} if data.counts else None
-    report |= _steps(rehearsal, arguments, counts, processes)
+    in_turn = counts and data.examples and {"train": sum(math.ceil(e.weight) for e in data.examples) + len(kept)}
+    report |= _steps(rehearsal, arguments, in_turn or counts, processes)
     report["draft_steps"] = (None if head else report["steps"]) if plan.trains_draft else 0
     passes = Passes(plan, proposal, vocab_size, head.tap if head else None, trained, development)
     report["caching"] = None if plan.asked.proposal_endpoint else passes.memory()

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from trimtab.data.examples import Example
+from trimtab.data.examples import Example, mean_tokens
 from trimtab.hardware import free_memory, in_bytes
 from trimtab.reasons import reason_of
 from trimtab.train.arguments import CHECKPOINTING, checkpoints
@@ -55,7 +55,7 @@ def warn_of_memory(
     free = free_memory(arguments.device)
     if free is None or model.num_parameters() < SMALL:
         return
-    mean_length = sum(len(example.chosen) for example in examples) / len(examples)
+    mean_length = mean_tokens(examples)
     try:
         with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder
             own = copy.copy(arguments)

@@ -69,11 +69,11 @@ def read_parts(plan: Plan, tokenizer: Any) -> Parts:
     Answers that were cut are marked, see `trimtab.data.cut`; not where the tokenizer is not at hand, which is None then.
     """
     need = "rejected" if plan.reads_rejected else "prompt" if plan.has_teacher else "chosen"
-    records = read_records(plan.asked.dataset, need=need, how=plan.asked, limit=plan.asked.max_examples)
+    records = read_records(plan.asked.dataset, need=need, how=plan.asked, limit=plan.asked.max_examples, weights=True)
     if plan.asked.eval_dataset is None:
         records, kept = split_by_prompt(records, plan.asked.dev_fraction, seed=0)
     else:
-        kept = read_records(plan.asked.eval_dataset, need=need, how=plan.asked)
+        kept = read_records(plan.asked.eval_dataset, need=need, how=plan.asked, weights=True)
     parts = teach(plan, (records, kept))
     if tokenizer is None:
         return parts

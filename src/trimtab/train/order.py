@@ -2,10 +2,15 @@
 
 An *update* is one step of the optimiser, on `batch_size × accumulation × processes` examples, fewer at an epoch's end. Which
 ones depends on the seed and the epoch alone; within an update, examples of like length share a micro-batch. Every example
-counts once: what is left over at the end is dealt evenly, and a process that gets nothing runs an example that counts
-nothing, for all must take part. So the gradient is that of one process with one large batch, however it is cut.
+counts once, or as often as its weight says: what is left over at the end is dealt evenly, and a process that gets nothing
+runs an example that counts nothing, for all must take part. So the gradient is that of one process with one large batch,
+however it is cut.
+
+A weight n is the example n times in the order, and the same order as if the data had it n times in a row. What is between
+whole numbers is a part of a loss: 2.5 is the example three times, with 5/6 of its loss each.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,12 +43,19 @@ class Updates(Sampler[list[Pick]]):
         seed: of the order.
         strategy: `random`; `sequential`; or `group_by_length`, where an update's examples are of like length too.
         drop_last: leave out the examples at the end of an epoch that do not fill an update.
+        weights: how often each example counts; once, where nobody says.
     """
 
     def __init__(
         self, lengths: Sequence[int], *, batch_size: int, accumulation: int = 1, rank: int = 0, ranks: int = 1, seed: int = 0,
-        strategy: str = "random", drop_last: bool = False,
+        strategy: str = "random", drop_last: bool = False, weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
+        weights = [1.0] * len(lengths) if weights is None else weights
+        times = [math.ceil(weight) for weight in weights]
+        self._places = [place for place, often in enumerate(times) for _ in range(often)]
+        mean = sum(weights) / len(self._places)
+        self._shares = [weights[place] / times[place] / mean for place in self._places]
+        lengths = [lengths[place] for place in self._places]
         self._lengths, self._batch_size, self._accumulation = lengths, batch_size, accumulation
         self._rank, self._ranks, self._seed, self._strategy = rank, ranks, seed, strategy
         self._update = batch_size * accumulation * ranks
@@ -92,7 +104,7 @@ class Updates(Sampler[list[Pick]]):
             mine = step * self._ranks + self._rank
             part = order[mine * len(order) // slices : (mine + 1) * len(order) // slices]
             share = slices / len(order) if part else 0.0
-            yield [Pick(i, share) for i in part or order[-1:]]
+            yield [Pick(self._places[i], share * self._shares[i]) for i in part or order[-1:]]
 
 
 class EpochLoader(DataLoader[Any]):

@@ -5,7 +5,7 @@ as the vocabulary. Training's largest micro-batch bounds both (`Room`): no batch
 no more of its rows are looked at together than fit where training has its targets and gradients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from trimtab.data.examples import Example
 from trimtab.train.batches import rows_at
 from trimtab.train.rows import CachedRows
 
-__all__ = ["Passes", "Piece", "Room", "pieces", "shape"]
+__all__ = ["Passes", "Piece", "Room", "pieces", "shape", "token_counts"]
 
 PIECES = 16
 """A piece has one row where training has so many rows of logits: what looks at a row makes about ten more like it."""
@@ -118,3 +118,8 @@ def pieces(
         if bare is not None:
             some = CachedRows.whole(rows_at(bare[0], positions[part], vocab_size, bare[1]), tokens[part])
         yield Piece(tokens[part], rows_at(logits, positions[part], vocab_size, temperature), some, positions[part], part)
+
+
+def token_counts(inputs: Mapping[str, Tensor], which: str, piece: Piece) -> Tensor:
+    """How often each token of a piece counts in a look `[n]`: its example's weight."""
+    return inputs["weight"].index_select(0, inputs[f"{which}_owner"][piece.part])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from transformers import TrainingArguments
 
 from trimtab.data.encoding import Encoder
-from trimtab.data.examples import Example, fingerprint_examples
+from trimtab.data.examples import Example, fingerprint_examples, mean_tokens
 from trimtab.files import finite, named_errors, only_writer, read_json, write_json
 from trimtab.models.adapter_folder import Base
 from trimtab.models.aligner import Aligner, describe
@@ -93,8 +93,8 @@ class _Run(NamedTuple):
 
     @property
     def mean_length(self) -> float:
-        """Tokens of their wanted answers."""
-        return sum(len(example.chosen) for example in self.examples) / len(self.examples)
+        """Tokens of their wanted answers, by weight."""
+        return mean_tokens(self.examples)
 
 
 def run_training(asked: TrainOptions) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _train(asked: TrainOptions, facts: Facts, output: Path, arguments: TrainingA
     plan = resolve(asked, facts)
     asked.asked_objective.announce(plan.setting)
     settled = settle_pairs(plan, examples, development)
-    run = describe_run(plan, arguments, fingerprint_examples(everything, rejected=True))
+    run = describe_run(plan, arguments, fingerprint_examples(everything, rejected=True, weights=True))
     run["teacher_prompt"] = teacher and teacher.digest
     run |= {"proposal_weights": proposal.rows.fingerprint}
     if began := start or (head and head.earlier):

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trimtab.data.encoding import Encoder
-from trimtab.data.examples import Example, encode_records, fingerprint_examples, split_examples
+from trimtab.data.examples import Example, encode_records, fingerprint_examples, mean_tokens, split_examples
 from trimtab.data.records import Record, read_records
 from trimtab.decode.aligned import AlignedModel
 from trimtab.errors import CheckpointError
@@ -137,7 +137,7 @@ def _make_trainer(
     return DistilTrainer(
         settings,
         rows.vocab_size,
-        sum(len(example.chosen) for example in examples) / len(examples),
+        mean_tokens(examples),
         ranks=ranks,
         model=model,
         args=arguments,
@@ -153,7 +153,7 @@ def _records(options: StartOptions) -> list[Record] | None:
         return None
     given = options.answers == "given"
     need = "chosen" if given else "prompt"
-    return read_records(options.dataset, need=need, how=options, limit=options.max_examples, answers=given)
+    return read_records(options.dataset, need=need, how=options, limit=options.max_examples, answers=given, weights=given)
 
 
 def _pick(options: StartOptions) -> tuple[Any, tuple[int, ...], int, str]:

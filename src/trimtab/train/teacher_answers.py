@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from trimtab.data.encoding import Encoder
-from trimtab.data.records import UNFINISHED, Record, read_rows
+from trimtab.data.records import UNFINISHED, Record
+from trimtab.data.sources import read_rows
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.request import SamplingParams
 from trimtab.errors import DataError, InvalidRequest

@@ -22,7 +22,7 @@ from torch import Tensor
 from trimtab.data.examples import Example, answers
 from trimtab.train.batches import Item, answer_logits, cached_batch, collate
 from trimtab.train.checks import warn_of_start
-from trimtab.train.pieces import Room, pieces
+from trimtab.train.pieces import Room, pieces, token_counts
 from trimtab.train.plan import Temperatures
 from trimtab.train.rows import Layout, RowSource
 
@@ -68,12 +68,12 @@ def fit_temperatures(
         layout: what is kept of the source's rows; the tail must be spread evenly, for the proposal's exponent bends it.
     """
     sample = _sample(examples, max(1024, min(TOKENS, ENTRIES // source.vocab_size)))
-    logp, logq, tokens = _rows(model, source, sample, batch_size, layout)
+    logp, logq, tokens, counts = _rows(model, source, sample, batch_size, layout)
     fixed = None if proposal is None else 1 / proposal
-    a, s = fit_exponents(logp, logq, tokens, fixed)
+    a, s = fit_exponents(logp, logq, tokens, fixed, counts=counts)
     found = Temperatures(round(1 / a, 3) if proposal is None else proposal, round(1 / s, 3))
     started, alone = (
-        _derivatives(logp, logq, tokens, torch.tensor(point, dtype=torch.float64))[0]
+        _derivatives(logp, logq, tokens, counts, torch.tensor(point, dtype=torch.float64))[0]
         for point in ((a, s), (1.0 if fixed is None else fixed, 0.0))
     )
     logger.info("the aligned model starts at %.3f nats a token, the proposal alone has %.3f", started, alone)
@@ -82,7 +82,12 @@ def fit_temperatures(
 
 
 def fit_exponents(
-    logp: Tensor, logq: Tensor, tokens: Tensor, a: float | None = None, width: float = WIDTH
+    logp: Tensor,
+    logq: Tensor,
+    tokens: Tensor,
+    a: float | None = None,
+    width: float = WIDTH,
+    counts: Tensor | None = None,
 ) -> tuple[float, float]:
     """The exponents a of p and s of q, within bounds, that minimise −log likelihood + ((a − 1) / width)² / 2 a token.
 
@@ -92,23 +97,25 @@ def fit_exponents(
         tokens: `[N]`.
         a: the exponent of p, if it is given.
         width: of the prior on the exponent of p; infinite for none.
+        counts: how often each token counts `[N]`; once, where nobody says.
     """
+    counts = torch.ones(len(tokens)) if counts is None else counts
     free = torch.tensor([a is None, True])
     point = torch.tensor([1.0 if a is None else a, LEAST], dtype=torch.float64)
-    point = _newton(logp, logq, tokens, point, free, width)
+    point = _newton(logp, logq, tokens, counts, point, free, width)
     if not LEAST <= point[1] <= MOST:  # at its bound, and then the other one again
         point[1] = point[1].clamp(LEAST, MOST)
-        point = _newton(logp, logq, tokens, point, free & torch.tensor([True, False]), width)
+        point = _newton(logp, logq, tokens, counts, point, free & torch.tensor([True, False]), width)
     if a is None:
         point[0] = point[0].clamp(1 / MOST, MOST)
     return float(point[0]), float(point[1])
 
 
-def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor, free: Tensor, width: float) -> Tensor:
+def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, counts: Tensor, point: Tensor, free: Tensor, width: float) -> Tensor:
     """Minimise over the free exponents; a step that does not help is halved."""
 
     def penalised(at: Tensor) -> tuple[float, Tensor, Tensor]:
-        loss, gradient, hessian = _derivatives(logp, logq, tokens, at)
+        loss, gradient, hessian = _derivatives(logp, logq, tokens, counts, at)
         off, steep = float(at[0]) - 1, torch.tensor([1 / width**2, 0.0], dtype=torch.float64)
         return loss + (off / width) ** 2 / 2, gradient + off * steep, hessian + steep.diag()
 
@@ -131,12 +138,13 @@ def _newton(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor, free: Ten
     return point
 
 
-def _derivatives(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor) -> tuple[float, Tensor, Tensor]:
+def _derivatives(logp: Tensor, logq: Tensor, tokens: Tensor, counts: Tensor, point: Tensor) -> tuple[float, Tensor, Tensor]:
     """The mean negative log-likelihood, its gradient `[2]` and its Hessian `[2, 2]`, with a trace of a ridge."""
     loss, gradient, hessian = 0.0, torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     step = max(1, PIECE // logp.shape[-1])
     for start in range(0, len(tokens), step):
         some = slice(start, start + step)
+        often = counts[some].double()
         possible = logp[some] > -math.inf
         features = torch.stack([torch.where(possible, logp[some], 0.0), logq[some].clamp(min=-1e4)])
         scores = torch.where(possible, torch.einsum("f,fnv->nv", point.to(features.dtype), features), -math.inf)
@@ -144,11 +152,12 @@ def _derivatives(logp: Tensor, logq: Tensor, tokens: Tensor, point: Tensor) -> t
         chances = at.exp()
         wanted = tokens[some].unsqueeze(-1)
         means = (features * chances).sum(-1)
-        loss -= float(at.gather(-1, wanted).double().sum())
-        gradient += (means - features.gather(-1, wanted.expand(2, -1, -1)).squeeze(-1)).double().sum(-1)
+        loss -= float((at.gather(-1, wanted).squeeze(-1).double() * often).sum())
+        gradient += (means - features.gather(-1, wanted.expand(2, -1, -1)).squeeze(-1)).double() @ often
         apart = features - means.unsqueeze(-1)
-        hessian += torch.einsum("fnv,gnv,nv->fg", apart, apart, chances).double()
-    count = len(tokens)
+        weighed = chances * often.to(chances.dtype).unsqueeze(-1)
+        hessian += torch.einsum("fnv,gnv,nv->fg", apart, apart, weighed).double()
+    count = float(counts.double().sum())
     return loss / count, gradient / count, hessian / count + 1e-9 * torch.eye(2, dtype=torch.float64)
 
 
@@ -162,12 +171,16 @@ def _sample(examples: Sequence[Example], tokens: int) -> list[Example]:
 @torch.no_grad()
 def _rows(
     model: Any, source: RowSource, examples: Sequence[Example], batch_size: int, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p and log q `[N, V]` on all answers, and their tokens, on the CPU; no pass is larger than the longest example's."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log p and log q `[N, V]` on all answers, their tokens and how often they count, on the CPU.
+
+    No pass is larger than the longest example's.
+    """
     model.eval()
     rows = source.compress(examples, layout, 1.0).rows
     tokens = torch.empty(sum(len(example.chosen) for example in examples), dtype=torch.long)
     logp, logq = (torch.empty(len(tokens), source.vocab_size) for _ in range(2))
+    counts = torch.empty(len(tokens))
     start = 0
     for places in Room.of(examples, 1).batches(examples, batch_size):
         batch = collate([Item(examples[i], {"chosen": rows[i]}) for i in places])
@@ -177,4 +190,5 @@ def _rows(
         for piece in pieces(logits, positions, batch["chosen_tokens"], cached_batch(batch), source.vocab_size, 1.0, most):
             some = slice(start, start := start + len(piece.tokens))
             logp[some], logq[some], tokens[some] = piece.logp, piece.logq, piece.tokens
-    return logp, logq, tokens
+            counts[some] = token_counts(batch, "chosen", piece)
+    return logp, logq, tokens, counts

@@ -23,12 +23,12 @@ from trimtab.train.batches import ExampleDataset, answer_logits, cached_batch, k
 from trimtab.train.diagnostics import measure, summarise
 from trimtab.train.objectives import Alone, Batch, Logits, Rows, Setting, TokenLoss
 from trimtab.train.order import EpochLoader, Updates, whole_passes
-from trimtab.train.pieces import Passes, Piece, Room, pieces
+from trimtab.train.pieces import Passes, Piece, Room, pieces, token_counts
 from trimtab.train.plan import Plan
 from trimtab.train.ranks import ALONE, Ranks
 from trimtab.train.rows import CachedRows, TaughtRows
 from trimtab.train.taught_rows import taught_batch
-from trimtab.train.tune import Losses, tune_weight
+from trimtab.train.tune import Look, Losses, tune_weight
 
 __all__ = ["AlignerTrainer", "fit", "trained"]
 
@@ -103,6 +103,7 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             seed=args.seed if args.data_seed is None else args.data_seed,
             strategy=args.train_sampling_strategy,
             drop_last=args.dataloader_drop_last,
+            weights=self.train_dataset.weights,
         )
         return self._loader(self.train_dataset, batches)
 
@@ -165,17 +166,21 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
                     readable = loss != Alone() and (rows.proposal is not None or not loss.reads_proposal)
                     parts.append(loss.of_rows(rows) if readable else alone)
                 if piece.cached is not None and which == "chosen":
-                    sums += self._measure(rows, piece.cached)
+                    sums += self._measure(rows, piece.cached, token_counts(inputs, which, piece))
             found |= {(loss, which): torch.cat(parts) for loss, parts in values.items()}
         batch = Batch(inputs, setting, self._mean_length, lambda loss, which: found[loss, which], training=False)
-        losses = self._objective.loss(batch).sum()
-        rejected = found.get((Alone(), "rejected"), losses.new_zeros(0))
-        counts = losses.new_tensor(len(inputs["chosen_ids"])), losses.new_tensor(len(rejected))
-        totals = [losses, counts[0], rejected.sum(), counts[1], *self._won(inputs, batch, wanted[0])]
-        return sums, torch.stack(totals).double().cpu()
+        losses, often = self._objective.loss(batch), inputs["weight"]
+        totals = [(losses * often).sum(), often.sum()]
+        if (rejected := found.get((Alone(), "rejected"))) is None:
+            totals += [losses.new_zeros(())] * 2
+        else:
+            each = often[inputs["rejected_owner"]]
+            totals += [(rejected * each).sum(), each.sum()]
+        totals += self._won(inputs, batch, wanted[0])
+        return sums, torch.stack([total.double() for total in totals]).cpu()
 
     def _won(self, inputs: dict[str, Tensor], batch: Batch, first: TokenLoss) -> tuple[Tensor, Tensor]:
-        """How many pairs have a higher log P_θ − log P_M of the chosen answer, as TRL counts it, and how many pairs there are.
+        """Which weight of pairs has a higher log P_θ − log P_M of the chosen answer, as TRL counts it, and that of all pairs.
 
         None where no cache has what the proposal gave both answers; pairs of two equal answers do not count.
         """
@@ -184,14 +189,16 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             none = inputs["share"].new_zeros(())
             return none, none
         wanted, unwanted = (batch.gain(batch.tokens(first, which), which) for which in kinds)
-        return ((wanted > unwanted) & batch.differs).sum(), batch.differs.sum()
+        often = inputs["weight"] * batch.differs
+        return ((wanted > unwanted) * often).sum(), often.sum()
 
     def losses_at(self, dataset: Any = None) -> Losses:
         """What `tune_weight` reads of the wanted development answers."""
         for inputs, passes in self.development(dataset):
             for _, some in passes:
                 for piece in some:
-                    yield partial(self._at, self._rows(inputs, piece, self._setting))
+                    at = partial(self._at, self._rows(inputs, piece, self._setting))
+                    yield Look(at, token_counts(inputs, "chosen", piece))
 
     def _at(self, rows: Rows, weight: float) -> tuple[Tensor, Tensor]:
         setting = self._setting._replace(weight=weight)
@@ -206,13 +213,13 @@ class AlignerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped 
             taught = TaughtRows(*(column[piece.part] for column in taught_batch(inputs)))
         return Rows(piece.tokens, piece.logq, None if piece.cached is None else piece.logp, setting, taught)
 
-    def _measure(self, rows: Rows, cached: CachedRows) -> Tensor:
-        """Sums over a piece's tokens `[measures]`."""
+    def _measure(self, rows: Rows, cached: CachedRows, often: Tensor) -> Tensor:
+        """Sums over a piece's tokens `[measures]`, each counted as often as it should be `[n]`."""
         said, logp = self._plan.asked.proposal_top_p, rows.logp
         top_p = said if said is not None and said < 1 else 0.95
         even = cached.evenly().rebuild(self._vocab_size) if cached.samples.shape[-1] else logp
-        sums = measure(self._rule, logp, rows.logq, rows.setting.weight, rows.tokens, top_p, even)
-        more = [loss.of_rows(rows).double().sum() for loss in self._figures_of.values()]
+        sums = measure(self._rule, logp, rows.logq, rows.setting.weight, rows.tokens, top_p, even, often)
+        more = [(loss.of_rows(rows).double() * often).sum() for loss in self._figures_of.values()]
         return torch.cat([sums, torch.stack(more).cpu()]) if more else sums
 
     def _summary(self, sums: Tensor) -> dict[str, float]:

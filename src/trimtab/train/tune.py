@@ -19,7 +19,7 @@ from trimtab.core.rules import Mixture, Rule
 from trimtab.core.shares import best_shares
 from trimtab.train.ranks import ALONE, Ranks
 
-__all__ = ["CHEAPEST", "RANGES", "Losses", "Stay", "Tuned", "tune_weight"]
+__all__ = ["CHEAPEST", "RANGES", "Look", "Losses", "Stay", "Tuned", "tune_weight"]
 
 RANGES = {"product": (0.0, 2.0), "geometric": (0.0, 1.0), "mixture": (0.0, 1.0)}
 """Where to look, for the rules whose likelihood, or divergence from a teacher, has one best weight: both are convex in it."""
@@ -41,9 +41,19 @@ class Stay(NamedTuple):
 CHEAPEST = Stay(1.0, 0.01)
 """Where a head is decoded without running the proposal's layers a second time."""
 
-Losses: TypeAlias = Iterable[Callable[[float], tuple[Tensor, Tensor]]]
-"""For each piece of the development data, or of this process's part: from a weight to the losses of its n tokens `[n]`, such as
-their negative log-likelihoods or the divergences from a teacher, and to KL(aligned‖p̃) there `[n]`."""
+
+class Look(NamedTuple):
+    """A piece of the development data, n tokens."""
+
+    at: Callable[[float], tuple[Tensor, Tensor]]
+    """From a weight to the tokens' losses `[n]`, such as negative log-likelihoods or divergences from a teacher, and to
+    KL(aligned‖p̃) there `[n]`."""
+    counts: Tensor
+    """How often each token counts `[n]`."""
+
+
+Losses: TypeAlias = Iterable[Look]
+"""All pieces of the development data, or of this process's part."""
 
 
 class Tuned(NamedTuple):
@@ -101,10 +111,12 @@ def tune_weight(
 
 def _share(losses: Losses, ranks: Ranks) -> float:
     """The best share of `mixture`: at 0 the losses are the proposal's, and at 1 the aligner's."""
-    both = [torch.zeros(2, 0)]
-    both += [-torch.stack([losses_at(weight)[0] for weight in (0.0, 1.0)]).cpu() for losses_at in losses]
-    logp, logq = torch.cat(both, -1)
-    return best_shares(logp, [logq], ranks.total).aligners[0]
+    found = [torch.zeros(3, 0, dtype=torch.float64)]
+    for look in losses:
+        both = torch.stack([look.at(weight)[0] for weight in (0.0, 1.0)]).double().cpu()
+        found.append(torch.cat([-both, look.counts.double().cpu()[None]]))
+    logp, logq, counts = torch.cat(found, -1)
+    return best_shares(logp, [logq], ranks.total, counts).aligners[0]
 
 
 def _best(found: dict[float, tuple[float, float]], max_kl: float | None, stay: Stay | None) -> float:
@@ -120,10 +132,10 @@ def _best(found: dict[float, tuple[float, float]], max_kl: float | None, stay: S
 
 def _means(weights: list[float], losses: Losses, ranks: Ranks) -> dict[float, tuple[float, float]]:
     """By weight, the loss and KL(aligned‖p̃), in nats a token."""
-    totals, count = torch.zeros(len(weights), 2, dtype=torch.float64), 0
-    for losses_at in losses:
-        each = torch.stack([torch.stack(losses_at(weight)).double() for weight in weights])
-        totals, count = totals + each.sum(-1).cpu(), count + each.shape[-1]
+    totals, count = torch.zeros(len(weights), 2, dtype=torch.float64), 0.0
+    for look in losses:
+        each, often = torch.stack([torch.stack(look.at(weight)).double() for weight in weights]), look.counts.double()
+        totals, count = totals + (each * often).sum(-1).cpu(), count + float(often.sum())
     *sums, tokens = ranks.total(torch.cat([totals.flatten(), totals.new_tensor([count])])).tolist()
     means = [total / tokens for total in sums]
     return dict(zip(weights, zip(means[::2], means[1::2], strict=True), strict=True))

@@ -7,7 +7,7 @@ as for the samples, after the trainer is gone.
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from trimtab.models.aligner import rewrite_manifest
 from trimtab.train.checks import warn_of_weight
 from trimtab.train.plan import Plan
 from trimtab.train.samples import open_aligned
-from trimtab.train.tune import tune_weight
+from trimtab.train.tune import Look, tune_weight
 
 __all__ = ["tune_on_whole_rows"]
 
@@ -47,7 +47,7 @@ def tune_on_whole_rows(plan: Plan, output: Path, tokenizer: Any, development: Se
     pairs = [(example.prompt, example.chosen) for example in development]
     both = [model.proposal, *model.aligners]
 
-    def losses() -> Iterator[Callable[[float], tuple[Tensor, Tensor]]]:
+    def losses() -> Iterator[Look]:
         for batch in by_length([len(prompt) + len(answer) for prompt, answer in pairs], BATCH):
             for rows, tokens, counts in completion_rows(both, [pairs[i] for i in batch]):
                 there = torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]
@@ -56,7 +56,8 @@ def tune_on_whole_rows(plan: Plan, output: Path, tokenizer: Any, development: Se
                     warp(one.flatten(0, 1).index_select(0, index), Warp(temperature))
                     for one, temperature in zip(rows, plan.temperatures, strict=True)
                 )
-                yield partial(_at, plan, logp, logq, tokens.flatten().index_select(0, index))
+                often = torch.tensor([development[i].weight for i in batch])[:, None].expand(there.shape)[there]
+                yield Look(partial(_at, plan, logp, logq, tokens.flatten().index_select(0, index)), often.to(tokens.device))
 
     tuned = tune_weight(plan.rule, losses, max_kl=plan.asked.max_kl)
     warn_of_weight(plan, tuned)

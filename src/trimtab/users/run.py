@@ -36,21 +36,23 @@ def run(options: FitWeightsOptions) -> dict[str, Any]:
     """What `trimtab.users.call.fit_weights` says of it holds."""
     if options.out is not None:
         refuse_overwriting(options.out, options.preferences)
-    records = read_records(options.preferences, need="rejected", how=options)
+    records = read_records(options.preferences, need="rejected", how=options, weights=True)
     check_chats(options, [record.prompt for record in records])
     model = load_aligned_model(options.models, options)
     refuse_idle_date(options.date, model.tokenizer)
     check_rule(model.shaping(model.defaults).rule)
-    pairs, sources = _encoded(records, model, leave_out_long=options.leave_out_long)
-    features = features_of(model, pairs, sources)
+    pairs, of = _encoded(records, model, leave_out_long=options.leave_out_long)
+    features = features_of(model, pairs, [record.source for record in of])
+    often = torch.tensor([record.weight for record in of], dtype=torch.float64)
     names = options.names
     prior = torch.tensor(options.weight or (0.0,) * len(names), dtype=torch.float64)
     how = {"beta": options.beta, "scale": options.prior_scale}
-    fitted = fit_user_weights(features, prior, **how)
-    kept_out = [
-        float(fit_user_weights(torch.cat([features[:i], features[i + 1 :]]), prior, **how).mean @ features[i])
-        for i in range(len(pairs) if len(pairs) <= LEFT_OUT else 0)
-    ]
+    fitted = fit_user_weights(features, prior, **how, counts=often)
+    kept_out = []
+    for i in range(len(pairs) if len(pairs) <= LEFT_OUT else 0):
+        others = torch.arange(len(pairs)) != i
+        without = fit_user_weights(features[others], prior, **how, counts=often[others])
+        kept_out.append(float(without.mean @ features[i]))
     lengths = torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in pairs], dtype=torch.float64)
     length = {name: _explained(column, lengths) for name, column in zip(names, features.T, strict=True)}
     for name, share in length.items():
@@ -64,9 +66,9 @@ def run(options: FitWeightsOptions) -> dict[str, Any]:
         **described(names, fitted),
         "pairs": len(pairs),
         "agree": {
-            "before": _agrees(features @ prior),
-            "fitted": _agrees(features @ fitted.mean),
-            "left_out": _agrees(torch.tensor(kept_out, dtype=torch.float64)) if kept_out else None,
+            "before": _agrees(features @ prior, often),
+            "fitted": _agrees(features @ fitted.mean, often),
+            "left_out": _agrees(torch.tensor(kept_out, dtype=torch.float64), often) if kept_out else None,
         },
         "length": length,
         "prior": dict(zip(names, prior.tolist(), strict=True)),
@@ -91,13 +93,13 @@ def described(names: Sequence[str], fitted: UserWeights) -> dict[str, Any]:
     }
 
 
-def _encoded(records: Sequence[Record], model: AlignedModel, *, leave_out_long: bool) -> tuple[list[Pair], list[str]]:
-    """Pairs as ids, and their sources; those of two equal answers say nothing, and are left out.
+def _encoded(records: Sequence[Record], model: AlignedModel, *, leave_out_long: bool) -> tuple[list[Pair], list[Record]]:
+    """Pairs as ids, and their records; those of two equal answers say nothing, and are left out.
 
     Raises:
         DataError: one cannot be encoded or does not fit into the context; or none is left.
     """
-    pairs, sources, equal, long = [], [], 0, 0
+    pairs, of, equal, long = [], [], 0, 0
     for record in records:
         ended = [name not in record.unfinished for name in ("chosen", "rejected")]
         try:
@@ -119,13 +121,13 @@ def _encoded(records: Sequence[Record], model: AlignedModel, *, leave_out_long: 
             long += 1
         else:
             pairs.append(pair)
-            sources.append(record.source)
+            of.append(record)
     for count, why in ((equal, "have two equal answers"), (long, "do not fit into the context")):
         if count:
             logger.warning("%d of %d pairs %s: left out", count, len(records), why)
     if not pairs:
         raise DataError("no pair is left to fit weights on")
-    return pairs, sources
+    return pairs, of
 
 
 def _explained(values: Tensor, by: Tensor) -> float:
@@ -134,6 +136,6 @@ def _explained(values: Tensor, by: Tensor) -> float:
     return float((values * by).sum() ** 2) / whole if whole else 0.0
 
 
-def _agrees(margins: Tensor) -> float:
-    """The share of pairs that are ranked as the user has it; a tie is half of one."""
-    return float(((margins > 0).double() + (margins == 0).double() / 2).mean())
+def _agrees(margins: Tensor, often: Tensor) -> float:
+    """The share of pairs that are ranked as the user has it, each as often as it counts; a tie is half of one."""
+    return float((((margins > 0).double() + (margins == 0).double() / 2) * often).sum() / often.sum())

@@ -6,7 +6,7 @@ from typing import Any
 
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import split_by_prompt
-from trimtab.data.records import Record, read_records
+from trimtab.data.records import Record, read_records, repeat_records
 from trimtab.errors import DataError, InvalidRequest
 from trimtab.train.online.samples import Prompt
 from trimtab.train.plan import Plan
@@ -26,11 +26,11 @@ def read_prompts(plan: Plan, *, columns: bool) -> tuple[list[Record], list[Recor
     Raises:
         DataError: something cannot be read, or one prompt is all there is.
     """
-    how: dict[str, Any] = {"need": "prompt", "how": plan.asked, "answers": False, "others": columns}
-    records = read_records(plan.asked.dataset, limit=plan.asked.max_examples, **how)
+    how: dict[str, Any] = {"need": "prompt", "how": plan.asked, "answers": False, "others": columns, "weights": True}
+    records = repeat_records(read_records(plan.asked.dataset, limit=plan.asked.max_examples, **how))
     if plan.asked.eval_dataset is None:
         return split_by_prompt(records, plan.asked.dev_fraction, seed=0)
-    return records, read_records(plan.asked.eval_dataset, **how)
+    return records, repeat_records(read_records(plan.asked.eval_dataset, **how))
 
 
 def encode_prompts(part: str, records: Sequence[Record], encoder: Encoder, room: int) -> list[Prompt]:
