@@ -25,6 +25,7 @@ BELOW["judges"] = {"core", "models", "data", "decode", "endpoints"}
 BELOW["propose"] = {*BELOW["judges"], "judges"}
 BELOW["evaluate"] = {*BELOW["judges"], "judges"}
 BELOW["train"] = {*BELOW["propose"], "propose"}
+BELOW["loop"] = {*BELOW["train"], "train", "evaluate"}
 BELOW["demo"] = {*BELOW["train"], "train", "evaluate"}
 BELOW["cli"] = set(BELOW)
 BELOW["__main__"] = {"cli"}

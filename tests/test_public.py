@@ -31,6 +31,7 @@ def test_the_public_names_are_these():
         "BlendOptions",
         "Completion",
         "EvalOptions",
+        "EvolveOptions",
         "FitWeightsOptions",
         "Particles",
         "ProposeOptions",
@@ -44,6 +45,7 @@ def test_the_public_names_are_these():
         "TrimtabError",
         "blend",
         "evaluate",
+        "evolve",
         "fit_weights",
         "propose",
         "train",
@@ -82,7 +84,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "numpy", "httpx2")
 """What takes long to import."""
 MOST_SECONDS = 0.3
 """Of processor time, above that of a bare Python: what else runs on the machine does not count."""
-SHOWN = sorted(set(COMMANDS) - {"train", "start", "distil"})
+SHOWN = sorted(set(COMMANDS) - {"train", "start", "distil", "evolve"})
 """Commands whose `--help` needs nothing heavy; that of the others shows the fields of `transformers.TrainingArguments`."""
 TIMED = f"""
 import contextlib, sys, time

@@ -20,6 +20,7 @@ __all__ = [
     "BlendOptions",
     "Completion",
     "EvalOptions",
+    "EvolveOptions",
     "FitWeightsOptions",
     "Particles",
     "ProposeOptions",
@@ -33,6 +34,7 @@ __all__ = [
     "TrimtabError",
     "blend",
     "evaluate",
+    "evolve",
     "fit_weights",
     "propose",
     "train",
@@ -44,6 +46,7 @@ _HOMES = {
     "BlendOptions": "trimtab.blend.options",
     "Completion": "trimtab.decode.request",
     "EvalOptions": "trimtab.evaluate.options",
+    "EvolveOptions": "trimtab.loop.options",
     "FitWeightsOptions": "trimtab.users.options",
     "Particles": "trimtab.decode.request",
     "ProposeOptions": "trimtab.propose.options",
@@ -57,6 +60,7 @@ _HOMES = {
     "TrimtabError": "trimtab.errors",
     "blend": "trimtab.blend",
     "evaluate": "trimtab.evaluate",
+    "evolve": "trimtab.loop.call",
     "fit_weights": "trimtab.users.call",
     "propose": "trimtab.propose",
     "train": "trimtab.train",
@@ -74,6 +78,8 @@ if TYPE_CHECKING:
     from trimtab.evaluate.call import evaluate
     from trimtab.evaluate.options import EvalOptions
     from trimtab.handover.writing import TextHandover
+    from trimtab.loop.call import evolve
+    from trimtab.loop.options import EvolveOptions
     from trimtab.models.aligner import Aligner
     from trimtab.propose.call import propose
     from trimtab.propose.options import ProposeOptions

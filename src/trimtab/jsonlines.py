@@ -11,9 +11,16 @@ from trimtab.errors import InvalidOption
 from trimtab.files import atomic_write
 from trimtab.kept_lines import KeptLines
 
-__all__ = ["ResumableLines", "kept_header"]
+__all__ = ["ResumableLines", "kept_header", "write_rows"]
 
 logger = logging.getLogger(__name__)
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as a whole file, or nothing."""
+    with atomic_write(path) as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def kept_header(out: str | Path) -> dict[str, Any]:

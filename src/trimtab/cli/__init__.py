@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "train an aligner against a frozen proposal",
     "distil": "train one aligner to decode as a team of several does, from samples of its own",
     "blend": "add aligners up into one: arithmetic on their weights, or on LoRA adapters of one base",
+    "evolve": "improve an aligner from votes or rewards, round after round, and promote only what is better",
     "fit-weights": "a user's weights of several aligners, from a few preferences",
     "draft-table": "count what follows what in a corpus, to draft from: --draft corpus:FILE",
     "generate": "write aligned text",

@@ -22,6 +22,7 @@ from trimtab.serve.answers import answer_chat, answer_completion
 from trimtab.serve.bodies import Feedback, LoadAligner, Preference, UnloadAligner
 from trimtab.serve.explain import explain
 from trimtab.serve.feedback import FeedbackBook, key_name
+from trimtab.serve.follow import following
 from trimtab.serve.guard import Guard
 from trimtab.serve.metrics import CONTENT_TYPE
 from trimtab.serve.registry import Entry, NoSuchAligner, NoSuchFolder, OutOfMemory
@@ -94,7 +95,8 @@ def make_app(service: Service, *, on_failure: Callable[[], None] = lambda: None)
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.ensure_future(open_service())  # /health says "loading" meanwhile
-        yield
+        async with following(service):
+            yield
         await opening
         await service.close()
         if users is not None:

@@ -4,6 +4,8 @@ An aligner is known by name until it is unloaded. Its weights may leave memory b
 longest unused first, pinned ones never), and come back with the next request that names it. A request holds on to the
 version that it started with, so replacing, unloading or evicting an aligner never touches what is running. What running
 requests so hold comes on top of the budget, until they end.
+
+An aligner whose path is a link, as a loop's `current` is (`trimtab.loop`), is loaded anew when the link leads elsewhere.
 """
 
 import logging
@@ -54,6 +56,7 @@ class Entry:
     Attributes:
         name: what requests call it.
         path: where it was loaded from.
+        target: where the path led to then, if it is a link.
         weight: its λ where neither request nor manifest says one, or None.
         pinned: never evicted.
         loaded: its weights, or None while it is evicted.
@@ -66,6 +69,7 @@ class Entry:
     weight: float | None = None
     pinned: bool = False
     loaded: Loaded | None = None
+    target: Path | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     used: float = field(default_factory=time.monotonic)
 
@@ -157,6 +161,10 @@ class Registry:
                 who = self._who_drafts(entry)
         logger.info("loaded aligner %s; who drafts: %s", name, who, extra={"facts": {"aligner": name, "who_drafts": who}})
         return entry
+
+    def moved(self) -> list[Entry]:
+        """Aligners whose path is a link that leads elsewhere than when they were loaded."""
+        return [entry for entry in self.entries if entry.loaded is not None and entry.target != _target(entry.path)]
 
     def _who_drafts(self, entry: Entry) -> str:
         """In words, for the operator; a residual's own drafter is not loaded, but named. A head's is, see `_with_drafter`."""
@@ -255,7 +263,8 @@ class Registry:
 
     def _bring(self, entry: Entry, keep: Sequence[str] = ()) -> Loaded:
         """Load an entry's weights and make room for them. What does not fit is dropped again: it is never kept."""
-        loaded = self._with_drafter(self._loader.load(entry.path))
+        entry.target = _target(entry.path)
+        loaded = self._with_drafter(self._loader.load(str(entry.target or entry.path)))
         with self._lock:
             if self._max_bytes is not None:
                 self._make_room(entry, loaded.num_bytes, keep, self._max_bytes)
@@ -297,3 +306,9 @@ class Registry:
         model = getattr(loaded.model, "adapter", loaded.model)
         still = [(ref, size) for ref, size in self._held if ref() is not None]
         self._held = [*still, (weakref.ref(model), loaded.num_bytes)]
+
+
+def _target(path: str) -> Path | None:
+    """Where a path leads, if it is a link; None for a folder, or a hub id."""
+    link = expand_home(path)
+    return link.resolve() if link.is_symlink() else None

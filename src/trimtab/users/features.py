@@ -1,25 +1,17 @@
 """By how much more each aligner of a bank favours one answer than another, in nats: what users' weights are fitted on."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.core.rules import Geometric, Product, Rule
 from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.pairs import Pair
 from trimtab.decode.scoring import Score
 from trimtab.errors import DataError, InvalidOption
 
-__all__ = ["Pair", "check_rule", "compared", "features_of"]
-
-
-class Pair(NamedTuple):
-    """Two answers to one prompt as token ids, the preferred one first."""
-
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
+__all__ = ["check_rule", "compared", "features_of"]
 
 
 def check_rule(rule: Rule) -> None:

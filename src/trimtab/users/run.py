@@ -9,13 +9,13 @@ from torch import Tensor
 
 from trimtab.core.user_weights import UserWeights, fit_user_weights
 from trimtab.data.options import check_chats
-from trimtab.data.records import Record, read_records
+from trimtab.data.records import read_records
 from trimtab.data.template import refuse_idle_date
-from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.options import load_aligned_model
-from trimtab.errors import DataError, InvalidRequest
+from trimtab.decode.pairs import encode_pairs
+from trimtab.errors import DataError
 from trimtab.files import refuse_overwriting, write_json
-from trimtab.users.features import Pair, check_rule, features_of
+from trimtab.users.features import check_rule, features_of
 from trimtab.users.options import FitWeightsOptions
 
 __all__ = ["described", "run"]
@@ -41,7 +41,9 @@ def run(options: FitWeightsOptions) -> dict[str, Any]:
     model = load_aligned_model(options.models, options)
     refuse_idle_date(options.date, model.tokenizer)
     check_rule(model.shaping(model.defaults).rule)
-    pairs, of = _encoded(records, model, leave_out_long=options.leave_out_long)
+    pairs, of = encode_pairs(records, model, leave_out_long=options.leave_out_long)
+    if not pairs:
+        raise DataError("no pair is left to fit weights on")
     features = features_of(model, pairs, [record.source for record in of])
     often = torch.tensor([record.weight for record in of], dtype=torch.float64)
     names = options.names
@@ -91,43 +93,6 @@ def described(names: Sequence[str], fitted: UserWeights) -> dict[str, Any]:
         "weights": dict(zip(names, fitted.mean.tolist(), strict=True)),
         "interval": {name: list(span) for name, span in zip(names, spans, strict=True)},
     }
-
-
-def _encoded(records: Sequence[Record], model: AlignedModel, *, leave_out_long: bool) -> tuple[list[Pair], list[Record]]:
-    """Pairs as ids, and their records; those of two equal answers say nothing, and are left out.
-
-    Raises:
-        DataError: one cannot be encoded or does not fit into the context; or none is left.
-    """
-    pairs, of, equal, long = [], [], 0, 0
-    for record in records:
-        ended = [name not in record.unfinished for name in ("chosen", "rejected")]
-        try:
-            found = model.encoder.answers(
-                record.prompt, [record.chosen, record.rejected], "prompt", ["chosen", "rejected"], ended
-            )
-        except InvalidRequest as error:
-            raise DataError(f"{record.source}: {error}") from error
-        pair = Pair(found.prompt, *found.answers)
-        length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-        if pair.chosen == pair.rejected:
-            equal += 1
-        elif model.max_length is not None and length > model.max_length:
-            if not leave_out_long:
-                raise DataError(
-                    f"{record.source}: prompt and answer have {length} tokens, and the context {model.max_length}:"
-                    " leave_out_long goes on without it"
-                )
-            long += 1
-        else:
-            pairs.append(pair)
-            of.append(record)
-    for count, why in ((equal, "have two equal answers"), (long, "do not fit into the context")):
-        if count:
-            logger.warning("%d of %d pairs %s: left out", count, len(records), why)
-    if not pairs:
-        raise DataError("no pair is left to fit weights on")
-    return pairs, of
 
 
 def _explained(values: Tensor, by: Tensor) -> float:

@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trimtab.data.prompts import CHAT_FIELDS, chat_columns, is_chat
 from trimtab.data.records import Record
 from trimtab.errors import DataError
-from trimtab.files import atomic_write
+from trimtab.jsonlines import write_rows
 
 __all__ = ["Prompt", "Sample", "read_samples", "write_samples"]
 
@@ -60,11 +60,11 @@ class Sample:
 
 
 def write_samples(path: Path, samples: Iterable[Sample], prompts: Sequence[Prompt]) -> None:
-    with atomic_write(path) as stream:
-        for sample in samples:
-            known = {name: value for name, value in asdict(sample).items() if value is not None or name in ("score", "gain")}
-            row = chat_columns(prompts[sample.place].record.prompt) | known
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def row(sample: Sample) -> dict[str, Any]:
+        known = {name: value for name, value in asdict(sample).items() if value is not None or name in ("score", "gain")}
+        return chat_columns(prompts[sample.place].record.prompt) | known
+
+    write_rows(path, map(row, samples))
 
 
 def read_samples(path: Path, places: Sequence[int], counts: Sequence[int], *, prefixes: bool) -> list[Sample] | None:

@@ -1,0 +1,192 @@
+"""Votes: how they are read, what becomes of repeats, contradictions, floods and length."""
+
+import json
+
+import pytest
+
+from tiny_task import write_rows
+from trimtab.core.intervals import binomial_interval, sign_interval
+from trimtab.data.records import Record
+from trimtab.errors import DataError
+from trimtab.loop.sift import cap_of, sift
+from trimtab.loop.votes import Vote, normal, read_said
+
+LONG = "the quick brown fox jumps over the lazy dog and runs away"
+
+
+def vote(prompt="p", chosen="a good answer", rejected="a bad one here", key="k", n=0, weight=1.0):
+    return Vote(Record(prompt, chosen, rejected, f"d:{n}", weight=weight), key, f"{prompt} {chosen} {key} {n}")
+
+
+def pairs(votes, **settings):
+    found = sift(votes, **settings)
+    return [(r.prompt, r.chosen, r.weight) for r in found.records], found.figures
+
+
+def test_a_key_counts_once_for_a_pair_and_keys_add_up():
+    """The frequency of a pair is how many people say so; spelling is none of it."""
+    votes = [vote(key="a"), vote("P!", "A good answer.", key="a", n=1), vote(key="b"), vote(key="c")]
+    found, figures = pairs(votes)
+    assert found == [("p", "a good answer", 3.0)]
+    assert figures["repeated"] == 1
+    assert figures["votes"] == 4
+    assert figures["keys"] == 3
+
+
+def test_nearly_the_same_answers_are_one_pair_and_others_are_not():
+    votes = [vote("p", LONG, "no"), vote("p", LONG + " now", "no", key="b"), vote("p", LONG[:30], "no", key="c")]
+    found, _ = pairs(votes)
+    assert [weight for *_, weight in found] == [2.0, 1.0]
+
+
+def test_a_correction_of_one_word_keeps_its_direction():
+    """Both of its answers are nearly the same; another vote for the corrected one is no contradiction."""
+    better, worse = LONG.replace("lazy", "sleepy") + " " + LONG, LONG + " " + LONG
+    found, figures = pairs([vote("p", better, worse, "a"), vote("p", better, worse, "b")])
+    assert found == [("p", better, 2.0)]
+    assert figures["contradicted"] == 0
+
+
+def test_of_contradictions_the_difference_is_left():
+    votes = [vote(key="a"), vote(key="b"), vote("p", "a bad one here", "a good answer", "c")]
+    found, figures = pairs(votes)
+    assert found == [("p", "a good answer", 1.0)]
+    assert (figures["contradicted"], figures["undecided"]) == (1, 0)
+    found, figures = pairs(votes[1:])
+    assert found == []
+    assert figures["undecided"] == 1
+
+
+def test_a_key_that_changes_its_mind_counts_by_its_newest_vote():
+    found, figures = pairs([vote(key="a"), vote("p", "a bad one here", "a good answer", "a", n=1)])
+    assert found == [("p", "a bad one here", 1.0)]
+    assert figures["contradicted"] == 0
+
+
+def test_equal_answers_say_nothing_and_keys_can_be_left_out():
+    found, figures = pairs([vote("p", "x y", "X, y!"), vote("q", key="bad"), vote("r")], leave_out=["bad"])
+    assert [prompt for prompt, *_ in found] == ["r"]
+    assert (figures["equal"], figures["left_out"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "others", "cap"),
+    [
+        ([20] * 19 + [2000], 0.1, 0, 380 / 9),  # c = .1 (380 + c)
+        ([20] * 18 + [2000, 900], 0.1, 0, 45.0),  # c = .1 (360 + 2c)
+        ([20] * 20, 0.1, 0, float("inf")),
+        ([1000, 1], 0.1, 0, 1.0),  # of two, none may count for more than the other
+        ([1000], 0.1, 0, float("inf")),
+        ([1000], 0.1, 100, 100.0),  # the operator's own are one more party
+        ([5, 1000], 1.0, 0, float("inf")),
+        ([], 0.1, 0, float("inf")),
+    ],
+)
+def test_what_a_key_may_count_for_is_worked_out_by_hand(counts, share, others, cap):
+    assert cap_of(counts, share, others) == pytest.approx(cap)
+
+
+def test_a_flood_counts_for_its_share_of_everything():
+    """Twenty honest keys say ten things each, one says two thousand others: it ends with a tenth of the weight."""
+    honest = [vote(f"question {k} {i}", key=f"h{k}", n=i) for k in range(20) for i in range(10)]
+    flood = [vote(f"spam number {i}", "buy now", "an answer", "f", n=i) for i in range(2000)]
+    found, figures = pairs([*honest, *flood])
+    weight = {side: sum(w for p, _, w in found if p.startswith(side)) for side in ("question", "spam")}
+    assert weight["question"] == 200
+    assert weight["spam"] / sum(weight.values()) == pytest.approx(0.1, abs=1e-4)
+    assert len(found) == 200 + 23  # as many of them as it counts for, not two thousand of next to no weight
+    assert figures["capped"] == {"f": 1977}
+    again, _ = pairs([*flood[::-1], *honest])
+    assert {p for p, *_ in again} == {p for p, *_ in found}  # which ones does not depend on the order
+
+
+def test_votes_without_a_key_are_the_operators_own():
+    found, figures = pairs([vote(f"q{i}", key=None, n=i) for i in range(50)] + [vote("z", key="a"), vote("q0", key=None, n=99)])
+    assert sum(weight for *_, weight in found) == 52
+    assert figures["capped"] == {}
+
+
+def test_votes_for_long_answers_are_weighed_down_until_both_directions_weigh_alike():
+    votes = [vote(f"q{i}", "long long long answer", "short", key=f"k{i}", n=i) for i in range(30)]
+    votes += [vote(f"r{i}", "short", "long long long answer", key=f"k{i}", n=i) for i in range(6)]
+    found, figures = pairs(votes)
+    assert sum(w for p, _, w in found if p[0] == "q") == pytest.approx(sum(w for p, _, w in found if p[0] == "r"))
+    assert figures["length"] == {"longer_wins": pytest.approx(5 / 6), "biased": True, "balanced": True}
+    kept, figures = pairs(votes, length_bias="keep")
+    assert {w for *_, w in kept} == {1.0}
+    assert figures["length"]["biased"]
+    assert not figures["length"]["balanced"]
+
+
+def test_a_taste_for_short_answers_is_a_taste_and_a_few_long_ones_are_no_bias():
+    short = [vote(f"r{i}", "short", "long long answer", key=f"k{i}", n=i) for i in range(30)]
+    found, figures = pairs(short)
+    assert {w for *_, w in found} == {1.0}
+    assert not figures["length"]["biased"]
+    few = [vote(f"r{i}", "long answer", "short", key=f"k{i}", n=i) for i in range(4)] + short[:1]
+    assert not pairs(few)[1]["length"]["biased"]
+
+
+def test_exact_intervals_are_clopper_and_pearsons():
+    """Of 8 of 8 the lower end is tail^(1/8); of 3 of 10 tables say .067 and .652. Weights of 2 count as half as many votes."""
+    low, high = binomial_interval(8, 8, level=0.95)
+    assert low == pytest.approx(0.025 ** (1 / 8))
+    assert high == 1
+    assert binomial_interval(3, 10) == pytest.approx((0.0667, 0.6525), abs=1e-4)
+    assert binomial_interval(0, 0) == (0, 1)
+    assert sign_interval(8.0, 8.0, 8.0) == pytest.approx((low, high))
+    assert sign_interval(16.0, 16.0, 32.0) == pytest.approx((low, high))
+    assert sign_interval(0.0, 0.0, 0.0) == (0, 1)
+
+
+# ---- reading
+
+
+def test_votes_and_thumbs_are_read_as_the_server_writes_them(tmp_path):
+    said = write_rows(
+        tmp_path / "said.jsonl",
+        [
+            {"prompt": "p", "chosen": "a", "rejected": "b", "feedback": "vote", "key": "x", "time": "t1"},
+            {"prompt": "p", "chosen": "a", "rejected": "b", "feedback": "vote", "key": "x", "time": "t1"},
+            {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b", "weight": 2},
+        ],
+    )
+    thumb = {"prompt": "t", "completion": "good", "label": True, "key": "y"}
+    write_rows(
+        tmp_path / "said.thumbs.jsonl",
+        [thumb, thumb | {"completion": "bad", "label": False, "key": "z"}, thumb | {"completion": "more"},
+         thumb | {"prompt": "lost", "label": False}],
+    )  # fmt: skip
+    found = read_said([str(said)])
+    assert [(v.record.prompt, v.key, v.record.weight) for v in found.votes] == [
+        ("p", "x", 1), ([{"role": "user", "content": "q"}], None, 2), ("t", "y", 1),
+    ]  # fmt: skip
+    assert (found.votes[2].record.chosen, found.votes[2].record.rejected) == ("good", "bad")
+    assert found.lost == ["lost"]
+    assert found.alone == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "completion": "a"}, "'label' that is true or false"),
+        ({"prompt": "p", "label": True}, "a thumb has a 'completion'"),
+        ({"completion": "a", "label": True}, "'prompt' is missing"),
+    ],
+)
+def test_what_is_no_thumb_is_named(tmp_path, row, message):
+    said = write_rows(tmp_path / "said.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    write_rows(tmp_path / "said.thumbs.jsonl", [row])
+    with pytest.raises(DataError, match=rf"said\.thumbs\.jsonl:1: .*{message}"):
+        read_said([str(said)])
+
+
+def test_a_key_is_a_text(tmp_path):
+    said = tmp_path / "said.jsonl"
+    said.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "key": 3}) + "\n")
+    with pytest.raises(DataError, match=r"said\.jsonl:1: 'key' must be a text"):
+        read_said([str(said)])
+
+
+def test_spelling_is_letters_and_digits():
+    assert normal("  What's\n2+2?! ＡＢ") == "what s 2 2 ab"
