@@ -17,6 +17,7 @@ BELOW["data"] = {"core", "models"}
 BELOW["decode"] = {"core", "models", "data"}
 BELOW["blend"] = {"core", "models"}
 BELOW["endpoints"] = {"core", "models", "data", "decode"}
+BELOW["rewriting"] = {"core", "models", "data", "decode"}
 BELOW["users"] = {"core", "models", "data", "decode"}
 BELOW["vllm"] = {"core", "models", "data", "decode"}
 BELOW["serve"] = {*BELOW["users"], "users"}

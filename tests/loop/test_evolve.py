@@ -252,7 +252,7 @@ def test_another_proposal_seed_or_setting_is_refused_with_what_to_do(task, tmp_p
     write_rows(said, votes(70))
     history["current"] = 0  # before its aligner says so
     (tmp_path / "loop/history.json").write_text(json.dumps(history))
-    with pytest.raises(InvalidOption, match="is another model than the loop in .* began with"):
+    with pytest.raises(InvalidOption, match=r"is another model than the loop in .* began with"):
         trimtab.evolve(out=str(tmp_path / "loop"), feedback=str(said), **TRAINING)
 
 

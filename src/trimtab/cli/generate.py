@@ -22,17 +22,19 @@ from trimtab.files import json_digest, refuse_overwriting
 from trimtab.handover.options import REMOTE, HandoverOptions, open_handover
 from trimtab.jsonlines import ResumableLines, kept_header
 from trimtab.options import option
+from trimtab.rewriting.options import RewriterOptions, load_rewriter, rewriting_params
 
 __all__ = ["Options", "render", "run"]
 
 logger = logging.getLogger(__name__)
 
-LATER = ("sequence_level", "handover", "blend", "rule_weight", "leader")
+OF_REWRITERS = tuple(field.name for field in dataclasses.fields(RewriterOptions))
+LATER = ("sequence_level", "handover", "blend", "rule_weight", "leader", *OF_REWRITERS)
 """Options that came after files had been begun, which go on where these are not given."""
 
 
 @dataclass(frozen=True)
-class Options(SamplingOptions, HandoverOptions, TemplateOptions, ModelOptions):
+class Options(SamplingOptions, RewriterOptions, HandoverOptions, TemplateOptions, ModelOptions):
     """Flags of `trimtab generate`."""
 
     prompt: tuple[str, ...] = option((), "a prompt; may repeat")
@@ -93,7 +95,13 @@ def run(options: Options) -> dict[str, Any]:
         report |= {"target": "sequence-level", "sequence_level": str(how)}
         complete = partial(model.generate, sequence_level=how)
     report["kernels"] = kernels_of(model)
-    return report | _answer(options, prompts, params, complete, partial(facts_of, options, model))
+    rewriter = _rewriter(options, model.encoder.date)
+    return report | _answer(options, prompts, params, complete, partial(facts_of, options, model), rewriter)
+
+
+def _rewriter(options: Options, date: str | None) -> Any:
+    """Who rewrites the completions; None if nobody does."""
+    return None if options.rewriter is None else load_rewriter(options, options, date)
 
 
 def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[Any], params: Any) -> dict[str, Any]:
@@ -105,17 +113,48 @@ def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[
     check_prompts(records, partial(handover.check, params=params))
     report = {"leader": options.leader, "handover": str(handover.rule), "target": "text-level hand-over"}
     report |= {"kernels": opened.kernels}
-    return report | _answer(options, prompts, params, handover.generate, lambda: opened.facts)
+    rewriter = _rewriter(options, opened.facts.get("date"))
+    return report | _answer(options, prompts, params, handover.generate, lambda: opened.facts, rewriter)
 
 
 def _answer(
-    options: Options, prompts: list[Any], params: Any, complete: Callable[..., list[Any]], facts: Callable[[], dict[str, Any]]
+    options: Options,
+    prompts: list[Any],
+    params: Any,
+    complete: Callable[..., list[Any]],
+    facts: Callable[[], dict[str, Any]],
+    rewriter: Any,
 ) -> dict[str, Any]:
     """The completions, or where they went; `facts` are those that decide them beside the options."""
+
+    def rows_of(some: list[Any]) -> list[dict[str, Any]]:
+        completions = complete(some, params)
+        rows = _rows(some, completions, params.n)
+        return rows if rewriter is None else _rewrite(options, rewriter, some, params, completions, rows)
+
     if options.out is None:
-        rows = _rows(prompts, complete(prompts, params), params.n)
+        rows = rows_of(prompts)
         return {"completions": rows, "failed": sum("error" in row for row in rows)}
-    return {"out": options.out} | _write(options, facts(), prompts, params, complete)
+    known = facts()
+    if rewriter is not None:
+        known |= {"rewriter_weights": rewriter.model.fingerprints, "rewriter_template": str(rewriter.template)}
+    return {"out": options.out} | _write(options, known, prompts, params, rows_of)
+
+
+def _rewrite(
+    options: Options, rewriter: Any, prompts: list[Any], params: Any, completions: list[Any], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows with their completions rewritten, and with what those were before; what died is left as it is."""
+    from trimtab.core.noise import seed_after
+
+    alive = [i for i, one in enumerate(completions) if one.error is None]
+    how = [rewriting_params(options, params, seed_after(completions[i].seed, completions[i].index)) for i in alive]
+    texts = [completions[i].text for i in alive]
+    for i, new in zip(alive, rewriter.rewrite([prompts[i // params.n] for i in alive], texts, how), strict=True):
+        rows[i] |= {"completion": new.text, "rewritten_from": list(new.before)}
+        rows[i] |= {"finish_reason": new.completion.finish_reason, "completion_tokens": len(new.completion.tokens)}
+        rows[i] |= {} if new.error is None else {"error": new.error}
+    return rows
 
 
 def render(report: dict[str, Any]) -> str:
@@ -153,7 +192,11 @@ def _check_rule(rule: Any) -> None:
 
 
 def _write(
-    options: Options, facts: dict[str, Any], prompts: list[Any], params: Any, complete: Callable[..., list[Any]]
+    options: Options,
+    facts: dict[str, Any],
+    prompts: list[Any],
+    params: Any,
+    rows_of: Callable[[list[Any]], list[dict[str, Any]]],
 ) -> dict[str, Any]:
     assert options.out is not None
     apart = ("out", "input", "prompt", *REMOTE)
@@ -165,7 +208,7 @@ def _write(
     with lines:
         for start in range(lines.done, len(prompts), options.max_num_seqs):
             part = prompts[start : start + options.max_num_seqs]
-            lines.write(_rows(part, complete(part, params), params.n))
+            lines.write(rows_of(part))
             logger.info("completed %d of %d prompts", start + len(part), len(prompts))
     return {"rows": len(prompts) * options.n, "failed": lines.failed}
 

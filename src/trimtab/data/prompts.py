@@ -16,6 +16,7 @@ __all__ = [
     "Chat",
     "Message",
     "Prompt",
+    "answer_text",
     "are_ids",
     "as_list",
     "as_pairs",
@@ -135,6 +136,11 @@ def chat_columns(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         return {"prompt": prompt["messages"], **{field: prompt[field] for field in CHAT_FIELDS if field in prompt}}
     return {"prompt": prompt}
+
+
+def answer_text(answer: Any) -> str:
+    """An answer, a text or messages, as a text."""
+    return show_prompt(answer) if is_chat(answer) else str(answer)
 
 
 def show_prompt(prompt: Any) -> str:

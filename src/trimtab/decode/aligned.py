@@ -270,6 +270,13 @@ class AlignedModel:
         other.pace = Pace(num_speculative_tokens)
         return other
 
+    def with_drafter(self, draft: LanguageModel | Drafter | str) -> Self:
+        """The same models with another drafter, also where one was named before; nothing is loaded or copied."""
+        other = copy.copy(self)
+        other._draft = as_drafter(draft, Given(self.tokenizer))
+        other._take(self.aligners, self._manifests)
+        return other
+
     def with_prefix_cache(self, prefix_cache_tokens: int) -> Self:
         """The same models and settings with another cache of prefixes, which is empty."""
         other = copy.copy(self)

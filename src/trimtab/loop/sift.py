@@ -18,8 +18,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from trimtab.core.intervals import sign_interval
+from trimtab.data.prompts import answer_text
 from trimtab.data.records import Record
-from trimtab.loop.votes import Vote, normal, spoken
+from trimtab.loop.votes import Vote, normal
 
 __all__ = ["Sifted", "cap_of", "sift"]
 
@@ -69,7 +70,7 @@ def sift(
         length_bias: "balance" weighs down votes for longer answers where they are too many; "keep" leaves them.
     """
     counted = [vote for vote in votes if vote.key not in leave_out]
-    differ = [vote for vote in counted if normal(spoken(vote.record.chosen)) != normal(spoken(vote.record.rejected))]
+    differ = [vote for vote in counted if normal(answer_text(vote.record.chosen)) != normal(answer_text(vote.record.rejected))]
     pairs = _pairs(differ)
     cap, kept = _fair(pairs, key_share)
     records, ties, contradicted = [], 0, 0
@@ -173,7 +174,7 @@ def _capped(pairs: Sequence[_Pair], kept: dict[str, float]) -> dict[str, int]:
 
 def _balance(records: list[Record], how: str) -> tuple[list[Record], dict[str, Any]]:
     """The records with votes for longer answers weighed down, if there is a bias and it is wanted; and how biased they are."""
-    longer = [len(spoken(record.chosen)) - len(spoken(record.rejected)) for record in records]
+    longer = [len(answer_text(record.chosen)) - len(answer_text(record.rejected)) for record in records]
     sums = {sign: sum(r.weight for r, more in zip(records, longer, strict=True) if more * sign > 0) for sign in (1, -1)}
     both = sum(sums.values())
     squares = sum(record.weight**2 for record, more in zip(records, longer, strict=True) if more)
@@ -190,7 +191,7 @@ def _balance(records: list[Record], how: str) -> tuple[list[Record], dict[str, A
 
 
 def _words(answer: Any) -> frozenset[tuple[str, ...]]:
-    words = normal(spoken(answer)).split()
+    words = normal(answer_text(answer)).split()
     return frozenset(tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
 
 

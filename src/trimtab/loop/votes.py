@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trimtab.data.prompts import is_chat, show_prompt
+from trimtab.data.prompts import show_prompt
 from trimtab.data.records import Record, read_records, read_weight
 from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
 from trimtab.files import expand_home, json_digest
 
-__all__ = ["Said", "Vote", "normal", "read_said", "spoken"]
+__all__ = ["Said", "Vote", "normal", "read_said"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,6 @@ def normal(text: str) -> str:
     """Letters and digits of a text in small letters, with single spaces: what differs otherwise is one."""
     kept = (letter if letter.isalnum() else " " for letter in unicodedata.normalize("NFKC", text).casefold())
     return " ".join("".join(kept).split())
-
-
-def spoken(answer: Any) -> str:
-    """An answer, a text or messages, as a text."""
-    return show_prompt(answer) if is_chat(answer) else str(answer)
 
 
 def read_said(files: Sequence[str]) -> Said:

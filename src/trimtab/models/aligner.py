@@ -64,6 +64,10 @@ SUPERSEDED = _MODEL_FILES + tuple(f"{DRAFT_NAME}/{pattern}" for pattern in _MODE
 """What another aligner leaves in a folder that a new one is written to, its drafter included."""
 
 
+OF_SOME = ("head", "blended", "rewriter_template")
+"""What only manifests of some aligners say."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """How an aligner wants to be decoded. Explicit options override it.
@@ -77,6 +81,7 @@ class Manifest:
         objective: the name of what it was trained with, if we know; it need not be installed here.
         head: for a head (`trimtab.models.head`), `{"tap": …, "layers": …, "proposal": …}`.
         blended: for a blend, what it was made of (`trimtab.models.parts`).
+        rewriter_template: for a rewriter, how it is asked (`trimtab.data.rewrite_template`).
     """
 
     vocabulary: str
@@ -89,6 +94,7 @@ class Manifest:
     objective: str | None = None
     head: dict[str, Any] | None = None
     blended: dict[str, Any] | None = None
+    rewriter_template: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -124,6 +130,8 @@ class Manifest:
             raise ManifestError(f"proposal must be {{'id': …, 'revision': …}}, not {proposal!r}")
         if self.objective is not None and not (isinstance(self.objective, str) and self.objective.isidentifier()):
             raise ManifestError(f"objective must be the name of one, not {self.objective!r}")
+        if self.rewriter_template is not None and "{answer}" not in str(self.rewriter_template):
+            raise ManifestError(f"rewriter_template must be a text with {{answer}} in it, not {self.rewriter_template!r}")
         _ = self.parsed_head, self.parts  # raises where one cannot be
         if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
             raise ManifestError(f"vocabulary must be a fingerprint 'sha256:…', not {self.vocabulary!r}")
@@ -159,9 +167,8 @@ class Manifest:
             raise ManifestError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `trimtab.json` holds; `head` for heads, `blended` for blends alone, so that earlier versions read all others."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in ("head", "blended") or value is not None}
+        """What `trimtab.json` holds; `OF_SOME` for those that have it alone, so that earlier versions read all others."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in OF_SOME or value is not None}
 
 
 def is_head(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """What a run reads before it trains: tokenizer, template and date, the data as examples and pairs, and its proposal."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 from trimtab.data.cut import mark_cut
 from trimtab.data.encoding import Encoder
 from trimtab.data.examples import Example, encode_records, split_by_prompt
-from trimtab.data.records import read_records
+from trimtab.data.prompts import answer_text
+from trimtab.data.records import Record, read_records
+from trimtab.data.rewrite_template import read_template
 from trimtab.data.template import pick_date, read_chat_template, reads_date, refuse_idle_date
 from trimtab.errors import DataError
 from trimtab.files import read_json
@@ -68,17 +71,35 @@ def read_parts(plan: Plan, tokenizer: Any) -> Parts:
 
     Answers that were cut are marked, see `trimtab.data.cut`; not where the tokenizer is not at hand, which is None then.
     """
-    need = "rejected" if plan.reads_rejected else "prompt" if plan.has_teacher else "chosen"
+    pairs = plan.reads_rejected or plan.asked.rewriter_template is not None
+    need = "rejected" if pairs else "prompt" if plan.has_teacher else "chosen"
     records = read_records(plan.asked.dataset, need=need, how=plan.asked, limit=plan.asked.max_examples, weights=True)
     if plan.asked.eval_dataset is None:
         records, kept = split_by_prompt(records, plan.asked.dev_fraction, seed=0)
     else:
         kept = read_records(plan.asked.eval_dataset, need=need, how=plan.asked, weights=True)
-    parts = teach(plan, (records, kept))
+    parts = teach(plan, (ask_rewriter(plan, records), ask_rewriter(plan, kept)))
     if tokenizer is None:
         return parts
     records, kept = mark_cut(parts, plan.asked.cut_answers, tokenizer)
     return records, kept
+
+
+def ask_rewriter(plan: Plan, records: list[Record]) -> list[Record]:
+    """The records as a rewriter learns from them, if one is trained: a better answer, behind a prompt with the answer in it."""
+    if plan.asked.rewriter_template is None:
+        return records
+    template = read_template(plan.asked.rewriter_template)
+    return [
+        dataclasses.replace(
+            record,
+            prompt=template.ask(record.prompt, answer_text(record.rejected)),
+            chosen=template.wanted(answer_text(record.chosen)),
+            rejected=None,
+            unfinished=record.unfinished - {"rejected"},
+        )
+        for record in records
+    ]
 
 
 def run_date(plan: Plan, tokenizer: Any) -> str | None:

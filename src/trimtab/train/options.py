@@ -11,6 +11,7 @@ from trimtab.core.rules import RULES, parse_rule
 from trimtab.data.cut import CUT_ANSWERS
 from trimtab.data.options import DataOptions
 from trimtab.data.records import parse_columns
+from trimtab.data.rewrite_template import read_template
 from trimtab.data.template import check_date
 from trimtab.endpoints.options import AskingOptions
 from trimtab.endpoints.settings import Limits, make_limits
@@ -217,6 +218,12 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
         metavar="FILE",
     )
     teacher_max_tokens: int | None = option(None, "longest answer that is drawn behind --teacher_prompt [default: 256]", low=1)
+    rewriter_template: str | None = option(
+        None,
+        "train a rewriter: of each pair, the wanted answer is learnt behind the prompt and the unwanted answer, put as this"
+        " says: aligner, chat, or a file with {prompt} and {answer} (chat:FILE for a user's message)",
+        metavar="T",
+    )
     train_draft: bool | None = option(
         None,
         "distil a drafter, OUTPUT_DIR/draft, from the aligned model after training; of a head, from answers that are drawn for"
@@ -274,6 +281,8 @@ class TrainOptions(OnlineOptions, DryRunOptions, DataOptions):
         check_ranges(self)
         if self.rule:
             parse_rule(self.rule)
+        if self.rewriter_template is not None:
+            read_template(self.rewriter_template)
         _ = self.asked_objective, self.limits, parse_columns(self.columns)  # raise where they cannot be
 
     @property

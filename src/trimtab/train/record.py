@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trimtab.data.rewrite_template import read_template
 from trimtab.files import write_json
 from trimtab.models.aligner import Aligner, Manifest
 from trimtab.models.head import Head
@@ -60,6 +61,7 @@ def make_manifest(plan: Plan, tokenizer: Any, weight: float, head: Head | None) 
         aligner_temperature=plan.temperatures.aligner,
         objective=plan.asked.objective,
         head=None if head is None else dataclasses.asdict(head),
+        rewriter_template=None if plan.asked.rewriter_template is None else str(read_template(plan.asked.rewriter_template)),
     )
 
 

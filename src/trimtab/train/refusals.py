@@ -47,6 +47,13 @@ def refuse_contradictions(
         raise InvalidOption("train_draft: only a residual, which is likelihood with product, and a head need a drafter")
     if asked.keep_samples and not objective.keeps:  # whether it is a head, its folder says
         raise InvalidOption("keep_samples: only a head is kept at the proposal by its samples, under likelihood: leave it out")
+    if asked.rewriter_template is not None and (
+        asked.teacher_prompt is not None or asked.objective not in ("likelihood", "sft")
+    ):
+        raise InvalidOption(
+            "rewriter_template: a rewriter learns wanted answers, by likelihood or sft: leave out"
+            + (" --teacher_prompt" if asked.teacher_prompt is not None else f" objective {asked.objective}")
+        )
     if asked.teacher_prompt is not None:
         _refuse_beside_teacher(asked, objective)
     if asked.proposal_endpoint and asked.proposal_temperature not in (None, 1) and asked.cache_top_k:

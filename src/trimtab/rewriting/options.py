@@ -1,0 +1,84 @@
+"""The flags that name a rewriter, and how it is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.data.options import TemplateOptions
+from trimtab.data.rewrite_template import PRESETS, RewriteTemplate, read_template
+from trimtab.decode.options import RowOptions, load_aligned_model
+from trimtab.decode.request import SamplingParams
+from trimtab.errors import InvalidOption
+from trimtab.files import expand_home
+from trimtab.models.aligner import manifest_of
+from trimtab.options import option
+from trimtab.rewriting.rewriter import Rewriter
+
+__all__ = ["RewriterOptions", "load_rewriter", "rewriting_params"]
+
+DEFAULT = "chat"
+"""How a rewriter is asked that does not say how it was trained."""
+
+
+@dataclass(frozen=True)
+class RewriterOptions:
+    """Who rewrites what was written."""
+
+    rewriter: str | None = option(
+        None,
+        "a model that rewrites every answer, from the prompt and the answer: a folder or a hub id, or an aligner of --proposal",
+        metavar="MODEL",
+    )
+    rewriter_template: str | None = option(
+        None,
+        f"how it is asked: {', '.join(PRESETS)}, or a file with {{prompt}} and {{answer}}, chat:FILE as a user's message"
+        f" [default: as it was trained, otherwise {DEFAULT}]",
+        metavar="T",
+    )
+    rewrite_rounds: int | None = option(
+        None, "times that an answer is rewritten at most; where nothing changes, it ends [default: 1]", low=1, high=100
+    )
+    rewriter_temperature: float | None = option(
+        None, "temperature that it is rewritten at; the other knobs of drawing are the request's own [default: 0]", low=0
+    )
+
+    def idle(self) -> dict[str, str]:
+        """What says nothing without one."""
+        names = ("rewriter_template", "rewrite_rounds", "rewriter_temperature")
+        return {} if self.rewriter is not None else dict.fromkeys(names, "needs a --rewriter")
+
+
+def rewriting_params(options: RewriterOptions, params: SamplingParams, seed: int) -> SamplingParams:
+    """How the rewriter draws in the place of a request's parameters."""
+    temperature = 0.0 if options.rewriter_temperature is None else options.rewriter_temperature
+    names = ("max_tokens", "top_p", "top_k", "min_p", "stop")
+    return SamplingParams(**{name: getattr(params, name) for name in names}, temperature=temperature, seed=seed)
+
+
+def load_rewriter(options: RewriterOptions, rows: RowOptions, date: str | None = None) -> Rewriter:
+    """The rewriter that is named.
+
+    Args:
+        options: its flags.
+        rows: the flags that say which proposal there is, and how models are loaded.
+        date: what chat templates take for today.
+
+    Raises:
+        InvalidOption: the template is none, or the rewriter takes a chat and has no chat template.
+        ModelError: it cannot be loaded.
+    """
+    assert options.rewriter is not None  # or nobody asks
+    manifest = manifest_of(expand_home(options.rewriter))
+    known = None if manifest is None else manifest.rewriter_template
+    if options.rewriter_template is not None or known is None:
+        template = read_template(options.rewriter_template or DEFAULT)
+    else:
+        template = RewriteTemplate.parse(known)
+    names = ("dtype", "device", "cuda_graphs", "quantize", "backend", "max_num_seqs")
+    how: dict[str, Any] = {name: getattr(rows, name) for name in names}
+    pair = (options.rewriter, ()) if manifest is None else (rows.proposal, (options.rewriter,))
+    model = load_aligned_model(RowOptions(*pair, **how), TemplateOptions(None, date))
+    if template.chat and not model.tokenizer.chat_template:
+        raise InvalidOption(
+            f"rewriter '{options.rewriter}' is asked by a chat, and has no chat template: give another --rewriter_template"
+        )
+    return Rewriter(model, template, rounds=options.rewrite_rounds or 1)

@@ -1,0 +1,113 @@
+"""A rewriter: (prompt, answer) → a better answer, by a small model on top of anything that writes texts (arXiv 2402.02416).
+
+Its law is the model's own, given the template's prompt. The answer drafts for it (`AnswerDrafter`): what the rewriter leaves as
+it is takes few passes, and no token depends on it. Further rounds rewrite what the round before has written, and end where it
+changes nothing.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from trimtab.core.noise import fresh_seed, seed_after
+from trimtab.data.rewrite_template import RewriteTemplate
+from trimtab.decode.aligned import AlignedModel
+from trimtab.decode.drafters.answer import AnswerDrafter
+from trimtab.decode.request import Completion, SamplingParams
+from trimtab.errors import InvalidRequest
+
+__all__ = ["Rewriter", "Rewritten"]
+
+
+class Rewritten(NamedTuple):
+    """What became of an answer.
+
+    Attributes:
+        text: the last round's, without white space around it.
+        before: the answers that were rewritten: the given one, and those of the rounds between.
+        completion: the last round's; None where nothing was rewritten.
+        error: why an answer could not be rewritten; its `text` is the last one that there is.
+    """
+
+    text: str
+    before: tuple[str, ...]
+    completion: Completion | None
+    error: str | None = None
+
+    @property
+    def rounds(self) -> int:
+        """How many there were."""
+        return len(self.before)
+
+
+class Rewriter:
+    """Rewrites answers.
+
+    Args:
+        model: what writes; its drafter is replaced.
+        template: how it is asked.
+        rounds: at most.
+        drafts: whether the answer drafts; the texts are the same without.
+    """
+
+    def __init__(self, model: AlignedModel, template: RewriteTemplate, *, rounds: int = 1, drafts: bool = True) -> None:
+        self.template, self.rounds = template, rounds
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+        self.model = model.with_drafter(AnswerDrafter(self._answers) if drafts else "none")
+
+    def rewrite(
+        self, prompts: Sequence[Any], answers: Sequence[str], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Rewritten]:
+        """Better answers.
+
+        Args:
+            prompts: texts or chats.
+            answers: one for each.
+            params: how the rewriter draws, for all or for each; `n` is 1. Later rounds have seeds of their own.
+
+        Raises:
+            InvalidRequest: an answer cannot be put to the rewriter, or the parameters ask for several.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if any(one.n != 1 for one in each):
+            raise InvalidRequest("n: an answer is rewritten once: leave it at 1")
+        each = [one if one.seed is not None else dataclasses.replace(one, seed=fresh_seed()) for one in each]
+        found = [Rewritten(answer, (), None) for answer in answers]
+        going = list(range(len(answers)))
+        for number in range(self.rounds):
+            how = [self._seeded(each[i], number) for i in going]
+            done = self._round([prompts[i] for i in going], [found[i].text for i in going], how)
+            left = []
+            for i, one in zip(going, done, strict=True):
+                before = (*found[i].before, found[i].text)
+                if one.error is not None:
+                    found[i] = Rewritten(found[i].text, before, one, one.error)
+                    continue
+                text = one.text.strip()
+                if text != found[i].text.strip():
+                    left.append(i)
+                found[i] = Rewritten(text, before, one)
+            going = left
+            if not going:
+                break
+        return found
+
+    def _round(self, prompts: Sequence[Any], answers: Sequence[str], params: Sequence[SamplingParams]) -> list[Completion]:
+        self._answers.clear()
+        asked = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            text = self.template.ask(prompt, answer)
+            asked.append(text)
+            if answer.strip():
+                encoder, wanted = self.model.encoder, [self.template.wanted(answer)]
+                [ids] = encoder.answers(text, wanted, "prompt", ["answer"], [False]).answers
+                self._answers[tuple(encoder.prompt(text))] = ids
+        try:
+            return self.model.generate(asked, list(params))
+        finally:
+            self._answers.clear()
+
+    @staticmethod
+    def _seeded(params: SamplingParams, number: int) -> SamplingParams:
+        assert params.seed is not None  # as `rewrite` sees to
+        return params if not number else dataclasses.replace(params, seed=seed_after(params.seed, number))
