@@ -137,7 +137,7 @@ def _open(world: World, aligner: str | None) -> AlignedModel:
 
 def _real(proposal: Path) -> World:
     parts = {name: [r for r in records if r["constraint"]["kind"] in KINDS] for name, records in TASK.make(None).items()}
-    training = {"head_layers": 10, "max_length": 256, "num_train_epochs": 3, "report_to": "none"}
+    training = {"head_layers": 10, "max_length": 256, "num_train_epochs": 3, "learning_rate": 5e-4, "report_to": "none"}
     asked, tests = parts["train"], parts["test"][:TESTS]
     return World(proposal, asked, tests, lambda record, text: obeys(record["constraint"], text), 133, 48, training)
 

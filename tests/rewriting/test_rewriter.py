@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import trimtab
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
@@ -11,8 +12,10 @@ from trimtab import AlignedModel, SamplingParams
 from trimtab.cli import main
 from trimtab.data.rewrite_template import PRESETS, RewriteTemplate, read_template
 from trimtab.decode.drafters.answer import AnswerDrafter
+from trimtab.decode.pace import Tally
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.models.aligner import manifest_of
+from trimtab.models.table import TableLM
 from trimtab.rewriting.rewriter import Rewriter
 
 TEMPLATE = RewriteTemplate("{prompt}m{answer}n")
@@ -211,3 +214,68 @@ def test_flags_of_rewriters_need_one(task, capsys):
     words = ["generate", "--proposal", str(task / "proposal"), "--prompt", "de", "--rewriter", str(task / "proposal")]
     assert main(words) == 2
     assert "has no chat template: give another --rewriter_template" in capsys.readouterr().err
+
+
+# ---- in evaluations
+
+
+def test_an_evaluation_compares_what_was_rewritten(task, tmp_path):
+    """Of a file of outputs, as of anybody's answers: the rewritten texts are the rewriter's, and a second run asks nobody."""
+    rows = [{"instruction": row["prompt"], "output": row["rejected"], "generator": "file"} for row in task_rows(6)]
+    (tmp_path / "outputs.json").write_text(json.dumps(rows))
+    reward = tmp_path / "reward.py"
+    reward.write_text("def f(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n")
+    how = {
+        "baseline": str(tmp_path / "outputs.json"), "system": f"rewritten:{tmp_path / 'outputs.json'}",
+        "rewriter": str(task / "proposal"), "rewriter_template": str(task / "t.txt"), "max_tokens": 5,
+        "judge": f"reward:{reward}:f", "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    report = trimtab.evaluate(**how)
+    path = tmp_path / "out/outputs/rewritten_file.json"
+    written = [row["output"] for row in json.loads(path.read_text())]
+    model = AlignedModel.from_pretrained(task / "proposal")
+    wanted = Rewriter(model, read_template(str(task / "t.txt"))).rewrite(
+        [row["instruction"] for row in rows], [row["output"] for row in rows],
+        [SamplingParams(max_tokens=5, temperature=0.0, seed=i) for i in range(6)],
+    )  # fmt: skip
+    assert written == [one.text for one in wanted]
+    kept = (tmp_path / "out/answers.jsonl").read_text()
+    again = trimtab.evaluate(**how)
+    assert (tmp_path / "out/answers.jsonl").read_text() == kept
+    assert again["judging"] == report["judging"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"system": "rewritten:proposal"}, "rewriter is required for a system rewritten:S"),
+        ({"rewriter": "R"}, "rewrites the answers of a system or baseline rewritten:S"),
+        ({"system": "rewritten:rewritten:proposal", "rewriter": "R"}, "answers are rewritten once"),
+    ],
+)
+def test_an_evaluation_says_what_is_missing(task, tmp_path, settings, message):
+    with pytest.raises(InvalidOption, match=message):
+        trimtab.evaluate(
+            **{"proposal": str(task / "proposal"), "dataset": str(task / "pairs.jsonl"), "baseline": "references",
+               "system": "proposal", "out": str(tmp_path / "out")} | settings
+        )  # fmt: skip
+
+
+def test_the_drafts_of_an_identity_rewriter_are_accepted():
+    """Each letter of the answer is followed by the next one, all but surely: twenty letters take few passes."""
+    tokenizer = tiny_tokenizer()
+    answer = "abcdefghijklmnopqrst"
+    ids = tokenizer("x" + answer, add_special_tokens=False)["input_ids"]
+    table = torch.full_like(TableLM.random(V, seed=0).table, -8.0)
+    for last, following in zip(ids, [*ids[1:], 0], strict=True):
+        table[last, following] = 0.0
+    model = AlignedModel(TableLM(table.log_softmax(-1)), tokenizer=tokenizer, eos_token_ids=[0])
+    for temperature in (0.0, 1.0):
+        rewriter = Rewriter(model, RewriteTemplate("{answer}x"))
+        rewriter.model.pace.tally = Tally()
+        [found] = rewriter.rewrite(["p"], [answer], SamplingParams(max_tokens=30, temperature=temperature, seed=1))
+        assert found.text == answer
+        assert found.completion.finish_reason == "stop"
+        tally = rewriter.model.pace.tally
+        assert tally.acceptance >= 0.9
+        assert tally.calls <= 21 / 2

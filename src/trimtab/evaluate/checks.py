@@ -80,6 +80,8 @@ def _check_systems(options: EvalOptions, baseline: System, system: System, model
         raise InvalidOption("--proposal is required for the systems proposal and aligned")
     if "aligned" in (baseline.kind, system.kind) and not (options.aligner if model is None else model.aligners):
         raise InvalidOption("--aligner is required for the system aligned")
+    if any(one.rewritten for one in (baseline, system)) and options.rewriter is None:
+        raise InvalidOption("--rewriter is required for a system rewritten:S")
     if baseline == system:
         raise InvalidOption(f"--system and --baseline are both {options.system}: --null compares a system with itself")
 
@@ -90,7 +92,7 @@ def _check_sweep(options: EvalOptions, system: System, given: set[str], aligners
     for name, instead in (("weight", "sweep_weight"), ("rule", "sweep_rule"), ("dev_fraction", "dev_dataset")):
         if name in given and instead in given:
             raise InvalidOption(f"--{name} and --{instead} contradict each other")
-    if system.kind != "aligned" or aligners != 1:
+    if system.kind != "aligned" or system.rewritten or aligners != 1:
         raise InvalidOption("--sweep_weight needs --system aligned with one --aligner")
     if not options.judge:
         raise InvalidOption("--sweep_weight needs a --judge to pick by")

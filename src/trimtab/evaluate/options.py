@@ -12,8 +12,9 @@ from trimtab.judges.base import Judge
 from trimtab.judges.kinds import judge_help, options_read
 from trimtab.models.estimates import DryRunOptions
 from trimtab.options import option, same
+from trimtab.rewriting.options import RewriterOptions
 
-__all__ = ["EvalOptions"]
+__all__ = ["REWRITTEN", "EvalOptions"]
 
 FOR_ANNOTATIONS = ("annotations", "length_control", "seed")
 FOR_ENDPOINTS = ("concurrency", "request_timeout", "max_retries")
@@ -23,11 +24,14 @@ FOR_WRITING = tuple(field.name for field in dataclasses.fields(SamplingOptions) 
 """All but the seed, which intervals and orders are drawn with, too."""
 AN_ENDPOINT_JUDGE = "needs a --judge that is an endpoint"
 AN_ENDPOINT = "needs an endpoint, as a system or a judge"
+OF_REWRITERS = tuple(field.name for field in dataclasses.fields(RewriterOptions))
+REWRITTEN = "rewritten:"
+"""Before a system whose answers a rewriter rewrites."""
 FOR_LAYOUTS = ("columns", "dataset_split", "dataset_config", "dataset_data_dir")
 
 
 @dataclass(frozen=True)
-class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, TemplateOptions, ModelOptions):
+class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, RewriterOptions, TemplateOptions, ModelOptions):
     """Options of `trimtab eval` and `trimtab.evaluate`.
 
     `needs` in the metadata of an option that judges read says what is missing where none of those that are asked for does.
@@ -43,7 +47,10 @@ class EvalOptions(DryRunOptions, DataOptions, LengthOptions, SamplingOptions, Te
     max_prompts: int | None = option(None, "take only the first so many prompts", low=1)
     apply_chat_template: bool = option(False, "ask a prompt that is a text as a user's message")
     system: str = option(
-        "aligned", "whose win rate: proposal, aligned, references, URL#MODEL, or a file of outputs", metavar="S"
+        "aligned",
+        "whose win rate: proposal, aligned, references, URL#MODEL, a file of outputs, or rewritten: and one of them, for what"
+        " --rewriter makes of its answers",
+        metavar="S",
     )
     baseline: str = option("proposal", "against whom: the same", metavar="S")
     judge: tuple[str | Judge, ...] = option((), judge_help, metavar="J")
@@ -110,7 +117,9 @@ def _idle_options(options: EvalOptions) -> dict[str, str]:
     if options.annotations is not None:
         others = [field.name for field in dataclasses.fields(options) if field.name not in FOR_ANNOTATIONS]
         return dict.fromkeys(others, "has no meaning with --annotations")
-    systems = (options.baseline, options.system)
+    names_of_systems = (options.baseline, options.system)
+    systems = tuple(name.removeprefix(REWRITTEN) for name in names_of_systems)
+    rewritten = any(name.startswith(REWRITTEN) for name in names_of_systems)
     read = frozenset[str]().union(*map(options_read, options.judge), FOR_ENDPOINTS if any(map(is_url, systems)) else ())
     given = [not is_url(name) and name not in ("proposal", "aligned") for name in systems]
     idle: dict[str, str] = {}
@@ -120,8 +129,13 @@ def _idle_options(options: EvalOptions) -> dict[str, str]:
 
     add(FOR_LAYOUTS, "needs a --dataset in a TRL layout", where=not _has_layout(options))
     add(FOR_DRAFTING, "is for the system aligned, and neither --system nor --baseline is", where="aligned" not in systems)
-    add(FOR_WRITING, "is for answers that are written now, and those of --system and --baseline are given", where=all(given))
-    if not {"proposal", "aligned"} & {*systems}:
+    add(
+        FOR_WRITING,
+        "is for answers that are written now, and those of --system and --baseline are given",
+        where=all(given) and not rewritten,
+    )
+    add(OF_REWRITERS, "rewrites the answers of a --system or --baseline rewritten:S, and neither is", where=not rewritten)
+    if not {"proposal", "aligned"} & {*systems} and not rewritten:
         names = [field.name for field in dataclasses.fields(ModelOptions) if field.name not in read]
         add(names, "is given, but neither --system nor --baseline is proposal or aligned", where=True)
         add(["leave_out_long"], "goes by the context of a model that runs here, and none does", where=True)

@@ -29,10 +29,12 @@ from trimtab.evaluate.report import write_report
 from trimtab.evaluate.systems import (
     Answers,
     Prompts,
+    Rewriting,
     System,
     answer_from_file,
     answer_here,
     answer_remotely,
+    rewrite_answers,
 )
 from trimtab.evaluate.texts import describe_handovers, describe_texts, distinct_at_equal_length
 from trimtab.files import write_json
@@ -65,6 +67,7 @@ class Plan:
         references: also judge the data's own answers against the baseline.
         length_control: see `trimtab.evaluate.length.control_length`.
         record: further facts for the record: what the user asked for.
+        rewriting: what rewrites answers, if something does.
     """
 
     prompts: Prompts | None
@@ -79,6 +82,7 @@ class Plan:
     references: bool = True
     length_control: str = "auto"
     record: Mapping[str, Any] = field(default_factory=dict)
+    rewriting: Rewriting | None = None
 
 
 class Bench:
@@ -88,10 +92,11 @@ class Bench:
         out: the folder.
         model: the models in this process.
         limits: for a system's endpoint.
+        rewriting: what rewrites answers, if something does.
     """
 
-    def __init__(self, out: Path, model: AlignedModel | None, limits: Limits) -> None:
-        self.out, self.model, self.limits = out, model, limits
+    def __init__(self, out: Path, model: AlignedModel | None, limits: Limits, rewriting: Rewriting | None = None) -> None:
+        self.out, self.model, self.limits, self._rewriting = out, model, limits, rewriting
         self.failed = 0
         """Answers so far that could not go on."""
         self._answers, self.judgements = Journal(out / "answers.jsonl"), Journal(out / "judgements.jsonl")
@@ -126,6 +131,11 @@ class Bench:
     def _answer(
         self, system: System, prompts: Prompts | None, params: SamplingParams, name: str
     ) -> tuple[Answers, Prompts, str]:
+        if system.rewritten:
+            plain = dataclasses.replace(system, rewritten=False)
+            answers, prompts, name = self._answer(plain, prompts, params, name.removeprefix("rewritten "))
+            assert self._rewriting is not None
+            return rewrite_answers(*self._rewriting, answers, prompts, params, self._answers), prompts, f"rewritten {name}"
         if system.kind == "file":
             return answer_from_file(system, prompts)
         assert prompts is not None
@@ -166,7 +176,7 @@ def run_evaluation(
         BudgetExceeded: a judge would cost more than it may; what is complete has been written.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
-    with Bench(plan.out, plan.model, plan.limits) as bench:
+    with Bench(plan.out, plan.model, plan.limits, plan.rewriting) as bench:
         first, prompts, name_1 = bench.answer(plan.baseline, plan.prompts, plan.params)
         second, prompts, name_2 = bench.answer(plan.system, prompts, plan.params)
         name_2 = _unlike(name_2, name_1)
@@ -266,7 +276,7 @@ def _distribution(plan: Plan, systems: Mapping[str, System], traces: Mapping[str
     found = {}
     for name, system in systems.items():
         known = [one for one in traces[name] if one is not None]
-        if system.kind == "aligned" and known:
+        if system.kind == "aligned" and not system.rewritten and known:
             found[name] = summarise(known)
     return {"distribution": found} if found else {}
 

@@ -25,6 +25,7 @@ from trimtab.evaluate.systems import Prompts, System, check_answerable, parse_sy
 from trimtab.files import read_json, write_json
 from trimtab.judges.base import Judge
 from trimtab.judges.kinds import make_judge
+from trimtab.rewriting.options import load_rewriter
 
 __all__ = ["compare", "make_judges", "make_settings", "name_system"]
 
@@ -65,7 +66,7 @@ def compare(
     judges = make_judges(options)
     for judge in judges:
         judge.reach()
-    frontier = None
+    frontier, rewriting = None, None
     date = pick_date(options.date or (None if model is None else model.encoder.date), _kept_date(out))
     prompts, development = read_prompts(options, baseline, columns=any(judge.reads_columns for judge in judges))
     check_chats(options, prompts.prompts)
@@ -80,6 +81,8 @@ def compare(
         prompts = _that_fit(options, model, prompts)
         development = development and _that_fit(options, model, development)
         _check_prompts(model, systems, params, [prompts, development or prompts])
+    if options.rewriter is not None:
+        rewriting = load_rewriter(options, options, date), options
     for judge in judges:
         judge.load(prompts, date)
     readers = [judge.tokenizer for judge in judges if judge.tokenizer is not None]
@@ -102,6 +105,7 @@ def compare(
         references=options.references,
         length_control=options.length_control,
         record=make_record(options, systems, prompts, model, params),
+        rewriting=rewriting,
     )
     return run_evaluation(plan, frontier, amend) | {"out": options.out}
 

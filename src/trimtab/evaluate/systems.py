@@ -5,6 +5,7 @@
     references            the data's own answers
     URL or URL#MODEL      a model behind an OpenAI-compatible endpoint
     FILE                  outputs in AlpacaEval's JSON, or written by `trimtab generate --out`
+    rewritten:SYSTEM      what a rewriter makes of another one's answers
 
 What a model writes is kept in a `Journal`, by everything that it depends on, so an interrupted run goes on, and a run that asks
 for the same again computes nothing.
@@ -17,7 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from trimtab.data.prompts import is_chat, show_prompt
 from trimtab.decode.aligned import AlignedModel
@@ -28,19 +29,24 @@ from trimtab.endpoints.completions import RemoteModel, Sample
 from trimtab.endpoints.settings import Limits, base_url, is_url, without_password
 from trimtab.errors import DataError, InvalidOption, InvalidRequest
 from trimtab.evaluate.alpaca import read_outputs
+from trimtab.evaluate.options import REWRITTEN
 from trimtab.evaluate.speed import throughput
 from trimtab.files import expand_home
 from trimtab.journal import Journal, key_of
+from trimtab.rewriting.options import RewriterOptions, rewriting_params
+from trimtab.rewriting.rewriter import Rewriter
 
 __all__ = [
     "Answers",
     "Prompts",
+    "Rewriting",
     "System",
     "answer_from_file",
     "answer_here",
     "answer_remotely",
     "check_answerable",
     "parse_system",
+    "rewrite_answers",
 ]
 
 logger = logging.getLogger(__name__)
@@ -50,6 +56,10 @@ WRITE_EVERY = 5.0
 
 SAY_EVERY = 5.0
 """Seconds between two lines about an endpoint's progress."""
+
+
+Rewriting: TypeAlias = tuple[Rewriter, RewriterOptions]
+"""What rewrites answers, and how it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +100,14 @@ class System:
         name: what reports and files call it.
         where: the URL or the file.
         model: the model's name at an endpoint; None takes the first that is listed.
+        rewritten: whether a rewriter rewrites its answers.
     """
 
     kind: str
     name: str
     where: str = ""
     model: str | None = None
+    rewritten: bool = False
 
     @property
     def here(self) -> bool:
@@ -138,6 +150,11 @@ def parse_system(text: str) -> System:
     Raises:
         InvalidOption: it is none of them.
     """
+    if text.startswith(REWRITTEN):
+        inner = parse_system(text.removeprefix(REWRITTEN))
+        if inner.rewritten:
+            raise InvalidOption(f"'{text}': answers are rewritten once; --rewrite_rounds says how many rounds that takes")
+        return dataclasses.replace(inner, name=f"rewritten {inner.name}", rewritten=True)
     if text in ("proposal", "aligned", "references"):
         return System(text, text)
     if is_url(text):
@@ -145,7 +162,10 @@ def parse_system(text: str) -> System:
         base_url(url)
         return System("endpoint", model or without_password(url), url, model or None)
     if not expand_home(text).is_file():
-        raise InvalidOption(f"'{text}' is no system: give proposal, aligned, references, URL#MODEL, or a file of outputs")
+        raise InvalidOption(
+            f"'{text}' is no system: give proposal, aligned, references, URL#MODEL, a file of outputs, or rewritten:"
+            " before one of them"
+        )
     return System("file", Path(text).stem, text)
 
 
@@ -230,6 +250,31 @@ def answer_remotely(
                     logger.info("%s: answered %d of %d prompts", system.name, done, len(prompts))
     found = [journal[key] for key in keys]
     return Answers([row["output"] for row in found], finish_reasons=[row.get("finish_reason") for row in found]), remote.name
+
+
+def rewrite_answers(
+    rewriter: Rewriter, options: RewriterOptions, answers: Answers, prompts: Prompts, params: SamplingParams, journal: Journal
+) -> Answers:
+    """What a rewriter makes of answers; those that died stay as they are. Prompt i has the seed `params.seed + i`."""
+    alive = [i for i in range(len(prompts)) if i not in answers.died]
+    how = {i: rewriting_params(options, params, (params.seed or 0) + i) for i in alive}
+    known = {"rewriter": rewriter.model.fingerprints, "template": str(rewriter.template), "rounds": rewriter.rounds}
+    known |= rewriter.model.encoder.chat_settings if rewriter.template.chat else {}
+    keys = {
+        i: key_of({**known, "prompt": prompts.prompts[i], "answer": answers.texts[i], "sampling": repr(how[i])}) for i in alive
+    }
+    missing = [i for i in alive if journal.get(keys[i]) is None]
+    for start in range(0, len(missing), rewriter.model.max_num_seqs):
+        some = missing[start : start + rewriter.model.max_num_seqs]
+        texts = [answers.texts[i] for i in some]
+        done = rewriter.rewrite([prompts.prompts[i] for i in some], texts, [how[i] for i in some])
+        rows = [{"output": one.text, "finish_reason": "error" if one.error else "stop", "rounds": one.rounds} for one in done]
+        journal.add_all(dict(zip([keys[i] for i in some], rows, strict=True)))
+        logger.info("rewritten: %d of %d answers", start + len(some), len(missing))
+    texts, reasons = list(answers.texts), list(answers.finish_reasons or [None] * len(prompts))
+    for i in alive:
+        texts[i], reasons[i] = journal[keys[i]]["output"], journal[keys[i]]["finish_reason"]
+    return Answers(texts, finish_reasons=reasons)
 
 
 def _kept(sample: Sample) -> dict[str, Any]:

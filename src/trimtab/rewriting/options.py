@@ -73,6 +73,8 @@ def load_rewriter(options: RewriterOptions, rows: RowOptions, date: str | None =
         template = read_template(options.rewriter_template or DEFAULT)
     else:
         template = RewriteTemplate.parse(known)
+    if manifest is not None and not rows.proposal:
+        raise InvalidOption(f"--proposal is required: the rewriter '{options.rewriter}' is an aligner of one")
     names = ("dtype", "device", "cuda_graphs", "quantize", "backend", "max_num_seqs")
     how: dict[str, Any] = {name: getattr(rows, name) for name in names}
     pair = (options.rewriter, ()) if manifest is None else (rows.proposal, (options.rewriter,))
