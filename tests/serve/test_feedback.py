@@ -10,7 +10,7 @@ from trimtab.cli import main
 from trimtab.data.records import read_records
 from trimtab.errors import InvalidOption
 from trimtab.serve.feedback import FeedbackBook, key_name
-from trimtab.serve.service import Refusal
+from trimtab.serve.refusal import Refusal
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -12,6 +12,7 @@ from trimtab.errors import InvalidOption, InvalidRequest, TrimtabError
 from trimtab.extras import need
 from trimtab.files import expand_home
 from trimtab.options import option, same
+from trimtab.rewriting.options import RewriterOptions, Rewriting, load_rewriter
 
 if TYPE_CHECKING:
     from trimtab.serve.registry import Registry
@@ -26,7 +27,7 @@ LOG_Z_EVERY = 8
 
 
 @dataclass(frozen=True)
-class Options(TemplateOptions, ModelOptions):
+class Options(RewriterOptions, TemplateOptions, ModelOptions):
     """Flags of `trimtab serve`."""
 
     date: str | None = option(
@@ -282,6 +283,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     from trimtab.models.gguf import load_gguf_tokenizer
     from trimtab.models.loading import load_tokenizer
     from trimtab.serve.registry import Registry
+    from trimtab.serve.rewriting import RewriteDesk
     from trimtab.serve.service import Opened
     from trimtab.users.features import check_rule
 
@@ -333,7 +335,8 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         prefixes=base.prefixes,
         log_z_every=LOG_Z_EVERY,
     )
-    return Opened(registry, engine)
+    rewriting = None if options.rewriter is None else Rewriting(load_rewriter(options, options, options.date), options)
+    return Opened(registry, engine, RewriteDesk(rewriting))
 
 
 def _cache_bytes(device: Any, registry: "Registry") -> int | None:

@@ -266,37 +266,33 @@ class AlignedModel:
 
     def with_draft_length(self, num_speculative_tokens: int | None) -> Self:
         """The same models and settings with another draft length, and with nothing learned about speed yet."""
-        other = copy.copy(self)
-        other.pace = Pace(num_speculative_tokens)
-        return other
+        return self._with(pace=Pace(num_speculative_tokens))
 
     def with_drafter(self, draft: LanguageModel | Drafter | str) -> Self:
         """The same models with another drafter, also where one was named before; nothing is loaded or copied."""
-        other = copy.copy(self)
-        other._draft = as_drafter(draft, Given(self.tokenizer))
-        other._take(self.aligners, self._manifests)
-        return other
+        return self._with(_draft=None).with_aligners(self.aligners, self._manifests, draft)
 
     def with_prefix_cache(self, prefix_cache_tokens: int) -> Self:
         """The same models and settings with another cache of prefixes, which is empty."""
-        other = copy.copy(self)
-        other.prefixes = Prefixes(prefix_cache_tokens)
-        return other
+        return self._with(prefixes=Prefixes(prefix_cache_tokens))
 
     def with_aligners(
         self,
         aligners: Sequence[LanguageModel],
         manifests: Sequence[Manifest | None] | None = None,
-        draft: LanguageModel | Drafter | None = None,
+        draft: LanguageModel | Drafter | str | None = None,
     ) -> Self:
         """The same proposal and settings with other aligners; nothing is loaded or copied.
 
         Whatever their manifests disagree about, each request must say. A model that drafts goes on drafting; `draft` is one
         that drafts where nobody was named.
         """
-        other = copy.copy(self)
-        other._draft = as_drafter(draft, Given(self.tokenizer)) if self._draft is None else self._draft
+        other = self._with(_draft=as_drafter(draft, Given(self.tokenizer)) if self._draft is None else self._draft)
         other._take(aligners, manifests)
+        return other
+
+    def _with(self, **changes: Any) -> Self:
+        vars(other := copy.copy(self)).update(changes)
         return other
 
     def _take(self, aligners: Sequence[LanguageModel], manifests: Sequence[Manifest | None] | None) -> None:

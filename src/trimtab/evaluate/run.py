@@ -29,7 +29,6 @@ from trimtab.evaluate.report import write_report
 from trimtab.evaluate.systems import (
     Answers,
     Prompts,
-    Rewriting,
     System,
     answer_from_file,
     answer_here,
@@ -40,6 +39,7 @@ from trimtab.evaluate.texts import describe_handovers, describe_texts, distinct_
 from trimtab.files import write_json
 from trimtab.journal import Journal
 from trimtab.judges.base import Judge, Judgement
+from trimtab.rewriting.options import Rewriting
 
 __all__ = ["NULL_SEED", "Bench", "Plan", "bare_proposal", "run_evaluation"]
 
@@ -135,7 +135,7 @@ class Bench:
             plain = dataclasses.replace(system, rewritten=False)
             answers, prompts, name = self._answer(plain, prompts, params, name.removeprefix("rewritten "))
             assert self._rewriting is not None
-            return rewrite_answers(*self._rewriting, answers, prompts, params, self._answers), prompts, f"rewritten {name}"
+            return rewrite_answers(self._rewriting, answers, prompts, params, self._answers), prompts, f"rewritten {name}"
         if system.kind == "file":
             return answer_from_file(system, prompts)
         assert prompts is not None

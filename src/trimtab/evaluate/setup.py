@@ -25,7 +25,7 @@ from trimtab.evaluate.systems import Prompts, System, check_answerable, parse_sy
 from trimtab.files import read_json, write_json
 from trimtab.judges.base import Judge
 from trimtab.judges.kinds import make_judge
-from trimtab.rewriting.options import load_rewriter
+from trimtab.rewriting.options import Rewriting, load_rewriter
 
 __all__ = ["compare", "make_judges", "make_settings", "name_system"]
 
@@ -82,7 +82,7 @@ def compare(
         development = development and _that_fit(options, model, development)
         _check_prompts(model, systems, params, [prompts, development or prompts])
     if options.rewriter is not None:
-        rewriting = load_rewriter(options, options, date), options
+        rewriting = Rewriting(load_rewriter(options, options, date), options)
     for judge in judges:
         judge.load(prompts, date)
     readers = [judge.tokenizer for judge in judges if judge.tokenizer is not None]

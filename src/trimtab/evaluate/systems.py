@@ -18,7 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from trimtab.data.prompts import is_chat, show_prompt
 from trimtab.decode.aligned import AlignedModel
@@ -33,13 +33,11 @@ from trimtab.evaluate.options import REWRITTEN
 from trimtab.evaluate.speed import throughput
 from trimtab.files import expand_home
 from trimtab.journal import Journal, key_of
-from trimtab.rewriting.options import RewriterOptions, rewriting_params
-from trimtab.rewriting.rewriter import Rewriter
+from trimtab.rewriting.options import Rewriting, rewriting_params
 
 __all__ = [
     "Answers",
     "Prompts",
-    "Rewriting",
     "System",
     "answer_from_file",
     "answer_here",
@@ -56,10 +54,6 @@ WRITE_EVERY = 5.0
 
 SAY_EVERY = 5.0
 """Seconds between two lines about an endpoint's progress."""
-
-
-Rewriting: TypeAlias = tuple[Rewriter, RewriterOptions]
-"""What rewrites answers, and how it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +247,10 @@ def answer_remotely(
 
 
 def rewrite_answers(
-    rewriter: Rewriter, options: RewriterOptions, answers: Answers, prompts: Prompts, params: SamplingParams, journal: Journal
+    rewriting: Rewriting, answers: Answers, prompts: Prompts, params: SamplingParams, journal: Journal
 ) -> Answers:
     """What a rewriter makes of answers; those that died stay as they are. Prompt i has the seed `params.seed + i`."""
+    rewriter, options = rewriting
     alive = [i for i in range(len(prompts)) if i not in answers.died]
     how = {i: rewriting_params(options, params, (params.seed or 0) + i) for i in alive}
     known = {"rewriter": rewriter.model.fingerprints, "template": str(rewriter.template), "rounds": rewriter.rounds}

@@ -51,10 +51,8 @@ MANIFEST_NAME = "trimtab.json"
 DRAFT_NAME = "draft"
 """The folder in an aligner's folder that may hold its drafter: an ordinary transformers model, or a head's, see `reduced`."""
 FORMAT_VERSION = 1
-WEIGHT_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
-    REDUCED_NAME,
-)
+_OF_MODELS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
+WEIGHT_FILES = (*_OF_MODELS, REDUCED_NAME)
 TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "chat_template.*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
@@ -62,8 +60,6 @@ TOKENIZER_FILES = (
 _MODEL_FILES = WEIGHT_FILES + TOKENIZER_FILES
 SUPERSEDED = _MODEL_FILES + tuple(f"{DRAFT_NAME}/{pattern}" for pattern in _MODEL_FILES)
 """What another aligner leaves in a folder that a new one is written to, its drafter included."""
-
-
 OF_SOME = ("head", "blended", "rewriter_template")
 """What only manifests of some aligners say."""
 
@@ -130,9 +126,9 @@ class Manifest:
             raise ManifestError(f"proposal must be {{'id': …, 'revision': …}}, not {proposal!r}")
         if self.objective is not None and not (isinstance(self.objective, str) and self.objective.isidentifier()):
             raise ManifestError(f"objective must be the name of one, not {self.objective!r}")
-        if self.rewriter_template is not None and "{answer}" not in str(self.rewriter_template):
-            raise ManifestError(f"rewriter_template must be a text with {{answer}} in it, not {self.rewriter_template!r}")
         _ = self.parsed_head, self.parts  # raises where one cannot be
+        if "{answer}" not in (self.rewriter_template or "{answer}"):
+            raise ManifestError(f"rewriter_template must have {{answer}} in it, not {self.rewriter_template!r}")
         if not isinstance(self.vocabulary, str) or not self.vocabulary.startswith("sha256:"):
             raise ManifestError(f"vocabulary must be a fingerprint 'sha256:…', not {self.vocabulary!r}")
 

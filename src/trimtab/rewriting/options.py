@@ -1,7 +1,7 @@
 """The flags that name a rewriter, and how it is loaded."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.data.options import TemplateOptions
 from trimtab.data.rewrite_template import PRESETS, RewriteTemplate, read_template
@@ -13,7 +13,15 @@ from trimtab.models.aligner import manifest_of
 from trimtab.options import option
 from trimtab.rewriting.rewriter import Rewriter
 
-__all__ = ["RewriterOptions", "load_rewriter", "rewriting_params"]
+__all__ = ["RewriterOptions", "Rewriting", "load_rewriter", "rewriting_params"]
+
+
+class Rewriting(NamedTuple):
+    """Who rewrites, and what was asked of them."""
+
+    rewriter: Rewriter
+    options: "RewriterOptions"
+
 
 DEFAULT = "chat"
 """How a rewriter is asked that does not say how it was trained."""

@@ -14,21 +14,18 @@ from starlette.types import Receive, Scope, Send
 
 from trimtab.data.prompts import Prompt
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent, TokenLogprobs
-from trimtab.decode.scoring import score_in_steps
-from trimtab.errors import DeadRow
 from trimtab.serve import wire
-from trimtab.serve.offsets import Offsets, echo_ids, echo_text
+from trimtab.serve.echoes import Echo, echo_prompts
+from trimtab.serve.offsets import Offsets
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
-from trimtab.serve.service import Refusal, Service, Target
+from trimtab.serve.service import Service, Target
 from trimtab.serve.users import Users, find_target
 from trimtab.serve.worker import Job
 
 __all__ = ["answer_chat", "answer_completion"]
 
 requests = logging.getLogger("trimtab.serve.requests")
-
-ECHO_STEP = 512
-"""Tokens of a prompt that are scored between two steps of the engine."""
 
 
 @dataclass
@@ -44,6 +41,7 @@ class _Exchange:
         job: its sequences.
         include_usage: whether a stream ends with the usage.
         token_ids: whether choices have their tokens' ids.
+        rewrites: the prompts that completions are rewritten for, if they are.
         generates: whether anything is generated at all.
         echoed: the prompts that completions begin with, if they are echoed.
         echoes: they, with ids and scores, once `events` has begun.
@@ -58,9 +56,10 @@ class _Exchange:
     job: Job
     include_usage: bool
     token_ids: bool = False
+    rewrites: Sequence[Prompt] = ()
     generates: bool = True
     echoed: Sequence[Prompt] = ()
-    echoes: list["_Echo"] = field(default_factory=list)
+    echoes: list[Echo] = field(default_factory=list)
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
@@ -73,7 +72,7 @@ class _Exchange:
         """Which choice of the answer an event belongs to."""
         return (event.prompt_index - self.job.first) * self.params.n + event.index
 
-    def echo(self, choice: int) -> "_Echo | None":
+    def echo(self, choice: int) -> Echo | None:
         """What a choice's text begins with; once `events` has begun."""
         return self.echoes[choice // self.params.n] if self.echoes else None
 
@@ -94,7 +93,9 @@ class _Exchange:
         try:
             if self.echoed:
                 with self.service.refusing("prompt"):
-                    self.echoes = await _echo(self)
+                    self.echoes = await echo_prompts(
+                        self.service, self.target.model, self.params, self.job, self.echoed, last=not self.generates
+                    )
             yield []
             if self.generates:
                 async for events in self.service.events(self.job):
@@ -129,25 +130,6 @@ class _Exchange:
         requests.info("request", extra={"facts": facts})
 
 
-@dataclass(frozen=True)
-class _Echo:
-    """A prompt that its completions begin with."""
-
-    text: str
-    offsets: list[int]
-    ids: list[int]
-    scores: TokenLogprobs | None
-    error: str | None = None
-    """Why it has no scores."""
-
-    def logprobs(self) -> tuple[list[float | None], list[wire.TopLogprobs | None]]:
-        """Log-probability and best tokens of each id; nothing predicts the first, or any if there are no scores."""
-        if self.scores is None:
-            return [None] * len(self.ids), [None] * len(self.ids)
-        tops: Sequence[wire.TopLogprobs] = self.scores.top_aligned or [[]] * len(self.scores.aligned)
-        return [None, *self.scores.aligned], [None, *tops]
-
-
 async def answer_completion(
     service: Service, request: Request, asked: CompletionRequest, size: int, users: Users | None
 ) -> Response:
@@ -174,6 +156,7 @@ async def answer_completion(
         job,
         asked.include_usage,
         bool(asked.return_token_ids),
+        prompts if asked.rewrite else (),
         generates=limit > 0,
         echoed=prompts if asked.echo else (),
     )
@@ -191,36 +174,9 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest, si
     with service.refusing(None):
         params = SamplingParams(**asked.sampling(limit, bool(asked.logprobs), asked.top_logprobs or 0), **own)
     job = await service.prepare(target, [asked.chat], params, "messages", size=size)
-    how = asked.include_usage, bool(asked.return_token_ids)
+    how = asked.include_usage, bool(asked.return_token_ids), [asked.chat] if asked.rewrite else ()
     exchange = _Exchange(service, request, "chat", target, params, job, *how)
     return _stream(exchange, _chat_stream) if asked.stream else await _whole(exchange)
-
-
-async def _echo(exchange: _Exchange) -> list[_Echo]:
-    """The prompts as their completions begin with them, scored if log-probabilities are wanted."""
-    model, params = exchange.target.model, exchange.params
-    ids = {s.prompt_index: s.prompt for s in exchange.job.sequences}
-    echoes = []
-    for prompt, mine in zip(exchange.echoed, ids.values(), strict=True):
-        scores, dead = None, None
-        if params.logprobs and len(mine) > 1:
-            pair = (mine[:1], mine[1:])
-            shaping = model.shaping(params)
-            models, top = (model.proposal, model.aligners_of(shaping)), params.top_logprobs
-            steps = score_in_steps(*models, shaping, [pair], top=top, step=ECHO_STEP)
-            try:
-                async with asyncio.timeout(exchange.service.remaining(exchange.job)):
-                    (scores,) = await exchange.service.worker.score(steps)
-            except DeadRow as error:
-                dead = error
-        if isinstance(prompt, str):
-            text, offsets = prompt, echo_text(model.tokenizer, mine, prompt) if params.logprobs else []
-        else:
-            text, offsets = echo_ids(model.tokenizer, mine, last=not exchange.generates)
-        echoes.append(_Echo(text, offsets, mine, scores, None if dead is None else str(dead)))
-    if dead is not None and all(echo.error for echo in echoes):
-        raise dead
-    return echoes
 
 
 # ---- whole answers
@@ -257,7 +213,11 @@ async def _collect(exchange: _Exchange) -> list[dict[str, Any]]:
     if not exchange.generates:
         none = Completion("", [], "length", 0, 0, 0, TokenLogprobs([], [], []))
         done = dict.fromkeys(range(len(exchange.job.sequences)), none)
-    return [_choice(exchange, index, done[index]) for index in sorted(done)]
+    before: dict[int, dict[str, Any]] = {}
+    if exchange.rewrites:
+        with exchange.service.refusing("rewrite"):
+            done, before = await exchange.service.rewriting.rewrite(exchange.rewrites, done, exchange.params)
+    return [_choice(exchange, index, done[index]) | before.get(index, {}) for index in sorted(done)]
 
 
 def _choice(exchange: _Exchange, index: int, completion: Completion) -> dict[str, Any]:
@@ -285,7 +245,7 @@ def _plain_choice(exchange: _Exchange, index: int, completion: Completion) -> di
     return wire.completion_choice(index, text, reason or "", logprobs) | wire.beside(error, completion.handover_at)
 
 
-def _ending(echo: _Echo | None, reason: str | None, error: str | None) -> tuple[str | None, str | None]:
+def _ending(echo: Echo | None, reason: str | None, error: str | None) -> tuple[str | None, str | None]:
     """A choice's finish reason and error: where its prompt could not be scored, it ends with that."""
     return ("error", echo.error) if reason and echo is not None and echo.error else (reason, error)
 

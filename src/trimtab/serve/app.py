@@ -25,9 +25,10 @@ from trimtab.serve.feedback import FeedbackBook, key_name
 from trimtab.serve.follow import following
 from trimtab.serve.guard import Guard
 from trimtab.serve.metrics import CONTENT_TYPE
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.registry import Entry, NoSuchAligner, NoSuchFolder, OutOfMemory
 from trimtab.serve.schema import ChatRequest, CompletionRequest
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.service import Service
 from trimtab.serve.users import Users
 
 __all__ = ["make_app"]

@@ -11,7 +11,8 @@ from trimtab.data.prompts import Prompt
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.scoring import score_in_steps
 from trimtab.models.fingerprint import fingerprint_of
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 from trimtab.users.features import check_rule, compared
 from trimtab.users.options import FitWeightsOptions
 

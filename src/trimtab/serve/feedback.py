@@ -16,7 +16,7 @@ from trimtab.appended import append_row
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
 from trimtab.serve.bodies import Feedback
-from trimtab.serve.service import Refusal
+from trimtab.serve.refusal import Refusal
 
 __all__ = ["FeedbackBook", "key_name"]
 

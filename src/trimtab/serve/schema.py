@@ -61,9 +61,20 @@ def _needs(field: str, given: Mapping[str, Any], other: str, value: Any) -> dict
 
 
 _STREAM_OPTIONS = _needs("stream_options", {"type": "object"}, "stream", True)
+_TEXTS_ALONE: dict[str, Any] = {
+    "if": {"required": ["rewrite"], "properties": {"rewrite": {"const": True}}},
+    "then": {
+        "properties": {
+            **{name: {"enum": [False, None]} for name in ("stream", "return_token_ids", "echo")},
+            "logprobs": {"enum": [False, None]},
+        }
+    },
+}
+"""JSON schema of another: what is rewritten are texts."""
 _WEIGHED = {"aligner": {"type": "object"}, "weight": {"type": ["number", "array"]}}
 _WEIGHTS_ONCE: dict[str, Any] = {"not": {"required": ["aligner", "weight"], "properties": _WEIGHED}}
 """JSON schema of another: an `aligner` that says the weights, and `weight`."""
+_ALWAYS = (_STREAM_OPTIONS, _WEIGHTS_ONCE, _TEXTS_ALONE)
 
 
 class _Asked(Strict):
@@ -119,6 +130,10 @@ class _Request(_Sampled):
     web_search_options: None = None
 
     return_token_ids: bool | None = Field(False, description="Each choice also has `token_ids`; not with `stream`.")
+    rewrite: bool | None = Field(
+        False,
+        description="The server's rewriter rewrites each choice; not with `stream`, nor with what is of its tokens.",
+    )
     aligner: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ALIGNERS, fail_fast=True)] | Shares | None = Field(
         None, description="One aligner or several, where `model` is the base; or an object from their names to their weights."
     )
@@ -133,6 +148,14 @@ class _Request(_Sampled):
     def _ids_are_of_whole_answers(self) -> Self:
         if self.return_token_ids and self.stream:
             raise conflict("return_token_ids", "return_token_ids is for whole answers: leave out stream")
+        return self
+
+    @model_validator(mode="after")
+    def _rewritten_are_texts(self) -> Self:
+        of_tokens = {name: bool(getattr(self, name, None)) for name in ("stream", "return_token_ids", "echo")}
+        of_tokens["logprobs"] = getattr(self, "logprobs", None) not in (None, False)
+        if self.rewrite and (name := next((name for name, asked in of_tokens.items() if asked), None)):
+            raise conflict("rewrite", f"rewrite is of whole texts, and {name} is not: leave out one of the two")
         return self
 
     @property
@@ -163,9 +186,7 @@ class _Request(_Sampled):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"allOf": [_STREAM_OPTIONS, _WEIGHTS_ONCE, _needs("max_tokens", {"const": 0}, "echo", True)]}
-    )
+    model_config = ConfigDict(json_schema_extra={"allOf": [*_ALWAYS, _needs("max_tokens", {"const": 0}, "echo", True)]})
 
     prompt: (
         str
@@ -310,8 +331,7 @@ class ChatRequest(_Request):
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
-                _STREAM_OPTIONS,
-                _WEIGHTS_ONCE,
+                *_ALWAYS,
                 _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", True),
                 {"not": {"required": ["max_tokens", "max_completion_tokens"], "properties": _BOTH}},
             ]

@@ -19,12 +19,14 @@ from trimtab.errors import DeadRow, InvalidOption, InvalidRequest, TrimtabError
 from trimtab.models.huggingface import describe_kernels
 from trimtab.origins import Origins
 from trimtab.serve.metrics import Metrics
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.registry import NoSuchAligner, Registry
+from trimtab.serve.rewriting import RewriteDesk
 from trimtab.serve.wire import TokenTexts
 from trimtab.serve.worker import EngineFailed, Job, Stopped, Worker
 from trimtab.users.settings import UserSettings
 
-__all__ = ["Opened", "Refusal", "Service", "Settings", "Target"]
+__all__ = ["Opened", "Service", "Settings", "Target"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,28 +80,13 @@ class Settings:
     feedback_per_hour: int = 600
 
 
-class Refusal(Exception):
-    """An answer in OpenAI's error shape."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
-
-    @property
-    def type(self) -> str:
-        """OpenAI's kind of error."""
-        if self.status == 429:
-            return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
-
 class Opened(NamedTuple):
     """What a server has once its models are loaded."""
 
     registry: Registry
     engine: Engine
+    rewriting: RewriteDesk = RewriteDesk(None)
+    """Where answers are rewritten."""
 
 
 class Target(NamedTuple):
@@ -239,6 +226,11 @@ class Service:
     async def load(self, work: Callable[..., T], *args: Any, **settings: Any) -> T:
         """Do something that loads weights; one at a time, outside of the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._loader, functools.partial(work, *args, **settings))
+
+    @property
+    def rewriting(self) -> RewriteDesk:
+        """Where answers are rewritten."""
+        return RewriteDesk(None) if self._opened is None else self._opened.rewriting
 
     def plain_name(self, model: str) -> str:
         """The name under which a model is listed: without `BASE:` before an aligner's, and the base's own for its others."""

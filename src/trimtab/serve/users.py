@@ -12,8 +12,9 @@ from trimtab.decode.aligned import AlignedModel
 from trimtab.errors import DataError, InvalidRequest, TrimtabError
 from trimtab.serve.bank import Bank
 from trimtab.serve.bodies import Preference
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
-from trimtab.serve.service import Refusal, Service, Target
+from trimtab.serve.service import Service, Target
 from trimtab.users.run import described
 from trimtab.users.settings import UserSettings
 from trimtab.users.store import NoSuchUser, UserStore
@@ -148,8 +149,10 @@ async def find_target(
     """The model that a request means, and what its user's preferences say of how it decodes.
 
     Raises:
-        Refusal: there is none; or the request says, too, what a user's weights say.
+        Refusal: there is none; or the request says, too, what a user's weights say, or wants a rewriter where there is none.
     """
+    if asked.rewrite:
+        service.rewriting.check()
     plain = asked.aligner is None and service.plain_name(asked.model) == service.settings.name
     found = await users.weighted(asked.user) if users is not None and asked.user and plain else None
     if users is None or found is None:

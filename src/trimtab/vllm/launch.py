@@ -53,6 +53,8 @@ REFUSED = {
     "feedback_per_hour": "it belongs to --feedback",
     "users": "vLLM compares no answers: fit weights with trimtab fit-weights, and send them",
     **dict.fromkeys(("max_users", "max_user_pairs", "user_days"), "it belongs to --users"),
+    "rewriter": "vLLM answers from token to token: rewrite with trimtab generate, or eval",
+    **dict.fromkeys(("rewriter_template", "rewrite_rounds", "rewriter_temperature"), "it belongs to --rewriter"),
     "quantize": "vLLM quantises itself: --vllm_args='--quantization fp8'",
     "backend": "vLLM runs the proposal itself",
     "cuda_graphs": "vLLM takes them by itself, unless --vllm_args='--enforce-eager'",

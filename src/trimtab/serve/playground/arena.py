@@ -20,7 +20,8 @@ from trimtab.serve.playground.duel import Answer, Question
 from trimtab.serve.playground.tab import QUIET, Tab, Update, add_html
 from trimtab.serve.playground.tokens_html import command_html, notice_html, panel_html, text_html
 from trimtab.serve.playground.votes import Verdict, VoteBook
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 
 __all__ = ["Arena"]
 

@@ -11,7 +11,8 @@ from trimtab.knobs import KNOBS
 from trimtab.serve.playground.duel import Answer, Question
 from trimtab.serve.playground.tab import OWN, QUIET, Tab, Update, add_html, answer_html, seed_of
 from trimtab.serve.playground.tokens_html import legend_html, panel_html, text_html
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 
 __all__ = ["Compare"]
 

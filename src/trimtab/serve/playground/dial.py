@@ -13,7 +13,8 @@ import gradio as gr
 from trimtab.serve.playground.duel import Answer, Question
 from trimtab.serve.playground.tab import OWN, Tab, Update, add_html, answer_html, seed_of
 from trimtab.serve.playground.tokens_html import legend_html, notice_html, panel_html, text_html
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 
 __all__ = ["RELEASE_BY_KEY", "Asked", "Dial"]
 

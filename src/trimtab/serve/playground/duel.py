@@ -9,7 +9,8 @@ from typing import Any, Self
 from trimtab.data.prompts import Prompt
 from trimtab.decode.request import Completion, SamplingParams, TokenEvent
 from trimtab.serve.playground.tokens_html import Candidate, Shown
-from trimtab.serve.service import Refusal, Service, Target
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service, Target
 from trimtab.serve.worker import Job
 
 __all__ = ["Answer", "Question", "watch"]

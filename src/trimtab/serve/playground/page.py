@@ -32,7 +32,8 @@ from trimtab.serve.playground.steer import Steer
 from trimtab.serve.playground.tab import Update, add_html
 from trimtab.serve.playground.tokens_html import notice_html
 from trimtab.serve.playground.votes import VoteBook
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 
 __all__ = ["PATH", "add_playground"]
 

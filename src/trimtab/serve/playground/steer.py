@@ -20,7 +20,8 @@ from trimtab.serve.bank import Bank
 from trimtab.serve.playground.duel import Answer, Question
 from trimtab.serve.playground.tab import QUIET, Tab, Update, add_html, seed_of
 from trimtab.serve.playground.tokens_html import dials_html, notice_html, panel_html, text_html
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 from trimtab.serve.values import MAX_ALIGNERS
 from trimtab.users.run import described
 

@@ -12,7 +12,8 @@ from trimtab.core.noise import fresh_seed
 from trimtab.core.rules import RULES
 from trimtab.serve.playground.duel import Answer, watch
 from trimtab.serve.playground.tokens_html import notice_html, panel_html, text_html, tokens_html
-from trimtab.serve.service import Refusal, Service
+from trimtab.serve.refusal import Refusal
+from trimtab.serve.service import Service
 
 __all__ = ["Tab", "Update", "add_html", "answer_html", "seed_of"]
 

@@ -1,0 +1,63 @@
+"""Where a server's answers are rewritten: whole, in a thread of its own, one request's after another."""
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.core.noise import seed_after
+from trimtab.data.prompts import Prompt
+from trimtab.decode.request import Completion, SamplingParams
+from trimtab.rewriting.options import Rewriting, rewriting_params
+from trimtab.serve.refusal import Refusal
+
+__all__ = ["RewriteDesk"]
+
+
+class RewriteDesk:
+    """A server's rewriter.
+
+    Args:
+        rewriting: who rewrites, and how that was asked for; None if nobody does.
+    """
+
+    def __init__(self, rewriting: Rewriting | None) -> None:
+        self._rewriting, self._free = rewriting, asyncio.Lock()
+
+    def check(self) -> None:
+        """Refuse to rewrite where nobody does.
+
+        Raises:
+            Refusal: it is so.
+        """
+        if self._rewriting is None:
+            raise Refusal(404, "rewrite: this server has no rewriter; start it with --rewriter MODEL", param="rewrite")
+
+    async def rewrite(
+        self, prompts: Sequence[Prompt], done: Mapping[int, Completion], params: SamplingParams
+    ) -> tuple[dict[int, Completion], dict[int, dict[str, Any]]]:
+        """The completions of a request with their texts rewritten, and by choice what they were before.
+
+        Args:
+            prompts: of the request, each with `params.n` choices.
+            done: by choice; one that died stays as it is.
+            params: of the request: its limit and its knobs of drawing are the rewriter's, too.
+
+        Raises:
+            Refusal: nobody rewrites here.
+            InvalidRequest: an answer cannot be put to the rewriter.
+        """
+        self.check()
+        assert self._rewriting is not None
+        alive = [choice for choice in sorted(done) if done[choice].error is None]
+        options = self._rewriting.options
+        how = [rewriting_params(options, params, seed_after(done[i].seed, done[i].index)) for i in alive]
+        asked, texts = [prompts[i // params.n] for i in alive], [done[i].text for i in alive]
+        async with self._free:
+            found = await asyncio.to_thread(self._rewriting.rewriter.rewrite, asked, texts, how)
+        choices, before = dict(done), {}
+        for choice, new in zip(alive, found, strict=True):
+            reason = done[choice].finish_reason if new.completion is None else new.completion.finish_reason
+            choices[choice] = dataclasses.replace(done[choice], text=new.text, finish_reason=reason, error=new.error)
+            before[choice] = {"rewritten_from": list(new.before)}
+        return choices, before
