@@ -59,9 +59,8 @@ def main() -> None:
     alike = [SequenceMatcher(None, text, new).ratio() for text, new in zip(texts, said_by["answer"], strict=True)]
     equal = all(other == said_by["none"] for other in said_by.values())
     print(f"{describe_hardware()}, {torch.get_num_threads()} threads, batch {said.batch}, temperature {said.temperature:g}")
-    print(
-        f"{len(texts)} texts, {tokens} tokens; likeness {sum(alike) / len(alike):.3f}; equal with and without drafts: {equal}"
-    )
+    about = f"{len(texts)} texts, {tokens} tokens; likeness {sum(alike) / len(alike):.3f}"
+    print(f"{about}; equal with and without drafts: {equal}")
     base = statistics.median(seconds["none"][1:])
     for name, tally in tallies.items():
         spent = statistics.median(seconds[name][1:])

@@ -76,6 +76,14 @@ def test_without_a_reference_the_first_votes_are_enough_and_a_small_one_tells_no
     assert "too few to tell a drift by" in told["why"]
 
 
+def test_votes_that_cannot_be_scored_are_no_losses():
+    """Fewer losses than votes, or none: no round before `most`, and no crash."""
+    drift = Drift(least=10, most=30)
+    assert not drift.asks(20, [], losses(40, 1))["fires"]
+    assert not drift.asks(20, losses(9, 2, shift=9.0), losses(40, 1))["fires"]
+    assert drift.asks(30, [], losses(40, 1))["fires"]
+
+
 def test_a_text_says_when():
     assert parse_trigger("every(n=50)") == Every(50)
     assert parse_trigger(" every ") == Every(1)
@@ -93,7 +101,7 @@ def test_a_text_says_when():
         ("every(n=2, n=3)", "gives it twice"),
         ("every(n=1.5)", "wants n as int"),
         ("every(n=0)", "n must be from 1 to"),
-        ("drift(false_alarms=2)", "false_alarms must be between 0 and 1"),
+        ("drift(false_alarms=2)", "false_alarms must be at least 0.002 and below 1"),
         ("drift(least=9, most=9)", "most must be above least, which is 9, not 9"),
     ],
 )

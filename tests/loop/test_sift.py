@@ -8,7 +8,7 @@ from tiny_task import write_rows
 from trimtab.core.intervals import binomial_interval, sign_interval
 from trimtab.data.records import Record
 from trimtab.errors import DataError
-from trimtab.loop.sift import cap_of, sift
+from trimtab.loop.sift import cap_of, sift, told_apart
 from trimtab.loop.votes import Vote, normal, read_said
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away"
@@ -64,7 +64,7 @@ def test_a_key_that_changes_its_mind_counts_by_its_newest_vote():
 
 
 def test_equal_answers_say_nothing_and_keys_can_be_left_out():
-    found, figures = pairs([vote("p", "x y", "X, y!"), vote("q", key="bad"), vote("r")], leave_out=["bad"])
+    found, figures = pairs([vote("p", "x y", " x y"), vote("q", key="bad"), vote("r")], leave_out=["bad"])
     assert [prompt for prompt, *_ in found] == ["r"]
     assert (figures["equal"], figures["left_out"]) == (1, 1)
 
@@ -75,9 +75,8 @@ def test_equal_answers_say_nothing_and_keys_can_be_left_out():
         ([20] * 19 + [2000], 0.1, 0, 380 / 9),  # c = .1 (380 + c)
         ([20] * 18 + [2000, 900], 0.1, 0, 45.0),  # c = .1 (360 + 2c)
         ([20] * 20, 0.1, 0, float("inf")),
-        ([1000, 1], 0.1, 0, 1.0),  # of two, none may count for more than the other
-        ([1000], 0.1, 0, float("inf")),
-        ([1000], 0.1, 100, 100.0),  # the operator's own are one more party
+        ([1000, 1, 1], 2 / 3, 0, 4.0),  # c = 2/3 (2 + c)
+        ([1000], 0.5, 100, 100.0),  # beside what is the operator's own
         ([5, 1000], 1.0, 0, float("inf")),
         ([], 0.1, 0, float("inf")),
     ],
@@ -104,6 +103,37 @@ def test_votes_without_a_key_are_the_operators_own():
     found, figures = pairs([vote(f"q{i}", key=None, n=i) for i in range(50)] + [vote("z", key="a"), vote("q0", key=None, n=99)])
     assert sum(weight for *_, weight in found) == 52
     assert figures["capped"] == {}
+    heavy, _ = pairs([vote("q", key=None, weight=7.0), vote("r", key="a", weight=1000.0)], key_share=1.0)
+    assert heavy == [("q", "a good answer", 7.0), ("r", "a good answer", 1.0)]  # a key's weight is no way around its share
+
+
+def share_of_a_key(votes, key, **settings):
+    """What a key's own prompts weigh, of everything."""
+    found, _ = pairs(votes, **settings)
+    theirs = {one.record.prompt for one in votes if one.key == key}
+    return sum(w for p, _, w in found if p in theirs) / sum(w for *_, w in found)
+
+
+@pytest.mark.parametrize("how", ["balance", "keep"])
+def test_a_key_gets_around_its_share_neither_by_length_nor_by_what_others_quarrel_about(how):
+    """Twenty keys like long answers, or contradict each other; one votes for short ones on prompts of its own."""
+    honest = [vote(f"q{k} {i}", "long long long answer", "short", f"h{k}", i) for k in range(20) for i in range(9)]
+    flood = [vote(f"spam {i}", "x", "a long answer here", "f", i) for i in range(500)]
+    assert share_of_a_key([*honest, *flood], "f", length_bias=how) <= 0.1001
+    quarrel = [
+        vote(f"q {i}", *(("a good answer", "a bad one here")[:: 1 if k < 11 else -1]), f"h{k}", i)
+        for k in range(20) for i in range(20)
+    ]  # fmt: skip
+    assert share_of_a_key([*quarrel, *flood], "f", length_bias=how) <= 0.1001
+
+
+def test_one_newcomer_is_no_measure_of_the_others():
+    """Where there are few keys none has more than twice an equal share, and a key of one vote takes nothing from the rest."""
+    eight = [vote(f"q{k} {i}", key=f"h{k}", n=i) for k in range(8) for i in range(100)]
+    found, figures = pairs([*eight, vote("new", key="n")])
+    assert sum(w for *_, w in found) == 801
+    assert figures["key_share"] == pytest.approx(2 / 9)
+    assert pairs([vote(f"q{i}", key="a", n=i) for i in range(50)] + [vote("new", key="n")])[1]["capped"] == {}
 
 
 def test_votes_for_long_answers_are_weighed_down_until_both_directions_weigh_alike():
@@ -159,9 +189,9 @@ def test_votes_and_thumbs_are_read_as_the_server_writes_them(tmp_path):
     )  # fmt: skip
     found = read_said([str(said)])
     assert [(v.record.prompt, v.key, v.record.weight) for v in found.votes] == [
-        ("p", "x", 1), ([{"role": "user", "content": "q"}], None, 2), ("t", "y", 1),
+        ([{"role": "user", "content": "q"}], None, 2), ("t", "y", 1), ("p", "x", 1),
     ]  # fmt: skip
-    assert (found.votes[2].record.chosen, found.votes[2].record.rejected) == ("good", "bad")
+    assert (found.votes[1].record.chosen, found.votes[1].record.rejected) == ("good", "bad")
     assert found.lost == ["lost"]
     assert found.alone == 1
 
@@ -172,6 +202,7 @@ def test_votes_and_thumbs_are_read_as_the_server_writes_them(tmp_path):
         ({"prompt": "p", "completion": "a"}, "'label' that is true or false"),
         ({"prompt": "p", "label": True}, "a thumb has a 'completion'"),
         ({"completion": "a", "label": True}, "'prompt' is missing"),
+        ({"prompt": "p", "completion": "a", "label": True, "key": ["x"]}, "'key' must be a text"),
     ],
 )
 def test_what_is_no_thumb_is_named(tmp_path, row, message):
@@ -188,5 +219,43 @@ def test_a_key_is_a_text(tmp_path):
         read_said([str(said)])
 
 
-def test_spelling_is_letters_and_digits():
-    assert normal("  What's\n2+2?! ＡＢ") == "what s 2 2 ab"
+def test_spelling_is_case_white_space_and_the_end():
+    assert normal("  What's\n2+2?! ") == "what's 2+2"
+    assert normal("Really?") == normal("really")
+    apart = ["What is 2+3?", "What is 2*3?", "return x - 1;", "return x + 1;", "\u0915\u0940", "\u0915\u093e", "???", "!"]
+    assert len({normal(text) for text in apart}) == len(apart)
+
+
+def test_a_correction_of_a_mark_is_a_vote():
+    found, figures = pairs([vote("p", "return x - 1;", "return x + 1;"), vote("q", "Yes.", "yes")])
+    assert len(found) == 2
+    assert figures["equal"] == 0
+
+
+def test_answers_of_one_word_over_and_over_have_a_direction():
+    """Their words in threes are one set, so only their texts tell who prefers what."""
+    longer, shorter = " ".join(["ha"] * 6), " ".join(["ha"] * 4)
+    _, figures = pairs([vote("p", longer, shorter, "a"), vote("p", shorter, longer, "b")])
+    assert (figures["undecided"], figures["pairs"]) == (1, 0)
+
+
+def test_the_newest_vote_is_so_by_its_time_and_rows_without_one_all_count(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "key": "x", "time": "2026-02-01T00:00:00+00:00"}
+    old = {**row, "chosen": "b", "rejected": "a", "time": "2026-01-01T00:00:00+00:00"}
+    files = [write_rows(tmp_path / "new.jsonl", [row]), write_rows(tmp_path / "old.jsonl", [old])]
+    assert [v.record.chosen for v in read_said(list(map(str, files))).votes] == ["b", "a"]
+    own = write_rows(tmp_path / "own.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 3)
+    assert len({v.digest for v in read_said([str(own)]).votes}) == 3
+    assert pairs(read_said([str(own)]).votes)[0] == [("p", "a", 3.0)]
+
+
+def test_what_counts_as_new(tmp_path):
+    """Fifty votes of one key on equal answers, or of a key that is left out, are none; a flood is its share."""
+    honest = [vote(f"q{k}", key=f"h{k}") for k in range(20)]
+    noise = [vote(f"e{i}", "same", "same", "f", i) for i in range(50)]
+    flood = [vote(f"spam {i}", key="f", n=i) for i in range(500)]
+    how = {"key_share": 0.1, "leave_out": ()}
+    again = [vote(f"Q{k}?", key=f"h{k}", n=1) for k in range(20)]
+    assert len(told_apart([*honest, *noise, *again], **how)) == 20
+    assert len(told_apart([*honest, *flood], **how)) == 20 + 3  # 20 / 9, rounded up
+    assert told_apart(flood, key_share=0.1, leave_out=("f",)) == []

@@ -279,3 +279,23 @@ def test_the_drafts_of_an_identity_rewriter_are_accepted():
         tally = rewriter.model.pace.tally
         assert tally.acceptance >= 0.9
         assert tally.calls <= 21 / 2
+
+
+def test_an_answer_that_is_too_long_stays_and_says_why(task, capsys):
+    """The others are rewritten, and `generate` prints what there is."""
+    model = AlignedModel.from_pretrained(task / "proposal")
+    params = SamplingParams(max_tokens=3, temperature=0.0, seed=0)
+    found = Rewriter(model, TEMPLATE).rewrite(["de", "fg"], ["ab", "abc" * 100], params)
+    assert found[0].error is None
+    assert found[0].completion is not None
+    assert (found[1].text, found[1].completion) == ("abc" * 100, None)
+    assert "the rewriter's prompt" in found[1].error
+    assert found[1].finish_reason == "error"
+    with pytest.raises(InvalidRequest, match="there are 2 prompts, 1 answers"):
+        Rewriter(model, TEMPLATE).rewrite(["de", "fg"], ["ab"], params)
+
+
+def test_a_file_cannot_begin_like_a_message(tmp_path):
+    (tmp_path / "t.txt").write_text("chat: {answer}")
+    with pytest.raises(InvalidOption, match="must not begin with 'chat:'"):
+        read_template(str(tmp_path / "t.txt"))

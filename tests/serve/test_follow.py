@@ -60,3 +60,27 @@ def test_a_server_follows_a_link_and_keeps_what_runs(folder, tmp_path, monkeypat
         assert text("evolving") == fixed["two"]
         lead(link, folder / "one")
         assert wait_for(lambda: text("evolving") == fixed["one"])
+
+
+def test_whatever_a_library_raises_the_link_is_followed_on(folder, tmp_path, monkeypatch, caplog):
+    """A failure that is no error of ours, such as one of a GPU, is said, and a target that failed once is tried again."""
+    monkeypatch.setattr(follow, "SECONDS", 0.05)
+    link = tmp_path / "current"
+    link.symlink_to(folder / "one")
+    with running(folder_service(folder / "proposal", {"evolving": link})) as server:
+        registry = server.service.registry
+        load = registry.load
+
+        def failing(*args, **settings):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(registry, "load", failing)
+        with caplog.at_level("WARNING"):
+            lead(link, folder / "two")
+            assert wait_for(lambda: "stays as it was" in caplog.text)
+        assert "out of memory" in caplog.text
+        lead(link, folder / "one")
+        time.sleep(0.3)
+        monkeypatch.setattr(registry, "load", load)
+        lead(link, folder / "two")
+        assert wait_for(lambda: registry.entries[0].target == (folder / "two").resolve())

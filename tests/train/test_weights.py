@@ -91,7 +91,7 @@ def test_a_part_of_a_weight_is_a_part_of_the_loss():
 def test_what_is_no_weight_is_named_with_the_way_out(tmp_path, value):
     rows = [{"prompt": "d", "completion": "x"}, {"prompt": "e", "completion": "y", "weight": value}]
     path = write_rows(tmp_path / "d.jsonl", rows)
-    message = r"d\.jsonl:2: 'weight' must be a finite number that is not negative, not .*name the others by --columns"
+    message = r"d\.jsonl:2: 'weight' must be a number from 0 to 100000, not .*name the others by --columns"
     with pytest.raises(DataError, match=message):
         read_records(str(path), weights=True)
     assert [record.weight for record in read_records(str(path))] == [1, 1]  # where nobody trains it is a column like others

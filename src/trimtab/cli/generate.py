@@ -152,7 +152,8 @@ def _rewrite(
     texts = [completions[i].text for i in alive]
     for i, new in zip(alive, rewriter.rewrite([prompts[i // params.n] for i in alive], texts, how), strict=True):
         rows[i] |= {"completion": new.text, "rewritten_from": list(new.before)}
-        rows[i] |= {"finish_reason": new.completion.finish_reason, "completion_tokens": len(new.completion.tokens)}
+        rows[i] |= {"finish_reason": new.finish_reason}
+        rows[i] |= {} if new.completion is None else {"completion_tokens": len(new.completion.tokens)}
         rows[i] |= {} if new.error is None else {"error": new.error}
     return rows
 

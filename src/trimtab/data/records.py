@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +45,8 @@ logger = logging.getLogger(__name__)
 _FILES = (".jsonl", ".jsonl.gz", ".parquet")
 WEIGHT = "weight"
 """The column that says how often training has a record."""
+MOST = 1e5
+"""The largest weight: a record so many times is more than enough."""
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", *CHAT_FIELDS, WEIGHT)
 """The columns that mean something."""
 UNFINISHED = "unfinished"
@@ -192,9 +193,9 @@ def read_weight(value: Any, source: str, *, mapped: bool = False) -> float:
     Raises:
         DataError: it is no number, or a negative one.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
         other = "" if mapped else "; if the column means something else, name the others by --columns"
-        raise DataError(f"{source}: 'weight' must be a finite number that is not negative, not {value!r}{other}")
+        raise DataError(f"{source}: 'weight' must be a number from 0 to {MOST:g}, not {value!r}{other}")
     return float(value)
 
 

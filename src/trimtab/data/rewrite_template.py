@@ -46,6 +46,8 @@ class RewriteTemplate:
         """
         if self.text.count(ANSWER) != 1 or self.text.count(PROMPT) > 1:
             raise InvalidOption("a rewriter's template must have {answer} once, and {prompt} at most once")
+        if self.text.startswith("chat:"):
+            raise InvalidOption("a rewriter's template must not begin with 'chat:': say chat:FILE for a message")
 
     def __str__(self) -> str:
         """What `parse` reads."""

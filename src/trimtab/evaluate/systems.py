@@ -263,7 +263,7 @@ def rewrite_answers(
         some = missing[start : start + rewriter.model.max_num_seqs]
         texts = [answers.texts[i] for i in some]
         done = rewriter.rewrite([prompts.prompts[i] for i in some], texts, [how[i] for i in some])
-        rows = [{"output": one.text, "finish_reason": "error" if one.error else "stop", "rounds": one.rounds} for one in done]
+        rows = [{"output": one.text, "finish_reason": one.finish_reason, "rounds": one.rounds} for one in done]
         journal.add_all(dict(zip([keys[i] for i in some], rows, strict=True)))
         logger.info("rewritten: %d of %d answers", start + len(some), len(missing))
     texts, reasons = list(answers.texts), list(answers.finish_reasons or [None] * len(prompts))

@@ -12,6 +12,7 @@ its folder also has the pairs that it trains on and is judged by.
 
 import contextlib
 import datetime
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from trimtab.errors import DataError, InvalidOption
 from trimtab.files import expand_home, only_writer, read_json, write_json
 
 __all__ = ["LoopFolder"]
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 ROUNDS, CURRENT, HISTORY = "rounds", "current", "history.json"
@@ -59,10 +62,12 @@ class LoopFolder:
                 if not isinstance(self.history, dict) or self.history.get("version") != VERSION:
                     raise DataError(f"{there}: is no history of a loop that this version reads")
                 self._link()
+                for number in range(1, self.next):
+                    self.tidy(number)
             yield
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Make it a loop, or check that it is the same one.
+        """Make it a loop, or check that it is the same one; nothing is written before the proposal is there.
 
         Args:
             facts: what a loop keeps from its beginning to its end.
@@ -72,7 +77,6 @@ class LoopFolder:
         """
         if not self.history:
             self.history = {"version": VERSION, **facts, "current": 0, "rounds": [], "rollbacks": []}
-            self._write()
             return
         for name, value in facts.items():
             if self.history.get(name) != value:
@@ -86,6 +90,11 @@ class LoopFolder:
         if "proposal_weights" not in self.history:
             self.history["proposal_weights"] = fingerprint
             self._write()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is a loop on disk."""
+        return (self.path / HISTORY).exists()
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -129,9 +138,10 @@ class LoopFolder:
         self.tidy(number)
 
     def tidy(self, number: int) -> None:
-        """Remove what only a round under way needs: texts of votes, cached rows, checkpoints."""
-        folder = self.round(number)
-        for name in ("train.jsonl", "held_out.jsonl", "data.jsonl"):
+        """Remove what only a round under way needs: texts of votes, and what was drawn for their prompts; rows, checkpoints."""
+        folder, begun = self.round(number), self.begun(number)
+        drawn = [] if begun is None or begun["pool"] else ["pairs.jsonl", "pairs.jsonl.partial"]
+        for name in ("train.jsonl", "held_out.jsonl", "data.jsonl", "prompts.jsonl", *drawn):
             (folder / name).unlink(missing_ok=True)
         for item in (folder / "aligner" / "proposal_cache", *folder.glob("aligner/checkpoint-*")):
             shutil.rmtree(item, ignore_errors=True)
@@ -149,6 +159,9 @@ class LoopFolder:
             raise InvalidOption(
                 "--rollback 0: this loop began with the proposal alone, which is no aligner: decode the proposal instead"
             )
+        if self.begun(self.next) is not None:  # it has begun from what is rejected now
+            logger.warning("round %d, which was under way, is given up; its votes are new ones again", self.next)
+            shutil.rmtree(self.round(self.next))
         self.history["rollbacks"] = [*self.history["rollbacks"], {"from": self.current, "to": number, "time": _now()}]
         self.history["current"] = number
         self._write()

@@ -66,8 +66,11 @@ class EvolveOptions(TemplateOptions):
         metavar="WHEN",
     )
     rounds: int = option(1, "rounds at most in this call", low=1)
-    held_out: float = option(
-        0.2, "share of the prompts that rounds are judged by, and that none is trained on", above=0, below=1
+    held_out: float | None = option(
+        None,
+        "share of the prompts that rounds are judged by, and that none is trained on; a loop keeps it [default: 0.2]",
+        above=0,
+        below=1,
     )
     false_promotions: float = option(
         0.01, "the chance that a loop ever promotes an aligner that is no better, over all its rounds", above=0, below=0.5
@@ -75,7 +78,12 @@ class EvolveOptions(TemplateOptions):
     max_nll_loss: float = option(
         0.1, "nats a token that wanted held-out answers may be less likely than under the incumbent", low=0, high=100
     )
-    key_share: float = option(0.1, "most that one key may count for, of everything; 1 trusts every key", above=0, high=1)
+    key_share: float = option(
+        0.1,
+        "most that one key may count for, of everything, or twice an equal share if that is more; 1 trusts every key",
+        above=0,
+        high=1,
+    )
     leave_out_key: tuple[str, ...] = option((), "a key, as feedback has it, that counts for nothing; may repeat", metavar="KEY")
     length_bias: str = option(
         "balance",
@@ -133,9 +141,10 @@ class EvolveOptions(TemplateOptions):
         return parse_trigger(self.refit_when)
 
     @property
-    def seed(self) -> int:
-        """Of the loop: `TrainingArguments`' one."""
-        return int(self.training.get("seed", 42))
+    def seed(self) -> int | None:
+        """Of the loop: `TrainingArguments`' one, if it is given."""
+        given = self.training.get("seed")
+        return None if given is None else int(given)
 
     def idle(self) -> dict[str, str]:
         """What has no effect beside the others."""
@@ -158,7 +167,7 @@ class EvolveOptions(TemplateOptions):
         return dict(json.loads(json.dumps(told)))
 
     def training_run(
-        self, proposal: str, aligner: str | None, dataset: str, output_dir: str, number: int, date: str | None
+        self, proposal: str, aligner: str | None, dataset: str, output_dir: str, seed: int, date: str | None
     ) -> TrainOptions:
         """The run of `trimtab train` that a round has.
 
@@ -167,7 +176,7 @@ class EvolveOptions(TemplateOptions):
             aligner: the incumbent; None for a fresh head.
             dataset: pairs with weights.
             output_dir: where the aligner goes.
-            number: of the round, which has a seed of its own.
+            seed: of the round.
             date: what chat templates take for today; None if they do not write it.
 
         Raises:
@@ -183,7 +192,7 @@ class EvolveOptions(TemplateOptions):
             "output_dir": output_dir,
             "dev_samples": 0,
         }
-        given |= {"training": {**self.training, "seed": self.seed + number}, "date": date}
+        given |= {"training": {**self.training, "seed": seed}, "date": date}
         run = TrainOptions(**given, start="pretrained" if aligner else "auto")
         if run.asked_objective.rewarded:
             raise InvalidOption(f"--objective {self.objective} learns from rewards, and rounds from pairs: choose another")

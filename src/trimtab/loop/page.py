@@ -53,7 +53,7 @@ def render_page(history: Mapping[str, Any]) -> str:
 def _row(one: Mapping[str, Any], current: int) -> str:
     judged = one.get("votes") or one["answers"]
     low, high = judged["interval"]
-    cells = (one["round"], one["incumbent"] or "start", one["pairs"]["train"], one["drawn"])
+    cells = (one["round"], one["incumbent"] or "start", one["pairs"]["train"]["pairs"], one["drawn"])
     return (
         f"<tr{' class=served' if one['round'] == current else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}"
         f"<td>{judged['won']:.3f} [{low:.3f}, {high:.3f}]</td><td class=why>{escape(one['why'])}</td></tr>"

@@ -6,7 +6,7 @@ from typing import Any
 
 from trimtab.data.template import today
 from trimtab.errors import InvalidOption
-from trimtab.files import atomic_write
+from trimtab.files import atomic_write, expand_home
 from trimtab.judges.asked import AskedRecords
 from trimtab.judges.rewards.base import Reward, check_loaded
 from trimtab.judges.rewards.kinds import make_reward
@@ -18,6 +18,9 @@ from trimtab.loop.stages import Loop, open_loop, play_round
 __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
+
+SEED, HELD_OUT = 42, 0.2
+"""Where nobody says, and transformers' own seed."""
 
 
 def run(options: EvolveOptions) -> dict[str, Any]:
@@ -33,8 +36,9 @@ def run(options: EvolveOptions) -> dict[str, Any]:
         done, waiting = _evolve(options, folder) if options.evolves else ([], None)
         if not folder.history:
             raise InvalidOption(f"--out {options.out}: there is no loop yet")
-        with atomic_write(folder.path / "index.html") as stream:
-            stream.write(render_page(folder.history))
+        if folder.is_written:
+            with atomic_write(folder.path / "index.html") as stream:
+                stream.write(render_page(folder.history))
     current = folder.current
     return {
         "out": str(options.out),
@@ -54,16 +58,16 @@ def _evolve(options: EvolveOptions, folder: LoopFolder) -> tuple[list[dict[str, 
     with contextlib.ExitStack() as stack:
         reward = _reward(options, stack)
         loop = open_loop(options, folder, reward)
-        kept = {name: folder.history.get(name) for name in ("proposal", "aligner")}
+        kept = {name: folder.history.get(name) for name in ("proposal", "aligner", "seed", "held_out")}
         folder.begin(
             {
-                "proposal": options.proposal or kept["proposal"],
-                "aligner": options.aligner or kept["aligner"],
-                "seed": options.seed,
-                "held_out": options.held_out,
+                "proposal": _place(options.proposal) or kept["proposal"],
+                "aligner": _place(options.aligner) or kept["aligner"],
+                "seed": next(seed for seed in (options.seed, kept["seed"], SEED) if seed is not None),
+                "held_out": options.held_out or kept["held_out"] or HELD_OUT,
             }
         )
-        options.training_run(loop.proposal, folder.aligner(folder.current), "-", str(folder.path / "-"), folder.next, None)
+        options.training_run(loop.proposal, folder.aligner(folder.current), "-", str(folder.path / "-"), loop.seed, None)
         _load(loop)
         done: list[dict[str, Any]] = []
         for _ in range(options.rounds):
@@ -72,6 +76,12 @@ def _evolve(options: EvolveOptions, folder: LoopFolder) -> tuple[list[dict[str, 
                 return done, found["waiting"]
             done.append(found)
     return done, None
+
+
+def _place(source: str) -> str | None:
+    """A folder wherever the next call is made from, links resolved; a hub id as it is."""
+    path = expand_home(source)
+    return (str(path.resolve()) if path.exists() else source) if source else None
 
 
 def _reward(options: EvolveOptions, stack: contextlib.ExitStack) -> Reward | None:

@@ -1,14 +1,15 @@
 """From votes to pairs with weights: what is said twice, what contradicts itself, who says too much, and what is only length.
 
 1. *Repeats.* Votes on one prompt, but for spelling, whose answers are nearly the same (Jaccard's index of their words in
-   threes at least .8) are one pair. A key counts once for a pair, by its newest vote.
-2. *Floods.* No key counts for more than a share of everything, or, where there are too few keys for that, for more than
-   another one: with n_k pairs of key k, it counts for min(n_k, c), and c is the largest number for which no min(n_k, c) exceeds
-   its share of their sum. As many of a key's votes are kept as it counts for, picked by their digests. Votes without a key are
-   the operator's own, and all count.
+   threes at least .8) are one pair. A key counts once for a pair, by its newest vote, whose `weight` is 1 at most.
+2. *Floods.* No key has more than a share of all weight: `--key_share`, or, where there are few keys, twice an equal share. Of
+   a key that says more, as many votes are kept as it may count for, picked by their digests. Votes without a key are the
+   operator's own, and all count.
 3. *Contradictions.* Of the weights for either answer of a pair, the difference is left, for the answer that has more.
 4. *Length.* Annotators like long answers. If significantly more than half of the weight is for the longer answer, votes for it
-   are weighed down until both directions weigh alike. That short ones are preferred is taken for what it is.
+   are weighed down until both directions weigh alike, provided that enough keys speak for shorter ones. That short answers are
+   preferred is taken for what it is.
+5. What 3 and 4 leave may again be too much of one key; then it is weighed down until it is not.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from trimtab.core.intervals import sign_interval
 from trimtab.data.prompts import answer_text
 from trimtab.data.records import Record
 from trimtab.loop.votes import Vote, normal
+from trimtab.words import split_words
 
-__all__ = ["Sifted", "cap_of", "sift"]
+__all__ = ["Sifted", "cap_of", "share_of", "sift", "told_apart"]
 
 ALIKE = 0.8
 """Jaccard's index from which two answers are one."""
@@ -30,6 +32,8 @@ WORDS = 3
 """In a row."""
 LEVEL = 0.95
 """At which a bias for long answers is significant."""
+PASSES = 200
+"""Of weighing keys down; each leaves less to do."""
 
 
 class Sifted(NamedTuple):
@@ -45,17 +49,37 @@ class _Pair:
     """Two answers to a prompt, and who prefers which; the first one is the one that its first vote preferred."""
 
     def __init__(self, vote: Vote) -> None:
-        self.words = _words(vote.record.chosen), _words(vote.record.rejected)
+        self._texts = _texts(vote)
+        self._words = tuple(map(_words, self._texts))
         self.said: dict[str | None, list[tuple[bool, Vote]]] = defaultdict(list)
         """By key: whether a vote is for the first answer, and the vote; a key's own newest last."""
 
     def direction(self, vote: Vote) -> bool | None:
         """Whether a vote on nearly the same answers is for the first one; None if its answers are others."""
-        better, worse = _words(vote.record.chosen), _words(vote.record.rejected)
-        same = _jaccard(better, self.words[0]), _jaccard(worse, self.words[1])
-        turned = _jaccard(better, self.words[1]), _jaccard(worse, self.words[0])
+        texts = _texts(vote)
+        if texts in (self._texts, self._texts[::-1]):
+            return texts == self._texts
+        words = tuple(map(_words, texts))
+        same, turned = (
+            [_jaccard(a, b) for a, b in zip(words, other, strict=True)] for other in (self._words, self._words[::-1])
+        )
         likest = max(same, turned, key=sum)
         return likest is same if min(likest) >= ALIKE else None
+
+
+class _Weighed(NamedTuple):
+    """What is left of a pair."""
+
+    record: Record
+    """Of the newest vote for the answer that has more."""
+    weight: float
+    by: dict[str | None, float]
+    """How much of it is each key's; an operator's own has none."""
+    longer: int
+    """By how much the preferred answer is longer, in characters."""
+
+    def times(self, factor: float) -> "_Weighed":
+        return self._replace(weight=self.weight * factor, by={key: part * factor for key, part in self.by.items()})
 
 
 def sift(
@@ -70,47 +94,65 @@ def sift(
         length_bias: "balance" weighs down votes for longer answers where they are too many; "keep" leaves them.
     """
     counted = [vote for vote in votes if vote.key not in leave_out]
-    differ = [vote for vote in counted if normal(answer_text(vote.record.chosen)) != normal(answer_text(vote.record.rejected))]
+    differ = [vote for vote in counted if _differs(vote)]
     pairs = _pairs(differ)
-    cap, kept = _fair(pairs, key_share)
-    records, ties, contradicted = [], 0, 0
-    for pair in pairs:
-        weights, newest = [0.0, 0.0], {}
-        for key, said in pair.said.items():
-            for first, vote in said if key is None else said[-1:]:
-                if key is None or vote.digest in kept:
-                    weights[first] += vote.record.weight * (1.0 if key is None else kept[vote.digest])
-                    newest[first] = vote
-        if not newest:
-            continue
-        contradicted += min(weights) > 0
-        if weights[0] == weights[1]:
-            ties += 1
-            continue
-        first = weights[1] > weights[0]
-        weight = abs(weights[1] - weights[0])
-        records.append(dataclasses.replace(newest[first].record, weight=round(weight, 6)))
-    records, length = _balance(records, length_bias)
+    share = share_of(pairs, key_share)
+    kept = _kept(pairs, share)
+    factors: dict[str, float] = defaultdict(lambda: 1.0)
+    for _ in range(PASSES):
+        weighed, ties, contradicted = _net(pairs, kept, factors)
+        weighed, length = _balance(weighed, length_bias, share)
+        total = sum(one.weight for one in weighed)
+        mine: dict[str, float] = defaultdict(float)
+        for one in weighed:
+            for key, part in one.by.items():
+                if key is not None:
+                    mine[key] += part
+        over = {key: part for key, part in mine.items() if part > share * total * 1.0001}
+        if not over:
+            break
+        for key, part in over.items():
+            factors[key] *= share * (total - part) / ((1 - share) * part)
+    records = [dataclasses.replace(one.record, weight=round(one.weight, 6)) for one in weighed]
     figures = {
         "votes": len(votes),
         "keys": len({vote.key for vote in counted} - {None}),
         "left_out": len(votes) - len(counted),
         "equal": len(counted) - len(differ),
         "repeated": len(differ) - sum(1 if key is not None else len(s) for p in pairs for key, s in p.said.items()),
+        "key_share": share,
         "capped": _capped(pairs, kept),
-        "counts_for": None if cap == math.inf else cap,
+        "weighed_down": {key: round(factor, 6) for key, factor in factors.items()},
         "contradicted": contradicted,
         "undecided": ties,
         "length": length,
-        "pairs": len(records),
+        "pairs": sum(record.weight > 0 for record in records),
     }
-    return Sifted(records, figures)
+    return Sifted([record for record in records if record.weight > 0], figures)
+
+
+def told_apart(votes: Sequence[Vote], *, key_share: float, leave_out: Collection[str]) -> list[Vote]:
+    """Those votes that count as new ones: of different answers, one of a key for a pair, and no more of a key than it may."""
+    pairs = _pairs([vote for vote in votes if vote.key not in leave_out and _differs(vote)])
+    kept = _kept(pairs, share_of(pairs, key_share))
+    found = {
+        vote.digest
+        for pair in pairs
+        for key, said in pair.said.items()
+        for _, vote in (said if key is None else said[-1:])
+        if key is None or vote.digest in kept
+    }
+    return [vote for vote in votes if vote.digest in found]
+
+
+def share_of(pairs: Sequence[_Pair], key_share: float) -> float:
+    """What one key may have of all weight: no less than twice an equal share; the operator's own votes are one more party."""
+    keys = {key for pair in pairs for key in pair.said}
+    return min(1.0, max(key_share, 2 / len(keys))) if keys else 1.0
 
 
 def cap_of(counts: Iterable[int], share: float, others: float = 0.0) -> float:
     """The largest c with min(n, c) ≤ share · (Σ min(n, c) + others) for every n; infinity where no n is too large.
-
-    Where there are too few keys for the share, it is an equal one, `others` being one more party.
 
     Args:
         counts: n of each key.
@@ -118,14 +160,16 @@ def cap_of(counts: Iterable[int], share: float, others: float = 0.0) -> float:
         others: what counts beside them.
     """
     counts = sorted(counts)
-    parties = len(counts) + (others > 0)
-    share = max(share, 1 / parties) if parties else 1.0
     for i in range(len(counts)):  # with those from i on at c: c = share · (others + Σ before + (N − i) c)
         before, rest = others + sum(counts[:i]), 1 - share * (len(counts) - i)
         cap = share * before / rest if rest > 1e-12 else math.inf
         if cap < counts[i]:
             return max(cap, float(counts[i - 1])) if i else cap
     return math.inf
+
+
+def _differs(vote: Vote) -> bool:
+    return answer_text(vote.record.chosen).strip() != answer_text(vote.record.rejected).strip()
 
 
 def _pairs(votes: Sequence[Vote]) -> list[_Pair]:
@@ -143,23 +187,64 @@ def _pairs(votes: Sequence[Vote]) -> list[_Pair]:
     return [pair for near in found.values() for pair in near]
 
 
-def _fair(pairs: Sequence[_Pair], share: float) -> tuple[float, dict[str, float]]:
-    """What a key may count for, and for what each vote that is kept counts."""
-    by_key: dict[str, list[str]] = defaultdict(list)
-    own = 0
+def _kept(pairs: Sequence[_Pair], share: float) -> dict[str, float]:
+    """For what each vote that is kept counts."""
+    by_key: dict[str, list[Vote]] = defaultdict(list)
+    own = 0.0
     for pair in pairs:
         for key, said in pair.said.items():
             if key is None:
-                own += len(said)
+                own += sum(vote.record.weight for _, vote in said)
             else:
-                by_key[key].append(said[-1][1].digest)
+                by_key[key].append(said[-1][1])
     cap = cap_of(map(len, by_key.values()), share, own)
     kept: dict[str, float] = {}
-    for digests in by_key.values():
-        counts_for = min(float(len(digests)), cap)
-        some = sorted(digests)[: math.ceil(counts_for)]
-        kept |= dict.fromkeys(some, counts_for / len(some))
-    return cap, kept
+    for votes in by_key.values():
+        counts_for = min(float(len(votes)), cap)
+        some = sorted(votes, key=lambda vote: vote.digest)[: math.ceil(counts_for)]
+        kept |= {vote.digest: counts_for / len(some) * min(1.0, vote.record.weight) for vote in some}
+    return kept
+
+
+def _net(pairs: Sequence[_Pair], kept: dict[str, float], factors: dict[str, float]) -> tuple[list[_Weighed], int, int]:
+    """Of each pair what is left of its votes; how many pairs nothing is left of, and how many had votes for both answers."""
+    found, ties, contradicted = [], 0, 0
+    for pair in pairs:
+        sides: tuple[dict[str | None, float], dict[str | None, float]] = ({}, {})
+        newest: dict[bool, Record] = {}
+        for key, said in pair.said.items():
+            for first, vote in said if key is None else said[-1:]:
+                if key is None or vote.digest in kept:
+                    worth = vote.record.weight if key is None else kept[vote.digest] * factors[key]
+                    sides[first][key] = sides[first].get(key, 0.0) + worth
+                    newest[first] = vote.record
+        against, in_favour = (sum(side.values()) for side in sides)
+        contradicted += min(against, in_favour) > 0
+        if not newest or math.isclose(against, in_favour, rel_tol=1e-9):
+            ties += bool(newest)
+            continue
+        first = in_favour > against
+        left = abs(in_favour - against) / max(in_favour, against)
+        by = {key: worth * left for key, worth in sides[first].items()}
+        record = newest[first]
+        longer = len(answer_text(record.chosen)) - len(answer_text(record.rejected))
+        found.append(_Weighed(record, sum(by.values()), by, longer))
+    return found, ties, contradicted
+
+
+def _balance(weighed: list[_Weighed], how: str, share: float) -> tuple[list[_Weighed], dict[str, Any]]:
+    """The pairs with those for longer answers weighed down, if a bias is not to be learnt; and how biased they are."""
+    sums = {sign: sum(one.weight for one in weighed if one.longer * sign > 0) for sign in (1, -1)}
+    both, squares = sum(sums.values()), sum(one.weight**2 for one in weighed if one.longer)
+    low, _ = sign_interval(sums[1], both, squares, level=LEVEL)
+    shorter = {key for one in weighed if one.longer < 0 for key in one.by}
+    enough = None in shorter or len(shorter) * share * 2 >= 1  # else one of them would have more than its share of a half
+    figures = {"longer_wins": sums[1] / both if both else None, "biased": low > 0.5, "balanced": False}
+    if how != "balance" or low <= 0.5 or not enough or not sums[-1]:
+        return weighed, figures
+    factor = sums[-1] / sums[1]
+    lighter = [one.times(factor) if one.longer > 0 else one for one in weighed]
+    return lighter, figures | {"balanced": True}
 
 
 def _capped(pairs: Sequence[_Pair], kept: dict[str, float]) -> dict[str, int]:
@@ -172,26 +257,12 @@ def _capped(pairs: Sequence[_Pair], kept: dict[str, float]) -> dict[str, int]:
     return {key: count for key, count in over.items() if count}
 
 
-def _balance(records: list[Record], how: str) -> tuple[list[Record], dict[str, Any]]:
-    """The records with votes for longer answers weighed down, if there is a bias and it is wanted; and how biased they are."""
-    longer = [len(answer_text(record.chosen)) - len(answer_text(record.rejected)) for record in records]
-    sums = {sign: sum(r.weight for r, more in zip(records, longer, strict=True) if more * sign > 0) for sign in (1, -1)}
-    both = sum(sums.values())
-    squares = sum(record.weight**2 for record, more in zip(records, longer, strict=True) if more)
-    low, _ = sign_interval(sums[1], both, squares, level=LEVEL)
-    figures = {"longer_wins": sums[1] / both if both else None, "biased": low > 0.5, "balanced": False}
-    if how == "balance" and low > 0.5 and sums[-1] > 0:
-        factor = sums[-1] / sums[1]
-        records = [
-            dataclasses.replace(record, weight=round(record.weight * factor, 6)) if more > 0 else record
-            for record, more in zip(records, longer, strict=True)
-        ]
-        figures["balanced"] = True
-    return [record for record in records if record.weight > 0], figures
+def _texts(vote: Vote) -> tuple[str, str]:
+    return normal(answer_text(vote.record.chosen)), normal(answer_text(vote.record.rejected))
 
 
-def _words(answer: Any) -> frozenset[tuple[str, ...]]:
-    words = normal(answer_text(answer)).split()
+def _words(text: str) -> frozenset[tuple[str, ...]]:
+    words = split_words(text)
     return frozenset(tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
 
 

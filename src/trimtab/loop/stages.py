@@ -27,7 +27,7 @@ from trimtab.loop.expand import expand, pick_alike
 from trimtab.loop.folder import LoopFolder
 from trimtab.loop.gate import Odds, answers_of, compare_answers, compare_odds, level_of, odds_of, verdict_of
 from trimtab.loop.options import EvolveOptions
-from trimtab.loop.sift import sift
+from trimtab.loop.sift import sift, told_apart
 from trimtab.loop.votes import Said, normal, read_said
 from trimtab.train import call
 
@@ -55,6 +55,10 @@ class Loop(NamedTuple):
     @property
     def proposal(self) -> str:
         return str(self.folder.history["proposal"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.folder.history["seed"])
 
     def open(self, number: int, date: str | None) -> AlignedModel:
         """The aligned model of a round, 0 for what the loop began with; the proposal is who it was.
@@ -94,10 +98,11 @@ def play_round(loop: Loop) -> dict[str, Any]:
         return begun
     if begun["depends_on"] != loop.options.depends_on():
         now = loop.options.depends_on()
-        name = next(name for name in now if now[name] != begun["depends_on"].get(name))
+        names = [*now, *begun["depends_on"]]
+        name = next(name for name in names if now.get(name) != begun["depends_on"].get(name))
         raise InvalidOption(
             f"round {number} in {loop.folder.path} has begun with {name}={begun['depends_on'].get(name)!r}, and now it is"
-            f" {now[name]!r}: let it end as it began, or remove {loop.folder.round(number)}"
+            f" {now.get(name)!r}: let it end as it began, or remove {loop.folder.round(number)}"
         )
     _expand(loop, number, begun)
     _train(loop, number, begun)
@@ -116,45 +121,48 @@ def _begin(loop: Loop, number: int) -> dict[str, Any]:
     options, folder = loop.options, loop.folder
     taken = folder.taken()
     new = [vote for vote in loop.said.votes if vote.digest not in taken]
+    how: dict[str, Any] = {"key_share": options.key_share, "leave_out": options.leave_out_key}
+    fresh = told_apart(new, **how)
     date = options.date or today()
     model = None
     if options.feedback:
-        if options.trigger.reads_losses and new:
+        if options.trigger.reads_losses and fresh:
             model = loop.open(folder.current, date)
             earlier = [v.record for v in loop.said.votes if v.digest in taken and loop.is_held_out(v.record.prompt)]
-            told = options.trigger.asks(len(new), _losses(model, [v.record for v in new]), _losses(model, earlier))
+            told = options.trigger.asks(len(fresh), _losses(model, [v.record for v in fresh]), _losses(model, earlier))
         else:
-            told = options.trigger.asks(len(new), [], [])
+            told = options.trigger.asks(len(fresh), [], [])
         logger.info("round %d: %s", number, told["why"])
         if not told["fires"]:
             return {"waiting": told}
     else:
         told = {"fires": True, "why": "answers to --prompts, by --reward"}
     had = taken | {vote.digest for vote in new}
-    sifted = sift(
-        [vote for vote in loop.said.votes if vote.digest in had],
-        key_share=options.key_share,
-        leave_out=options.leave_out_key,
-        length_bias=options.length_bias,
-    )
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record in sifted.records:
-        sides[loop.is_held_out(record.prompt)].append(record)
+    known = [vote for vote in loop.said.votes if vote.digest in had]
+    sides, figures = [], {}
+    for name in ("train", "held_out"):  # each by itself, so that a key has no more than its share of either
+        side = [vote for vote in known if loop.is_held_out(vote.record.prompt) == (name == "held_out")]
+        sifted = sift(side, **how, length_bias=options.length_bias)
+        sides.append(sifted.records)
+        figures[name] = sifted.figures
+    for key in set(options.leave_out_key) - {vote.key for vote in known}:
+        logger.warning("--leave_out_key %s: no vote has this key", key)
     if options.feedback and not all(sides):
         part = "train on" if not sides[0] else "be judged by"
         raise DataError(f"of {len(loop.said.votes)} votes none is left to {part}: collect more, or change --held_out")
     model = model or loop.open(folder.current, date)
     folder.keep_proposal(model.fingerprints[0])
     where = folder.round(number)
-    for name, side in zip(("train.jsonl", "held_out.jsonl"), sides, strict=True):
-        write_rows(where / name, map(_row, side))
+    for name, records in zip(("train.jsonl", "held_out.jsonl"), sides, strict=True):
+        write_rows(where / name, map(_row, records))
     begun = {
         "round": number,
         "incumbent": folder.current,
         "date": date if reads_date(model.tokenizer) else None,
         "why": told["why"],
         "trigger": told,
-        "pairs": {"train": len(sides[0]), "held_out": len(sides[1]), **sifted.figures},
+        "pairs": {name: figures[name] | {"pairs": len(side)} for name, side in zip(figures, sides, strict=True)},
+        "pool": bool(loop.pool),
         "votes": sorted(vote.digest for vote in new),
         "depends_on": options.depends_on(),
     }
@@ -174,11 +182,11 @@ def _expand(loop: Loop, number: int, begun: dict[str, Any]) -> None:
         lost = [votes[place].prompt for place, one in odds_of(model, votes).items() if one.odds < 0] + lost
     pool = [record for record in loop.pool if not loop.is_held_out(record.prompt)]
     count = EXPANDED if options.expand is None else options.expand
-    if not (picked := pick_alike(pool, lost, count, options.seed + number)):
+    if not (picked := pick_alike(pool, lost, count, loop.seed + number)):
         write_rows(folder / "pairs.jsonl", [])
         return
     logger.info("round %d: answering %d prompts, %d votes were lost", number, len(picked), len(lost))
-    seed = options.seed + 1_000_003 * number
+    seed = loop.seed + 1_000_003 * number
     expand(model, picked, folder, loop.reward, n=options.num_generations, max_tokens=options.max_tokens, seed=seed)
 
 
@@ -193,7 +201,7 @@ def _train(loop: Loop, number: int, begun: dict[str, Any]) -> None:
     write_rows(folder / "data.jsonl", rows)
     incumbent = loop.folder.aligner(begun["incumbent"])
     paths = str(folder / "data.jsonl"), str(folder / "aligner")
-    call.run(loop.options.training_run(loop.proposal, incumbent, *paths, number, begun["date"]))
+    call.run(loop.options.training_run(loop.proposal, incumbent, *paths, loop.seed + number, begun["date"]))
 
 
 def _judge(loop: Loop, number: int, begun: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +220,7 @@ def _judge(loop: Loop, number: int, begun: dict[str, Any]) -> dict[str, Any]:
         groups = sorted(by_text, key=lambda text: json_digest([text]))[:JUDGED]
         if groups:
             asked = [by_text[text] for text in groups]
-            params = [SamplingParams(max_tokens=options.max_tokens, seed=options.seed + i) for i in range(len(asked))]
+            params = [SamplingParams(max_tokens=options.max_tokens, seed=loop.seed + i) for i in range(len(asked))]
             answers = {one: answers_of(loop.open(one, date), asked, loop.reward, params) for one in numbers}
             found["answers"] = compare_answers(answers[number], answers[begun["incumbent"]], groups, level)
             found["answers_since_start"] = compare_answers(answers[number], answers[0], groups, 0.95)

@@ -57,13 +57,13 @@ class Drift(Trigger):
 
     name: ClassVar[str] = "drift"
     reads_losses: ClassVar[bool] = True
-    false_alarms: float = option(0.01, "the chance of a round where nothing has changed", above=0, below=1)
+    false_alarms: float = option(0.01, "the chance of a round where nothing has changed", low=0.002, below=1)
     least: int = option(50, "votes before which none begins", low=2, high=10**6)
     most: int = option(2000, "votes at which one begins anyway", low=3, high=10**6)
 
     def asks(self, new: int, losses: list[float], reference: list[float]) -> dict[str, Any]:
         told: dict[str, Any] = {"new": new, "least": self.least, "most": self.most, "reference": len(reference)}
-        if new < self.least:
+        if min(new, len(losses)) < self.least and new < self.most:
             return told | {"fires": False, "why": f"{new} new votes, of {self.least} at least"}
         if new >= self.most:
             return told | {"fires": True, "why": f"{new} new votes, of {self.most} at most"}

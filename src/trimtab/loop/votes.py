@@ -29,11 +29,13 @@ class Vote:
         record: the prompt with both answers.
         key: a digest of whose it is; None where the data do not say, as in an operator's own.
         digest: what tells it from others.
+        time: when it came, as the data have it; None if they do not say.
     """
 
     record: Record
     key: str | None
     digest: str
+    time: str | None = None
 
     @property
     def asked(self) -> str:
@@ -52,13 +54,15 @@ class Said(NamedTuple):
 
 
 def normal(text: str) -> str:
-    """Letters and digits of a text in small letters, with single spaces: what differs otherwise is one."""
-    kept = (letter if letter.isalnum() else " " for letter in unicodedata.normalize("NFKC", text).casefold())
-    return " ".join("".join(kept).split())
+    """A text in small letters, with single spaces, and without the punctuation at its end: what differs otherwise is one."""
+    found = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    while found and (found[-1] == " " or unicodedata.category(found[-1]) in ("Po", "Pd")):
+        found = found[:-1]
+    return found or " ".join(text.split())
 
 
 def read_said(files: Sequence[str]) -> Said:
-    """Votes of all files in their order, each once.
+    """Votes of all files by their time, those without one first and in their order.
 
     Raises:
         DataError: a file cannot be read, or a row is no vote, and no thumb.
@@ -67,8 +71,13 @@ def read_said(files: Sequence[str]) -> Said:
     lost: list[Any] = []
     alone = 0
     for name in files:
+        seen: Counter[str] = Counter()
         for record in read_records(name, need="rejected", others=True, weights=True):
-            vote = _vote(record, record.columns.get("key"), record.columns.get("time"))
+            time = record.columns.get("time")
+            vote = _vote(record, record.columns.get("key"), time)
+            if time is None:  # then rows that are alike are votes that are
+                seen[vote.digest] += 1
+                vote = _vote(record, record.columns.get("key"), seen[vote.digest])
             votes.setdefault(vote.digest, vote)
         path = expand_home(name)
         thumbs = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.thumbs.jsonl")
@@ -76,14 +85,18 @@ def read_said(files: Sequence[str]) -> Said:
             found = _read_thumbs(str(thumbs))
             votes |= {vote.digest: vote for vote in found.votes if vote.digest not in votes}
             lost, alone = lost + found.lost, alone + found.alone
-    return Said(list(votes.values()), lost, alone)
+    return Said(sorted(votes.values(), key=lambda vote: vote.time or ""), lost, alone)
 
 
 def _vote(record: Record, key: Any, time: Any) -> Vote:
+    _check_key(key, record.source)
+    told = [record.prompt, record.chosen, record.rejected, key, time, record.weight, sorted(record.unfinished)]
+    return Vote(dataclasses.replace(record, columns={}), key, json_digest(told), time if isinstance(time, str) else None)
+
+
+def _check_key(key: Any, source: str) -> None:
     if key is not None and not isinstance(key, str):
-        raise DataError(f"{record.source}: 'key' must be a text that says whose it is, not {key!r}")
-    digest = json_digest([record.prompt, record.chosen, record.rejected, key, time, record.weight])
-    return Vote(dataclasses.replace(record, columns={}), key, digest)
+        raise DataError(f"{source}: 'key' must be a text that says whose it is, not {key!r}")
 
 
 def _read_thumbs(name: str) -> Said:
@@ -94,6 +107,7 @@ def _read_thumbs(name: str) -> Said:
     for record, (source, row) in zip(records, read_rows(name), strict=True):
         if not isinstance(row.get("label"), bool) or row.get("completion") is None:
             raise DataError(f"{source}: a thumb has a 'completion' and a 'label' that is true or false")
+        _check_key(row.get("key"), source)
         row = {**row, "source": source, "weight": read_weight(row.get("weight", 1), source)}
         _, ups, downs = prompts.setdefault(normal(show_prompt(record.prompt)), (record.prompt, [], []))
         (ups if row["label"] else downs).append(row)

@@ -35,6 +35,11 @@ class Rewritten(NamedTuple):
     error: str | None = None
 
     @property
+    def finish_reason(self) -> str:
+        """Why it ended: that of the last completion, or `error`."""
+        return "error" if self.error is not None or self.completion is None else str(self.completion.finish_reason)
+
+    @property
     def rounds(self) -> int:
         """How many there were."""
         return len(self.before)
@@ -66,9 +71,12 @@ class Rewriter:
             params: how the rewriter draws, for all or for each; `n` is 1. Later rounds have seeds of their own.
 
         Raises:
-            InvalidRequest: an answer cannot be put to the rewriter, or the parameters ask for several.
+            InvalidRequest: the parameters ask for several, or there are not as many of one as of another. An answer that cannot
+                be put to the rewriter, such as one too long for it, stays as it is, with an `error`.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if not len(prompts) == len(answers) == len(each):
+            raise InvalidRequest(f"there are {len(prompts)} prompts, {len(answers)} answers and {len(each)} params")
         if any(one.n != 1 for one in each):
             raise InvalidRequest("n: an answer is rewritten once: leave it at 1")
         each = [one if one.seed is not None else dataclasses.replace(one, seed=fresh_seed()) for one in each]
@@ -79,10 +87,11 @@ class Rewriter:
             done = self._round([prompts[i] for i in going], [found[i].text for i in going], how)
             left = []
             for i, one in zip(going, done, strict=True):
-                before = (*found[i].before, found[i].text)
-                if one.error is not None:
-                    found[i] = Rewritten(found[i].text, before, one, one.error)
+                if isinstance(one, str) or one.error is not None:
+                    why = one if isinstance(one, str) else one.error
+                    found[i] = found[i]._replace(error=why)
                     continue
+                before = (*found[i].before, found[i].text)
                 text = one.text.strip()
                 if text != found[i].text.strip():
                     left.append(i)
@@ -92,20 +101,34 @@ class Rewriter:
                 break
         return found
 
-    def _round(self, prompts: Sequence[Any], answers: Sequence[str], params: Sequence[SamplingParams]) -> list[Completion]:
+    def _round(
+        self, prompts: Sequence[Any], answers: Sequence[str], params: Sequence[SamplingParams]
+    ) -> list[Completion | str]:
+        """A completion for each answer, or why there is none."""
         self._answers.clear()
-        asked = []
-        for prompt, answer in zip(prompts, answers, strict=True):
+        asked: list[Any] = []
+        failed: dict[int, str] = {}
+        for i, (prompt, answer, one) in enumerate(zip(prompts, answers, params, strict=True)):
             text = self.template.ask(prompt, answer)
+            try:
+                self.model.prepare(text, one, name="the rewriter's prompt")
+                if answer.strip():
+                    self._expect(text, answer)
+            except InvalidRequest as error:
+                failed[i] = str(error)
             asked.append(text)
-            if answer.strip():
-                encoder, wanted = self.model.encoder, [self.template.wanted(answer)]
-                [ids] = encoder.answers(text, wanted, "prompt", ["answer"], [False]).answers
-                self._answers[tuple(encoder.prompt(text))] = ids
+        going = [i for i in range(len(asked)) if i not in failed]
         try:
-            return self.model.generate(asked, list(params))
+            done = iter(self.model.generate([asked[i] for i in going], [params[i] for i in going]) if going else [])
         finally:
             self._answers.clear()
+        return [failed[i] if i in failed else next(done) for i in range(len(asked))]
+
+    def _expect(self, asked: Any, answer: str) -> None:
+        """Let an answer draft behind the prompt that asks for a better one."""
+        encoder = self.model.encoder
+        [ids] = encoder.answers(asked, [self.template.wanted(answer)], "prompt", ["answer"], [False]).answers
+        self._answers[tuple(encoder.prompt(asked))] = ids
 
     @staticmethod
     def _seeded(params: SamplingParams, number: int) -> SamplingParams:

@@ -9,7 +9,6 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from trimtab.errors import TrimtabError
 from trimtab.files import expand_home
 from trimtab.serve.service import Service
 
@@ -34,19 +33,32 @@ async def following(service: Service) -> AsyncIterator[None]:
 
 
 async def _follow(service: Service) -> None:
-    failed: dict[str, Path | None] = {}
+    failed: dict[str, Path] = {}
     while True:
         await asyncio.sleep(SECONDS)
         if service.state != "ready":
             continue
-        registry = service.registry
-        for entry in await asyncio.to_thread(registry.moved):
-            target = expand_home(entry.path).resolve()
-            if failed.get(entry.name) == target:
-                continue
-            try:
-                await service.load(registry.load, entry.name, entry.path, weight=entry.weight, pinned=entry.pinned)
-                logger.info("aligner %s is now %s", entry.name, target)
-            except (TrimtabError, OSError) as error:
-                failed[entry.name] = target
-                logger.warning("aligner %s stays as it was: %s cannot be loaded: %s", entry.name, target, error)
+        try:
+            await _look(service, failed)
+        except Exception:  # whatever a file system, or a library that loads weights, gives rise to
+            logger.exception("links to aligners cannot be followed now")
+
+
+async def _look(service: Service, failed: dict[str, Path]) -> None:
+    """Load what links lead to now; what has failed is tried again once its link has led elsewhere."""
+    registry = service.registry
+    moved = {entry.name: entry for entry in await asyncio.to_thread(registry.moved)}
+    for name in failed.keys() - moved.keys():
+        del failed[name]
+    for name, entry in moved.items():
+        target = expand_home(entry.path).resolve()
+        if failed.get(name) == target:
+            continue
+        failed[name] = target
+        try:
+            await service.load(registry.load, name, entry.path, weight=entry.weight, pinned=entry.pinned)
+        except Exception as error:
+            logger.warning("aligner %s stays as it was: %s cannot be loaded: %s", name, target, error)
+        else:
+            del failed[name]
+            logger.info("aligner %s is now %s", name, target)

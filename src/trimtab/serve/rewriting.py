@@ -57,7 +57,6 @@ class RewriteDesk:
             found = await asyncio.to_thread(self._rewriting.rewriter.rewrite, asked, texts, how)
         choices, before = dict(done), {}
         for choice, new in zip(alive, found, strict=True):
-            reason = done[choice].finish_reason if new.completion is None else new.completion.finish_reason
-            choices[choice] = dataclasses.replace(done[choice], text=new.text, finish_reason=reason, error=new.error)
+            choices[choice] = dataclasses.replace(done[choice], text=new.text, finish_reason=new.finish_reason, error=new.error)
             before[choice] = {"rewritten_from": list(new.before)}
         return choices, before
