@@ -65,8 +65,11 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="the demo's data, whose proposal --proposal is [default: the real model]")
     parser.add_argument("--seed", type=int, action="append", help="of a loop; may repeat [default: 0]")
     parser.add_argument("--control", type=int, default=5, help="loops with shuffled votes [default: %(default)s]")
+    parser.add_argument("--learning_rate", type=float, help="of the rounds [default: that of trimtab train]")
     said = open_study("loops", parser)
     world = _demo(said.proposal, said.demo) if said.demo else _real(said.proposal)
+    if said.learning_rate is not None:
+        world.training["learning_rate"] = said.learning_rate
     rows = []
     for seed in said.seed or [0]:
         rows += run_loop(world, said.out / f"planted-{seed}", seed, shuffled=False)
@@ -137,7 +140,7 @@ def _open(world: World, aligner: str | None) -> AlignedModel:
 
 def _real(proposal: Path) -> World:
     parts = {name: [r for r in records if r["constraint"]["kind"] in KINDS] for name, records in TASK.make(None).items()}
-    training = {"head_layers": 10, "max_length": 256, "num_train_epochs": 3, "learning_rate": 5e-4, "report_to": "none"}
+    training = {"head_layers": 10, "max_length": 256, "num_train_epochs": 3, "report_to": "none"}
     asked, tests = parts["train"], parts["test"][:TESTS]
     return World(proposal, asked, tests, lambda record, text: obeys(record["constraint"], text), 133, 48, training)
 
