@@ -1,17 +1,18 @@
 """The flags that name a rewriter, and how it is loaded."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimtab.data.options import TemplateOptions
 from trimtab.data.rewrite_template import PRESETS, RewriteTemplate, read_template
 from trimtab.decode.options import RowOptions, load_aligned_model
-from trimtab.decode.request import SamplingParams
 from trimtab.errors import InvalidOption
 from trimtab.files import expand_home
-from trimtab.models.aligner import manifest_of
 from trimtab.options import option
-from trimtab.rewriting.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from trimtab.decode.request import SamplingParams
+    from trimtab.rewriting.rewriter import Rewriter
 
 __all__ = ["RewriterOptions", "Rewriting", "load_rewriter", "rewriting_params"]
 
@@ -19,7 +20,7 @@ __all__ = ["RewriterOptions", "Rewriting", "load_rewriter", "rewriting_params"]
 class Rewriting(NamedTuple):
     """Who rewrites, and what was asked of them."""
 
-    rewriter: Rewriter
+    rewriter: "Rewriter"
     options: "RewriterOptions"
 
 
@@ -55,14 +56,16 @@ class RewriterOptions:
         return {} if self.rewriter is not None else dict.fromkeys(names, "needs a --rewriter")
 
 
-def rewriting_params(options: RewriterOptions, params: SamplingParams, seed: int) -> SamplingParams:
+def rewriting_params(options: RewriterOptions, params: "SamplingParams", seed: int) -> "SamplingParams":
     """How the rewriter draws in the place of a request's parameters."""
+    from trimtab.decode.request import SamplingParams
+
     temperature = 0.0 if options.rewriter_temperature is None else options.rewriter_temperature
     names = ("max_tokens", "top_p", "top_k", "min_p", "stop")
     return SamplingParams(**{name: getattr(params, name) for name in names}, temperature=temperature, seed=seed)
 
 
-def load_rewriter(options: RewriterOptions, rows: RowOptions, date: str | None = None) -> Rewriter:
+def load_rewriter(options: RewriterOptions, rows: RowOptions, date: str | None = None) -> "Rewriter":
     """The rewriter that is named.
 
     Args:
@@ -74,6 +77,9 @@ def load_rewriter(options: RewriterOptions, rows: RowOptions, date: str | None =
         InvalidOption: the template is none, or the rewriter takes a chat and has no chat template.
         ModelError: it cannot be loaded.
     """
+    from trimtab.models.aligner import manifest_of
+    from trimtab.rewriting.rewriter import Rewriter
+
     assert options.rewriter is not None  # or nobody asks
     manifest = manifest_of(expand_home(options.rewriter))
     known = None if manifest is None else manifest.rewriter_template
