@@ -1,4 +1,4 @@
-"""Three rounds of `trimtab evolve` against a planted preference, and the same with shuffled votes.
+"""Rounds of `trimtab evolve` against a planted preference, and the same with shuffled votes.
 
     make real-model && python benchmarks/real/loops.py --out loops
     make demo && python benchmarks/real/loops.py --out demo-loops --proposal demo-out/proposal --demo demo-out/data
@@ -37,10 +37,12 @@ from trimtab.files import only_writer
 from trimtab.hardware import describe_hardware
 from trimtab.jsonlines import write_rows
 
-ROUNDS, ANSWERS, VOTES, TESTS = 3, 8, 2, 150
+ANSWERS, VOTES, TESTS = 8, 2, 150
 KEYS = 20
 FLIPPED = 0.1
 """Of the votes are for the answer that is not liked."""
+
+HEAD = ["seed", "round", "votes", "verdict", "wanted answers, nats a token more", "liked", "against the start"]
 
 logger = logging.getLogger("loops")
 
@@ -58,6 +60,7 @@ class World(NamedTuple):
     """Prompts of a round."""
     max_tokens: int
     training: dict[str, Any]
+    rounds: int = 3
 
 
 def main() -> None:
@@ -65,20 +68,24 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="the demo's data, whose proposal --proposal is [default: the real model]")
     parser.add_argument("--seed", type=int, action="append", help="of a loop; may repeat [default: 0]")
     parser.add_argument("--control", type=int, default=5, help="loops with shuffled votes [default: %(default)s]")
-    parser.add_argument("--learning_rate", type=float, help="of the rounds [default: that of trimtab train]")
+    parser.add_argument("--rounds", type=int, default=3, help="[default: %(default)s]")
+    parser.add_argument("--prompts", type=int, help="of a round [default: 133, of the demo 400]")
+    for name, kind in (("objective", str), ("learning_rate", float), ("num_train_epochs", float)):
+        parser.add_argument(f"--{name}", type=kind, help="of the rounds [default: that of trimtab evolve; three epochs]")
     said = open_study("loops", parser)
     world = _demo(said.proposal, said.demo) if said.demo else _real(said.proposal)
-    if said.learning_rate is not None:
-        world.training["learning_rate"] = said.learning_rate
+    given = {name: getattr(said, name) for name in ("objective", "learning_rate", "num_train_epochs")}
+    world.training.update({name: value for name, value in given.items() if value is not None})
+    world = world._replace(each=said.prompts or world.each, rounds=said.rounds)
     rows = []
     for seed in said.seed or [0]:
         rows += run_loop(world, said.out / f"planted-{seed}", seed, shuffled=False)
     control = [run_loop(world, said.out / f"shuffled-{seed}", seed, shuffled=True) for seed in range(said.control)]
     print(f"{describe_hardware()}\n")
-    print(table(["seed", "round", "votes", "verdict", "liked", "against the start"], rows))
+    print(table(HEAD, rows))
     promoted = sum(row[3].startswith("promoted") for some in control for row in some)
-    print(f"\nShuffled votes, {len(control)} loops of {ROUNDS} rounds: {promoted} promoted.\n")
-    print(table(["seed", "round", "votes", "verdict", "liked", "against the start"], [row for some in control for row in some]))
+    print(f"\nShuffled votes, {len(control)} loops of {world.rounds} rounds: {promoted} promoted.\n")
+    print(table(HEAD, [row for some in control for row in some]))
 
 
 def run_loop(world: World, out: Path, seed: int, *, shuffled: bool) -> list[list[Any]]:
@@ -87,7 +94,7 @@ def run_loop(world: World, out: Path, seed: int, *, shuffled: bool) -> list[list
     with only_writer(out / "lock"):
         start = [] if shuffled else parts.do("start", partial(_liked, world, None))
         rows = []
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, world.rounds + 1):
             served = None if number == 1 else parts.do(f"service after {number - 1}", lambda: None)
             parts.do(f"votes {number}", partial(_vote, world, served, seed, number, shuffled=shuffled))
             votes = [row for i in range(1, number + 1) for row in parts.do(f"votes {i}", lambda: [])]
@@ -97,10 +104,12 @@ def run_loop(world: World, out: Path, seed: int, *, shuffled: bool) -> list[list
             served = parts.do(f"service after {number}", lambda: trimtab.evolve(out=str(loop))["aligner"])
             liked = parts.do(f"liked {number}", partial(_liked, world, served)) if not shuffled else None
             won = "" if liked is None else _mean([(a > b) + (a == b) / 2 for a, b in zip(liked, start, strict=True)])
-            line = [str(seed), str(number), str(len(votes)), report["why"]]
+            low, high = report["votes"]["nll_more_interval"]
+            cost = f"{report['votes']['nll_more']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            line = [str(seed), str(number), str(len(votes)), report["why"], cost]
             rows.append([*line, "" if liked is None else _mean(liked), won])
         if not shuffled:
-            rows.insert(0, [str(seed), "0", "0", "", _mean(start), ""])
+            rows.insert(0, [str(seed), "0", "0", "", "", _mean(start), ""])
         return rows
 
 

@@ -1,6 +1,8 @@
 """Votes: how they are read, what becomes of repeats, contradictions, floods and length."""
 
 import json
+import random
+import time
 
 import pytest
 
@@ -249,13 +251,41 @@ def test_the_newest_vote_is_so_by_its_time_and_rows_without_one_all_count(tmp_pa
     assert pairs(read_said([str(own)]).votes)[0] == [("p", "a", 3.0)]
 
 
-def test_what_counts_as_new(tmp_path):
-    """Fifty votes of one key on equal answers, or of a key that is left out, are none; a flood is its share."""
+def test_what_counts_as_new():
+    """Votes on equal answers, said again, or of a key that is left out, are none; a flood is its share."""
     honest = [vote(f"q{k}", key=f"h{k}") for k in range(20)]
     noise = [vote(f"e{i}", "same", "same", "f", i) for i in range(50)]
     flood = [vote(f"spam {i}", key="f", n=i) for i in range(500)]
-    how = {"key_share": 0.1, "leave_out": ()}
     again = [vote(f"Q{k}?", key=f"h{k}", n=1) for k in range(20)]
-    assert len(told_apart([*honest, *noise, *again], **how)) == 20
-    assert len(told_apart([*honest, *flood], **how)) == 20 + 3  # 20 / 9, rounded up
-    assert told_apart(flood, key_share=0.1, leave_out=("f",)) == []
+    turned = [vote("q3", "a bad one here", "a good answer", "h3", 2)]
+    how = {"key_share": 0.1, "leave_out": ()}
+    had = {one.digest for one in honest}
+    assert len(told_apart([*honest, *noise, *again], (), **how)) == 20
+    assert told_apart([*honest, *noise, *again], had, **how) == []
+    assert told_apart([*honest, *again, *turned], had, **how) == turned  # who changes their mind says something
+    assert len(told_apart([*honest, *flood], (), **how)) == 20 + 3  # 20 / 9, rounded up
+    assert told_apart(flood, (), key_share=0.1, leave_out=("f",)) == []
+
+
+def test_where_others_quarrel_to_a_draw_what_is_left_still_counts():
+    """Of twelve keys ten contradict each other in every pair; the two that do not share what weight there is."""
+    votes = [
+        vote(f"q{i}", *(("a good answer", "a bad one here")[:: 1 if k < 5 else -1]), f"h{k}", i)
+        for k in range(10)
+        for i in range(6)
+    ]
+    votes += [vote(f"own {k} {i}", key=f"o{k}", n=i) for k in range(2) for i in range(4)]
+    found, figures = pairs(votes)
+    assert len(found) == 8
+    assert {w for *_, w in found} == {1.0}
+    assert figures["undecided"] == 6
+    assert figures["weighed_down"] == {}
+
+
+def test_two_thousand_answers_to_one_prompt_are_compared_in_seconds():
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(500)]
+    many = [vote("p", " ".join(draw.choices(words, k=40)), "no", f"k{i % 50}", i) for i in range(2000)]
+    began = time.process_time()
+    assert len(sift(many).records) == 2000
+    assert time.process_time() - began < 20

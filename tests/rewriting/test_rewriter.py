@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import trimtab
+from scripted import Reply, scripted
 from tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
 from tiny_task import V, task_rows, write_rows
 from trimtab import AlignedModel, SamplingParams
@@ -293,6 +294,41 @@ def test_an_answer_that_is_too_long_stays_and_says_why(task, capsys):
     assert found[1].finish_reason == "error"
     with pytest.raises(InvalidRequest, match="there are 2 prompts, 1 answers"):
         Rewriter(model, TEMPLATE).rewrite(["de", "fg"], ["ab"], params)
+
+
+def test_token_ids_are_no_prompts(task):
+    with pytest.raises(InvalidRequest, match="told prompts in words"):
+        Rewriter(AlignedModel.from_pretrained(task / "proposal"), TEMPLATE).rewrite([[1, 2]], ["x"], SamplingParams())
+
+
+def test_an_endpoint_without_log_probabilities_has_its_answers_rewritten(task, tmp_path):
+    """A plain server of OpenAI's kind, which is asked for texts and for nothing else; a second run asks it nothing."""
+
+    def respond(asked, number):
+        texts = [f"no{prompt}" for prompt in asked.body["prompt"]] if isinstance(asked.body["prompt"], list) else ["no"]
+        return Reply({"choices": [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]})
+
+    data = write_rows(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in task_rows(4)])
+    (tmp_path / "r.py").write_text("def f(prompts, completions, **columns):\n    return [float(len(x)) for x in completions]\n")
+    with scripted(respond, models=[{"id": "big"}]) as server:
+        how = {
+            "baseline": f"{server.url}#big", "system": f"rewritten:{server.url}#big", "dataset": str(data),
+            "rewriter": str(task / "proposal"), "rewriter_template": str(task / "t.txt"), "max_tokens": 5,
+            "judge": f"reward:{tmp_path / 'r.py'}:f", "null": False, "out": str(tmp_path / "out"),
+        }  # fmt: skip
+        trimtab.evaluate(**how)
+        asked = len(server.posts())
+        assert not any(one.get("logprobs") for one in server.posts())
+        trimtab.evaluate(**how)
+        assert len(server.posts()) == asked
+    written = json.loads((tmp_path / "out/outputs/rewritten_big.json").read_text())
+    before = json.loads((tmp_path / "out/outputs/big.json").read_text())
+    assert [row["output"] for row in written] != [row["output"] for row in before]
+    model = AlignedModel.from_pretrained(task / "proposal")
+    prompts, answers = ([row[name] for row in before] for name in ("instruction", "output"))
+    params = [SamplingParams(max_tokens=5, temperature=0.0, seed=i) for i in range(4)]
+    wanted = Rewriter(model, read_template(str(task / "t.txt"))).rewrite(prompts, answers, params)
+    assert [row["output"] for row in written] == [one.text for one in wanted]
 
 
 def test_a_file_cannot_begin_like_a_message(tmp_path):

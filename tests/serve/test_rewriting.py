@@ -56,6 +56,14 @@ def test_texts_are_those_that_the_rewriter_makes_of_the_answers(server, folder):
         assert choice["finish_reason"] == wanted.completion.finish_reason
 
 
+def test_token_ids_are_told_in_words(server):
+    """As the base's tokenizer writes them: the same rewriting as for the text."""
+    ids = tiny_tokenizer()("abc", add_special_tokens=False)["input_ids"]
+    asked = {"model": "base", "max_tokens": 6, "seed": 3, "rewrite": True}
+    by_text, by_ids = (server.complete(**asked, prompt=prompt)["choices"] for prompt in ("abc", ids))
+    assert by_text == by_ids
+
+
 def test_chats_are_rewritten_too(server):
     body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "seed": 1}
     plain = server.post("/v1/chat/completions", **body).json()["choices"][0]

@@ -2,17 +2,19 @@
 
 1. *Repeats.* Votes on one prompt, but for spelling, whose answers are nearly the same (Jaccard's index of their words in
    threes at least .8) are one pair. A key counts once for a pair, by its newest vote, whose `weight` is 1 at most.
-2. *Floods.* No key has more than a share of all weight: `--key_share`, or, where there are few keys, twice an equal share. Of
-   a key that says more, as many votes are kept as it may count for, picked by their digests. Votes without a key are the
-   operator's own, and all count.
+2. *Floods.* No key has more than a share of all weight: `--key_share`, or twice an equal share, if that is more. Of a key that
+   says more, as many votes are kept as it may count for, picked by their digests. Votes without a key are the operator's own,
+   and all count.
 3. *Contradictions.* Of the weights for either answer of a pair, the difference is left, for the answer that has more.
 4. *Length.* Annotators like long answers. If significantly more than half of the weight is for the longer answer, votes for it
    are weighed down until both directions weigh alike, provided that enough keys speak for shorter ones. That short answers are
    preferred is taken for what it is.
-5. What 3 and 4 leave may again be too much of one key; then it is weighed down until it is not.
+5. What 3 and 4 leave may again be too much of one key; then it is weighed down until it is not. Where they leave so few keys
+   that one must have more than the share, it is twice an equal one of those.
 """
 
 import dataclasses
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -24,7 +26,9 @@ from trimtab.data.records import Record
 from trimtab.loop.votes import Vote, normal
 from trimtab.words import split_words
 
-__all__ = ["Sifted", "cap_of", "share_of", "sift", "told_apart"]
+__all__ = ["Sifted", "cap_of", "sift", "told_apart"]
+
+logger = logging.getLogger(__name__)
 
 ALIKE = 0.8
 """Jaccard's index from which two answers are one."""
@@ -48,23 +52,33 @@ class Sifted(NamedTuple):
 class _Pair:
     """Two answers to a prompt, and who prefers which; the first one is the one that its first vote preferred."""
 
-    def __init__(self, vote: Vote) -> None:
-        self._texts = _texts(vote)
-        self._words = tuple(map(_words, self._texts))
+    def __init__(self, said: "_Answers") -> None:
+        self._first = said
         self.said: dict[str | None, list[tuple[bool, Vote]]] = defaultdict(list)
         """By key: whether a vote is for the first answer, and the vote; a key's own newest last."""
 
-    def direction(self, vote: Vote) -> bool | None:
+    def direction(self, said: "_Answers") -> bool | None:
         """Whether a vote on nearly the same answers is for the first one; None if its answers are others."""
-        texts = _texts(vote)
-        if texts in (self._texts, self._texts[::-1]):
-            return texts == self._texts
-        words = tuple(map(_words, texts))
-        same, turned = (
-            [_jaccard(a, b) for a, b in zip(words, other, strict=True)] for other in (self._words, self._words[::-1])
-        )
+        first = self._first
+        if said.texts in (first.texts, first.texts[::-1]):
+            return said.texts == first.texts
+        same, turned = (_likeness(said.words, other) for other in (first.words, first.words[::-1]))
         likest = max(same, turned, key=sum)
         return likest is same if min(likest) >= ALIKE else None
+
+
+class _Answers(NamedTuple):
+    """The two answers of a vote, the preferred one first."""
+
+    texts: tuple[str, str]
+    """But for spelling."""
+    words: tuple[frozenset[Any], frozenset[Any]]
+    """In threes."""
+
+    @classmethod
+    def of(cls, vote: Vote) -> "_Answers":
+        better, worse = normal(answer_text(vote.record.chosen)), normal(answer_text(vote.record.rejected))
+        return cls((better, worse), (_words(better), _words(worse)))
 
 
 class _Weighed(NamedTuple):
@@ -96,7 +110,7 @@ def sift(
     counted = [vote for vote in votes if vote.key not in leave_out]
     differ = [vote for vote in counted if _differs(vote)]
     pairs = _pairs(differ)
-    share = share_of(pairs, key_share)
+    share = max(key_share, _twice_equal({key for pair in pairs for key in pair.said}))
     kept = _kept(pairs, share)
     factors: dict[str, float] = defaultdict(lambda: 1.0)
     for _ in range(PASSES):
@@ -108,11 +122,15 @@ def sift(
             for key, part in one.by.items():
                 if key is not None:
                     mine[key] += part
-        over = {key: part for key, part in mine.items() if part > share * total * 1.0001}
+        parties = {key for one in weighed for key in one.by}
+        most = share if len(parties) * share >= 1 else _twice_equal(parties)  # of fewer, one must have more than the share
+        over = {key: part for key, part in mine.items() if part > most * total * 1.0001}
         if not over:
             break
         for key, part in over.items():
-            factors[key] *= share * (total - part) / ((1 - share) * part)
+            factors[key] *= most * (total - part) / ((1 - most) * part)
+    else:
+        logger.warning("after %d passes these keys still count for more than %.3f: %s", PASSES, most, ", ".join(over))
     records = [dataclasses.replace(one.record, weight=round(one.weight, 6)) for one in weighed]
     figures = {
         "votes": len(votes),
@@ -120,9 +138,9 @@ def sift(
         "left_out": len(votes) - len(counted),
         "equal": len(counted) - len(differ),
         "repeated": len(differ) - sum(1 if key is not None else len(s) for p in pairs for key, s in p.said.items()),
-        "key_share": share,
+        "key_share": most,
         "capped": _capped(pairs, kept),
-        "weighed_down": {key: round(factor, 6) for key, factor in factors.items()},
+        "weighed_down": {key: round(factor, 6) for key, factor in factors.items() if factor < 1},
         "contradicted": contradicted,
         "undecided": ties,
         "length": length,
@@ -131,24 +149,35 @@ def sift(
     return Sifted([record for record in records if record.weight > 0], figures)
 
 
-def told_apart(votes: Sequence[Vote], *, key_share: float, leave_out: Collection[str]) -> list[Vote]:
-    """Those votes that count as new ones: of different answers, one of a key for a pair, and no more of a key than it may."""
-    pairs = _pairs([vote for vote in votes if vote.key not in leave_out and _differs(vote)])
-    kept = _kept(pairs, share_of(pairs, key_share))
-    found = {
-        vote.digest
-        for pair in pairs
-        for key, said in pair.said.items()
-        for _, vote in (said if key is None else said[-1:])
-        if key is None or vote.digest in kept
-    }
+def told_apart(votes: Sequence[Vote], taken: Collection[str], *, key_share: float, leave_out: Collection[str]) -> list[Vote]:
+    """Those votes that say something new, and no more of a key than it may.
+
+    Of different answers they are; and a key says nothing new where it says again what it said of a pair before.
+
+    Args:
+        votes: all that there are.
+        taken: digests of those that are not new.
+        key_share: as in `sift`.
+        leave_out: as in `sift`.
+    """
+    new: list[Vote] = []
+    for pair in _pairs([vote for vote in votes if vote.key not in leave_out and _differs(vote)]):
+        for key, said in pair.said.items():
+            if key is None:
+                new += [vote for _, vote in said if vote.digest not in taken]
+            else:
+                before = [first for first, vote in said if vote.digest in taken]
+                first, vote = said[-1]
+                new += [vote] * (vote.digest not in taken and before[-1:] != [first])
+    pairs = _pairs(new)
+    kept = _kept(pairs, max(key_share, _twice_equal({key for pair in pairs for key in pair.said})))
+    found = {vote.digest for vote in new if vote.key is None or vote.digest in kept}
     return [vote for vote in votes if vote.digest in found]
 
 
-def share_of(pairs: Sequence[_Pair], key_share: float) -> float:
-    """What one key may have of all weight: no less than twice an equal share; the operator's own votes are one more party."""
-    keys = {key for pair in pairs for key in pair.said}
-    return min(1.0, max(key_share, 2 / len(keys))) if keys else 1.0
+def _twice_equal(parties: Collection[str | None]) -> float:
+    """Twice an equal share of these keys; the operator's own votes are one more party."""
+    return min(1.0, 2 / max(1, len(parties)))
 
 
 def cap_of(counts: Iterable[int], share: float, others: float = 0.0) -> float:
@@ -176,13 +205,13 @@ def _pairs(votes: Sequence[Vote]) -> list[_Pair]:
     """The votes by what they compare."""
     found: dict[str, list[_Pair]] = defaultdict(list)
     for vote in votes:
-        near = found[vote.asked]
+        near, answers = found[vote.asked], _Answers.of(vote)
         for pair in near:
-            if (first := pair.direction(vote)) is not None:
+            if (first := pair.direction(answers)) is not None:
                 pair.said[vote.key].append((first, vote))
                 break
         else:
-            near.append(_Pair(vote))
+            near.append(_Pair(answers))
             near[-1].said[vote.key].append((True, vote))
     return [pair for near in found.values() for pair in near]
 
@@ -257,14 +286,14 @@ def _capped(pairs: Sequence[_Pair], kept: dict[str, float]) -> dict[str, int]:
     return {key: count for key, count in over.items() if count}
 
 
-def _texts(vote: Vote) -> tuple[str, str]:
-    return normal(answer_text(vote.record.chosen)), normal(answer_text(vote.record.rejected))
-
-
 def _words(text: str) -> frozenset[tuple[str, ...]]:
     words = split_words(text)
     return frozenset(tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
 
 
-def _jaccard(a: frozenset[Any], b: frozenset[Any]) -> float:
-    return len(a & b) / len(a | b)
+def _likeness(words: Sequence[frozenset[Any]], others: Sequence[frozenset[Any]]) -> tuple[float, ...]:
+    """Jaccard's index of each two sets; 0 where their sizes alone say that it is below `ALIKE`."""
+    return tuple(
+        len(a & b) / len(a | b) if min(len(a), len(b)) >= ALIKE * max(len(a), len(b)) else 0.0
+        for a, b in zip(words, others, strict=True)
+    )

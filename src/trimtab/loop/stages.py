@@ -122,7 +122,7 @@ def _begin(loop: Loop, number: int) -> dict[str, Any]:
     taken = folder.taken()
     new = [vote for vote in loop.said.votes if vote.digest not in taken]
     how: dict[str, Any] = {"key_share": options.key_share, "leave_out": options.leave_out_key}
-    fresh = told_apart(new, **how)
+    fresh = told_apart(loop.said.votes, taken, **how)
     date = options.date or today()
     model = None
     if options.feedback:

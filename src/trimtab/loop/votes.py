@@ -124,5 +124,7 @@ def _read_thumbs(name: str) -> Said:
                 prompt, up["completion"], down["completion"], up["source"], weight=min(up["weight"], down["weight"])
             )
             who = max((up.get("key"), down.get("key")), key=lambda key: speaks[key])  # a flood pairs with whatever there is
-            votes.append(_vote(record, who, [up.get("time"), down.get("time")]))
+            vote = _vote(record, who, [up.get("time"), down.get("time")])
+            times = [one["time"] for one in (up, down) if isinstance(one.get("time"), str)]
+            votes.append(dataclasses.replace(vote, time=max(times, default=None)))
     return Said(votes, lost, alone)

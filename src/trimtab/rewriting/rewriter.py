@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trimtab.core.noise import fresh_seed, seed_after
+from trimtab.data.prompts import are_ids
 from trimtab.data.rewrite_template import RewriteTemplate
 from trimtab.decode.aligned import AlignedModel
 from trimtab.decode.drafters.answer import AnswerDrafter
@@ -77,6 +78,8 @@ class Rewriter:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if not len(prompts) == len(answers) == len(each):
             raise InvalidRequest(f"there are {len(prompts)} prompts, {len(answers)} answers and {len(each)} params")
+        if any(map(are_ids, prompts)):
+            raise InvalidRequest("a rewriter is told prompts in words: give texts or chats, not token ids")
         if any(one.n != 1 for one in each):
             raise InvalidRequest("n: an answer is rewritten once: leave it at 1")
         each = [one if one.seed is not None else dataclasses.replace(one, seed=fresh_seed()) for one in each]

@@ -156,11 +156,16 @@ async def answer_completion(
         job,
         asked.include_usage,
         bool(asked.return_token_ids),
-        prompts if asked.rewrite else (),
+        _texts_of(prompts, target) if asked.rewrite else (),
         generates=limit > 0,
         echoed=prompts if asked.echo else (),
     )
     return _stream(exchange, _completion_stream) if asked.stream else await _whole(exchange)
+
+
+def _texts_of(prompts: Sequence[Prompt], target: Target) -> list[Prompt]:
+    """Prompts as a rewriter is told them, which reads texts: token ids in words."""
+    return [prompt if isinstance(prompt, str) else target.model.tokenizer.decode(prompt) for prompt in prompts]
 
 
 async def answer_chat(service: Service, request: Request, asked: ChatRequest, size: int, users: Users | None) -> Response:
@@ -215,8 +220,10 @@ async def _collect(exchange: _Exchange) -> list[dict[str, Any]]:
         done = dict.fromkeys(range(len(exchange.job.sequences)), none)
     before: dict[int, dict[str, Any]] = {}
     if exchange.rewrites:
-        with exchange.service.refusing("rewrite"):
-            done, before = await exchange.service.rewriting.rewrite(exchange.rewrites, done, exchange.params)
+        service = exchange.service
+        with service.refusing("rewrite"):
+            async with asyncio.timeout(service.remaining(exchange.job)):
+                done, before = await service.rewriting.rewrite(exchange.rewrites, done, exchange.params)
     return [_choice(exchange, index, done[index]) | before.get(index, {}) for index in sorted(done)]
 
 

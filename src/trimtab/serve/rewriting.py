@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from trimtab.core.noise import seed_after
@@ -22,7 +24,9 @@ class RewriteDesk:
     """
 
     def __init__(self, rewriting: Rewriting | None) -> None:
-        self._rewriting, self._free = rewriting, asyncio.Lock()
+        self._rewriting = rewriting
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trimtab-rewrite")
+        """One, so that a request whose client has gone keeps the next one waiting, and the two never share a model."""
 
     def check(self) -> None:
         """Refuse to rewrite where nobody does.
@@ -53,8 +57,8 @@ class RewriteDesk:
         options = self._rewriting.options
         how = [rewriting_params(options, params, seed_after(done[i].seed, done[i].index)) for i in alive]
         asked, texts = [prompts[i // params.n] for i in alive], [done[i].text for i in alive]
-        async with self._free:
-            found = await asyncio.to_thread(self._rewriting.rewriter.rewrite, asked, texts, how)
+        work = functools.partial(self._rewriting.rewriter.rewrite, asked, texts, how)
+        found = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         choices, before = dict(done), {}
         for choice, new in zip(alive, found, strict=True):
             choices[choice] = dataclasses.replace(done[choice], text=new.text, finish_reason=new.finish_reason, error=new.error)
