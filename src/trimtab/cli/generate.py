@@ -22,7 +22,7 @@ from trimtab.files import json_digest, refuse_overwriting
 from trimtab.handover.options import REMOTE, HandoverOptions, open_handover
 from trimtab.jsonlines import ResumableLines, kept_header
 from trimtab.options import option
-from trimtab.rewriting.options import RewriterOptions, load_rewriter, rewriting_params
+from trimtab.rewriting.options import RewriterOptions, Rewriting, load_rewriter
 
 __all__ = ["Options", "render", "run"]
 
@@ -62,7 +62,7 @@ class Options(SamplingOptions, RewriterOptions, HandoverOptions, TemplateOptions
 
 def run(options: Options) -> dict[str, Any]:
     """Complete every prompt."""
-    from trimtab.data.template import refuse_idle_date
+    from trimtab.data.template import pick_date, refuse_idle_date
 
     if bool(options.prompt) == bool(options.input):
         raise InvalidOption("give either --prompt or --input")
@@ -79,9 +79,12 @@ def run(options: Options) -> dict[str, Any]:
     if options.input:
         check_chats(options, prompts)
     kept_date = kept_header(options.out).get("date") if options.out else None
+    rewriting = None
+    if options.rewriter is not None:  # first, so that what is wrong with it costs no other model's loading
+        rewriting = Rewriting(load_rewriter(options, options, pick_date(options.date, kept_date)), options)
     if options.has_leader:
         with open_handover(options, kept_date) as opened:
-            return _hand_over(options, opened, prompts, records, params)
+            return _hand_over(options, opened, prompts, records, params, rewriting)
     asked = options if how is None else dataclasses.replace(options, draft="none")  # no drafter is loaded for particles
     model = load_aligned_model(asked, options, kept_date)
     refuse_idle_date(options.date, model.tokenizer)
@@ -95,16 +98,12 @@ def run(options: Options) -> dict[str, Any]:
         report |= {"target": "sequence-level", "sequence_level": str(how)}
         complete = partial(model.generate, sequence_level=how)
     report["kernels"] = kernels_of(model)
-    rewriter = _rewriter(options, model.encoder.date)
-    return report | _answer(options, prompts, params, complete, partial(facts_of, options, model), rewriter)
+    return report | _answer(options, prompts, params, complete, partial(facts_of, options, model), rewriting)
 
 
-def _rewriter(options: Options, date: str | None) -> Any:
-    """Who rewrites the completions; None if nobody does."""
-    return None if options.rewriter is None else load_rewriter(options, options, date)
-
-
-def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[Any], params: Any) -> dict[str, Any]:
+def _hand_over(
+    options: Options, opened: Any, prompts: list[Any], records: list[Any], params: Any, rewriting: Rewriting | None
+) -> dict[str, Any]:
     """Complete every prompt, with a leader."""
     from trimtab.data.template import refuse_idle_date
 
@@ -113,8 +112,7 @@ def _hand_over(options: Options, opened: Any, prompts: list[Any], records: list[
     check_prompts(records, partial(handover.check, params=params))
     report = {"leader": options.leader, "handover": str(handover.rule), "target": "text-level hand-over"}
     report |= {"kernels": opened.kernels}
-    rewriter = _rewriter(options, opened.facts.get("date"))
-    return report | _answer(options, prompts, params, handover.generate, lambda: opened.facts, rewriter)
+    return report | _answer(options, prompts, params, handover.generate, lambda: opened.facts, rewriting)
 
 
 def _answer(
@@ -123,39 +121,27 @@ def _answer(
     params: Any,
     complete: Callable[..., list[Any]],
     facts: Callable[[], dict[str, Any]],
-    rewriter: Any,
+    rewriting: Rewriting | None,
 ) -> dict[str, Any]:
     """The completions, or where they went; `facts` are those that decide them beside the options."""
 
     def rows_of(some: list[Any]) -> list[dict[str, Any]]:
         completions = complete(some, params)
         rows = _rows(some, completions, params.n)
-        return rows if rewriter is None else _rewrite(options, rewriter, some, params, completions, rows)
+        for place, new in ({} if rewriting is None else rewriting.rewrite(some, completions, params)).items():
+            rows[place] |= {"completion": new.text, "rewritten_from": list(new.before), "finish_reason": new.finish_reason}
+            rows[place] |= {} if new.completion is None else {"completion_tokens": len(new.completion.tokens)}
+            rows[place] |= {} if new.error is None else {"error": new.error}
+        return rows
 
     if options.out is None:
         rows = rows_of(prompts)
         return {"completions": rows, "failed": sum("error" in row for row in rows)}
     known = facts()
-    if rewriter is not None:
-        known |= {"rewriter_weights": rewriter.model.fingerprints, "rewriter_template": str(rewriter.template)}
+    if rewriting is not None:
+        who = rewriting.rewriter
+        known |= {"rewriter_weights": who.model.fingerprints, "rewriter_template": str(who.template)}
     return {"out": options.out} | _write(options, known, prompts, params, rows_of)
-
-
-def _rewrite(
-    options: Options, rewriter: Any, prompts: list[Any], params: Any, completions: list[Any], rows: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The rows with their completions rewritten, and with what those were before; what died is left as it is."""
-    from trimtab.core.noise import seed_after
-
-    alive = [i for i, one in enumerate(completions) if one.error is None]
-    how = [rewriting_params(options, params, seed_after(completions[i].seed, completions[i].index)) for i in alive]
-    texts = [completions[i].text for i in alive]
-    for i, new in zip(alive, rewriter.rewrite([prompts[i // params.n] for i in alive], texts, how), strict=True):
-        rows[i] |= {"completion": new.text, "rewritten_from": list(new.before)}
-        rows[i] |= {"finish_reason": new.finish_reason}
-        rows[i] |= {} if new.completion is None else {"completion_tokens": len(new.completion.tokens)}
-        rows[i] |= {} if new.error is None else {"error": new.error}
-    return rows
 
 
 def render(report: dict[str, Any]) -> str:

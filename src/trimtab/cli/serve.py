@@ -304,6 +304,7 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
     )
     for _, path, _ in named:
         loader.find(path)  # what is not there is said before the proposal is loaded
+    rewriting = None if options.rewriter is None else Rewriting(load_rewriter(options, options, options.date), options)
     base = AlignedModel.from_pretrained(
         options.proposal,
         tokenizer=tokenizer,
@@ -335,7 +336,6 @@ def _load(options: Options, named: list[tuple[str, str, float | None]]) -> "Open
         prefixes=base.prefixes,
         log_z_every=LOG_Z_EVERY,
     )
-    rewriting = None if options.rewriter is None else Rewriting(load_rewriter(options, options, options.date), options)
     return Opened(registry, engine, RewriteDesk(rewriting))
 
 

@@ -76,13 +76,13 @@ def compare(
     for one in systems:
         if one.kind == "endpoint":
             reach(one.where, one.model, limits)
+    if options.rewriter is not None:
+        rewriting = Rewriting(load_rewriter(options, options, date), options)
     model = _model(options, systems, params, date, model)
     if model is not None:
         prompts = _that_fit(options, model, prompts)
         development = development and _that_fit(options, model, development)
         _check_prompts(model, systems, params, [prompts, development or prompts])
-    if options.rewriter is not None:
-        rewriting = Rewriting(load_rewriter(options, options, date), options)
     for judge in judges:
         judge.load(prompts, date)
     readers = [judge.tokenizer for judge in judges if judge.tokenizer is not None]

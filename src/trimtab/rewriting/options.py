@@ -1,5 +1,6 @@
 """The flags that name a rewriter, and how it is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +12,8 @@ from trimtab.files import expand_home
 from trimtab.options import option
 
 if TYPE_CHECKING:
-    from trimtab.decode.request import SamplingParams
-    from trimtab.rewriting.rewriter import Rewriter
+    from trimtab.decode.request import Completion, SamplingParams
+    from trimtab.rewriting.rewriter import Rewriter, Rewritten
 
 __all__ = ["RewriterOptions", "Rewriting", "load_rewriter", "rewriting_params"]
 
@@ -22,6 +23,25 @@ class Rewriting(NamedTuple):
 
     rewriter: "Rewriter"
     options: "RewriterOptions"
+
+    def rewrite(
+        self, prompts: Sequence[Any], completions: Sequence["Completion"], params: "SamplingParams"
+    ) -> dict[int, "Rewritten"]:
+        """What becomes of completions, by their places; those that died stay as they are.
+
+        Args:
+            prompts: texts or chats, each with `params.n` consecutive completions.
+            completions: of what was asked.
+            params: of that request: its limit and its knobs of drawing are the rewriter's, too.
+        """
+        from trimtab.core.noise import seed_after
+
+        alive = [place for place, one in enumerate(completions) if one.error is None]
+        seeds = [seed_after(completions[place].seed, completions[place].index) for place in alive]
+        how = [rewriting_params(self.options, params, seed) for seed in seeds]
+        asked = [prompts[place // params.n] for place in alive]
+        found = self.rewriter.rewrite(asked, [completions[place].text for place in alive], how)
+        return dict(zip(alive, found, strict=True))
 
 
 DEFAULT = "chat"
@@ -49,6 +69,12 @@ class RewriterOptions:
     rewriter_temperature: float | None = option(
         None, "temperature that it is rewritten at; the other knobs of drawing are the request's own [default: 0]", low=0
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a template that is none, before anything is loaded."""
+        getattr(super(), "__post_init__", lambda: None)()
+        if self.rewriter_template is not None:
+            read_template(self.rewriter_template)
 
     def idle(self) -> dict[str, str]:
         """What says nothing without one."""

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from trimtab.core.noise import seed_after
 from trimtab.data.prompts import Prompt
 from trimtab.decode.request import Completion, SamplingParams
-from trimtab.rewriting.options import Rewriting, rewriting_params
+from trimtab.rewriting.options import Rewriting
 from trimtab.serve.refusal import Refusal
 
 __all__ = ["RewriteDesk"]
@@ -44,7 +43,7 @@ class RewriteDesk:
 
         Args:
             prompts: of the request, each with `params.n` choices.
-            done: by choice; one that died stays as it is.
+            done: by choice, all that there are; one that died stays as it is.
             params: of the request: its limit and its knobs of drawing are the rewriter's, too.
 
         Raises:
@@ -53,14 +52,12 @@ class RewriteDesk:
         """
         self.check()
         assert self._rewriting is not None
-        alive = [choice for choice in sorted(done) if done[choice].error is None]
-        options = self._rewriting.options
-        how = [rewriting_params(options, params, seed_after(done[i].seed, done[i].index)) for i in alive]
-        asked, texts = [prompts[i // params.n] for i in alive], [done[i].text for i in alive]
-        work = functools.partial(self._rewriting.rewriter.rewrite, asked, texts, how)
+        places = sorted(done)
+        work = functools.partial(self._rewriting.rewrite, prompts, [done[choice] for choice in places], params)
         found = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         choices, before = dict(done), {}
-        for choice, new in zip(alive, found, strict=True):
+        for place, new in found.items():
+            choice = places[place]
             choices[choice] = dataclasses.replace(done[choice], text=new.text, finish_reason=new.finish_reason, error=new.error)
             before[choice] = {"rewritten_from": list(new.before)}
         return choices, before
